@@ -16,9 +16,9 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": set(),
     "model": {"errors", "kernels"},
     "checkpoint": {"errors", "model"},
-    "combine": {"errors", "model", "checkpoint"},
-    "engine": {"errors", "kernels", "model", "checkpoint"},
-    "evaluate": {"errors", "model", "checkpoint", "engine"},
+    "combine": {"errors", "dist", "model", "checkpoint"},
+    "engine": {"errors", "dist", "kernels", "model", "checkpoint"},
+    "evaluate": {"errors", "dist", "model", "checkpoint", "engine"},
     "demo": {"errors"},
 }
 NO_TORCH = ["errors.py", "model/config.py", "combine/recipe.py", "cli.py"]

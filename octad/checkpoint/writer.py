@@ -1,0 +1,225 @@
+"""The streaming checkpoint writer: a plan in, tensors in any order, one rename at the end.
+
+    with CheckpointWriter("mixture", plan) as writer:
+        writer.add_text("config.json", text)
+        for name in plan:
+            writer.write(name, tensor)            # or writer.copy(name, source): from file to file
+        writer.commit()
+
+The plan (names, shapes, dtypes) fixes every header and offset before the first tensor is there, so each
+tensor goes straight to its place and memory holds one at a time. The directory is staged (see staging.py): an
+interrupted run leaves nothing under the final name. Headers are written last of all, so what it leaves under
+the hidden name does not load either.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, cast
+
+import torch
+
+from octad.checkpoint.hf import INDEX, SINGLE
+from octad.checkpoint.shard import CHUNK_BYTES, Extent, encode_header
+from octad.checkpoint.source import TensorInfo, TensorSource
+from octad.checkpoint.staging import StagedDirectory, explained, space
+from octad.errors import CheckpointError, OutputError
+
+_UNCOPYABLE = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    file: str
+    header: bytes
+    size: int
+
+
+class CheckpointWriter:
+    """Writes one model directory in safetensors shards of at most `max_shard_bytes`, atomically.
+
+    Raises OutputError when the output exists (unless `overwrite`, which replaces an earlier checkpoint), when
+    the disk is too small or full, or where writing is not permitted; CheckpointError when what is written does
+    not fit the plan.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        plan: Mapping[str, TensorInfo],
+        *,
+        max_shard_bytes: float = 5e9,
+        overwrite: bool = False,
+    ) -> None:
+        self.plan = dict(plan)
+        self._stage = StagedDirectory(directory, overwrite=overwrite)
+        self.directory = self._stage.final
+        self._shards, self._places = _layout(self.plan, max_shard_bytes)
+        self._needed = sum(shard.size for shard in self._shards)
+        self._written: set[str] = set()
+        self._files: list[int] = []
+
+    def __enter__(self) -> Self:
+        self._stage.__enter__()
+        try:
+            self.check_space()
+            with self._explained():
+                for shard in self._shards:
+                    path = self._stage.path / shard.file
+                    self._files.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
+                    os.ftruncate(self._files[-1], shard.size)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for fd in self._files:
+            os.close(fd)
+        self._files = []
+        self._stage.__exit__(kind, error, trace)
+
+    def check_space(self) -> None:
+        """Raises OutputError when the file system has less free space than the planned tensors need."""
+        place = next(p for p in self.directory.parents if p.is_dir())
+        if shutil.disk_usage(place).free < self._needed:
+            raise OutputError(
+                f"{self.directory}: {space(place, self._needed)}; free some or choose another -o"
+            )
+
+    # ---- contents ------------------------------------------------------------------------------------------
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Put a planned tensor in its place, converted to the planned dtype; in any order, from any thread, once."""
+        info = self._expect(name, tuple(tensor.shape))
+        data = tensor.detach().to("cpu", info.dtype).contiguous().reshape(-1).view(torch.uint8)
+        view, done = memoryview(cast(Any, data.numpy())), 0
+        shard, offset = self._places[name]
+        with self._explained():
+            while done < len(view):
+                done += os.pwrite(self._files[shard], view[done : done + CHUNK_BYTES], offset + done)
+        self._written.add(name)
+
+    def copy(self, name: str, source: TensorSource, source_name: str | None = None) -> None:
+        """The same as write(name, source.read(source_name or name)).
+
+        Where the source is a safetensors file of the planned dtype, the bytes go from file to file inside the
+        kernel: the speed of `cp`, and no memory.
+        """
+        wanted = source_name or name
+        extent: Extent | None = source.extent(wanted) if hasattr(source, "extent") else None
+        if extent is not None and extent.info == self.plan.get(name) and hasattr(os, "copy_file_range"):
+            self._expect(name, extent.info.shape)
+            if self._copy_bytes(extent, *self._places[name]):
+                self._written.add(name)
+                return
+        self.write(name, source.read(wanted))
+
+    def add_bytes(self, file: str, data: bytes) -> None:
+        """A side file, by its bare name."""
+        with self._explained():
+            self._side(file).write_bytes(data)
+
+    def add_text(self, file: str, text: str) -> None:
+        """A side file such as config.json, in UTF-8."""
+        self.add_bytes(file, text.encode("utf-8"))
+
+    def copy_in(self, path: str | os.PathLike[str]) -> None:
+        """A copy of an existing file (tokenizer, generation config) under its own name; links are followed."""
+        with self._explained():
+            shutil.copyfile(path, self._side(Path(path).name))
+
+    def commit(self) -> Path:
+        """Headers, index, fsync, rename: from here on the checkpoint exists. Returns its directory."""
+        if missing := [name for name in self.plan if name not in self._written]:
+            raise CheckpointError(
+                f"{self.directory}: {len(missing)} planned tensors not written, first {missing[0]}"
+            )
+        with self._explained():
+            for fd, shard in zip(self._files, self._shards, strict=True):
+                os.fsync(fd)  # the data before the header that makes it loadable
+                os.pwrite(fd, shard.header, 0)
+        if len(self._shards) > 1:
+            self.add_text(INDEX, json.dumps(self._index(), indent=2) + "\n")
+        return self._stage.commit()
+
+    # ---- inside --------------------------------------------------------------------------------------------
+
+    def _expect(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
+        if not self._files:
+            raise ValueError("the writer is not open: use it in a `with` block")
+        if name not in self.plan:
+            raise CheckpointError(f"{self.directory}: tensor {name} was not planned")
+        if name in self._written:
+            raise CheckpointError(f"{self.directory}: tensor {name} is written twice")
+        if shape != self.plan[name].shape:
+            raise CheckpointError(
+                f"{self.directory}: tensor {name} has shape {list(shape)}, planned was {list(self.plan[name].shape)}"
+            )
+        return self.plan[name]
+
+    def _copy_bytes(self, extent: Extent, shard: int, offset: int) -> bool:
+        """False where the two file systems cannot copy within the kernel; the bytes are then to be written."""
+        done, count = 0, extent.info.nbytes
+        with self._explained(), open(extent.path, "rb", buffering=0) as file:
+            while done < count:
+                where = (extent.offset + done, offset + done)
+                try:
+                    step = os.copy_file_range(file.fileno(), self._files[shard], count - done, *where)
+                except OSError as error:
+                    if error.errno in _UNCOPYABLE:
+                        return False
+                    raise
+                if not step:
+                    raise CheckpointError(f"{extent.path}: became shorter while it was copied; copy it again")
+                done += step
+        return True
+
+    def _side(self, file: str) -> Path:
+        if (
+            not self._stage.is_open
+            or Path(file).name != file
+            or file in {shard.file for shard in self._shards}
+        ):
+            raise ValueError(f"{file!r} is not the bare name of a side file, or the writer is not open")
+        return self._stage.path / file
+
+    def _index(self) -> dict[str, Any]:
+        files = {name: self._shards[shard].file for name, (shard, _) in self._places.items()}
+        total = sum(info.nbytes for info in self.plan.values())
+        return {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+
+    def _explained(self) -> AbstractContextManager[None]:
+        return explained(self.directory, self._needed)
+
+
+def _layout(
+    plan: Mapping[str, TensorInfo], max_shard_bytes: float
+) -> tuple[list[_Shard], dict[str, tuple[int, int]]]:
+    """Shards, and for each tensor its shard's number and its offset there; a larger tensor than a shard gets its own."""
+    groups: list[dict[str, TensorInfo]] = [{}]
+    room = max_shard_bytes
+    for name, info in plan.items():
+        if info.nbytes > room and groups[-1]:
+            groups.append({})
+            room = max_shard_bytes
+        groups[-1][name] = info
+        room -= info.nbytes
+    shards: list[_Shard] = []
+    places: dict[str, tuple[int, int]] = {}
+    for number, group in enumerate(groups):
+        header, starts = encode_header(group)
+        file = SINGLE if len(groups) == 1 else f"model-{number + 1:05}-of-{len(groups):05}.safetensors"
+        shards.append(_Shard(file, header, len(header) + sum(info.nbytes for info in group.values())))
+        places.update({name: (number, start) for name, start in starts.items()})
+    return shards, places
