@@ -71,6 +71,11 @@ def open_member(ref: str | Path, base: TensorSource) -> TensorSource:
     return AdapterSource(base, path, str(ref))
 
 
+def needs_base(ref: str | Path) -> bool:
+    """True for "base" and for an adapter: what open_member makes out of its base. Raises CheckpointError."""
+    return str(ref) == "base" or _is_adapter(_locate(ref))
+
+
 def _locate(ref: str | Path) -> Path:
     """The file or directory behind a reference, downloaded when it is a hub id."""
     text, path = str(ref), Path(ref).expanduser()
@@ -143,13 +148,11 @@ def load_model(
 ) -> Transformer:
     """A Transformer in eval mode with the source's weights on `device`. `dtype`: of every parameter; by default that
     of the embeddings on disk."""
-    from octad.model.rope import Rope
     from octad.model.transformer import Transformer
 
     dtype = dtype or source.info(EMBEDDING).dtype
     with torch.device("meta"):
         model = Transformer(source.config)
-    model.model.rope = Rope(source.config)  # no parameter, so it needs real values from the start
     for parameter, names in parameter_sources(source.config).items():
         _assign(model, parameter, _gather(source, source.config, parameter, names, dtype, device))
     return model.eval()

@@ -69,17 +69,26 @@ class Extent:
     def read(self) -> torch.Tensor:
         """The tensor in memory of its own. Raises CheckpointError when the file cannot be read to the end."""
         data = empty_bytes(self.info.nbytes)
-        view, done = memoryview(cast(Any, data.numpy())), 0
+        self.read_into(byte_view(data))
+        return data.view(self.info.dtype).view(self.info.shape)
+
+    def read_into(self, view: memoryview, first: int = 0) -> None:
+        """Fill `view` with the tensor's bytes from byte number `first` on. Errors as for `read`."""
+        start, done = self.offset + first, 0
         try:
             with open(self.path, "rb", buffering=0) as file:
                 while done < len(view):
-                    got = os.preadv(file.fileno(), [view[done : done + CHUNK_BYTES]], self.offset + done)
+                    got = os.preadv(file.fileno(), [view[done : done + CHUNK_BYTES]], start + done)
                     if not got:
                         raise CheckpointError(f"{self.path}: became shorter while it was read; copy it again")
                     done += got
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
-        return data.view(self.info.dtype).view(self.info.shape)
+
+
+def byte_view(data: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous uint8 tensor, shared with it."""
+    return memoryview(cast(Any, data.numpy()))
 
 
 def empty_bytes(count: int) -> torch.Tensor:

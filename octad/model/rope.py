@@ -22,9 +22,10 @@ class Rope:
     """cos and sin tables of one model, grown on demand and kept per device."""
 
     def __init__(self, config: ModelConfig) -> None:
-        self.frequencies, self.scale = frequencies(
-            config.rope, config.head_dim, config.max_position_embeddings
-        )
+        with torch.device("cpu"):  # also where the model is being built on the meta device
+            self.frequencies, self.scale = frequencies(
+                config.rope, config.head_dim, config.max_position_embeddings
+            )
         self._tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def tables(self, end: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,17 +16,30 @@ import torch
 import transformers
 from conftest import FAMILIES, TinyCheckpoint
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from octad.checkpoint.hf import INDEX, SINGLE, SafetensorsSource
 from octad.checkpoint.load import content_names
-from octad.checkpoint.shard import DTYPE_NAMES
+from octad.checkpoint.shard import DTYPE_NAMES, Extent, read_header
 from octad.checkpoint.source import TensorInfo
 from octad.checkpoint.staging import StagedDirectory
 from octad.checkpoint.writer import CheckpointWriter
 from octad.errors import CheckpointError, OutputError
 
 PLAN = {f"t{i}": TensorInfo((4, 8), torch.float32) for i in range(4)}
+
+
+class Extents:
+    """The tensors of one file, as much of a source as the writer's `copy` asks for."""
+
+    def __init__(self, path: Path) -> None:
+        self.extents = read_header(path)
+
+    def extent(self, name: str) -> Extent:
+        return self.extents[name]
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.extents[name].read()
 
 
 def plan_of(source: SafetensorsSource) -> dict[str, TensorInfo]:
@@ -142,20 +155,24 @@ def test_shards_and_index(tmp_path: Path) -> None:
     assert found == index["weight_map"]
 
 
-def test_copy_falls_back_where_the_kernel_cannot(
-    tmp_path: Path, tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*args: Any) -> int:
-        raise OSError(errno.EXDEV, "cross-device")
-
-    monkeypatch.setattr(os, "copy_file_range", refuse)
-    source = SafetensorsSource(tiny_checkpoint("llama"))
-    with CheckpointWriter(tmp_path / "out", plan_of(source)) as writer:
-        for name in source.names():
-            writer.copy(name, source)
+def test_copy_of_a_tensor_larger_than_the_buffer(tmp_path: Path) -> None:
+    save_file({"head": torch.ones(3), "big": torch.randn(3, 1 << 18)}, tmp_path / SINGLE)  # 3 MiB
+    source = Extents(tmp_path / SINGLE)
+    with CheckpointWriter(tmp_path / "out", {"new": source.extent("big").info}) as writer:
+        writer.copy("new", source, "big")
         writer.commit()
-    for name, tensor in load_file(tmp_path / "out" / SINGLE).items():
-        assert torch.equal(tensor, source.read(name))
+    assert torch.equal(load_file(tmp_path / "out" / SINGLE)["new"], source.read("big"))
+
+
+def test_source_that_breaks_off_is_no_output_error(tmp_path: Path) -> None:
+    save_file({"t": torch.ones(3, 1 << 18)}, tmp_path / SINGLE)
+    source = Extents(tmp_path / SINGLE)
+    os.truncate(tmp_path / SINGLE, 1 << 20)
+    with CheckpointWriter(tmp_path / "out", {"t": source.extent("t").info}) as writer:
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: became shorter"):
+            writer.copy("t", source)
+        with pytest.raises(CheckpointError, match="1 planned tensors not written"):
+            writer.commit()
 
 
 # ---- mistakes -----------------------------------------------------------------------------------------------
@@ -235,7 +252,7 @@ def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for call in ("pwrite", "copy_file_range", "ftruncate"):
+    for call in ("pwrite", "posix_fallocate", "fsync"):
         with monkeypatch.context() as patch:
             patch.setattr(os, call, full)
             with pytest.raises(OutputError) as found:
@@ -247,24 +264,10 @@ def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_a_copy(parent: Path) -> None:
-    from safetensors.torch import save_file
-
-    from octad.checkpoint.shard import read_header
-
     save_file({"t": torch.ones(8)}, parent / SINGLE)
-
-    class Source:
-        extents = read_header(parent / SINGLE)
-
-        def extent(self, name: str) -> Any:
-            return self.extents[name]
-
-        def read(self, name: str) -> torch.Tensor:
-            return self.extents[name].read()
-
     plan = {"t": TensorInfo((8,), torch.float32), "u": TensorInfo((8,), torch.float32)}
     with CheckpointWriter(parent / "out", plan) as writer:
-        writer.copy("t", Source())
+        writer.copy("t", Extents(parent / SINGLE))
         writer.write("u", torch.ones(8))
         writer.commit()
 

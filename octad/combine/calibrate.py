@@ -1,0 +1,126 @@
+"""The calibration pass: text through the shared attention and one expert, to see what the routers will read.
+
+    for layer, number, x_ND, weight_N in gate_inputs(source, runs, dtype):  # x: exactly the tensor that a router reads
+        ...
+
+Each expert's text runs through its own expert, and part of it through the generalist (the base as an expert) too. The
+first is what a well-routed token looks like; the second is what a token looks like before anyone has chosen well, and
+cannot give the label away by the fingerprint of its own expert (docs/log.md has the measurement). Neither depends on the
+other specialists, so the statistics of an expert stay true when others come or go.
+
+One layer of one expert is in memory at a time, whatever the model's size, and each weight is read once. Padding never
+reaches the statistics.
+
+Shapes: B sequences, S positions, N real tokens of one run, D model, F feed-forward hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from octad.checkpoint.names import EMBEDDING, expert_name
+from octad.checkpoint.source import TensorSource
+from octad.checkpoint.text import Batch, Window, batches
+from octad.model.config import ModelConfig
+from octad.model.moe import MLP
+from octad.model.rope import Rope
+from octad.model.transformer import DecoderLayer
+
+EARLY_POSITIONS, EARLY_WEIGHT = (
+    32,
+    3.0,
+)  # a text's first tokens are hardest to route and fewest: they count more
+
+
+@dataclass(frozen=True)
+class Run:
+    """Text of expert `label` sent through expert `path`; every token counts `weight` times."""
+
+    label: int
+    path: int
+    windows: Sequence[Window]
+    weight: float = 1.0
+
+    def mass(self) -> float:
+        """The sum of its tokens' weights."""
+        early = sum(min(len(w.ids), EARLY_POSITIONS) for w in self.windows)
+        total = sum(len(w.ids) for w in self.windows)
+        return self.weight * (total + (EARLY_WEIGHT - 1) * early)
+
+
+@torch.no_grad()
+def gate_inputs(
+    source: TensorSource, runs: Sequence[Run], dtype: torch.dtype
+) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
+    """Yields (layer, number of the run, x_ND, weight_N) for every layer: router inputs of the run's real tokens.
+
+    `source` is a mixture, written or not; an expert that no run passes through is not read. Arithmetic and x in `dtype`,
+    weights in float32.
+    """
+    config, rope = source.config, Rope(source.config)
+    embedding = source.read(EMBEDDING).to(dtype)
+    texts = [list(batches(run.windows)) for run in runs]
+    states = [[embedding[batch.tokens] for batch in text] for text in texts]
+    weights = [
+        torch.cat([_weights(batch) for batch in text]) * run.weight
+        for text, run in zip(texts, runs, strict=True)
+    ]
+    del embedding
+    for layer in range(config.num_hidden_layers):
+        block = load_block(source, layer, dtype)
+        for path in sorted({run.path for run in runs}):
+            mlp = load_expert(source, layer, path, dtype)
+            for number in (n for n, run in enumerate(runs) if run.path == path):
+                seen = [
+                    _advance(block, mlp, rope, states[number], i, batch)
+                    for i, batch in enumerate(texts[number])
+                ]
+                yield layer, number, torch.cat(seen), weights[number]
+
+
+def _advance(
+    block: DecoderLayer, mlp: MLP, rope: Rope, states: list[torch.Tensor], i: int, batch: Batch
+) -> torch.Tensor:
+    """Take one batch through the layer, in place in `states`; returns the gate inputs of its real tokens, x_ND."""
+    h_BSD = block.attend(states[i], rope)
+    x_BSD: torch.Tensor = block.post_attention_layernorm(h_BSD)
+    states[i] = h_BSD + mlp(x_BSD)
+    return x_BSD[batch.mask]
+
+
+def _weights(batch: Batch) -> torch.Tensor:
+    """weight_N of a batch's real tokens, in the order of x_BSD[mask]."""
+    early = torch.arange(batch.tokens.shape[1]) < EARLY_POSITIONS
+    return torch.where(early, EARLY_WEIGHT, 1.0).expand(batch.tokens.shape)[batch.mask]
+
+
+def load_block(source: TensorSource, layer: int, dtype: torch.dtype) -> DecoderLayer:
+    """The shared part of one layer: its norms and attention (its feed-forward network stays on the meta device)."""
+    with torch.device("meta"):
+        block = DecoderLayer(dense_config(source.config), layer)
+    prefix = f"model.layers.{layer}."
+    names = [n for n, _ in block.named_parameters() if not n.startswith("mlp.")]
+    tensors = {n: source.read(prefix + n).to(dtype) for n in names}
+    block.load_state_dict(tensors, strict=False, assign=True)
+    return block
+
+
+def load_expert(source: TensorSource, layer: int, expert: int, dtype: torch.dtype) -> MLP:
+    """One expert of one layer as a dense feed-forward network."""
+    config = source.config
+    with torch.device("meta"):
+        mlp = MLP(config.hidden_size, config.moe_intermediate_size)
+    tensors = {
+        f"{part}_proj.weight": source.read(expert_name(config.model_type, layer, expert, part)).to(dtype)
+        for part in ("gate", "up", "down")
+    }
+    mlp.load_state_dict(tensors, assign=True)
+    return mlp
+
+
+def dense_config(config: ModelConfig) -> ModelConfig:
+    """The dense model that one expert of the mixture makes with the shared part."""
+    return replace(config, num_experts=0, intermediate_size=config.moe_intermediate_size)

@@ -1,0 +1,291 @@
+"""Changing one expert of a mixture that octad made: add, replace, remove, without refitting the others.
+
+    add_expert("mixture", ExpertSpec(name="welsh", model="adapters/welsh", data=("welsh.jsonl",)), Path("mixture-9"))
+    remove_expert("mixture", "french")                       # in place: staged beside it, renamed when complete
+
+Every edit is a list of slots, one for each expert of the result: the number of the expert that stays, or None for the
+newcomer. The shared part is copied as it is. Ridge statistics add up, so the newcomer's text alone is run and counted in,
+and the text of one who leaves is run once more and counted out; the routers then are those of a fresh combination, to
+rounding. Where nothing adds up (logistic, prompts, or another generalist, whom everybody's text runs through), all are
+fitted again from the calibration tokens that the mixture carries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from octad.checkpoint.load import load_tokenizer, needs_base, open_member
+from octad.checkpoint.names import EMBEDDING
+from octad.checkpoint.source import TensorSource
+from octad.checkpoint.tokenizer import Tokenizer
+from octad.checkpoint.writer import CheckpointWriter
+from octad.combine import preflight
+from octad.combine.build import calibration, expert_record, recipe_record, write_sidecars, write_weights
+from octad.combine.editable import EditableMixture, generalist_of
+from octad.combine.fit import (
+    Calibration,
+    Progress,
+    RouterFit,
+    fit_routers,
+    observe,
+    quiet,
+    runs_of,
+    solve_ridge,
+)
+from octad.combine.mixture import MixtureSource
+from octad.combine.recipe import ExpertSpec, Recipe, SharedSpec
+from octad.combine.statistics import Statistics
+from octad.combine.views import ExpertView, WriteThrough
+from octad.dist import compute_dtype
+from octad.errors import CheckpointError, RecipeError
+from octad.model.config import ModelConfig
+
+Slots = Sequence[int | None]
+EXPERT_COUNTS = ("num_local_experts", "num_experts")
+
+
+def add_expert(
+    directory: str | Path,
+    spec: ExpertSpec,
+    output: Path | None = None,
+    *,
+    base: str | None = None,
+    progress: Progress = quiet,
+) -> Path:
+    """Add one expert, the last. `output` None changes the mixture in place, atomically; returns where the result lies.
+
+    `base`: what an adapter was made on, where the mixture does not hold its base as an expert.
+    Raises RecipeError, CheckpointError, DataError, OutputError, one line each."""
+    old = EditableMixture.open(Path(directory))
+    old.refuse_name(spec.name)
+    return _change(old, [*range(len(old.names)), None], spec, output, base, f"add {spec.name}", progress)
+
+
+def replace_expert(
+    directory: str | Path,
+    name: str,
+    spec: ExpertSpec,
+    output: Path | None = None,
+    *,
+    base: str | None = None,
+    progress: Progress = quiet,
+) -> Path:
+    """Put another member in the place of expert `name`; it may keep the name. Otherwise as add_expert."""
+    old = EditableMixture.open(Path(directory))
+    place = old.place(name)
+    if spec.name != name:
+        old.refuse_name(spec.name)
+    slots = [None if e == place else e for e in range(len(old.names))]
+    note = f"replace {name}" + (f" with {spec.name}" if spec.name != name else "")
+    return _change(old, slots, spec, output, base, note, progress)
+
+
+def remove_expert(
+    directory: str | Path,
+    name: str,
+    output: Path | None = None,
+    *,
+    base: str | None = None,
+    progress: Progress = quiet,
+) -> Path:
+    """Take expert `name` out; those after it move up. Otherwise as add_expert (`base` is not needed, nor opened)."""
+    old = EditableMixture.open(Path(directory))
+    place = old.place(name)
+    left, top_k = len(old.names) - 1, old.source.config.num_experts_per_tok
+    if left < max(2, top_k):
+        need = f"each token uses {top_k}" if top_k > left else "a mixture has at least 2"
+        raise RecipeError(
+            f"{directory}: without {name!r} it has {left} experts, but {need}; replace it instead"
+        )
+    slots = [e for e in range(len(old.names)) if e != place]
+    return _change(old, slots, None, output, None, f"remove {name}", progress)
+
+
+@dataclass(frozen=True)
+class Newcomer:
+    """A member that joins: checked, with its calibration text, its entry for octad.json, and the tokenizer with it."""
+
+    member: TensorSource
+    calibration: Calibration
+    record: dict[str, Any]
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One change: which expert of the old mixture (None: the newcomer) has each place in the new one."""
+
+    old: EditableMixture
+    slots: Slots
+    recipe: Recipe
+    newcomer: Newcomer | None = None
+
+    @property
+    def members(self) -> list[TensorSource]:
+        """The new mixture's experts as dense models."""
+        return [self._newcomer.member if s is None else ExpertView(self.old.source, s) for s in self.slots]
+
+    @property
+    def calibrations(self) -> list[Calibration]:
+        """Their texts."""
+        return [self._newcomer.calibration if s is None else self.old.calibrations[s] for s in self.slots]
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """Their entries in octad.json."""
+        return [self._newcomer.record if s is None else self.old.provenance.experts[s] for s in self.slots]
+
+    @property
+    def leaving(self) -> list[int]:
+        """The old mixture's experts that have no place in the new one."""
+        return [e for e in range(len(self.old.names)) if e not in self.slots]
+
+    @property
+    def keeps_generalist(self) -> bool:
+        """True where everybody's text runs through the same generalist as before, or there was and is none."""
+        before, after = self.old.generalist, generalist_of(self.records)
+        if before is None or after is None:
+            return before is after
+        return self.slots[after] == before
+
+    @property
+    def config_dict(self) -> dict[str, Any]:
+        """The mixture's config.json with the new number of experts, and the rows that the newcomer adds."""
+        raw = dict(self.old.source.config.raw)
+        rows = [self.newcomer.member.config.vocab_size] if self.newcomer else []
+        counts = {key: len(self.slots) for key in EXPERT_COUNTS if key in raw}
+        return raw | counts | {"vocab_size": max([self.old.source.config.vocab_size, *rows])}
+
+    def source(self) -> MixtureSource:
+        """The new mixture, lazily: its shared part is the old one's, whatever the members hold."""
+        config, dtype = ModelConfig.from_dict(self.config_dict), self.old.source.info(EMBEDDING).dtype
+        shared = ExpertView(self.old.source, 0)
+        return MixtureSource(config, shared, self.members, SharedSpec(), dtype=dtype)
+
+    @property
+    def _newcomer(self) -> Newcomer:
+        if self.newcomer is None:
+            raise ValueError("a slot is None, but nobody joins")
+        return self.newcomer
+
+
+def _change(
+    old: EditableMixture,
+    slots: Slots,
+    spec: ExpertSpec | None,
+    output: Path | None,
+    base: str | None,
+    note: str,
+    progress: Progress,
+) -> Path:
+    """Carry one edit out; `note` is what octad.json will say of it."""
+    edit = Edit(old, slots, _new_recipe(old, slots, spec))
+    if spec is not None:
+        edit = replace(edit, newcomer=welcome(old, edit.recipe, spec, base, progress))
+    kept = old.foreign_files() if output is None else []
+    source = edit.source()
+    plan = {name: source.info(name) for name in source.names()}
+    with CheckpointWriter(output or old.directory, plan, overwrite=output is None) as writer:
+        through = WriteThrough(source, writer)
+        fit = refit(edit, through, progress)
+        write_weights(writer, source, fit, through.written, progress)
+        for path in kept:
+            writer.copy_in(path)
+        provenance = replace(
+            old.provenance,
+            recipe=recipe_record(edit.recipe),
+            experts=edit.records,
+            edits=[*old.provenance.edits, note],
+        )
+        tokenizer = edit.newcomer.tokenizer if edit.newcomer else load_tokenizer(old.source)
+        write_sidecars(writer, edit.config_dict, tokenizer, provenance, edit.calibrations, fit)
+        return writer.commit()
+
+
+def _new_recipe(old: EditableMixture, slots: Slots, spec: ExpertSpec | None) -> Recipe:
+    """The recipe that would combine the new mixture. Raises RecipeError for a newcomer that lacks text or prompts."""
+    specs = [spec if s is None else old.recipe.experts[s] for s in slots]
+    experts = [s.model_dump(mode="json", exclude_defaults=True) for s in specs if s is not None]
+    return Recipe.from_dict(
+        recipe_record(old.recipe) | {"experts": experts}, Path(), label=str(old.directory)
+    )
+
+
+# ---- the newcomer ------------------------------------------------------------------------------------------
+
+
+def welcome(
+    old: EditableMixture, recipe: Recipe, spec: ExpertSpec, base: str | None, progress: Progress
+) -> Newcomer:
+    """Open and check a new member as preflight does. Raises RecipeError, CheckpointError, DataError."""
+    reference = spec.model if spec.model == "base" else recipe.resolve(spec.model)
+    try:
+        wanted = base is not None or needs_base(reference)
+        under = old.base_for(base) if wanted else old.held_base()
+        member = open_member(reference, under)
+    except CheckpointError as error:
+        raise RecipeError(f"expert {spec.name!r}: {error}") from None
+    for line in preflight.check_member(spec.name, member, under, "base"):
+        progress(f"expert {spec.name!r}: {line}", 0.0)
+    alone = recipe.model_copy(update={"experts": (spec,)})
+    _, tokenizer = preflight.extended_vocabulary(alone, under, [member], load_tokenizer(old.source))
+    text = calibration(recipe, spec, tokenizer)
+    report = _measured(old, alone, under, member, tokenizer)
+    record = expert_record(spec.name, spec.model, report.kind, report.exact, text, member.provenance())
+    return Newcomer(member, text, record, tokenizer)
+
+
+def _measured(
+    old: EditableMixture, alone: Recipe, under: TensorSource, member: TensorSource, tokenizer: Tokenizer
+) -> preflight.MemberReport:
+    """What preflight measures of the only expert of the recipe `alone`: above all, if it will be held exactly."""
+    (spec,) = alone.experts
+    kind = preflight.kind_of(member, under)
+    plan = preflight.Plan(
+        recipe=alone,
+        base=under,
+        members=[member],
+        config=old.source.config,
+        config_dict={},
+        dtype=old.source.info(EMBEDDING).dtype,
+        tokenizer=tokenizer,
+        reports=[preflight.MemberReport(spec.name, spec.model, kind)],
+        measured_layers=preflight.measured_layers(under, [member]),
+    )
+    (report,) = preflight.measure_distances(plan)
+    return report
+
+
+# ---- the routers -------------------------------------------------------------------------------------------
+
+
+def refit(edit: Edit, source: TensorSource, progress: Progress = quiet) -> RouterFit:
+    """The routers of the new mixture `source`: by addition where the statistics allow, else from all stored text."""
+    old, router = edit.old, edit.recipe.router
+    if old.statistics is not None and router.method == "ridge" and edit.keeps_generalist:
+        return solve_ridge(_updated(edit, old.statistics, source, progress), router)
+    if not edit.keeps_generalist and router.method in ("ridge", "logistic"):
+        progress("the generalist changes: all routers are fitted again from the stored text", 0.0)
+    generalist = generalist_of(edit.records)
+    return fit_routers(source, router, edit.calibrations, generalist, compute_dtype(), progress)
+
+
+def _updated(edit: Edit, statistics: Statistics, source: TensorSource, progress: Progress) -> Statistics:
+    """Those who leave counted out, each in its old place; the rest moved; the newcomer counted in."""
+    old, dtype = edit.old, compute_dtype()
+    for e in edit.leaving:
+        runs = runs_of(_only(old.calibrations, e), old.generalist)
+        observe(old.source, statistics, runs, dtype, progress, sign=-1.0)
+    statistics = statistics.moved(edit.slots)
+    if None in edit.slots:
+        runs = runs_of(_only(edit.calibrations, edit.slots.index(None)), generalist_of(edit.records))
+        observe(source, statistics, runs, dtype, progress)
+    return statistics
+
+
+def _only(calibrations: Sequence[Calibration], expert: int) -> list[Calibration]:
+    """The text of one expert, all the others silent."""
+    return [c if e == expert else Calibration([], []) for e, c in enumerate(calibrations)]

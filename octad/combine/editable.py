@@ -1,0 +1,179 @@
+"""A mixture on disk as something to change: opened, checked, with what it carries for the purpose.
+
+old = EditableMixture.open(Path("mixture"))
+old.place("french"), old.generalist, old.base_for(spec, None)
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from octad.checkpoint.hf import INDEX
+from octad.checkpoint.load import open_source
+from octad.checkpoint.names import EMBEDDING, HEAD
+from octad.checkpoint.source import TensorInfo, TensorSource
+from octad.combine.fit import Calibration
+from octad.combine.recipe import Recipe
+from octad.combine.sidecars import Provenance, load_statistics
+from octad.combine.statistics import Statistics
+from octad.combine.views import ExpertView, View
+from octad.errors import CheckpointError, OctadError, OutputError, RecipeError
+from octad.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class EditableMixture:
+    """A mixture that octad made, with its recipe, calibration text and statistics."""
+
+    directory: Path
+    source: TensorSource
+    provenance: Provenance
+    recipe: Recipe
+    calibrations: list[Calibration]
+    statistics: Statistics | None
+
+    @classmethod
+    def open(cls, directory: Path) -> EditableMixture:
+        """Raises CheckpointError or RecipeError where there is no such mixture, or it cannot change in parts."""
+        source, provenance = open_source(directory), Provenance.read(directory)
+        recipe = provenance.parsed_recipe()
+        found = source.config.num_experts
+        if not found == len(provenance.experts) == len(recipe.experts):
+            raise CheckpointError(
+                f"{directory}: octad.json is of {len(provenance.experts)} experts, "
+                f"config.json of {found}; combine again"
+            )
+        if recipe.shared.method != "base":
+            raise RecipeError(
+                f"{directory}: its attention is made of all members (shared: {recipe.shared.method}), "
+                "so no expert can change alone; combine again with the changed recipe"
+            )
+        return cls(directory, source, provenance, recipe, *load_statistics(directory, found))
+
+    @property
+    def names(self) -> list[str]:
+        """The experts' names, in order."""
+        return [str(record["name"]) for record in self.provenance.experts]
+
+    @property
+    def generalist(self) -> int | None:
+        """See generalist_of."""
+        return generalist_of(self.provenance.experts)
+
+    def place(self, name: str) -> int:
+        """The number of an expert. Raises RecipeError naming the nearest one."""
+        if name in self.names:
+            return self.names.index(name)
+        near = difflib.get_close_matches(name, self.names, 1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(self.names)}"
+        raise RecipeError(f"{self.directory}: has no expert {name!r}; {hint}")
+
+    def refuse_name(self, name: str) -> None:
+        """Raises RecipeError where an expert has this name already."""
+        if name in self.names:
+            raise RecipeError(
+                f"{self.directory}: has an expert {name!r} already; choose another name, or replace it"
+            )
+
+    def held_base(self) -> RecordedBase:
+        """The base as far as the mixture holds it: feed-forward nets are the base's where there is a generalist."""
+        return RecordedBase(self.source, self.generalist or 0, self.provenance.base)
+
+    def base_for(self, reference: str | None) -> TensorSource:
+        """The base for a new adapter: `reference`, else the generalist, else the base that octad.json names.
+
+        Raises RecipeError where it cannot be opened, or is not what this mixture was made of."""
+        if reference is None and self.generalist is not None:
+            return self.held_base()
+        recorded = [str(self.provenance.base.get("label", self.recipe.base)), self.recipe.base]
+        base = _first_that_opens([reference] if reference else recorded, self.directory)
+        if tensor := self._difference(base):
+            raise RecipeError(
+                f"base {base.label}: is not the one that {self.directory} was made of ({tensor} differs); "
+                "give the right one with --base"
+            )
+        return OpenedBase(base, self.provenance.base)
+
+    def _difference(self, base: TensorSource) -> str | None:
+        """The first shared tensor of the last layer that is not the mixture's own."""
+        at = f"model.layers.{self.source.config.num_hidden_layers - 1}."
+        names = (f"{at}{part}" for part in ("input_layernorm.weight", "self_attn.q_proj.weight"))
+        for name in names:
+            ours = self.source.info(name)
+            same_shape = name in base.names() and base.info(name).shape == ours.shape
+            if not same_shape or not torch.equal(base.read(name).to(ours.dtype), self.source.read(name)):
+                return name
+        return None
+
+    def foreign_files(self) -> list[Path]:
+        """Files in the directory that are not weights: an edit in place keeps those that it does not write itself.
+
+        Raises OutputError for a directory in it, which would be lost."""
+        entries = sorted(self.directory.iterdir())
+        if inner := next((path for path in entries if path.is_dir()), None):
+            raise OutputError(
+                f"{self.directory}: holds the directory {inner.name}, which a change in place would lose; "
+                "choose another place with -o, or move it"
+            )
+        return [path for path in entries if path.suffix != ".safetensors" and path.name != INDEX]
+
+
+class RecordedBase(ExpertView):
+    """One expert with the shared part as the base: the base's own vocabulary, and its provenance from octad.json."""
+
+    def __init__(self, mixture: TensorSource, expert: int, recorded: Mapping[str, Any]) -> None:
+        super().__init__(mixture, expert)
+        self._recorded = recorded
+        self._rows = int(recorded.get("vocab_size", mixture.config.vocab_size))
+
+    @property
+    def config(self) -> ModelConfig:
+        """The dense family's, without the rows that members added to the vocabulary."""
+        return replace(super().config, vocab_size=self._rows)
+
+    def info(self, name: str) -> TensorInfo:
+        """See TensorSource."""
+        info = super().info(name)
+        return replace(info, shape=(self._rows, *info.shape[1:])) if name in (EMBEDDING, HEAD) else info
+
+    def read(self, name: str) -> torch.Tensor:
+        """See TensorSource."""
+        tensor = super().read(name)
+        return tensor[: self._rows] if name in (EMBEDDING, HEAD) else tensor
+
+    def provenance(self) -> Mapping[str, Any]:
+        """What octad.json says of the base."""
+        return self._recorded
+
+
+class OpenedBase(View):
+    """A base from elsewhere, proved to be the recorded one: its files are not hashed again."""
+
+    def __init__(self, source: TensorSource, recorded: Mapping[str, Any]) -> None:
+        super().__init__(source)
+        self._recorded = recorded
+
+    def provenance(self) -> Mapping[str, Any]:
+        """What octad.json says of the base."""
+        return self._recorded
+
+
+def generalist_of(records: Sequence[Mapping[str, Any]]) -> int | None:
+    """The first expert that is the base itself."""
+    return next((e for e, record in enumerate(records) if record["kind"] == "base"), None)
+
+
+def _first_that_opens(references: Sequence[str], directory: Path) -> TensorSource:
+    problem = ""
+    for reference in references:
+        try:
+            return open_source(reference)
+        except OctadError as error:
+            problem = str(error)
+    raise RecipeError(f"{directory}: its base cannot be opened ({problem}); say where it is with --base")

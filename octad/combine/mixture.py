@@ -1,0 +1,158 @@
+"""MixtureSource: the mixture before it is written, as a lazy source of its tensors.
+
+    source = MixtureSource(config, base, members, shared=SharedSpec("base"), routers={})
+    source.read("model.layers.3.block_sparse_moe.experts.5.w1.weight")     # member 5's gate projection of layer 3
+
+Every output tensor is a pure function of a few input tensors, computed when asked for and forgotten. Writing a mixture,
+fitting its routers and changing one of its experts are loops over such a source, so memory never holds more than a few
+tensors, whatever the model's size.
+
+Shapes: E experts, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from octad.checkpoint.names import dense_mlp_name, expert_name, layer_of, router_name, tensor_plan
+from octad.checkpoint.source import TensorInfo, TensorSource
+from octad.combine.recipe import SharedSpec
+from octad.combine.shared import METHODS
+from octad.combine.views import ExpertView, RememberLast
+from octad.errors import CheckpointError
+from octad.model.config import ModelConfig
+
+VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
+SMALLEST_WEIGHT = 1e-12  # a row that only members of weight 0 have is theirs all the same
+_INERT = re.compile(r"\.mlp\.shared_expert(_gate)?\.")
+
+
+class MixtureSource:
+    """E dense members over one base, seen as the checkpoint of a mixture. Routers are filled in as they are fitted."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        base: TensorSource,
+        members: Sequence[TensorSource],
+        shared: SharedSpec,
+        weights: Sequence[float] | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self.config, self.base, self.members, self.shared, self.dtype = config, base, members, shared, dtype
+        total = sum(weights) if weights else 0.0
+        self.weights = (
+            [w / total for w in weights] if weights and total else [1 / len(members)] * len(members)
+        )
+        self.routers: dict[str, torch.Tensor] = {}
+        self._shapes = tensor_plan(config)
+        self._origins = {
+            expert_name(config.model_type, layer, e, part): (member, dense_mlp_name(layer, part))
+            for layer in range(config.num_hidden_layers)
+            for e, member in enumerate(members)
+            for part in ("gate", "up", "down")
+        }
+        self._router_names = {
+            router_name(config.model_type, layer) for layer in range(config.num_hidden_layers)
+        }
+
+    @property
+    def label(self) -> str:
+        """See TensorSource."""
+        return "the mixture"
+
+    @property
+    def directory(self) -> Path | None:
+        """See TensorSource: nothing is on disk yet."""
+        return None
+
+    def names(self) -> list[str]:
+        """All tensor names; a layer's tensors are neighbours."""
+        return list(self._shapes)
+
+    def info(self, name: str) -> TensorInfo:
+        """See TensorSource."""
+        try:
+            return TensorInfo(self._shapes[name], self.dtype)
+        except KeyError:
+            raise CheckpointError(f"the mixture has no tensor {name!r}") from None
+
+    def origin(self, name: str) -> tuple[TensorSource, str] | None:
+        """The one input tensor that this output tensor is a copy of, if it is one."""
+        if name in self._origins:
+            return _unwrapped(*self._origins[name])
+        is_copy = self.shared.method == "base" and name not in self._router_names and not _INERT.search(name)
+        if is_copy and self.base.info(name).shape == self._shapes[name]:
+            return _unwrapped(self.base, name)
+        return None
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor in the mixture's dtype. Raises CheckpointError for a router that is not fitted yet."""
+        if origin := self.origin(name):
+            return origin[0].read(origin[1]).to(self.dtype)
+        if name in self._router_names:
+            if name not in self.routers:
+                raise CheckpointError(f"router {name} is not fitted yet")
+            return self.routers[name].to(self.dtype)
+        if _INERT.search(name):
+            return torch.zeros(self._shapes[name], dtype=self.dtype)
+        return self._merged(name).to(self.dtype)
+
+    def _merged(self, name: str) -> torch.Tensor:
+        """A shared tensor by the recipe's method; rows of the vocabulary that only some members have, from those."""
+        base = self.base.read(name)
+        if name in VOCABULARY_TENSORS and self._shapes[name][0] != base.shape[0]:
+            return self._merged_vocabulary(name, base)
+        method = METHODS[self.shared.method]
+        reads = [] if self.shared.method == "base" else [m.read(name) for m in self.members]
+        return method(base, reads, self.weights, spec=self.shared, name=name)
+
+    def _merged_vocabulary(self, name: str, base: torch.Tensor) -> torch.Tensor:
+        """merged_VD: common rows by the method, added rows as the weighted mean of the members that have them."""
+        rows = base.shape[0]
+        merged = torch.zeros(self._shapes[name], dtype=torch.float32)
+        mass = torch.zeros(len(merged), 1)
+        for member, weight in zip(self.members, self.weights, strict=True):
+            if member.config.vocab_size <= rows:
+                continue
+            theirs = member.read(name)[rows:].float()
+            added = slice(rows, rows + len(theirs))
+            mass[added] += max(weight, SMALLEST_WEIGHT)
+            merged[added] += (theirs - merged[added]) * (max(weight, SMALLEST_WEIGHT) / mass[added])
+        common = [] if self.shared.method == "base" else [m.read(name)[:rows] for m in self.members]
+        merged[:rows] = METHODS[self.shared.method](base, common, self.weights, spec=self.shared, name=name)
+        return merged
+
+    def provenance(self) -> Mapping[str, Any]:
+        """Base and members, each with its own provenance."""
+        return {
+            "base": dict(self.base.provenance()),
+            "members": [_own(member.provenance()) for member in self.members],
+        }
+
+
+def _unwrapped(source: TensorSource, name: str) -> tuple[TensorSource, str]:
+    """The source behind the views, and its name for the tensor: where a plain copy of bytes is possible."""
+    while isinstance(source, RememberLast | ExpertView):
+        name = source.origin(name) if isinstance(source, ExpertView) else name
+        source = source.source
+    return source, name
+
+
+def _own(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """A member's provenance without its base's, which is recorded once."""
+    return {k: v for k, v in provenance.items() if k != "base"}
+
+
+def tensor_group(name: str) -> str:
+    """Which part of a model a tensor belongs to: 'ffn', 'attention', 'norms' or 'embeddings'."""
+    if layer_of(name) is None:
+        return "norms" if "norm" in name else "embeddings"
+    if ".self_attn." in name:
+        return "norms" if "norm" in name else "attention"
+    return "norms" if "layernorm" in name else "ffn"

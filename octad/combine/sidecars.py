@@ -1,0 +1,141 @@
+"""What a combined checkpoint carries besides weights: octad.json, the router statistics, and a model card.
+
+    octad.json                      recipe, members with the hashes of their files, what is exact, what the router saw
+    router_statistics.safetensors   calibration tokens, and for ridge the means and summed grams (statistics.py)
+    README.md                       the model card: how it was made, how to load it
+
+Shapes: L layers, E experts, D model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from octad.checkpoint.text import Window
+from octad.combine.fit import Calibration
+from octad.combine.recipe import Recipe
+from octad.combine.statistics import Statistics, pack, unpack
+from octad.errors import CheckpointError
+
+PROVENANCE, STATISTICS, CARD = "octad.json", "router_statistics.safetensors", "README.md"
+FORMAT = 1
+
+
+@dataclass
+class Provenance:
+    """How a mixture came to be. `experts` has one entry per expert, in order: name, model, kind, exact, tokens, files."""
+
+    recipe: dict[str, Any]
+    base: dict[str, Any]
+    experts: list[dict[str, Any]]
+    edits: list[str] = field(default_factory=list)
+    format: int = FORMAT
+
+    @classmethod
+    def read(cls, directory: Path) -> Provenance:
+        """Raises CheckpointError where octad did not make this checkpoint, or the file is damaged."""
+        path = directory / PROVENANCE
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            return cls(raw["recipe"], raw["base"], raw["experts"], raw.get("edits", []), raw["format"])
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{directory}: has no {PROVENANCE}; only a mixture made by `octad combine` can be changed"
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: damaged ({error!r}); combine again") from None
+
+    def parsed_recipe(self) -> Recipe:
+        """The recipe as an object (its paths are as the maker wrote them)."""
+        return Recipe.from_dict(dict(self.recipe), Path(), label=PROVENANCE)
+
+    def to_json(self) -> str:
+        """The file's text."""
+        return json.dumps(self.__dict__, indent=2, ensure_ascii=False) + "\n"
+
+
+def save_statistics(calibrations: Sequence[Calibration], statistics: Statistics | None) -> bytes:
+    """The bytes of router_statistics.safetensors."""
+    tensors: dict[str, torch.Tensor] = {}
+    for e, calibration in enumerate(calibrations):
+        for kind, windows in (("tokens", calibration.windows), ("negative", calibration.negative)):
+            flat = [i for w in windows for i in w.ids]
+            tensors[f"{kind}.{e}"] = torch.tensor(flat, dtype=torch.int32)
+            tensors[f"{kind}.{e}.lengths"] = torch.tensor([len(w.ids) for w in windows], dtype=torch.int32)
+    if statistics is not None:
+        tensors["means"] = statistics.means.contiguous()
+        tensors["grams"] = pack(statistics.grams)
+    return save(tensors, {"format": "pt"})
+
+
+def load_statistics(directory: Path, experts: int) -> tuple[list[Calibration], Statistics | None]:
+    """Calibrations and statistics of a mixture. Raises CheckpointError where they are missing or do not fit."""
+    path = directory / STATISTICS
+    try:
+        tensors = load_file(path)
+        calibrations = [
+            Calibration(_windows(tensors, f"tokens.{e}"), _windows(tensors, f"negative.{e}"))
+            for e in range(experts)
+        ]
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: missing or damaged ({error}); combine again") from None
+    if "means" not in tensors:
+        return calibrations, None
+    means = tensors["means"]
+    if means.shape[1] != experts:
+        raise CheckpointError(
+            f"{path}: is of {means.shape[1]} experts, the checkpoint has {experts}; combine again"
+        )
+    return calibrations, Statistics(unpack(tensors["grams"], means.shape[2]), means)
+
+
+def _windows(tensors: Mapping[str, torch.Tensor], key: str) -> list[Window]:
+    pieces = torch.split(tensors[key], tensors[f"{key}.lengths"].tolist())
+    return [Window(tuple(piece.tolist()), 0, number) for number, piece in enumerate(pieces)]
+
+
+def model_card(provenance: Provenance, config: Mapping[str, Any], parameters: int, active: int) -> str:
+    """README.md of the checkpoint, with the front matter that model hubs read."""
+    experts = [
+        " | ".join(
+            ("", str(e), x["name"], x["model"], x["kind"], _exactness(x["exact"]), f"{x['tokens']:,}", "")
+        )
+        for e, x in enumerate(provenance.experts)
+    ]
+    edits = (
+        f"\nChanged since it was first combined: {', '.join(provenance.edits)}.\n" if provenance.edits else ""
+    )
+    router = provenance.recipe.get("router", {}).get("method", "ridge")
+    shared = provenance.recipe.get("shared", {}).get("method", "base")
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [moe, octad, merge]
+---
+# A mixture of {len(provenance.experts)} experts
+
+Made with octad out of {len(provenance.experts)} models of one base
+(`{provenance.recipe["base"]}`): {parameters:,} parameters, of which {active:,} work on a token
+(top-{config["num_experts_per_tok"]}). Architecture: {config["architectures"][0]}; it loads with
+`transformers.AutoModelForCausalLM.from_pretrained` and needs no custom code. The licences of the base and of the
+members apply.
+
+| expert | name | model | kind | held exactly | calibration tokens |
+|---|---|---|---|---|---|
+{chr(10).join(experts)}
+{edits}
+Attention, norms and embeddings: `{shared}`. Routers: `{router}`. The whole recipe and the SHA-256 of every input file
+are in `{PROVENANCE}`; `{STATISTICS}` lets `octad expert add | replace | remove` change one expert exactly.
+"""
+
+
+def _exactness(exact: bool | None) -> str:
+    return {True: "yes", False: "feed-forward only", None: "not measured"}[exact]

@@ -1,0 +1,61 @@
+"""Sufficient statistics of the routers: additive over experts, so that one expert can come or go without the others.
+
+For expert e and layer l, over the router inputs x of its calibration runs, each with its weight w:
+    mean_D = sum w x / sum w        gram_DD = sum w x x' / sum w
+A ridge router of layer l needs the means and the *sum* of the grams over experts. Stored are just these (float32), with
+the calibration tokens themselves: an expert that leaves has its gram computed again from its tokens, and taken away.
+
+Shapes: L layers, E experts, D model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Statistics:
+    """grams_LDD: summed over experts; means_LED: one for each expert."""
+
+    grams: torch.Tensor
+    means: torch.Tensor
+
+    @classmethod
+    def zeros(cls, layers: int, experts: int, dim: int) -> Statistics:
+        """Nothing seen yet."""
+        return cls(torch.zeros(layers, dim, dim), torch.zeros(layers, experts, dim))
+
+    def add(
+        self, layer: int, expert: int, x_ND: torch.Tensor, share_N: torch.Tensor, sign: float = 1.0
+    ) -> None:
+        """Count inputs of an expert in, or out again with sign=-1. Shares of all its inputs add up to one."""
+        x = x_ND.float()
+        weighted = x * (sign * share_N)[:, None]
+        self.grams[layer].addmm_(weighted.T, x)
+        self.means[layer, expert] += weighted.sum(0)
+
+    def moved(self, slots: Sequence[int | None]) -> Statistics:
+        """The same with expert slots[e] in place e; None is a place of which nothing is seen yet.
+
+        The gram of an expert that is left out must have been counted out before."""
+        L, _, D = self.means.shape
+        rows = [torch.zeros(L, D) if s is None else self.means[:, s] for s in slots]
+        return Statistics(self.grams, torch.stack(rows, dim=1))
+
+
+def pack(grams_LDD: torch.Tensor) -> torch.Tensor:
+    """The lower triangles, [L, D(D+1)/2]: a gram is symmetric."""
+    rows, columns = torch.tril_indices(*grams_LDD.shape[1:])
+    return grams_LDD[:, rows, columns]
+
+
+def unpack(packed: torch.Tensor, dim: int) -> torch.Tensor:
+    """The inverse of pack, grams_LDD."""
+    rows, columns = torch.tril_indices(dim, dim)
+    grams = torch.zeros(len(packed), dim, dim)
+    grams[:, rows, columns] = packed
+    grams[:, columns, rows] = packed
+    return grams

@@ -1,0 +1,134 @@
+"""Sources seen through a lens: a memory of the last tensor, one expert as a dense model, a copy written on the way.
+
+Each wraps a TensorSource and is one, so that the loops of combine work on all of them alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from octad.checkpoint.names import dense_mlp_name, expert_name, tensor_plan
+from octad.checkpoint.source import TensorInfo, TensorSource
+from octad.checkpoint.writer import CheckpointWriter
+from octad.model.config import ModelConfig
+
+DENSE_FAMILY = {"mixtral": "llama", "qwen2_moe": "qwen2", "qwen3_moe": "qwen3"}
+
+
+class View:
+    """A source that hands everything on to another one."""
+
+    def __init__(self, source: TensorSource) -> None:
+        self.source = source
+
+    @property
+    def label(self) -> str:
+        """See TensorSource."""
+        return self.source.label
+
+    @property
+    def config(self) -> ModelConfig:
+        """See TensorSource."""
+        return self.source.config
+
+    @property
+    def directory(self) -> Path | None:
+        """See TensorSource."""
+        return self.source.directory
+
+    def names(self) -> list[str]:
+        """See TensorSource."""
+        return self.source.names()
+
+    def info(self, name: str) -> TensorInfo:
+        """See TensorSource."""
+        return self.source.info(name)
+
+    def read(self, name: str) -> torch.Tensor:
+        """See TensorSource."""
+        return self.source.read(name)
+
+    def provenance(self) -> Mapping[str, Any]:
+        """See TensorSource."""
+        return self.source.provenance()
+
+
+class RememberLast(View):
+    """Keeps the tensor it read last: members that are adapters ask their base for the same one in turn."""
+
+    def __init__(self, source: TensorSource) -> None:
+        super().__init__(source)
+        self._name = ""
+        self._tensor = torch.empty(0)
+
+    def read(self, name: str) -> torch.Tensor:
+        """See TensorSource; a copy, so that the caller may change it."""
+        if name != self._name:
+            self._tensor, self._name = self.source.read(name), name
+        return self._tensor.clone()
+
+
+class WriteThrough(View):
+    """Everything read is also written to the checkpoint in the making: weights are read once, for both."""
+
+    def __init__(self, source: TensorSource, writer: CheckpointWriter) -> None:
+        super().__init__(source)
+        self.writer = writer
+        self.written: set[str] = set()
+
+    def read(self, name: str) -> torch.Tensor:
+        """See TensorSource."""
+        tensor = self.source.read(name)
+        if name not in self.written:
+            self.writer.write(name, tensor)
+            self.written.add(name)
+        return tensor
+
+
+class ExpertView(View):
+    """One expert of a mixture, with the shared part, seen as the dense model that it is."""
+
+    def __init__(self, mixture: TensorSource, expert: int) -> None:
+        super().__init__(mixture)
+        self.expert = expert
+        config = mixture.config
+        self._names = {
+            dense_mlp_name(layer, part): expert_name(config.model_type, layer, expert, part)
+            for layer in range(config.num_hidden_layers)
+            for part in ("gate", "up", "down")
+        }
+
+    @property
+    def config(self) -> ModelConfig:
+        """The dense family that this mixture family is made of."""
+        config = self.source.config
+        return replace(
+            config,
+            model_type=DENSE_FAMILY.get(config.model_type, config.model_type),
+            num_experts=0,
+            num_experts_per_tok=0,
+            intermediate_size=config.moe_intermediate_size,
+            moe_intermediate_size=0,
+            shared_expert_intermediate_size=0,
+        )
+
+    def names(self) -> list[str]:
+        """The names of the dense model."""
+        return list(tensor_plan(self.config))
+
+    def origin(self, name: str) -> str:
+        """What the mixture calls this tensor."""
+        return self._names.get(name, name)
+
+    def info(self, name: str) -> TensorInfo:
+        """See TensorSource."""
+        return self.source.info(self.origin(name))
+
+    def read(self, name: str) -> torch.Tensor:
+        """See TensorSource."""
+        return self.source.read(self.origin(name))

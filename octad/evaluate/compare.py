@@ -1,0 +1,180 @@
+"""The first comparison: the mixture beside everything it is made of, in bits per byte of held-out text.
+
+    comparison = compare(source, domains, tokens=4096, window=512)
+    comparison.bits["mixture top-2"]["french"], comparison.mean("oracle"), comparison.load["french"]
+
+Contestants see the same tokens in the same windows: every member, the soup (mean of the members that are not the base),
+the mixture at top-1, top-2 and its own top-k, and the oracle, which is the best member of each domain, told the domain.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from octad.checkpoint.load import load_model, load_tokenizer
+from octad.checkpoint.source import TensorSource
+from octad.checkpoint.text import Window, read_windows
+from octad.dist import compute_dtype
+from octad.errors import DataError
+from octad.evaluate.contestants import Contestant, Member, Soup, TopK, contestant, counted_load
+from octad.evaluate.loss import bits_per_byte, nats_per_token, window_nats
+from octad.model.transformer import Transformer
+
+Domains = Mapping[str, Sequence[Path]]
+Progress = Callable[[str, float], None]
+
+
+@dataclass
+class Comparison:
+    """bits[contestant][domain] in bits per byte, nats the same in nats per token, load[domain] the mixture's shares."""
+
+    model: str
+    domains: list[str]
+    members: list[str]
+    mixtures: list[str]
+    inexact: list[str]
+    tokens: dict[str, int]
+    bits: dict[str, dict[str, float]] = field(default_factory=dict)
+    nats: dict[str, dict[str, float]] = field(default_factory=dict)
+    load: dict[str, list[float]] = field(default_factory=dict)
+
+    def mean(self, name: str, measure: str = "bits") -> float:
+        """Mean over the domains, each counted once."""
+        values = (self.bits if measure == "bits" else self.nats)[name].values()
+        return sum(values) / len(values)
+
+    def add_oracle(self) -> None:
+        """The contestant that takes the best member of each domain."""
+        for table in (self.bits, self.nats):
+            table["oracle"] = {d: min(table[m][d] for m in self.members) for d in self.domains}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, with the means, for JSON."""
+        means = {
+            name: {"bits_per_byte": self.mean(name), "nats_per_token": self.mean(name, "nats")}
+            for name in self.bits
+        }
+        return {**self.__dict__, "mean": means}
+
+
+def read_domains(path: Path) -> dict[str, list[Path]]:
+    """A YAML file `domains: {name: file or [files]}`; paths are relative to it. Raises DataError with one line."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
+    table = raw.get("domains") if isinstance(raw, dict) else None
+    if not isinstance(table, dict) or not table:
+        raise DataError(f"{path}: expected 'domains:' with a file for each domain name")
+    files: dict[str, list[Path]] = {}
+    for name, value in table.items():
+        listed = [value] if isinstance(value, str) else value
+        if not isinstance(listed, list) or not all(isinstance(v, str) for v in listed) or not listed:
+            raise DataError(f"{path}: domain {name!r}: expected a file or a list of files, found {value!r}")
+        files[str(name)] = [path.parent / v for v in listed]
+    return files
+
+
+def compare(
+    source: TensorSource,
+    domains: Domains,
+    *,
+    tokens: int = 4096,
+    window: int = 512,
+    progress: Progress = lambda stage, done: None,
+) -> Comparison:
+    """Judge a mixture and its parts, or a dense model alone, on `tokens` held-out tokens a domain."""
+    tokenizer = load_tokenizer(source)
+    window = min(window, source.config.max_position_embeddings)
+    texts = {name: _windows(name, files, tokenizer, tokens, window) for name, files in domains.items()}
+    model = load_model(source, compute_dtype())
+    names, inexact, specialists = expert_names(source)
+    field_of = contestants(model, names, specialists)
+    members = [n for n in names if n in field_of]
+    result = Comparison(
+        source.label,
+        list(texts),
+        members,
+        [n for n, who in field_of.items() if isinstance(who, TopK)],
+        inexact,
+        {name: sum(len(w.ids) - 1 for w in windows) for name, windows in texts.items()},
+    )
+    total = sum(result.tokens.values()) * max(1, len(field_of))
+    done = 0
+
+    def tick(count: int) -> None:
+        nonlocal done
+        done += count
+        progress("judging", min(1.0, done / total))
+
+    for name, who in field_of.items() or {"model": None}.items():
+        _judge(result, model, name, who, texts, tick)
+    if members:
+        result.add_oracle()
+    return result
+
+
+def _windows(name: str, files: Sequence[Path], tokenizer: Any, tokens: int, window: int) -> list[Window]:
+    try:
+        return read_windows(files, tokenizer, tokens=tokens, window=window)
+    except DataError as error:
+        raise DataError(f"domain {name!r}: {error}") from None
+
+
+def _judge(
+    result: Comparison,
+    model: Transformer,
+    name: str,
+    who: Contestant | None,
+    texts: Mapping[str, list[Window]],
+    tick: Callable[[int], None],
+) -> None:
+    """Fill in one contestant's row; the mixture at its own top-k also tells its load."""
+    own = isinstance(who, TopK) and who.k == model.config.num_experts_per_tok
+    for domain, windows in texts.items():
+        if who is None:
+            nats = window_nats(model, windows, progress=tick)
+        elif own:
+            with counted_load(model) as loads:
+                nats = window_nats(model, windows, progress=tick)
+            shares = torch.stack([load / load.sum() for load in loads]).mean(0)
+            result.load[domain] = [round(float(s), 4) for s in shares]
+        else:
+            with contestant(model, who):
+                nats = window_nats(model, windows, progress=tick)
+        result.bits.setdefault(name, {})[domain] = bits_per_byte(nats, windows)
+        result.nats.setdefault(name, {})[domain] = nats_per_token(nats, windows)
+
+
+def contestants(
+    model: Transformer, names: Sequence[str], specialists: Sequence[int]
+) -> dict[str, Contestant]:
+    """Who takes part; none for a dense model."""
+    config = model.config
+    if not config.is_moe:
+        return {}
+    table: dict[str, Contestant] = {name: Member(e) for e, name in enumerate(names)}
+    table["soup"] = Soup(tuple(specialists))
+    ks = sorted({1, min(2, config.num_experts), config.num_experts_per_tok})
+    return table | {f"mixture top-{k}": TopK(k) for k in ks}
+
+
+def expert_names(source: TensorSource) -> tuple[list[str], list[str], list[int]]:
+    """Names of the experts, of those that are not held exactly, and the indices of those that are not the base.
+
+    From octad.json where octad made the mixture; otherwise 'expert 0', 'expert 1', ..."""
+    count = source.config.num_experts
+    path = source.directory / "octad.json" if source.directory else None
+    if path is None or not path.exists():
+        return [f"expert {e}" for e in range(count)], [], list(range(count))
+    experts = json.loads(path.read_text(encoding="utf-8"))["experts"]
+    inexact = [e["name"] for e in experts if not e["exact"]]
+    specialists = [i for i, e in enumerate(experts) if e["kind"] != "base"]
+    return [e["name"] for e in experts], inexact, specialists or list(range(count))

