@@ -168,7 +168,7 @@ def main() -> None:
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except OctadError as error:
-        print(f"octad: {error}", file=sys.stderr)
+        print(f"octad: {' '.join(str(error).splitlines())}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         print(

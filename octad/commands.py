@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from octad import terminal
+from octad.dist import keep_freed_memory
 from octad.errors import OctadError, OutputError
 
 
@@ -18,6 +19,7 @@ def combine(recipe: Path, output: Path | None, *, dry_run: bool, overwrite: bool
     from octad.combine.preflight import preflight
     from octad.combine.recipe import Recipe
 
+    keep_freed_memory()
     loaded = Recipe.load(recipe)
     if output is None and not dry_run:
         raise OutputError(f"{recipe}: no output given; add -o DIRECTORY (or --dry-run)")
@@ -49,7 +51,7 @@ def edit(
         if verb == "remove":
             path = room.remove_expert(mixture, name, output, base=base, progress=progress)
         else:
-            spec = ExpertSpec(name=name, model=str(model), data=tuple(data))
+            spec = ExpertSpec.checked(name, str(model), tuple(data))
             if verb == "add":
                 path = room.add_expert(mixture, spec, output, base=base, progress=progress)
             else:
@@ -76,6 +78,7 @@ def evaluate(model: str, data: Path, tokens: int, window: int, *, as_json: bool)
     from octad.checkpoint.load import open_source
     from octad.evaluate.compare import compare, read_domains
 
+    keep_freed_memory()
     domains = read_domains(data)
     with terminal.progress_bar() as progress:
         result = compare(open_source(model), domains, tokens=tokens, window=window, progress=progress)
@@ -94,6 +97,7 @@ def generate(model: str, prompt: str, *, chat: bool, **options: Any) -> None:
 
     if not prompt.strip():
         raise OctadError("the prompt is empty; give some text")
+    keep_freed_memory()
     source = open_source(model)
     tokenizer = load_tokenizer(source)
     ids = (

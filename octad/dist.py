@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
+
 import torch
 
 
@@ -16,3 +19,18 @@ def cpu_has_bfloat16() -> bool:
     """True where the CPU has bfloat16 dot products (AVX512_BF16 or AMX)."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to reuse freed blocks up to 32 MB instead of returning them to the system each time.
+
+    PyTorch allocates every activation afresh; with glibc's defaults each one of a few MB is mapped, zeroed page by page
+    and unmapped again, which on virtual machines costs as much as the arithmetic. Does nothing on other systems."""
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # a C library that is not glibc
+        return
+    mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its largest
+    mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -27,17 +27,27 @@ BARS = "▁▂▃▄▅▆▇█"
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, float], None]]:
-    """A bar on stderr with time left; call it with a stage's name and the share done, 0 to 1."""
+    """A bar on stderr with time left; call it with a stage's name and the share done, 0 to 1.
+
+    It appears with the first call, and vanishes where the work inside fails."""
     columns = (TextColumn("{task.description:12}"), BarColumn(40), TextColumn("{task.percentage:3.0f} %"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err) as bar:
-        tasks: dict[str, object] = {}
+    bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err)
+    tasks: dict[str, TaskID] = {}
 
-        def update(stage: str, done: float) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=1.0)
-            bar.update(tasks[stage], completed=done)  # type: ignore[arg-type]
+    def update(stage: str, done: float) -> None:
+        bar.start()  # not before there is something to show; harmless when started
+        if stage not in tasks:
+            tasks[stage] = bar.add_task(stage, total=1.0)
+        bar.update(tasks[stage], completed=done)
 
+    try:
         yield update
+    except BaseException:
+        bar.live.transient = True  # an error is one line, with no half-full bar above it
+        raise
+    finally:
+        if tasks:
+            bar.stop()
 
 
 def size(count: float) -> str:

@@ -32,7 +32,8 @@ def imported_modules(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found.add(node.module or "")
+            names = [f"octad.{alias.name}" for alias in node.names]  # `from octad import commands`
+            found |= set(names) if node.module == "octad" else {node.module or ""}
     return found
 
 

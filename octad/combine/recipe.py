@@ -51,6 +51,14 @@ class ExpertSpec(Section):
     positive_prompts: StringList = ()
     negative_prompts: StringList = ()
 
+    @classmethod
+    def checked(cls, name: str, model: str, data: tuple[str, ...] = ()) -> ExpertSpec:
+        """A member given outside a recipe. Raises RecipeError."""
+        try:
+            return cls(name=name, model=model, data=data)
+        except ValidationError as error:
+            raise RecipeError(f"expert {name!r}: {_one_line(error)}") from None
+
 
 class RouterSpec(Section):
     """How the routers are fitted. `tokens` and `window` are counts of tokens per expert and per sequence."""

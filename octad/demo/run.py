@@ -12,7 +12,7 @@ from pathlib import Path
 from octad import commands, terminal
 
 HERE = Path(__file__).parent
-TOKENS, WINDOW = 512, 256  # held-out tokens a domain: enough to see, few enough to wait for
+TOKENS, WINDOW = 256, 128  # held-out tokens a domain: enough to see, few enough to wait for
 SAMPLES = (
     ("Prose", "It was a dark and stormy evening when Elizabeth", {"temperature": 0.7, "top_p": 0.9}),
     ("Code", 'def is_prime(n):\n    """Return True if n is a prime number."""\n', {"temperature": 0.0}),
@@ -22,9 +22,10 @@ SAMPLES = (
 def run(output: Path) -> None:
     """Combine, judge, write; prints as it goes. Raises OctadError."""
     from octad.checkpoint.load import load_model, load_tokenizer, open_source
-    from octad.dist import compute_dtype
+    from octad.dist import compute_dtype, keep_freed_memory
     from octad.evaluate.compare import compare, expert_names, read_domains
 
+    keep_freed_memory()
     started = time.monotonic()
     terminal.out.rule("1. eight models, one mixture", align="left")
     commands.combine(HERE / "recipe.yaml", output, dry_run=False, overwrite=True, shard_bytes=5e9)
@@ -35,6 +36,9 @@ def run(output: Path) -> None:
         comparison = compare(source, domains, tokens=TOKENS, window=WINDOW, progress=progress)
     terminal.show_comparison(comparison)
     terminal.out.print(terminal.verdict(comparison))
+    terminal.out.print(
+        f"({TOKENS} tokens a domain: a quick look; the last lines below say how to judge on more)"
+    )
     terminal.out.rule("3. what it writes, each word in the colour of its main expert", align="left")
     model, tokenizer = load_model(source, compute_dtype()), load_tokenizer(source)
     terminal.out.print(terminal.legend(expert_names(source)[0]))

