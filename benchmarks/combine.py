@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from measure import hardware, run, save, tell, tree_bytes
+from measure import command_line, hardware, run, save, tell, tree_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "octad" / "demo"
@@ -247,7 +247,7 @@ def calibration_cost(recipe_path: Path) -> dict[str, float]:
 
 def benchmark(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Everything in turn; what is known is saved after each step."""
-    results: dict[str, Any] = {"benchmark": "combine", "command": " ".join(sys.argv)}
+    results: dict[str, Any] = {"benchmark": "combine", "command": command_line()}
     results |= {"tokens": options.tokens, "judge_tokens": options.judge_tokens, "window": options.window}
     speed = results["speed"] = {}
     judged = results["judged"] = {}

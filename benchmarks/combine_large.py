@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from measure import hardware, run, save, tell, tree_bytes
+from measure import command_line, hardware, run, save, tell, tree_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 KEEP_FREE = 15e9
@@ -158,7 +158,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "combine_large.json")
     options = parser.parse_args()
-    results: dict[str, Any] = {"benchmark": "combine_large", "command": " ".join(sys.argv), "sizes": {}}
+    results: dict[str, Any] = {"benchmark": "combine_large", "command": command_line(), "sizes": {}}
     for name in options.sizes:
         with tempfile.TemporaryDirectory(dir=options.work, prefix="octad-bench-") as work:
             needed = float(name.split()[0]) * 1.4e9

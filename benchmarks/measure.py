@@ -64,6 +64,11 @@ def hardware() -> dict[str, Any]:
     }
 
 
+def command_line() -> str:
+    """This benchmark's command, paths without their directories."""
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *(Path(a).name for a in sys.argv[1:])])
+
+
 def tell(text: str) -> None:
     """One line of progress on stderr."""
     print(f"[{time.monotonic() - STARTED:6.1f} s] {text}", file=sys.stderr, flush=True)

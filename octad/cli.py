@@ -164,9 +164,10 @@ def main() -> None:
     """Entry point: runs the command and turns errors into exit codes."""
     started = time.monotonic()
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        code = app(standalone_mode=False)  # None, or what typer makes of an Exit: 130 for an interruption
+        if code == 130:
+            raise KeyboardInterrupt
+        sys.exit(code)
     except OctadError as error:
         print(f"octad: {' '.join(str(error).splitlines())}", file=sys.stderr)
         sys.exit(2)
@@ -178,7 +179,8 @@ def main() -> None:
         sys.exit(130)
     except Exception as error:
         if hasattr(error, "format_message"):  # click's own usage errors
-            print(f"octad: {error.format_message()}", file=sys.stderr)
+            if message := " ".join(error.format_message().split()):  # empty where help was printed instead
+                print(f"octad: {message}", file=sys.stderr)
             sys.exit(2)
         raise
 

@@ -44,10 +44,12 @@ def progress_bar() -> Iterator[Callable[[str, float], None]]:
         yield update
     except BaseException:
         bar.live.transient = True  # an error is one line, with no half-full bar above it
+        err.quiet = not err.is_terminal  # rich would leave an empty line in a file
         raise
     finally:
         if tasks:
             bar.stop()
+        err.quiet = False
 
 
 def size(count: float) -> str:

@@ -19,7 +19,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent / "combine"))
 from members import adapter, edit_config, full_member, make_base, save_tokenizer, text_file
 
-from octad import cli
+from octad import cli, terminal
 
 Outcome = tuple[int, str, str]
 Octad = Callable[..., Outcome]
@@ -128,6 +128,9 @@ def test_overwrite(world: World, octad: Octad, tmp_path: Path) -> None:
     output = tmp_path / "m"
     output.mkdir()
     (output / "old").touch()
+    refused(octad("combine", world.recipe, "-o", output, "--overwrite"), str(output))  # no model: left alone
+    assert (output / "old").exists()
+    (output / "config.json").write_text("{}")
     assert octad("combine", world.recipe, "-o", output, "--overwrite")[0] == 0
     assert names(output) == ["general", "lora", "full"]
     assert not (output / "old").exists()
@@ -198,9 +201,11 @@ def test_generate(world: World, mixture: Path, octad: Octad) -> None:
 
 def test_version_and_help(octad: Octad) -> None:
     assert set(json.loads(octad("version")[1])) == {"octad", "torch", "safetensors", "tokenizers"}
-    code, out, err = octad("--help")
-    assert (code, err) == (0, "")
-    assert "combine" in out
+    for arguments in (["--help"], [], ["expert"], ["combine", "--help"]):
+        code, out, err = octad(*arguments)
+        assert "Usage" in out + err
+        assert code == (2 if arguments in ([], ["expert"]) else 0)
+        assert "octad: " not in err
 
 
 # ---- what does not: the recipe and what it names --------------------------------------------------------------
@@ -317,7 +322,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "bad config": (lambda m: (m / "config.json").write_text("{"), "config.json"),
     "config of a list": (lambda m: (m / "config.json").write_text("[]"), "config.json"),
     "no family": (lambda m: edit_config(m, model_type="gpt2"), "gpt2"),
-    "other config": (lambda m: edit_config(m, hidden_size=64, head_dim=8), "expected"),
+    "other config": (lambda m: edit_config(m, hidden_size=64, head_dim=8), "config.json asks for"),
     "no weights": (lambda m: (m / "model.safetensors").unlink(), "safetensors"),
     "other tokenizer": (lambda m: save_tokenizer(m, swap=True), "tokenizer"),
     "bad tokenizer": (lambda m: (m / "tokenizer.json").write_text("{"), "tokenizer.json"),
@@ -424,7 +429,7 @@ def test_prompts_and_options(world: World, mixture: Path, octad: Octad) -> None:
     refused(octad("generate", mixture, "hello", "--chat"), "template")
     refused(octad("generate", mixture, "x", "--max-tokens", 0), "max-tokens")
     refused(octad("generate", mixture, "x", "--temperature", "hot"), "temperature")
-    refused(octad("generate", mixture), "PROMPT")
+    refused(octad("generate", mixture), "prompt")
     refused(octad("inspect", mixture, "--josn"), "--josn")
     refused(octad("combine", world.recipe, "-o"), "-o")
     refused(octad("inspekt", mixture), "inspekt")
@@ -463,6 +468,17 @@ def test_a_bug_keeps_its_traceback(octad: Octad, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(commands, "inspect", broken)
     with pytest.raises(ZeroDivisionError):
         octad("inspect", world.base)
+
+
+def test_a_bar_shows_only_work_that_succeeds(capsys: pytest.CaptureFixture[str]) -> None:
+    with terminal.progress_bar():
+        pass
+    with pytest.raises(TypeError), terminal.progress_bar() as progress:
+        progress("fitting", progress("fitting", 0.5) + 1)  # type: ignore[func-returns-value, operator]
+    assert capsys.readouterr().err == ""
+    with terminal.progress_bar() as progress:
+        progress("fitting", 1.0)
+    assert "fitting" in capsys.readouterr().err
 
 
 def test_an_interruption(octad: Octad, monkeypatch: pytest.MonkeyPatch, world: World) -> None:

@@ -62,4 +62,4 @@ class TensorSource(Protocol):
         """The tensor, on the CPU, in memory of its own (safe to change), in the dtype that `info` tells."""
 
     def provenance(self) -> Mapping[str, Any]:
-        """What identifies it: kind, label, and the size and SHA-256 of each file (read once, then remembered)."""
+        """What identifies it: kind, label, and the size and digest of each file (read once, then remembered)."""

@@ -152,7 +152,7 @@ def _open(path: Path) -> TextIO:
 def _document(line: str, where: str) -> Document:
     try:
         value: Any = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error})") from None
     if isinstance(value, dict) and isinstance(value.get("text"), str):
         return str(value["text"])

@@ -28,7 +28,8 @@ from octad.combine.views import RememberLast
 from octad.errors import CheckpointError, RecipeError
 from octad.model.config import ModelConfig, RopeConfig
 
-MEASURED_BYTES = 16e9  # read at most about this much to measure distances
+MEASURED_BYTES = 4e9  # read at most about this much to measure distances
+PIECE = 1 << 15  # values; torch works on so few in one thread
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SHAPE_FIELDS = (
     "hidden_size",
@@ -230,8 +231,8 @@ def measure_distances(plan: Plan) -> list[MemberReport]:
     for name in names:
         group = tensor_group(name)
         place = (group, (layer_of(name) or 0) if group in ("ffn", "attention") else 0)
-        base = plan.base.read(name).float()
-        norm = float(base.square().sum())
+        base = plan.base.read(name)
+        norm = squared_norm(base)
         for member, total in zip(plan.members, sums, strict=True):
             entry = total.setdefault(place, [0.0, 0.0])
             entry[0] += _squared_distance(member, plan.base, name, base)
@@ -254,10 +255,22 @@ def _squared_distance(member: TensorSource, base: TensorSource, name: str, tenso
             a, b, scale = factors
             return scale**2 * float(((b.T @ b) * (a @ a.T)).sum())
     try:
-        theirs = member.read(name).float()
+        theirs = member.read(name)
     except CheckpointError:  # a head that only one of the two has: noted by check_member
         return 0.0
-    return float((theirs[: len(tensor)] - tensor).square().sum())
+    return squared_norm(theirs[: len(tensor)], tensor)
+
+
+def squared_norm(x: torch.Tensor, minus: torch.Tensor | None = None) -> float:
+    """||x||^2, or ||x - minus||^2, in float32 over pieces that stay in the processor's cache: for large tensors that is
+    ten times faster than whole ones, and needs no memory."""
+    pieces = torch.split(x.reshape(-1), PIECE)
+    others = [None] * len(pieces) if minus is None else torch.split(minus.reshape(-1), PIECE)
+    total = 0.0
+    for piece, other in zip(pieces, others, strict=True):
+        values = piece.to(torch.float32, copy=True) if other is None else piece.float() - other.float()
+        total += float(values.square_().sum())
+    return total
 
 
 def _with_distances(

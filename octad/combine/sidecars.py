@@ -132,8 +132,8 @@ members apply.
 |---|---|---|---|---|---|
 {chr(10).join(experts)}
 {edits}
-Attention, norms and embeddings: `{shared}`. Routers: `{router}`. The whole recipe and the SHA-256 of every input file
-are in `{PROVENANCE}`; `{STATISTICS}` lets `octad expert add | replace | remove` change one expert exactly.
+Attention, norms and embeddings: `{shared}`. Routers: `{router}`. The whole recipe and a SHA-256 digest of every input
+file are in `{PROVENANCE}`; `{STATISTICS}` lets `octad expert add | replace | remove` change one expert exactly.
 """
 
 

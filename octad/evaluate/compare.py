@@ -23,7 +23,7 @@ from octad.checkpoint.load import load_model, load_tokenizer
 from octad.checkpoint.source import TensorSource
 from octad.checkpoint.text import Window, read_windows
 from octad.dist import compute_dtype
-from octad.errors import DataError
+from octad.errors import CheckpointError, DataError
 from octad.evaluate.contestants import Contestant, Member, Soup, TopK, contestant, counted_load
 from octad.evaluate.loss import bits_per_byte, nats_per_token, window_nats
 from octad.model.transformer import Transformer
@@ -141,9 +141,9 @@ def _judge(
     if isinstance(who, TopK) and who.k == model.config.num_experts_per_tok:
         nats: list[float] = []
         for domain, windows in texts.items():
-            with counted_load(model) as loads:
-                nats += window_nats(model, windows, progress=tick)
-            shares = torch.stack([load / load.sum() for load in loads]).mean(0)
+            with counted_load(model) as load:
+                nats += window_nats(model, windows, progress=tick, before=load.set_mask)
+            shares = torch.stack([count / count.sum() for count in load.counts]).mean(0)
             result.load[domain] = [round(float(s), 4) for s in shares]
     else:
         together = [w for windows in texts.values() for w in windows]  # large batches cost less per token
@@ -173,12 +173,18 @@ def contestants(
 def expert_names(source: TensorSource) -> tuple[list[str], list[str], list[int]]:
     """Names of the experts, of those that are not held exactly, and the indices of those that are not the base.
 
-    From octad.json where octad made the mixture; otherwise 'expert 0', 'expert 1', ..."""
+    From octad.json where octad made the mixture; otherwise 'expert 0', 'expert 1', ... Raises CheckpointError."""
     count = source.config.num_experts
     path = source.directory / "octad.json" if source.directory else None
     if path is None or not path.exists():
         return [f"expert {e}" for e in range(count)], [], list(range(count))
-    experts = json.loads(path.read_text(encoding="utf-8"))["experts"]
-    inexact = [e["name"] for e in experts if not e["exact"]]
-    specialists = [i for i, e in enumerate(experts) if e["kind"] != "base"]
-    return [e["name"] for e in experts], inexact, specialists or list(range(count))
+    try:
+        experts = json.loads(path.read_text(encoding="utf-8"))["experts"]
+        names = [str(e["name"]) for e in experts]
+        inexact = [str(e["name"]) for e in experts if not e["exact"]]
+        specialists = [i for i, e in enumerate(experts) if e["kind"] != "base"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged ({error!r}); combine again, or remove it") from None
+    if len(names) != count:
+        raise CheckpointError(f"{path}: names {len(names)} experts, the weights have {count}; remove it")
+    return names, inexact, specialists or list(range(count))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -85,15 +85,30 @@ def soup_mlp(experts: nn.Module, chosen: Sequence[int]) -> MLP:
     return mlp
 
 
-@contextmanager
-def counted_load(model: Transformer) -> Iterator[list[torch.Tensor]]:
-    """Counts inside the block how many tokens each expert of each layer gets: a list of load_E, one per layer.
+@dataclass
+class Load:
+    """How many tokens each expert got: counts_E, one per layer; where `mask` is set, of the tokens it is True for."""
 
-    Padding is counted too where there is any."""
-    loads, handles = [], []
+    counts: list[torch.Tensor] = field(default_factory=list)
+    mask: torch.Tensor | None = None
+
+    def set_mask(self, mask_BS: torch.Tensor) -> None:
+        """Count only the real tokens of the next batch."""
+        self.mask = mask_BS.flatten()
+
+    def add(self, count_E: torch.Tensor, experts_NA: torch.Tensor) -> None:
+        """One layer's choice for one batch."""
+        real = experts_NA.cpu() if self.mask is None else experts_NA.cpu()[self.mask]
+        count_E += torch.bincount(real.flatten(), minlength=len(count_E))
+
+
+@contextmanager
+def counted_load(model: Transformer) -> Iterator[Load]:
+    """Counts inside the block how many tokens each expert of each layer gets."""
+    load, handles = Load(), []
     for _, moe in moe_layers(model):
         count = torch.zeros(moe.gate.weight.shape[0], dtype=torch.long)  # type: ignore[arg-type, index]
-        loads.append(count)
+        load.counts.append(count)
 
         def observe(
             module: nn.Module,
@@ -101,11 +116,11 @@ def counted_load(model: Transformer) -> Iterator[list[torch.Tensor]]:
             out: tuple[torch.Tensor, torch.Tensor],
             count: torch.Tensor = count,
         ) -> None:
-            count += torch.bincount(out[1].flatten().cpu(), minlength=len(count))
+            load.add(count, out[1])
 
         handles.append(moe.gate.register_forward_hook(observe))
     try:
-        yield loads
+        yield load
     finally:
         for handle in handles:
             handle.remove()

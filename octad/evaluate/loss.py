@@ -29,14 +29,20 @@ def window_nats(
     *,
     tokens_per_batch: int = 4096,
     progress: Callable[[int], None] = lambda tokens: None,
+    before: Callable[[torch.Tensor], None] = lambda mask_BS: None,
 ) -> list[float]:
-    """For each window, the sum over its positions 1..S-1 of -ln p(token | the window before it), in float32."""
+    """For each window, the sum over its positions 1..S-1 of -ln p(token | the window before it), in float32.
+
+    `before` gets each batch's mask_BS (False for padding) before the batch is run."""
     nats: dict[int, float] = {}
-    numbers = {id(w): n for n, w in enumerate(windows)}
+    numbers: dict[int, list[int]] = {}
+    for number, window in enumerate(windows):
+        numbers.setdefault(id(window), []).append(number)
     for batch in batches(windows, tokens_per_batch):
+        before(batch.mask)
         losses_BS = _losses(model, batch.tokens, batch.mask)
         for row, window in enumerate(batch.windows):
-            nats[numbers[id(window)]] = float(losses_BS[row].double().sum())
+            nats[numbers[id(window)].pop()] = float(losses_BS[row].double().sum())
         progress(int(batch.mask.sum()))
     return [nats[n] for n in range(len(windows))]
 

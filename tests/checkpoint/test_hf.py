@@ -321,3 +321,16 @@ def test_git_lfs_pointer(tmp_path: Path) -> None:
     (tmp_path / SINGLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(CheckpointError, match="git lfs pull"):
         read_header(tmp_path / SINGLE)
+
+
+def test_large_files_are_hashed_by_samples(tmp_path, monkeypatch):
+    from octad.checkpoint import hf
+
+    data = bytes(range(256)) * 1000
+    path = tmp_path / "weights"
+    path.write_bytes(data)
+    monkeypatch.setattr(hf, "WHOLE_HASH_BYTES", 1000)
+    monkeypatch.setattr(hf, "SAMPLE_STRIDE", 10_000)
+    monkeypatch.setattr(hf, "SAMPLE_BYTES", 100)
+    expected = hashlib.sha256(b"".join(data[i : i + 100] for i in range(0, len(data), 10_000))).hexdigest()
+    assert hf.fingerprint(path) == {"name": "weights", "bytes": len(data), "sha256_sampled": expected}

@@ -1,0 +1,227 @@
+"""The comparison against transformers: every contestant is built a second time, out of whole models."""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TinyCheckpoint
+from judging import World, their_nats, theirs
+from members import save_tokenizer
+from peft import PeftModel
+
+from octad.checkpoint.load import load_model, load_tokenizer, open_source
+from octad.checkpoint.text import Window, read_windows
+from octad.combine import build
+from octad.errors import CheckpointError, DataError
+from octad.evaluate import compare as room
+from octad.evaluate.compare import Comparison, compare, read_domains
+from octad.evaluate.contestants import Member, Soup, TopK, contestant, counted_load, moe_layers
+from octad.model.moe import Router
+
+TOKENS, WINDOW = 150, 48
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _exact() -> Iterator[None]:
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (build, room):
+            patch.setattr(module, "compute_dtype", lambda: torch.float32)
+        yield
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
+    torch.set_num_threads(1)
+    return World(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def result(world: World) -> Comparison:
+    return compare(open_source(world.mixture), world.domains, tokens=TOKENS, window=WINDOW)
+
+
+def texts(world: World) -> dict[str, list[Window]]:
+    tokenizer = load_tokenizer(open_source(world.mixture))
+    return {d: read_windows(f, tokenizer, tokens=TOKENS, window=WINDOW) for d, f in world.domains.items()}
+
+
+def agree(result: Comparison, name: str, model: Any, world: World) -> None:
+    """A row of the table is what the model of transformers gives."""
+    for domain, windows in texts(world).items():
+        nats = sum(their_nats(model, windows))
+        tokens = sum(len(w.ids) - 1 for w in windows)
+        assert result.nats[name][domain] == pytest.approx(nats / tokens, rel=1e-4)
+        # one token a byte
+        assert result.bits[name][domain] == pytest.approx(nats / tokens / math.log(2), rel=1e-4)
+
+
+def copied_ffn(target: Any, source: Any) -> Any:
+    """`target` with the feed-forward nets of `source`."""
+    for ours, other in zip(target.model.layers, source.model.layers, strict=True):
+        ours.mlp.load_state_dict(other.mlp.state_dict())
+    return target
+
+
+def test_who_takes_part(result: Comparison) -> None:
+    members = ["general", "lora", "full", "far"]
+    assert result.members == members
+    assert result.mixtures == ["mixture top-1", "mixture top-2"]
+    assert list(result.bits) == [*members, "soup", *result.mixtures, "oracle"] == list(result.nats)
+    assert result.inexact == ["far"]
+    assert all(100 < count <= TOKENS for count in result.tokens.values())
+
+
+def test_members_are_themselves(world: World, result: Comparison) -> None:
+    agree(result, "general", theirs(world.base), world)
+    agree(result, "full", theirs(world.models["full"]), world)
+    lora = PeftModel.from_pretrained(theirs(world.base), world.models["lora"]).eval()
+    agree(result, "lora", lora, world)
+
+
+def test_an_inexact_member_has_the_shared_attention(world: World, result: Comparison) -> None:
+    agree(result, "far", copied_ffn(theirs(world.base), theirs(world.models["far"])), world)
+    own = sum(their_nats(theirs(world.models["far"]), texts(world)["one"]))
+    assert result.nats["far"]["one"] * result.tokens["one"] != pytest.approx(own, rel=1e-4)
+
+
+def test_the_soup_is_a_model_of_mean_weights(world: World, result: Comparison) -> None:
+    lora = PeftModel.from_pretrained(theirs(world.base), world.models["lora"]).merge_and_unload()
+    parts = [lora, theirs(world.models["full"]), theirs(world.models["far"])]
+    soup = theirs(world.base)
+    with torch.no_grad():
+        for place, layer in enumerate(soup.model.layers):
+            states = [p.model.layers[place].mlp.state_dict() for p in parts]
+            layer.mlp.load_state_dict({k: torch.stack([s[k] for s in states]).mean(0) for k in states[0]})
+    agree(result, "soup", soup, world)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_the_mixture_at_each_k(world: World, result: Comparison, k: int, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(world.mixture, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": k}))
+    agree(result, f"mixture top-{k}", theirs(copy), world)
+
+
+def test_the_oracle_is_the_minimum(result: Comparison) -> None:
+    for table in (result.bits, result.nats):
+        for domain in result.domains:
+            assert table["oracle"][domain] == min(table[m][domain] for m in result.members)
+    assert result.mean("oracle") == pytest.approx(sum(result.bits["oracle"].values()) / 2)
+
+
+def test_load_shares(world: World, result: Comparison) -> None:
+    """They sum to one, and are those of the experts that transformers picks."""
+    assert set(result.load) == {"one", "two"}
+    for shares in result.load.values():
+        assert sum(shares) == pytest.approx(1.0, abs=3e-4)
+    model = theirs(world.mixture)
+    counts = torch.zeros(2, 4)
+    for window in texts(world)["one"]:
+        with torch.no_grad():
+            logits = model(torch.tensor([window.ids]), output_router_logits=True).router_logits
+        for layer, scores in enumerate(logits):
+            counts[layer] += torch.bincount(scores.topk(2).indices.flatten(), minlength=4)
+    expected = (counts / counts.sum(1, keepdim=True)).mean(0)
+    assert result.load["one"] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_json(result: Comparison) -> None:
+    found = json.loads(json.dumps(result.to_dict()))
+    assert found["bits"] == result.bits
+    assert found["mean"]["soup"]["nats_per_token"] == pytest.approx(result.mean("soup", "nats"))
+
+
+# ---- contestants ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+def test_the_model_is_itself_again(family: str, tiny_checkpoint: TinyCheckpoint) -> None:
+    model = load_model(open_source(tiny_checkpoint(family)), torch.float32)
+    tokens = torch.arange(40).view(2, 20)
+
+    def logits() -> torch.Tensor:
+        with torch.inference_mode():
+            return model.head(model.model(tokens))
+
+    before = logits()
+    for who in (Member(1), Soup((0, 2)), TopK(1), TopK(3)):
+        with contestant(model, who):
+            assert not torch.equal(logits(), before)
+        with pytest.raises(KeyError), contestant(model, who):
+            raise KeyError
+        assert torch.equal(logits(), before)
+        assert [m.gate.top_k for _, m in moe_layers(model) if isinstance(m.gate, Router)] == [2] * len(
+            moe_layers(model)
+        )
+
+
+def test_counting_ends_with_the_block(tiny_checkpoint: TinyCheckpoint) -> None:
+    model = load_model(open_source(tiny_checkpoint("mixtral")), torch.float32)
+    with torch.inference_mode():
+        with counted_load(model) as load:
+            model.model(torch.arange(10)[None])
+        assert [int(c.sum()) for c in load.counts] == [20, 20]
+        model.model(torch.arange(10)[None])
+    assert [int(c.sum()) for c in load.counts] == [20, 20]
+
+
+# ---- models that octad did not make ---------------------------------------------------------------------------
+
+
+def test_a_dense_model(world: World) -> None:
+    result = compare(open_source(world.base), world.domains, tokens=TOKENS, window=WINDOW)
+    assert list(result.bits) == ["model"]
+    assert (result.members, result.mixtures, result.load) == ([], [], {})
+    agree(result, "model", theirs(world.base), world)
+
+
+def test_a_mixture_without_octad_json(tiny_checkpoint: TinyCheckpoint, world: World, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(tiny_checkpoint("qwen3_moe", vocab_size=257), tmp_path / "m"))
+    save_tokenizer(directory)
+    result = compare(open_source(directory), world.domains, tokens=TOKENS, window=WINDOW)
+    assert result.members == ["expert 0", "expert 1", "expert 2"]
+    agree(result, "mixture top-2", theirs(directory), world)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"experts": [{"name": "x"}]}', '{"experts": []}'])
+def test_a_damaged_octad_json(world: World, tmp_path: Path, content: str) -> None:
+    copy = Path(shutil.copytree(world.mixture, tmp_path / "copy"))
+    (copy / "octad.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"octad\.json"):
+        compare(open_source(copy), world.domains, tokens=TOKENS, window=WINDOW)
+
+
+def test_a_window_is_no_longer_than_the_context(world: World, tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("abcdefgh " * 100)
+    domains = {"long": [tmp_path / "long.txt"]}
+    result = compare(open_source(world.base), domains, tokens=400, window=4096)
+    assert result.tokens["long"] == 400 - 4  # windows of 128, 128, 128 and 16
+
+
+def test_domains(tmp_path: Path) -> None:
+    path = tmp_path / "domains.yaml"
+    path.write_text("domains: {a: x.txt, b: [y.txt, /z.txt]}")
+    assert read_domains(path) == {"a": [tmp_path / "x.txt"], "b": [tmp_path / "y.txt", Path("/z.txt")]}
+    path.write_text("domains: {}")
+    with pytest.raises(DataError, match="expected 'domains:'"):
+        read_domains(path)
+
+
+def test_progress_ends_at_one(world: World) -> None:
+    seen: list[float] = []
+    compare(
+        open_source(world.mixture),
+        world.domains,
+        tokens=TOKENS,
+        window=WINDOW,
+        progress=lambda stage, done: seen.append(done),
+    )
+    assert seen == sorted(seen)
+    assert seen[-1] == 1.0
