@@ -48,7 +48,8 @@ test-slow: $(VENV)/.llama
 	$(BIN)/pytest -m slow
 
 bench-combine: $(READY)
-	$(BIN)/python benchmarks/combine.py
+	@test -n "$(CORPORA)" || { echo 'make bench-combine CORPORA=DIR [MERGEKIT=mergekit-moe]'; exit 2; }
+	$(BIN)/python benchmarks/combine.py --corpora $(CORPORA) $(if $(MERGEKIT),--mergekit $(MERGEKIT))
 
 bench-large: $(READY)
 	$(BIN)/python benchmarks/combine_large.py

@@ -28,7 +28,7 @@ from octad.combine.views import RememberLast
 from octad.errors import CheckpointError, RecipeError
 from octad.model.config import ModelConfig, RopeConfig
 
-MEASURED_BYTES = 4e9  # read at most about this much to measure distances
+MEASURED_BYTES = 16e9  # read at most about this much to measure distances
 PIECE = 1 << 15  # values; torch works on so few in one thread
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SHAPE_FIELDS = (
