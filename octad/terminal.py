@@ -15,6 +15,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 
+from octad.checkpoint.inspect_view import human, sparkline
+
 if TYPE_CHECKING:
     from octad.combine.preflight import Plan
     from octad.evaluate.compare import Comparison
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 err = Console(stderr=True, highlight=False)
 COLOURS = ("white", "green", "cyan", "magenta", "yellow", "bright_red", "bright_blue", "bright_green")
-BARS = "▁▂▃▄▅▆▇█"
 
 
 @contextmanager
@@ -52,21 +53,6 @@ def progress_bar() -> Iterator[Callable[[str, float], None]]:
         err.quiet = False
 
 
-def size(count: float) -> str:
-    """Bytes in the largest unit that leaves a number above one."""
-    for unit in ("B", "KB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit in ("B", "KB") else f"{count:.2f} {unit}"
-        count /= 1000
-    raise AssertionError
-
-
-def spark(values: Sequence[float]) -> str:
-    """Values as a row of bars, the largest at full height."""
-    top = max(values, default=0.0) or 1.0
-    return "".join(BARS[min(7, int(8 * v / top))] for v in values)
-
-
 def show_plan(plan: Plan, seconds: float) -> None:
     """The pre-flight: members beside the base, what will be written, how long it will take."""
     table = Table(title=f"members beside {plan.recipe.base}", title_justify="left", box=None, pad_edge=False)
@@ -74,11 +60,12 @@ def show_plan(plan: Plan, seconds: float) -> None:
         table.add_column(column, no_wrap=True)
     for report in plan.reports:
         d = report.distances
+        ffn = d.get("ffn", [])
         table.add_row(
             report.name,
             report.kind,
-            _distance(d.get("ffn")),
-            spark(d.get("ffn", [])),
+            _distance(ffn),
+            sparkline(ffn, max(ffn)) if ffn else "",
             *(_distance(d.get(group)) for group in ("attention", "norms", "embeddings")),
             {True: "exactly", False: "feed-forward only", None: "not measured"}[report.exact],
         )
@@ -90,7 +77,7 @@ def show_plan(plan: Plan, seconds: float) -> None:
     out.print(
         f"\n{plan.config.model_type}, {plan.config.num_experts} experts, top-{plan.config.num_experts_per_tok}: "
         f"{total / 1e6:,.1f} M parameters, {active / 1e6:,.1f} M active; "
-        f"{size(plan.output_bytes)} on disk; about {seconds:.0f} s"
+        f"{human(plan.output_bytes, 'B')} on disk; about {seconds:.0f} s"
     )
 
 

@@ -22,10 +22,9 @@ SAMPLES = (
 def run(output: Path) -> None:
     """Combine, judge, write; prints as it goes. Raises OctadError."""
     from octad.checkpoint.load import load_model, load_tokenizer, open_source
-    from octad.dist import compute_dtype, keep_freed_memory
+    from octad.dist import compute_dtype
     from octad.evaluate.compare import compare, expert_names, read_domains
 
-    keep_freed_memory()
     started = time.monotonic()
     terminal.out.rule("1. eight models, one mixture", align="left")
     commands.combine(HERE / "recipe.yaml", output, dry_run=False, overwrite=True, shard_bytes=5e9)
