@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 
 LLAMA_FLAGS := -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON
 
-.PHONY: help install demo test test-slow lint bench-combine bench-large clean
+.PHONY: help install demo test test-slow lint bench-combine bench-large bench-engine clean
 
 help:
 	@echo "make demo           combine eight real models into one mixture, judge it, let it write"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint           ruff and mypy"
 	@echo "make bench-combine  quality, speed and memory of combining, beside mergekit-moe"
 	@echo "make bench-large    combining at 20 GB of output, beside a plain copy"
+	@echo "make bench-engine   speed and memory of running the demo's mixture, beside transformers and llama.cpp"
 
 install: $(READY)
 
@@ -53,6 +54,14 @@ bench-combine: $(READY)
 
 bench-large: $(READY)
 	$(BIN)/python benchmarks/combine_large.py
+
+# LLAMA_BENCH=path/to/llama-bench GGUF="mixture-bf16.gguf mixture-q8_0.gguf" adds llama.cpp.
+MODEL ?= demo-output
+bench-engine: $(READY)
+	@test -d $(MODEL) || { echo 'make demo first, or make bench-engine MODEL=DIR'; exit 2; }
+	$(BIN)/python benchmarks/engine.py $(MODEL) --peer transformers \
+		--quantize none --quantize int8 --quantize int4 \
+		$(if $(LLAMA_BENCH),--llama-bench $(LLAMA_BENCH)) $(addprefix --gguf ,$(GGUF))
 
 clean:
 	rm -rf $(VENV) demo-output build *.egg-info

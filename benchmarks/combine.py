@@ -202,7 +202,6 @@ def calibration_cost(recipe_path: Path) -> dict[str, float]:
 
     from octad.checkpoint.load import load_model
     from octad.checkpoint.text import batches
-    from octad.combine.build import calibration
     from octad.combine.fit import fit_routers, runs_of
     from octad.combine.preflight import preflight
     from octad.combine.recipe import Recipe
@@ -210,7 +209,7 @@ def calibration_cost(recipe_path: Path) -> dict[str, float]:
 
     recipe = Recipe.load(recipe_path)
     plan = preflight(recipe, measure=False)
-    calibrations = [calibration(recipe, spec, plan.tokenizer) for spec in recipe.experts]
+    calibrations = plan.calibrations
     texts = [b for r in runs_of(calibrations, plan.generalist) for b in batches(r.windows)]
     model = load_model(plan.base, compute_dtype())
 

@@ -32,6 +32,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 Mixture = Annotated[Path, typer.Argument(help="A mixture made by octad combine.")]
 Data = Annotated[list[str] | None, typer.Option("--data", help="Calibration text; may be repeated.")]
+Model = Annotated[str, typer.Argument(help="A checkpoint, .gguf file, hub id or bundled base.")]
+TopP = Annotated[
+    float, typer.Option(help="Draw from the likeliest tokens that together have this probability.")
+]
+MinP = Annotated[float, typer.Option(help="Leave out tokens this many times less likely than the likeliest.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same answer.")]
+Quantize = Annotated[str | None, typer.Option(help="Weights in int8 or int4.")]
+Only = Annotated[str | None, typer.Option(help="Send every token to this expert.")]
 Base = Annotated[str | None, typer.Option("--base", help="The mixture's base, where it cannot be found.")]
 
 
@@ -123,21 +131,122 @@ def evaluate(
 
 
 @app.command()
-def generate(
-    model: Annotated[str, typer.Argument(help="A checkpoint, .gguf file, hub id or bundled base.")],
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    max_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
-    seed: int = 0,
-    chat: Annotated[bool, typer.Option("--chat", help="Send the prompt through the chat template.")] = False,
+def quantize(
+    model: Model,
+    output: Output = None,
+    to: Annotated[str, typer.Option(help="int8 or int4.")] = "int8",
+    data: Annotated[
+        Path | None, typer.Option(help="YAML with `domains: {name: file}`: tell what it costs.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Held-out tokens a domain.")] = 4096,
+    window: Annotated[int, typer.Option(min=2, help="Tokens of context at most.")] = 512,
+    overwrite: Overwrite = False,
+    shard_size: Annotated[float, typer.Option(help="Largest weight file, in GB.")] = 5.0,
 ) -> None:
-    """Continue a text; each word in the colour of its main expert."""
+    """Write a checkpoint with its weights rounded to 8 or 4 bits: smaller, quick to load, fast to run."""
     from octad import commands
 
-    commands.generate(
-        model, prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, chat=chat
+    shard_bytes = shard_size * 1e9
+    commands.quantize(
+        model, output, to, data, tokens, window, overwrite=overwrite, max_shard_bytes=shard_bytes
     )
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - or nothing: from standard input.")] = "-",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
+    top_p: TopP = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0: from all.")] = 0,
+    min_p: MinP = 0.0,
+    seed: Seed = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    n: Annotated[int, typer.Option("--n", "-n", help="How many answers.")] = 1,
+    chat: Annotated[bool, typer.Option("--chat", help="Send the prompt through the chat template.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with all there is.")] = False,
+    logprobs: Annotated[int | None, typer.Option(help="Tell each token's N likeliest alternatives.")] = None,
+    schema: Annotated[Path | None, typer.Option(help="Answer with JSON of this schema (a file).")] = None,
+    regex: Annotated[str | None, typer.Option(help="Answer with what this expression matches.")] = None,
+    routes: Annotated[bool, typer.Option("--routes", help="Tell which experts made each token.")] = False,
+    quantize: Quantize = None,
+    only: Only = None,
+) -> None:
+    """Continue a text: in colour, each word in that of its main expert, at a terminal; the bare answer in a pipe."""
+    from octad import commands
+    from octad.engine.params import SamplingParams
+
+    params = SamplingParams(
+        n=n,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        seed=seed,
+        stop=stop or (),
+        logprobs=logprobs,
+        structured=commands.structured(schema, regex),
+    )
+    view = {"chat": chat, "as_json": as_json, "routes": routes}
+    commands.generate(model, prompt, params, quantize=quantize, only=only, **view)
+
+
+@app.command()
+def chat(
+    model: Model,
+    system: Annotated[str | None, typer.Option(help="What the model is told to be.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.7,
+    top_p: TopP = 0.95,
+    min_p: MinP = 0.0,
+    seed: Seed = None,
+    quantize: Quantize = None,
+    load: Annotated[Path | None, typer.Option(help="Go on with a conversation that /save wrote.")] = None,
+    only: Only = None,
+) -> None:
+    """Talk with a model. In a pipe: each line is a turn, only the answers are printed."""
+    from octad import commands
+    from octad.engine.params import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, min_p=min_p, seed=seed
+    )
+    commands.chat(model, params, system=system, load=load, quantize=quantize, only=only)
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="A checkpoint, .gguf file, hub id or bundled base.")],
+    peer: Annotated[
+        list[str] | None, typer.Option(help="Measure beside it: transformers, llama.cpp; may be repeated.")
+    ] = None,
+    llama_bench: Annotated[
+        str | None, typer.Option(help="llama.cpp's llama-bench, where it is not on the PATH.")
+    ] = None,
+    gguf: Annotated[
+        list[Path] | None, typer.Option(help="A file for llama.cpp to run; may be repeated.")
+    ] = None,
+    quantize: Annotated[
+        list[str] | None, typer.Option(help="none, int8 or int4; may be repeated. [default: none]")
+    ] = None,
+    prompt_lengths: Annotated[str, typer.Option(help="Tokens to read.")] = "128,512",
+    contexts: Annotated[str, typer.Option(help="Tokens to write behind.")] = "128,1024",
+    batch_sizes: Annotated[str, typer.Option(help="Users at once; 1 is always measured.")] = "1,4,16",
+    decode_tokens: Annotated[int, typer.Option(min=1, help="Tokens that each user writes.")] = 64,
+    repeat: Annotated[int, typer.Option(min=1, help="Repeats of every measurement.")] = 5,
+    text: Annotated[Path | None, typer.Option(help="Text to read, in place of octad's own.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure speed and memory, as a share of the machine's limits and beside other programs."""
+    from octad import commands
+
+    options = {"llama_bench": llama_bench, "decode_tokens": decode_tokens, "repeat": repeat, "device": device}
+    lists = {"peers": peer or [], "gguf": gguf or [], "quantize": quantize or ["none"]}
+    lengths = {"prompt_lengths": prompt_lengths, "contexts": contexts, "batch_sizes": batch_sizes}
+    commands.bench(model, lengths, as_json=as_json, text=text, **options, **lists)
 
 
 @app.command()

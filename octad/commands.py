@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shlex
+import sys
 import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from octad import terminal
 from octad.dist import keep_freed_memory
-from octad.errors import OctadError, OutputError
+from octad.errors import DataError, OutputError, RequestError
+
+if TYPE_CHECKING:
+    from octad.engine.llm import LLM
+    from octad.engine.params import SamplingParams, StructuredOutput
 
 
 def combine(recipe: Path, output: Path | None, *, dry_run: bool, overwrite: bool, shard_bytes: float) -> None:
@@ -23,7 +33,7 @@ def combine(recipe: Path, output: Path | None, *, dry_run: bool, overwrite: bool
     loaded = Recipe.load(recipe)
     if output is None and not dry_run:
         raise OutputError(f"{recipe}: no output given; add -o DIRECTORY (or --dry-run)")
-    plan = preflight(loaded)
+    plan = preflight(loaded, None if dry_run else output, overwrite=overwrite)
     terminal.show_plan(plan, expected_seconds(plan))
     if dry_run or output is None:
         return
@@ -65,8 +75,8 @@ def inspect(model: str, against: str | None, *, as_json: bool) -> None:
     from octad.checkpoint.inspect_view import render
     from octad.checkpoint.load import open_source
 
-    source = open_source(model)
-    found = look(source, open_source(against) if against else None)
+    source = open_source(model, quantised=True)
+    found = look(source, open_source(against, quantised=True) if against else None)
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))
     else:
@@ -81,7 +91,8 @@ def evaluate(model: str, data: Path, tokens: int, window: int, *, as_json: bool)
     keep_freed_memory()
     domains = read_domains(data)
     with terminal.progress_bar() as progress:
-        result = compare(open_source(model), domains, tokens=tokens, window=window, progress=progress)
+        source = open_source(model, quantised=True)
+        result = compare(source, domains, tokens=tokens, window=window, progress=progress)
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
         return
@@ -89,54 +100,128 @@ def evaluate(model: str, data: Path, tokens: int, window: int, *, as_json: bool)
     terminal.out.print(terminal.verdict(result))
 
 
-def generate(model: str, prompt: str, *, chat: bool, **options: Any) -> None:
-    """Continue a prompt, streaming."""
-    from octad.checkpoint.load import load_model, load_tokenizer, open_source
-    from octad.dist import compute_dtype
-    from octad.evaluate.compare import expert_names
+def quantize(
+    model: str, output: Path | None, to: str, data: Path | None, tokens: int, window: int, **options: Any
+) -> None:
+    """Round a checkpoint's weights; with `data`, tell what that costs, here and in the output's model card."""
+    from octad.checkpoint.load import open_source
+    from octad.evaluate.compare import read_domains
+    from octad.evaluate.rounding import domain_texts, quantize_and_judge
 
-    if not prompt.strip():
-        raise OctadError("the prompt is empty; give some text")
+    if output is None:
+        raise OutputError(f"{model}: no output given; add -o DIRECTORY")
     keep_freed_memory()
-    source = open_source(model)
-    tokenizer = load_tokenizer(source)
-    ids = (
-        tokenizer.encode_chat([{"role": "user", "content": prompt}])
-        if chat
-        else tokenizer.encode(prompt, add_special_tokens=True, parse_special=False)
-    )
-    loaded = load_model(source, compute_dtype())
-    names = expert_names(source)[0] if source.config.is_moe else []
-    if not chat:
-        terminal.out.print(prompt, end="", style="dim", markup=False)
-    speak(loaded, tokenizer, ids, **options)
-    if names and terminal.out.is_terminal:
-        terminal.out.print(terminal.legend(names))
+    started, source = time.monotonic(), open_source(model)
+    texts = domain_texts(source, read_domains(data), tokens=tokens, window=window) if data else {}
+    with terminal.progress_bar() as progress:
+        path, bits = quantize_and_judge(source, output, to, texts, progress=progress, **options)
+    if bits:
+        terminal.show_rounding(bits)
+    terminal.out.print(f"wrote {path} in {time.monotonic() - started:.1f} s")
 
 
-def speak(model: Any, tokenizer: Any, ids: list[int], **options: Any) -> None:
-    """Print the continuation, word by word, each in the colour of its main expert; never half a character."""
-    from octad.engine.generate import generate as run
+def structured(schema: Path | None, regex: str | None) -> StructuredOutput | None:
+    """The form that --schema or --regex asks for. Raises OctadError for both, or a file that cannot be read."""
+    from octad.engine.params import StructuredOutput
 
-    pending: list[int] = []
-    votes: list[int | None] = []
-    for token in run(model, ids, eos_ids=tokenizer.eos_ids, **options):
-        piece = tokenizer.decode([token.id], skip_special_tokens=False)
-        if pending and (piece[:1].isspace() or not piece[:1].isalnum()) and not _broken(tokenizer, pending):
-            _flush(tokenizer, pending, votes)
-            pending, votes = [], []
-        pending.append(token.id)
-        votes.append(token.speaker)
-    if pending:
-        _flush(tokenizer, pending, votes)
-    terminal.out.print()
+    if schema is not None and regex is not None:
+        raise RequestError("--schema and --regex exclude each other; give one of them")
+    if schema is None:
+        return None if regex is None else StructuredOutput(regex=regex)
+    try:
+        return StructuredOutput(json=schema.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{schema}: cannot be read as UTF-8 text ({error})") from None
 
 
-def _broken(tokenizer: Any, ids: list[int]) -> bool:
-    """True while the last character's bytes are not all there."""
-    return bool(tokenizer.decode(ids).endswith("\ufffd"))
+def generate(
+    model: str,
+    prompt: str,
+    params: SamplingParams,
+    *,
+    chat: bool,
+    as_json: bool,
+    routes: bool,
+    quantize: str | None,
+    only: str | None,
+) -> None:
+    """Continue a prompt: streaming, or as JSON when it is complete."""
+    from octad.chat import pipe, report, speakers
+
+    text = pipe.read_prompt(prompt)
+    llm = open_llm(model, quantize, only)
+    if routes and not llm.expert_names:
+        raise RequestError(f"{model}: is dense, there are no routes to show; leave out --routes")
+    ids = speakers.encode(llm, text, chat=chat)
+    params = replace(params, routed_experts=bool(llm.expert_names))
+    if as_json:
+        output = llm.generate([ids], params)[0]
+        print(json.dumps(report.as_json(llm, output, routes=routes), ensure_ascii=False))
+        return
+    if terminal.out.is_terminal and not chat:
+        speakers.write_prompt(terminal.out, text)
+    output = speakers.speak(llm, ids, params, terminal.out)
+    report.show(llm, output, terminal.out, routes=routes)
 
 
-def _flush(tokenizer: Any, ids: list[int], votes: list[int | None]) -> None:
-    main = max(set(votes), key=votes.count)
-    terminal.out.print(terminal.word(tokenizer.decode(ids), main), end="")
+def chat(
+    model: str,
+    params: SamplingParams,
+    *,
+    system: str | None,
+    load: Path | None,
+    quantize: str | None,
+    only: str | None,
+) -> None:
+    """A conversation: at a terminal on the screen, in a pipe line by line."""
+    from octad.chat import pipe
+    from octad.chat.session import Session, require_chat_template
+    from octad.checkpoint.load import load_tokenizer, open_source
+
+    require_chat_template(
+        load_tokenizer(open_source(model, quantised=True)), model
+    )  # before the weights are read
+    session = Session(open_llm(model, quantize, only), params, label=model, speaker=only)
+    if load is not None:
+        session.load(load)
+    if system is not None:
+        session.set_system(system or None)
+    if pipe.is_terminal() and terminal.out.is_terminal:
+        from octad.chat.screen import Screen, history_file
+
+        Screen(session, terminal.out, history_file()).run()
+    else:
+        pipe.converse(session, pipe.read_lines(), terminal.out, terminal.err)
+
+
+def open_llm(model: str, quantize: str | None = None, only: str | None = None) -> LLM:
+    """The model behind an engine, with a sign of life on stderr while it is read."""
+    from octad.chat.speakers import choose_expert
+    from octad.engine.llm import LLM
+
+    keep_freed_memory()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model can say what this terminal's encoding cannot
+    with terminal.err.status(f"loading {model}") if terminal.err.is_terminal else nullcontext():
+        llm = LLM(model, quantize=quantize)
+    if only is not None:
+        choose_expert(llm, only)
+    return llm
+
+
+def bench(model: str, lengths: Mapping[str, str], *, as_json: bool, **options: Any) -> None:
+    """Measure the engine and its peers; a table unless `as_json`, then one line of JSON."""
+    from octad.engine.bench import run
+    from octad.engine.bench_plan import BenchOptions, whole_numbers
+    from octad.engine.bench_view import live, render
+
+    numbers = {name: whole_numbers(name, text) for name, text in lengths.items()}
+    lists = {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
+    asked = BenchOptions(model, **(options | lists | numbers))
+    command = shlex.join(["octad", *(Path(part).name for part in sys.argv[1:])])  # nobody's directories
+    with live(terminal.err) as tell:
+        results = run(asked, tell, command=command)
+    if not as_json:
+        for part in render(results):
+            terminal.out.print(part)
+    print(json.dumps(results))

@@ -27,3 +27,7 @@ class DataError(OctadError):
 
 class OutputError(OctadError):
     """The result cannot be written: the directory exists, the disk is full, no permission."""
+
+
+class RequestError(OctadError):
+    """A request to the engine cannot be served: an empty or too long prompt, a bad sampling parameter or schema."""

@@ -6,14 +6,13 @@ Results go to stdout, progress to stderr; without a terminal there is no colour 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from octad.checkpoint.inspect_view import human, sparkline
 
@@ -23,7 +22,8 @@ if TYPE_CHECKING:
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 err = Console(stderr=True, highlight=False)
-COLOURS = ("white", "green", "cyan", "magenta", "yellow", "bright_red", "bright_blue", "bright_green")
+# The first is the terminal's own text colour, whatever its background; no two of the others are shades of one colour.
+COLOURS = ("default", "green", "cyan", "magenta", "yellow", "bright_red", "bright_blue", "sandy_brown")
 
 
 @contextmanager
@@ -73,6 +73,10 @@ def show_plan(plan: Plan, seconds: float) -> None:
     for report in plan.reports:
         for note in report.notes:
             out.print(f"  {report.name}: {note}")
+    if margin := max(report.margin for report in plan.reports):
+        out.print(
+            f"  distances are from a sample of each tensor: within {margin:.1%} of the whole, 95 times in 100"
+        )
     total, active = plan.config.num_parameters(), plan.config.num_parameters(active=True)
     out.print(
         f"\n{plan.config.model_type}, {plan.config.num_experts} experts, top-{plan.config.num_experts_per_tok}: "
@@ -104,11 +108,8 @@ def show_comparison(c: Comparison) -> None:
         style = "cyan" if name in c.mixtures else None
         table.add_row(name, *cells, f"[bold]{mean:.4f}[/]" if mean == lowest else f"{mean:.4f}", style=style)
     out.print(table)
-    if c.inexact:
-        out.print(
-            f"  members judged as the mixture holds them, with its attention: {', '.join(c.inexact)}",
-            style="dim",
-        )
+    for name, reason in c.as_held.items():
+        out.print(f"  {name}: judged as the mixture holds it, with its attention ({reason})", style="dim")
     if c.load:
         show_load(c)
 
@@ -123,6 +124,17 @@ def show_load(c: Comparison) -> None:
         table.add_column(name, justify="right", style=COLOURS[number % len(COLOURS)])
     for domain, shares in c.load.items():
         table.add_row(domain, *(f"{100 * s:.0f} %" for s in shares))
+    out.print(table)
+
+
+def show_rounding(bits: Mapping[str, tuple[float, float]]) -> None:
+    """Bits per byte of each domain before and after weights were rounded."""
+    table = Table(title="bits per byte, held-out text", title_justify="left", box=None, pad_edge=False)
+    for column in ("text", "before", "rounded", "change"):
+        table.add_column(column, justify="left" if column == "text" else "right")
+    mean = [sum(pair[side] for pair in bits.values()) / len(bits) for side in (0, 1)]
+    for name, (before, after) in {**bits, "mean": (mean[0], mean[1])}.items():
+        table.add_row(name, f"{before:.4f}", f"{after:.4f}", f"{after / before - 1:+.2%}")
     out.print(table)
 
 
@@ -146,14 +158,3 @@ def verdict(c: Comparison) -> str:
 def speaker_style(speaker: int | None) -> str:
     """The colour of an expert."""
     return COLOURS[(speaker or 0) % len(COLOURS)]
-
-
-def word(text: str, speaker: int | None) -> Text:
-    """A piece of generated text in its expert's colour."""
-    return Text(text, style=speaker_style(speaker))
-
-
-def legend(names: Sequence[str]) -> Text:
-    """The experts' names in their colours."""
-    parts = [Text(name, style=speaker_style(e)) for e, name in enumerate(names)]
-    return Text("  ").join(parts)

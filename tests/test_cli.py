@@ -196,7 +196,8 @@ def test_generate(world: World, mixture: Path, octad: Octad) -> None:
         first, again = octad(*arguments), octad(*arguments)
         assert first == again
         assert (first[0], first[2]) == (0, "")
-        assert first[1].startswith("Once [upon]")
+        assert len(first[1]) > 1
+        assert "Once [upon]" not in first[1]  # in a pipe the answer alone
 
 
 def test_version_and_help(octad: Octad) -> None:

@@ -19,7 +19,9 @@ ALLOWED: dict[str, set[str]] = {
     "combine": {"errors", "dist", "model", "checkpoint"},
     "engine": {"errors", "dist", "kernels", "model", "checkpoint"},
     "evaluate": {"errors", "dist", "model", "checkpoint", "engine"},
-    "demo": {"errors", "dist", "checkpoint", "combine", "evaluate", "engine", "commands", "terminal"},
+    "chat": {"errors", "engine", "checkpoint", "terminal"},
+    "train": {"errors", "dist", "kernels", "model", "checkpoint", "evaluate", "engine"},
+    "demo": {"errors", "dist", "checkpoint", "combine", "evaluate", "engine", "chat", "commands", "terminal"},
 }
 NO_TORCH = ["errors.py", "model/config.py", "combine/recipe.py", "cli.py"]
 

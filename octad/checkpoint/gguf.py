@@ -109,6 +109,9 @@ class GGUFSource:
         values = self._dequantised(tensor, piece).view(piece.shape)
         return deinterleave(values, piece.heads) if piece.heads else values
 
+    def extent(self, name: str) -> None:
+        """None: the bytes in the file are quantised, or of another layout."""
+
     def provenance(self) -> Mapping[str, Any]:
         """Kind, label, and the file's name, bytes and SHA-256 (read once, then remembered)."""
         if self._digest is None:

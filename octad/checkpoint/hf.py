@@ -13,18 +13,19 @@ and only the bytes of the expert asked for are read.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
+from octad.checkpoint.extent import Extent, same_bytes
 from octad.checkpoint.names import EMBEDDING, HEAD, expert_name, router_name, tensor_plan
-from octad.checkpoint.shard import DTYPE_NAMES, Extent, read_header
+from octad.checkpoint.shard import DTYPE_NAMES, read_header
+from octad.checkpoint.side_files import read_json
 from octad.checkpoint.source import TensorInfo
 from octad.errors import CheckpointError, ConfigError
 from octad.model.config import ModelConfig
@@ -46,11 +47,11 @@ class SafetensorsSource:
         self.directory = Path(directory)
         self.label = label or str(directory)
         self.config = read_config(self.directory, self.label)
-        weights, raw = _open_weights(self.directory)
-        self._extents = _one_by_one(raw, self.config)
+        weights, raw = open_weights(self.directory)
+        self._extents = one_by_one(raw, self.config)
         self._files = [*weights, self.directory / "config.json"]
         self._provenance: dict[str, Any] | None = None
-        _verify(self._extents, self.config, self.label)
+        verify(self._extents, self.config, self.label)
 
     def names(self) -> list[str]:
         """All tensor names in disk order, fused experts one by one; a tied head where the file holds one."""
@@ -58,10 +59,14 @@ class SafetensorsSource:
 
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype, without reading the data."""
-        return self.extent(name).info
+        return self.held(name).info
 
-    def extent(self, name: str) -> Extent:
+    def extent(self, name: str) -> Extent | None:
         """Where the tensor's bytes lie, for copying them from file to file."""
+        return self.held(name)
+
+    def held(self, name: str) -> Extent:
+        """The place of a tensor that is on disk as `read` gives it. Raises CheckpointError."""
         try:
             return self._extents[name]
         except KeyError:
@@ -69,7 +74,7 @@ class SafetensorsSource:
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor in memory of its own, in the dtype that it has on disk."""
-        return self.extent(name).read()
+        return self.held(name).read()
 
     def provenance(self) -> Mapping[str, Any]:
         """kind, label and files: name, bytes and digest of the weights and config.json (hashed once, in threads)."""
@@ -99,15 +104,16 @@ def fingerprint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def read_config(directory: Path, label: str | None = None) -> ModelConfig:
-    """The config.json of a model directory. The message of any error begins with the label."""
+def read_config(directory: Path, label: str | None = None, *, quantised: bool = False) -> ModelConfig:
+    """The config.json of a model directory; one that says its weights are quantised is refused unless `quantised`. The
+    message of any error begins with the label."""
     label = label or str(directory)
     if not (directory / "config.json").is_file():
         if (directory / "adapter_config.json").is_file():
             raise CheckpointError(f"{label}: is an adapter, not a model; use it as a member on top of a base")
         raise CheckpointError(f"{label}: no config.json in {directory}: not a model directory")
-    raw = _read_json(directory / "config.json")
-    if raw.get("quantization_config"):
+    raw = read_json(directory / "config.json")
+    if raw.get("quantization_config") and not quantised:
         method = dict(raw["quantization_config"]).get("quant_method", "unknown method")
         raise CheckpointError(
             f"{label}: weights are quantised ({method}); give the unquantised model, or a GGUF file"
@@ -120,19 +126,7 @@ def read_config(directory: Path, label: str | None = None) -> ModelConfig:
         raise ConfigError(f"{label}: config.json has a value of the wrong kind: {error}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: is not a JSON object")
-    return found
-
-
-def _open_weights(directory: Path) -> tuple[list[Path], dict[str, Extent]]:
+def open_weights(directory: Path) -> tuple[list[Path], dict[str, Extent]]:
     """The weight files (index included) and every tensor in them, by its name on disk."""
     if (directory / SINGLE).exists():
         path = _inside(directory, SINGLE)
@@ -150,7 +144,7 @@ def _open_weights(directory: Path) -> tuple[list[Path], dict[str, Extent]]:
 
 def _open_shards(directory: Path) -> tuple[list[Path], dict[str, Extent]]:
     index = directory / INDEX
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index}: has no usable 'weight_map'")
     shards = {name: _inside(directory, name) for name in sorted(set(weight_map.values()))}
@@ -176,7 +170,7 @@ def _inside(directory: Path, name: str) -> Path:
     return path
 
 
-def _one_by_one(raw: Mapping[str, Extent], config: ModelConfig) -> dict[str, Extent]:
+def one_by_one(raw: Mapping[str, Extent], config: ModelConfig) -> dict[str, Extent]:
     """The family's hub names, whatever layout the file has; disk order is kept."""
     family, found = config.model_type, dict[str, Extent]()
     for name, extent in raw.items():
@@ -203,8 +197,11 @@ def _split(extent: Extent, family: str, layer: int, *, fused: bool) -> Iterable[
             yield expert_name(family, layer, expert, "down"), extent.part(first, (rows, columns))
 
 
-def _verify(extents: Mapping[str, Extent], config: ModelConfig, label: str) -> None:
-    plan = tensor_plan(config)
+def verify(
+    extents: Mapping[str, Extent], config: ModelConfig, label: str, elsewhere: Collection[str] = ()
+) -> None:
+    """That every tensor of the config's plan is there in its shape, but for those held `elsewhere`: CheckpointError."""
+    plan = {name: shape for name, shape in tensor_plan(config).items() if name not in elsewhere}
     if missing := [name for name in plan if name not in extents]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(
@@ -227,7 +224,7 @@ def _verify(extents: Mapping[str, Extent], config: ModelConfig, label: str) -> N
 
 def _verify_tied(head: Extent, embedding: Extent, label: str) -> None:
     """A head on disk beside `tie_word_embeddings: true` must be the embedding; transformers unties when it is not."""
-    if head != embedding and not (head.info == embedding.info and torch.equal(head.read(), embedding.read())):
+    if head != embedding and not (head.info == embedding.info and same_bytes(head, [embedding])[0]):
         raise CheckpointError(
             f"{label}: config.json ties the head to the embeddings, but {HEAD} on disk differs from {EMBEDDING};"
             " set tie_word_embeddings to false in config.json"

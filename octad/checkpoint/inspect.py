@@ -13,7 +13,6 @@ Shapes: E experts, D model.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -25,13 +24,13 @@ import torch
 from octad.checkpoint.compare import Comparison, Progress, check_comparable, compare, compared_layers
 from octad.checkpoint.load import content_names
 from octad.checkpoint.names import router_name
+from octad.checkpoint.provenance import Provenance
+from octad.checkpoint.quantized import QuantizedSource
 from octad.checkpoint.source import TensorSource
-from octad.errors import CheckpointError
 
 if TYPE_CHECKING:
     from octad.checkpoint.gguf import GGUFSource
 
-PROVENANCE = "octad.json"
 SHORT_CONTEXT = 512  # tokens, or the whole context where that is shorter
 
 
@@ -47,7 +46,7 @@ class RouterNorm:
 
 
 @dataclass(frozen=True)
-class Provenance:
+class Made:
     """What octad.json beside the weights says: the members in the experts' order, and how they were combined. `router`
     and `shared` are the methods' names, None where the file does not tell."""
 
@@ -86,7 +85,7 @@ class Inspection:
     flops_full_context: int
     kv_bytes_per_token: int
     routers: tuple[RouterNorm, ...]
-    provenance: Provenance | None
+    provenance: Made | None
     comparison: Comparison | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,16 +127,19 @@ def inspect(
         flops_short_context=config.flops_per_token(short),
         flops_full_context=config.flops_per_token(context),
         kv_bytes_per_token=config.kv_bytes_per_token(),
-        provenance=read_provenance(source),
+        provenance=_made(source),
         routers=router_norms(source),
         comparison=compare(source, against, progress) if against is not None else None,
     )
 
 
 def bytes_by_dtype(source: TensorSource) -> dict[str, int]:
-    """Bytes of the weights by dtype, most first: safetensors' by torch's name, a GGUF's by its own (Q8_0, ...)."""
+    """Bytes of the weights by dtype, most first: safetensors' by torch's name, a GGUF's by its own (Q8_0, ...), quantised
+    ones by their bits (int4)."""
     from octad.checkpoint.gguf import GGUFSource
 
+    if isinstance(source, QuantizedSource):
+        return dict(source.bytes_by_kind())
     if isinstance(source, GGUFSource):
         return dict(_gguf_bytes(source).most_common())
     sizes: Counter[str] = Counter()
@@ -172,35 +174,12 @@ def _router_norm(layer: int, weight: torch.Tensor) -> RouterNorm:
     return RouterNorm(layer, float(torch.linalg.vector_norm(rows)), values, min(values), max(values))
 
 
-def read_provenance(source: TensorSource) -> Provenance | None:
-    """octad.json beside the weights; None where there is none. Raises CheckpointError for a damaged one."""
-    path = source.directory / PROVENANCE if source.directory is not None else None
-    if path is None or not path.is_file():
+def _made(source: TensorSource) -> Made | None:
+    found = Provenance.of(source)
+    if found is None:
         return None
-    try:
-        found = _provenance(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: damaged ({error!r}); combine again, or remove it to inspect the weights alone"
-        ) from None
-    if source.config.is_moe and len(found.experts) != source.config.num_experts:
-        raise CheckpointError(
-            f"{path}: names {len(found.experts)} experts, the weights have {source.config.num_experts};"
-            " it belongs to another checkpoint: remove it"
-        )
-    return found
-
-
-def _provenance(raw: Mapping[str, Any]) -> Provenance:
-    recipe = raw["recipe"]
-    return Provenance(
-        base=str(recipe["base"]),
-        experts=tuple(str(expert["name"]) for expert in raw["experts"]),
-        router=recipe.get("router", {}).get("method"),
-        shared=recipe.get("shared", {}).get("method"),
-        recipe=dict(recipe),
-        edits=tuple(map(str, raw.get("edits", ()))),
-    )
+    base, router, shared = str(found.recipe.get("base", "?")), found.method("router"), found.method("shared")
+    return Made(base, tuple(found.names), router, shared, found.recipe, tuple(found.edits))
 
 
 def _fields(value: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from torch import nn
 
 from octad.checkpoint.hf import INDEX, SINGLE, SafetensorsSource
 from octad.checkpoint.names import EMBEDDING, parameter_sources, tensor_plan
+from octad.checkpoint.quantized import QuantizedSource, is_quantised
 from octad.checkpoint.source import TensorSource
 from octad.errors import CheckpointError
 from octad.model.config import ModelConfig
@@ -40,9 +41,10 @@ HUB_NOT = ["*/*", "consolidated*", "*.bin", "*.pt", "*.pth"]
 # ---- names to sources --------------------------------------------------------------------------------------
 
 
-def open_source(ref: str | Path) -> TensorSource:
+def open_source(ref: str | Path, *, quantised: bool = False) -> TensorSource:
     """The model that `ref` names: a bundled base, a directory, a .gguf file, or a hub id (then downloaded and cached).
 
+    With `quantised`, a directory whose weights `octad quantize` rounded is a QuantizedSource; without, it is refused.
     Raises CheckpointError, one line with the fix, for what is missing, offline, an adapter, or no model at all.
     """
     path, label = _locate(ref), str(ref)
@@ -56,6 +58,8 @@ def open_source(ref: str | Path) -> TensorSource:
         )
     if not (path / "config.json").is_file() and (ggufs := sorted(path.glob("*.gguf"))):
         raise CheckpointError(f"{label}: holds GGUF files; give one of them by name, such as {ggufs[0]}")
+    if quantised and is_quantised(path):
+        return QuantizedSource(path, label)
     return SafetensorsSource(path, label)
 
 
@@ -144,16 +148,21 @@ def content_names(source: TensorSource) -> list[str]:
 
 
 def load_model(
-    source: TensorSource, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    source: TensorSource,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    leave: Collection[str] = (),
 ) -> Transformer:
     """A Transformer in eval mode with the source's weights on `device`. `dtype`: of every parameter; by default that
-    of the embeddings on disk."""
+    of the embeddings on disk. Parameters to `leave` stay on the meta device, without memory."""
     from octad.model.transformer import Transformer
 
     dtype = dtype or source.info(EMBEDDING).dtype
     with torch.device("meta"):
         model = Transformer(source.config)
     for parameter, names in parameter_sources(source.config).items():
+        if parameter in leave:
+            continue
         _assign(model, parameter, _gather(source, source.config, parameter, names, dtype, device))
     return model.eval()
 

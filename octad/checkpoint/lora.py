@@ -12,7 +12,6 @@ asks for it.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -22,9 +21,11 @@ from typing import Any
 
 import torch
 
+from octad.checkpoint.extent import Extent
 from octad.checkpoint.hf import fingerprint
 from octad.checkpoint.names import EMBEDDING, HEAD
-from octad.checkpoint.shard import Extent, read_header
+from octad.checkpoint.shard import read_header
+from octad.checkpoint.side_files import read_json
 from octad.checkpoint.source import TensorInfo, TensorSource
 from octad.errors import CheckpointError
 from octad.model.config import ModelConfig
@@ -208,6 +209,10 @@ class AdapterSource:
             value.addmm_(b, a, alpha=scale)
         return value.to(dtype)
 
+    def extent(self, name: str) -> Extent | None:
+        """The base's, where the adapter leaves the tensor alone."""
+        return None if name in self._changes else self.base.extent(self._in_base(name))
+
     def delta_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
         """A [R, in], B [out, R] and scale with delta = scale * B @ A, float32; None where there is no
         low-rank change.
@@ -324,13 +329,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG_FILE
     if not path.is_file():
         raise CheckpointError(f"{directory}: {CONFIG_FILE} is missing; this is not a PEFT adapter")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: should hold one JSON object, found {type(config).__name__}")
-    return config
+    return read_json(path)
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:

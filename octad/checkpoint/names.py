@@ -47,6 +47,12 @@ def is_ffn(name: str) -> bool:
     return _FFN.search(name) is not None
 
 
+def is_linear(name: str) -> bool:
+    """True for the weights [O, K] that most of a model's bytes are: attention's projections and feed-forward nets."""
+    attention = ".self_attn." in name and name.endswith("_proj.weight")
+    return attention or (is_ffn(name) and name.endswith(".weight"))
+
+
 def dense_mlp_name(layer: int, part: Part) -> str:
     """The weight of one projection of a dense feed-forward network, the same in every family."""
     return f"model.layers.{layer}.mlp.{part}_proj.weight"

@@ -1,12 +1,9 @@
-"""One .safetensors file: its header, strictly read and written, and the bytes of a tensor in it.
+"""One .safetensors file: its header, strictly read and written.
 
     extents = read_header(path); extents["lm_head.weight"].read()
     header, starts = encode_header({"lm_head.weight": TensorInfo((32000, 4096), torch.bfloat16)})
 
-The format is eight bytes of header length (little endian), a JSON header, then the tensors back to back. What
-shapes the reading is memory: a mapped file's pages count as resident, so weights are read with preadv into
-memory of their own, and for large ones that memory is asked for in huge pages, since faulting in 4 KiB pages
-costs more than the copy itself.
+The format is eight bytes of header length (little endian), a JSON header, then the tensors back to back.
 
 Source: the safetensors format description; the checks are those of its reference parser (no gap, no overlap,
 no trailing bytes), and duplicate keys are refused too.
@@ -14,17 +11,15 @@ no trailing bytes), and duplicate keys are refused too.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import mmap
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
+from octad.checkpoint.extent import Extent
 from octad.checkpoint.source import TensorInfo
 from octad.errors import CheckpointError
 
@@ -48,58 +43,6 @@ DTYPES: Mapping[str, torch.dtype] = {
 DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 64
-CHUNK_BYTES = 64 << 20
-HUGE_PAGE_BYTES = 2 << 20
-
-
-@dataclass(frozen=True)
-class Extent:
-    """A tensor on disk: the file, the offset of its first byte, its shape and dtype (contiguous, row major)."""
-
-    path: Path
-    offset: int
-    info: TensorInfo
-
-    def part(self, first: int, shape: tuple[int, ...]) -> Extent:
-        """The contiguous piece of this shape that begins at value number `first`."""
-        return Extent(
-            self.path, self.offset + first * self.info.dtype.itemsize, TensorInfo(shape, self.info.dtype)
-        )
-
-    def read(self) -> torch.Tensor:
-        """The tensor in memory of its own. Raises CheckpointError when the file cannot be read to the end."""
-        data = empty_bytes(self.info.nbytes)
-        self.read_into(byte_view(data))
-        return data.view(self.info.dtype).view(self.info.shape)
-
-    def read_into(self, view: memoryview, first: int = 0) -> None:
-        """Fill `view` with the tensor's bytes from byte number `first` on. Errors as for `read`."""
-        start, done = self.offset + first, 0
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                while done < len(view):
-                    got = os.preadv(file.fileno(), [view[done : done + CHUNK_BYTES]], start + done)
-                    if not got:
-                        raise CheckpointError(f"{self.path}: became shorter while it was read; copy it again")
-                    done += got
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
-
-
-def byte_view(data: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous uint8 tensor, shared with it."""
-    return memoryview(cast(Any, data.numpy()))
-
-
-def empty_bytes(count: int) -> torch.Tensor:
-    """Uninitialised uint8 memory [count]; from 2 MiB on in huge pages, where the system has them."""
-    if count < HUGE_PAGE_BYTES:
-        return torch.empty(count, dtype=torch.uint8)
-    memory = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared has no huge pages
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel built without them: ordinary pages do
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def read_header(path: Path) -> dict[str, Extent]:

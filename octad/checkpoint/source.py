@@ -12,11 +12,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from octad.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from octad.checkpoint.extent import Extent
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,9 @@ class TensorSource(Protocol):
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor, on the CPU, in memory of its own (safe to change), in the dtype that `info` tells."""
+
+    def extent(self, name: str) -> Extent | None:
+        """Where its bytes lie on disk just as `read` gives them, to copy from file to file; None where they do not."""
 
     def provenance(self) -> Mapping[str, Any]:
         """What identifies it: kind, label, and the size and digest of each file (read once, then remembered)."""

@@ -17,6 +17,7 @@ import fcntl
 import glob
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -39,6 +40,14 @@ class StagedDirectory:
         self.overwrite = overwrite
         self.path = _sibling(self.final, "incomplete")
         self._lock: int | None = None
+
+    def check(self) -> None:
+        """Refuse now what entering would refuse: an output that exists, or a place where no directory can be made."""
+        with explained(self.final):
+            self._check_output()
+            place = next(path for path in self.final.parents if path.exists())
+            with tempfile.TemporaryDirectory(prefix=f".{self.final.name}.", dir=place):
+                pass
 
     def __enter__(self) -> Self:
         with explained(self.final):

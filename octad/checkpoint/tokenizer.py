@@ -25,6 +25,7 @@ import tokenizers
 from octad.checkpoint.chat_template import render_chat
 from octad.checkpoint.gguf_header import GGUFHeader
 from octad.checkpoint.gguf_tokenizer import GGUFVocabulary, build_tokenizer, token_config
+from octad.checkpoint.side_files import read_json
 from octad.errors import CheckpointError
 
 Message = Mapping[str, Any]
@@ -75,10 +76,10 @@ class Tokenizer:
             raise CheckpointError(f"{file}: damaged: {error}") from error
         core.no_truncation()
         core.no_padding()
-        config = _read_json(directory / "tokenizer_config.json")
+        config = _optional(directory / "tokenizer_config.json")
         config |= {"chat_template": _chat_template(directory, config)}
-        generation = _read_json(directory / "generation_config.json")
-        ends = _end_ids(core, config, generation, _read_json(directory / "config.json"))
+        generation = _optional(directory / "generation_config.json")
+        ends = _end_ids(core, config, generation, _optional(directory / "config.json"))
         return cls(core, config, ends, generation, str(path))
 
     @classmethod
@@ -302,17 +303,9 @@ def _restore(text: str, replacements: Mapping[str, str]) -> str:
     return text
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """An optional JSON object; {} where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: should hold one JSON object, found {type(value).__name__}")
-    return value
+def _optional(path: Path) -> dict[str, Any]:
+    """A JSON object; {} where there is no such file."""
+    return read_json(path) if path.is_file() else {}
 
 
 def _to_json(value: Mapping[str, Any]) -> str:

@@ -4,12 +4,13 @@
         writer.add_text("config.json", text)
         for name in plan:
             writer.write(name, tensor)            # or writer.copy(name, source): from file to file
-        writer.commit()
+        writer.commit()                           # or writer.copy_all(names, source): several files at a time
 
 The plan (names, shapes, dtypes) fixes every header and offset before the first tensor is there, so each
-tensor goes straight to its place and memory holds one at a time. The directory is staged (see staging.py): an
-interrupted run leaves nothing under the final name. Headers are written last of all, so what it leaves under
-the hidden name does not load either.
+tensor goes straight to its place and memory holds one at a time. A shard that is full goes to the disk in the
+background while others are filled, so that little is left to wait for at the end. The directory is staged (see
+staging.py): an interrupted run leaves nothing under the final name. Headers are written last of all, so what it
+leaves under the hidden name does not load either.
 """
 
 from __future__ import annotations
@@ -17,22 +18,26 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 
+from octad.checkpoint.extent import byte_view, write_all
 from octad.checkpoint.hf import INDEX, SINGLE
-from octad.checkpoint.shard import CHUNK_BYTES, Extent, byte_view, empty_bytes, encode_header
+from octad.checkpoint.shard import encode_header
 from octad.checkpoint.source import TensorInfo, TensorSource
 from octad.checkpoint.staging import StagedDirectory, explained, space
 from octad.errors import CheckpointError, OutputError
 
-COPY_BYTES = 1 << 20
+COPIERS = 4  # files that are copied into at the same time, at most; one file takes one write at a time
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,11 @@ class CheckpointWriter:
         self._shards, self._places = _layout(self.plan, max_shard_bytes)
         self._needed = sum(shard.size for shard in self._shards)
         self._written: set[str] = set()
+        self._left = Counter(shard for shard, _ in self._places.values())
+        self._lock = Lock()
         self._files: list[int] = []
+        self._background = ThreadPoolExecutor(1)
+        self._syncs: list[Future[None]] = []
 
     def __enter__(self) -> Self:
         self._stage.__enter__()
@@ -83,6 +92,7 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._background.shutdown(cancel_futures=True)
         for fd in self._files:
             os.close(fd)
         self._files = []
@@ -102,27 +112,45 @@ class CheckpointWriter:
         """Put a planned tensor in its place, converted to the planned dtype; in any order, from any thread, once."""
         info = self._expect(name, tuple(tensor.shape))
         data = tensor.detach().to("cpu", info.dtype).contiguous().reshape(-1).view(torch.uint8)
-        self._put(name, byte_view(data))
-        self._written.add(name)
+        shard, offset = self._places[name]
+        with self._explained():
+            write_all(self._files[shard], byte_view(data), offset)
+        self._done(name)
 
     def copy(self, name: str, source: TensorSource, source_name: str | None = None) -> None:
         """The same as write(name, source.read(source_name or name)).
 
-        Where the source is a safetensors file of the planned dtype, the bytes go through a small buffer that stays
-        in the processor's cache: the speed of `cp`, and no memory, however large the tensor.
+        Where the source has the bytes on disk as they are planned, they go from file to file: the speed of `cp`, and no
+        memory, however large the tensor.
         """
         wanted = source_name or name
-        extent: Extent | None = source.extent(wanted) if hasattr(source, "extent") else None
+        extent = source.extent(wanted)
         if extent is None or extent.info != self.plan.get(name):
             self.write(name, source.read(wanted))
             return
         self._expect(name, extent.info.shape)
-        buffer, count = byte_view(empty_bytes(COPY_BYTES)), extent.info.nbytes
-        for first in range(0, count, COPY_BYTES):
-            piece = buffer[: min(COPY_BYTES, count - first)]
-            extent.read_into(piece, first)
-            self._put(name, piece, first)
-        self._written.add(name)
+        shard, offset = self._places[name]
+        with self._explained():
+            extent.copy_to(self._files[shard], offset)
+        self._done(name)
+
+    def copy_all(
+        self,
+        names: Sequence[str],
+        source: TensorSource,
+        progress: Callable[[float], None] = lambda done: None,
+    ) -> None:
+        """copy(name, source) for each name, several shards side by side; `progress` gets the share done, in this thread.
+
+        Meant for what `source` has as extents: what it must compute would be in memory several at a time."""
+        pool = ThreadPoolExecutor(min(COPIERS, os.cpu_count() or 1, len(self._shards)))
+        copies = [pool.submit(self.copy, name, source) for name in self._side_by_side(names, COPIERS)]
+        try:
+            for done, copy in enumerate(as_completed(copies), 1):
+                copy.result()
+                progress(done / len(copies))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def add_bytes(self, file: str, data: bytes) -> None:
         """A side file, by its bare name."""
@@ -145,6 +173,8 @@ class CheckpointWriter:
                 f"{self.directory}: {len(missing)} planned tensors not written, first {missing[0]}"
             )
         with self._explained():
+            for sync in self._syncs:
+                sync.result()
             for fd, shard in zip(self._files, self._shards, strict=True):
                 os.fsync(fd)  # the data before the header that makes it loadable
                 os.pwrite(fd, shard.header, 0)
@@ -167,14 +197,25 @@ class CheckpointWriter:
             )
         return self.plan[name]
 
-    def _put(self, name: str, view: memoryview, first: int = 0) -> None:
-        """Write bytes at byte number `first` of a tensor's place."""
-        shard, offset = self._places[name]
-        done = 0
-        with self._explained():
-            while done < len(view):
-                piece = view[done : done + CHUNK_BYTES]
-                done += os.pwrite(self._files[shard], piece, offset + first + done)
+    def _done(self, name: str) -> None:
+        """A tensor is in its place; a shard that is full is sent to the disk."""
+        self._written.add(name)
+        shard, _ = self._places[name]
+        with self._lock:
+            self._left[shard] -= 1
+            full = not self._left[shard]
+        if full:
+            self._syncs.append(self._background.submit(os.fsync, self._files[shard]))
+
+    def _side_by_side(self, names: Sequence[str], width: int) -> list[str]:
+        """The names in an order in which neighbours lie in different shards: `width` of them are filled at a time."""
+        seen: Counter[int] = Counter()
+        order: dict[str, tuple[int, int, int]] = {}
+        for name in names:
+            shard, _ = self._places[name]
+            order[name] = (shard // width, seen[shard], shard)
+            seen[shard] += 1
+        return sorted(names, key=order.__getitem__)
 
     def _side(self, file: str) -> Path:
         if (

@@ -3,8 +3,8 @@
     combine(plan, Path("mixture"))
 
 The calibration pass reads each weight once and writes it on the way (WriteThrough); what it did not need is copied
-after it, file to file where bytes are the same. Then routers, side files, index, rename: an interrupted run leaves
-nothing that loads. Peak memory is one layer of one member and the calibration states.
+after it, file to file where bytes are the same, several shards at a time. Then routers, side files, index, rename: an
+interrupted run leaves nothing that loads. Peak memory is one layer of one member and the calibration states.
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ from typing import Any
 import torch
 
 from octad.checkpoint.names import router_name
-from octad.checkpoint.text import Window, read_windows
+from octad.checkpoint.provenance import PROVENANCE, Provenance
 from octad.checkpoint.tokenizer import Tokenizer
 from octad.checkpoint.writer import CheckpointWriter
 from octad.combine.calibrate import dense_config
 from octad.combine.fit import Calibration, Progress, RouterFit, fit_routers, quiet
 from octad.combine.mixture import MixtureSource
 from octad.combine.preflight import Plan
-from octad.combine.recipe import ExpertSpec, Recipe, RouterSpec
-from octad.combine.sidecars import CARD, PROVENANCE, STATISTICS, Provenance, model_card, save_statistics
+from octad.combine.recipe import Recipe
+from octad.combine.sidecars import CARD, STATISTICS, model_card, save_statistics
 from octad.combine.views import WriteThrough
 from octad.dist import compute_dtype
-from octad.errors import DataError
 from octad.model.config import ModelConfig
 
 DEFAULT_SHARD_BYTES = 5e9
@@ -47,7 +46,7 @@ def combine(
     """Write the mixture of a plan to `output` (atomically) and return its path. Raises OutputError, DataError."""
     recipe = plan.recipe
     writer = CheckpointWriter(output, plan.tensors, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
-    calibrations = [calibration(recipe, spec, plan.tokenizer) for spec in recipe.experts]
+    calibrations = plan.calibrations
     source = plan.source()
     with ThreadPoolExecutor(1) as background, writer:
         origins = background.submit(source.provenance)
@@ -73,32 +72,6 @@ def expected_seconds(plan: Plan) -> float:
     return 2 * layers * tokens / (0.4 * rate) + plan.output_bytes / 0.5e9
 
 
-def calibration(recipe: Recipe, spec: ExpertSpec, tokenizer: Tokenizer) -> Calibration:
-    """The text (or prompts) of one expert, as windows. Raises DataError naming the expert."""
-    if recipe.router.method == "prompts":
-        return Calibration(
-            prompt_windows(spec.positive_prompts, tokenizer), prompt_windows(spec.negative_prompts, tokenizer)
-        )
-    if recipe.router.method == "random":
-        return Calibration([], [])
-    return Calibration(
-        text_windows(spec.name, [recipe.resolve(d) for d in spec.data], recipe.router, tokenizer), []
-    )
-
-
-def text_windows(name: str, files: Sequence[str], router: RouterSpec, tokenizer: Tokenizer) -> list[Window]:
-    """The calibration windows of one expert's files."""
-    try:
-        return read_windows(files, tokenizer, tokens=router.tokens, window=router.window)
-    except DataError as error:
-        raise DataError(f"expert {name!r}: {error}") from None
-
-
-def prompt_windows(prompts: Sequence[str], tokenizer: Tokenizer) -> list[Window]:
-    """One window a prompt."""
-    return [Window(tuple(tokenizer.encode(p, parse_special=False)), 0, i) for i, p in enumerate(prompts)]
-
-
 def write_weights(
     writer: CheckpointWriter,
     source: MixtureSource,
@@ -110,12 +83,11 @@ def write_weights(
     family = source.config.model_type
     source.routers = {router_name(family, layer): w for layer, w in enumerate(fit.weights)}
     rest = [name for name in source.names() if name not in written]
-    for done, name in enumerate(rest, 1):
-        origin = source.origin(name)
-        if origin is not None and origin[0].info(origin[1]) == source.info(name):
-            writer.copy(name, *origin)
-        else:
-            writer.write(name, source.read(name))
+    copied = [name for name in rest if source.extent(name) is not None]
+    computed = [name for name in rest if source.extent(name) is None]
+    writer.copy_all(copied, source, lambda done: progress("writing", done * len(copied) / len(rest)))
+    for done, name in enumerate(computed, len(copied) + 1):
+        writer.write(name, source.read(name))
         progress("writing", done / len(rest))
 
 
@@ -127,7 +99,10 @@ def plan_provenance(
         expert_record(report.name, report.reference, report.kind, report.exact, c, origin)
         for report, c, origin in zip(plan.reports, calibrations, origins["members"], strict=True)
     ]
-    base = dict(origins["base"]) | {"vocab_size": plan.base.config.vocab_size}
+    base = dict(origins["base"]) | {
+        "vocab_size": plan.base.config.vocab_size,
+        "path": _path(origins["base"]),
+    }
     return Provenance(recipe_record(plan.recipe), base, experts)
 
 
@@ -144,12 +119,19 @@ def expert_record(
     return {
         "name": name,
         "model": reference,
+        "path": _path(origin),
         "kind": kind,
         "exact": exact,
         "tokens": c.tokens,
         "windows": len(c.windows),
         "files": origin.get("files", []),
     }
+
+
+def _path(origin: Mapping[str, Any]) -> str:
+    """Where a model lies, for whoever wants to open it again from elsewhere; a hub id or bundled name as it is."""
+    path = Path(origin["label"]).expanduser()
+    return str(path.resolve()) if path.exists() else str(origin["label"])
 
 
 def write_sidecars(

@@ -1,6 +1,6 @@
 """The calibration pass: text through the shared attention and one expert, to see what the routers will read.
 
-    for layer, number, x_ND, weight_N in gate_inputs(source, runs, dtype):  # x: exactly the tensor that a router reads
+    for layer, number, x_ND in gate_inputs(source, runs, dtype):  # x: exactly the tensor that a router reads
         ...
 
 Each expert's text runs through its own expert, and part of it through the generalist (the base as an expert) too. The
@@ -8,15 +8,15 @@ first is what a well-routed token looks like; the second is what a token looks l
 cannot give the label away by the fingerprint of its own expert (docs/log.md has the measurement). Neither depends on the
 other specialists, so the statistics of an expert stay true when others come or go.
 
-One layer of one expert is in memory at a time, whatever the model's size, and each weight is read once. Padding never
-reaches the statistics.
+One layer of one expert is in memory at a time, whatever the model's size, and each weight is read once; so are the
+inputs of one run, while the states of all of them may lie in a file (states.py). Padding never reaches the statistics.
 
 Shapes: B sequences, S positions, N real tokens of one run, D model, F feed-forward hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,15 +24,13 @@ import torch
 from octad.checkpoint.names import EMBEDDING, expert_name
 from octad.checkpoint.source import TensorSource
 from octad.checkpoint.text import Batch, Window, batches
+from octad.combine.states import States
 from octad.model.config import ModelConfig
 from octad.model.moe import MLP
 from octad.model.rope import Rope
 from octad.model.transformer import DecoderLayer
 
-EARLY_POSITIONS, EARLY_WEIGHT = (
-    32,
-    3.0,
-)  # a text's first tokens are hardest to route and fewest: they count more
+BATCH_TOKENS = 512  # more are no faster; fewer windows differ less in length: less padding
 
 
 @dataclass(frozen=True)
@@ -46,55 +44,54 @@ class Run:
 
     def mass(self) -> float:
         """The sum of its tokens' weights."""
-        early = sum(min(len(w.ids), EARLY_POSITIONS) for w in self.windows)
-        total = sum(len(w.ids) for w in self.windows)
-        return self.weight * (total + (EARLY_WEIGHT - 1) * early)
+        return self.weight * sum(len(w.ids) for w in self.windows)
 
 
 @torch.no_grad()
 def gate_inputs(
     source: TensorSource, runs: Sequence[Run], dtype: torch.dtype
-) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
-    """Yields (layer, number of the run, x_ND, weight_N) for every layer: router inputs of the run's real tokens.
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Yields (layer, number of the run, x_ND) for every layer: router inputs of the run's real tokens.
 
-    `source` is a mixture, written or not; an expert that no run passes through is not read. Arithmetic and x in `dtype`,
-    weights in float32.
+    `source` is a mixture, written or not; an expert that no run passes through is not read. Arithmetic and x in `dtype`.
     """
     config, rope = source.config, Rope(source.config)
-    embedding = source.read(EMBEDDING).to(dtype)
-    texts = [list(batches(run.windows)) for run in runs]
-    states = [[embedding[batch.tokens] for batch in text] for text in texts]
-    weights = [
-        torch.cat([_weights(batch) for batch in text]) * run.weight
-        for text, run in zip(texts, runs, strict=True)
-    ]
-    del embedding
-    for layer in range(config.num_hidden_layers):
-        block = load_block(source, layer, dtype)
-        for path in sorted({run.path for run in runs}):
-            mlp = load_expert(source, layer, path, dtype)
-            for number in (n for n, run in enumerate(runs) if run.path == path):
-                seen = [
-                    _advance(block, mlp, rope, states[number], i, batch)
-                    for i, batch in enumerate(texts[number])
-                ]
-                yield layer, number, torch.cat(seen), weights[number]
+    texts = [list(batches(run.windows, BATCH_TOKENS)) for run in runs]
+    tokens = sum(batch.tokens.numel() for text in texts for batch in text)
+    with States(tokens * config.hidden_size * dtype.itemsize) as states:
+        embed = embedded(source, [batch for text in texts for batch in text], dtype)
+        numbered = [[(states.append(embed(batch)), batch) for batch in text] for text in texts]
+        del embed
+        for layer in range(config.num_hidden_layers):
+            block = load_block(source, layer, dtype)
+            for path in sorted({run.path for run in runs}):
+                mlp = load_expert(source, layer, path, dtype)
+                for number in (n for n, run in enumerate(runs) if run.path == path):
+                    seen = [_advance(block, mlp, rope, states, i, batch) for i, batch in numbered[number]]
+                    yield layer, number, torch.cat(seen)
 
 
 def _advance(
-    block: DecoderLayer, mlp: MLP, rope: Rope, states: list[torch.Tensor], i: int, batch: Batch
+    block: DecoderLayer, mlp: MLP, rope: Rope, states: States, number: int, batch: Batch
 ) -> torch.Tensor:
     """Take one batch through the layer, in place in `states`; returns the gate inputs of its real tokens, x_ND."""
-    h_BSD = block.attend(states[i], rope)
+    h_BSD = block.attend(states[number], rope)
     x_BSD: torch.Tensor = block.post_attention_layernorm(h_BSD)
-    states[i] = h_BSD + mlp(x_BSD)
+    states[number] = h_BSD + mlp(x_BSD)
     return x_BSD[batch.mask]
 
 
-def _weights(batch: Batch) -> torch.Tensor:
-    """weight_N of a batch's real tokens, in the order of x_BSD[mask]."""
-    early = torch.arange(batch.tokens.shape[1]) < EARLY_POSITIONS
-    return torch.where(early, EARLY_WEIGHT, 1.0).expand(batch.tokens.shape)[batch.mask]
+def embedded(
+    source: TensorSource, texts: Sequence[Batch], dtype: torch.dtype
+) -> Callable[[Batch], torch.Tensor]:
+    """The function from a batch of these texts to its embeddings, h_BSD. Of a table on disk only their rows are read."""
+    ids = torch.tensor(sorted({i for batch in texts for i in batch.tokens.flatten().tolist()}))
+    if (extent := source.extent(EMBEDDING)) is not None:
+        width = source.config.hidden_size
+        rows = extent.blocks((ids * width).tolist(), width).to(dtype)
+    else:
+        rows = source.read(EMBEDDING)[ids].to(dtype)
+    return lambda batch: rows[torch.searchsorted(ids, batch.tokens)]
 
 
 def load_block(source: TensorSource, layer: int, dtype: torch.dtype) -> DecoderLayer:

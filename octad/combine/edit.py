@@ -20,10 +20,12 @@ from typing import Any
 from octad.checkpoint.load import load_tokenizer, needs_base, open_member
 from octad.checkpoint.names import EMBEDDING
 from octad.checkpoint.source import TensorSource
+from octad.checkpoint.staging import StagedDirectory
 from octad.checkpoint.tokenizer import Tokenizer
 from octad.checkpoint.writer import CheckpointWriter
 from octad.combine import preflight
-from octad.combine.build import calibration, expert_record, recipe_record, write_sidecars, write_weights
+from octad.combine.build import expert_record, recipe_record, write_sidecars, write_weights
+from octad.combine.distances import measure
 from octad.combine.editable import EditableMixture, generalist_of
 from octad.combine.fit import (
     Calibration,
@@ -38,6 +40,7 @@ from octad.combine.fit import (
 from octad.combine.mixture import MixtureSource
 from octad.combine.recipe import ExpertSpec, Recipe, SharedSpec
 from octad.combine.statistics import Statistics
+from octad.combine.texts import calibration
 from octad.combine.views import ExpertView, WriteThrough
 from octad.dist import compute_dtype
 from octad.errors import CheckpointError, RecipeError
@@ -182,6 +185,7 @@ def _change(
     progress: Progress,
 ) -> Path:
     """Carry one edit out; `note` is what octad.json will say of it."""
+    StagedDirectory(output or old.directory, overwrite=output is None).check()
     edit = Edit(old, slots, _new_recipe(old, slots, spec))
     if spec is not None:
         edit = replace(edit, newcomer=welcome(old, edit.recipe, spec, base, progress))
@@ -228,35 +232,16 @@ def welcome(
         member = open_member(reference, under)
     except CheckpointError as error:
         raise RecipeError(f"expert {spec.name!r}: {error}") from None
-    for line in preflight.check_member(spec.name, member, under, "base"):
+    report = preflight.member_report(spec.name, spec.model, member, under, "base")
+    for line in report.notes:
         progress(f"expert {spec.name!r}: {line}", 0.0)
     alone = recipe.model_copy(update={"experts": (spec,)})
     _, tokenizer = preflight.extended_vocabulary(alone, under, [member], load_tokenizer(old.source))
     text = calibration(recipe, spec, tokenizer)
-    report = _measured(old, alone, under, member, tokenizer)
+    (distances,) = measure(under, [member])
+    report = preflight.measured(report, distances, "base")
     record = expert_record(spec.name, spec.model, report.kind, report.exact, text, member.provenance())
     return Newcomer(member, text, record, tokenizer)
-
-
-def _measured(
-    old: EditableMixture, alone: Recipe, under: TensorSource, member: TensorSource, tokenizer: Tokenizer
-) -> preflight.MemberReport:
-    """What preflight measures of the only expert of the recipe `alone`: above all, if it will be held exactly."""
-    (spec,) = alone.experts
-    kind = preflight.kind_of(member, under)
-    plan = preflight.Plan(
-        recipe=alone,
-        base=under,
-        members=[member],
-        config=old.source.config,
-        config_dict={},
-        dtype=old.source.info(EMBEDDING).dtype,
-        tokenizer=tokenizer,
-        reports=[preflight.MemberReport(spec.name, spec.model, kind)],
-        measured_layers=preflight.measured_layers(under, [member]),
-    )
-    (report,) = preflight.measure_distances(plan)
-    return report
 
 
 # ---- the routers -------------------------------------------------------------------------------------------

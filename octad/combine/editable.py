@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 
+from octad.checkpoint.extent import Extent
 from octad.checkpoint.hf import INDEX
 from octad.checkpoint.load import open_source
 from octad.checkpoint.names import EMBEDDING, HEAD
+from octad.checkpoint.provenance import PROVENANCE, Provenance
 from octad.checkpoint.source import TensorInfo, TensorSource
 from octad.combine.fit import Calibration
 from octad.combine.recipe import Recipe
-from octad.combine.sidecars import Provenance, load_statistics
+from octad.combine.sidecars import load_statistics
 from octad.combine.statistics import Statistics
 from octad.combine.views import ExpertView, View
 from octad.errors import CheckpointError, OctadError, OutputError, RecipeError
@@ -41,25 +43,29 @@ class EditableMixture:
     @classmethod
     def open(cls, directory: Path) -> EditableMixture:
         """Raises CheckpointError or RecipeError where there is no such mixture, or it cannot change in parts."""
-        source, provenance = open_source(directory), Provenance.read(directory)
-        recipe = provenance.parsed_recipe()
-        found = source.config.num_experts
-        if not found == len(provenance.experts) == len(recipe.experts):
+        source = open_source(directory)
+        provenance = Provenance.of(source)
+        if provenance is None:
             raise CheckpointError(
-                f"{directory}: octad.json is of {len(provenance.experts)} experts, "
-                f"config.json of {found}; combine again"
+                f"{directory}: has no {PROVENANCE}; only a mixture made by `octad combine` can be changed"
+            )
+        recipe = Recipe.from_dict(provenance.recipe, Path(), label=str(directory / PROVENANCE))
+        if provenance.names != [spec.name for spec in recipe.experts]:
+            raise CheckpointError(
+                f"{directory / PROVENANCE}: names {len(provenance.experts)} experts, its recipe "
+                f"{len(recipe.experts)} or others; combine again"
             )
         if recipe.shared.method != "base":
             raise RecipeError(
                 f"{directory}: its attention is made of all members (shared: {recipe.shared.method}), "
                 "so no expert can change alone; combine again with the changed recipe"
             )
-        return cls(directory, source, provenance, recipe, *load_statistics(directory, found))
+        return cls(directory, source, provenance, recipe, *load_statistics(directory, len(recipe.experts)))
 
     @property
     def names(self) -> list[str]:
         """The experts' names, in order."""
-        return [str(record["name"]) for record in self.provenance.experts]
+        return self.provenance.names
 
     @property
     def generalist(self) -> int | None:
@@ -91,8 +97,9 @@ class EditableMixture:
         Raises RecipeError where it cannot be opened, or is not what this mixture was made of."""
         if reference is None and self.generalist is not None:
             return self.held_base()
-        recorded = [str(self.provenance.base.get("label", self.recipe.base)), self.recipe.base]
-        base = _first_that_opens([reference] if reference else recorded, self.directory)
+        recorded = [self.provenance.base.get("path"), self.provenance.base.get("label"), self.recipe.base]
+        references = [str(place) for place in recorded if place]
+        base = _first_that_opens([reference] if reference else references, self.directory)
         if tensor := self._difference(base):
             raise RecipeError(
                 f"base {base.label}: is not the one that {self.directory} was made of ({tensor} differs); "
@@ -146,6 +153,11 @@ class RecordedBase(ExpertView):
         """See TensorSource."""
         tensor = super().read(name)
         return tensor[: self._rows] if name in (EMBEDDING, HEAD) else tensor
+
+    def extent(self, name: str) -> Extent | None:
+        """See TensorSource."""
+        extent = super().extent(name)
+        return extent.part(0, self.info(name).shape) if extent and name in (EMBEDDING, HEAD) else extent
 
     def provenance(self) -> Mapping[str, Any]:
         """What octad.json says of the base."""

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
+from octad.checkpoint.extent import Extent
 from octad.checkpoint.names import dense_mlp_name, expert_name, layer_of, router_name, tensor_plan
 from octad.checkpoint.source import TensorInfo, TensorSource
 from octad.combine.recipe import SharedSpec
 from octad.combine.shared import METHODS
-from octad.combine.views import ExpertView, RememberLast
 from octad.errors import CheckpointError
 from octad.model.config import ModelConfig
 
@@ -85,10 +85,10 @@ class MixtureSource:
     def origin(self, name: str) -> tuple[TensorSource, str] | None:
         """The one input tensor that this output tensor is a copy of, if it is one."""
         if name in self._origins:
-            return _unwrapped(*self._origins[name])
+            return self._origins[name]
         is_copy = self.shared.method == "base" and name not in self._router_names and not _INERT.search(name)
         if is_copy and self.base.info(name).shape == self._shapes[name]:
-            return _unwrapped(self.base, name)
+            return self.base, name
         return None
 
     def read(self, name: str) -> torch.Tensor:
@@ -103,14 +103,19 @@ class MixtureSource:
             return torch.zeros(self._shapes[name], dtype=self.dtype)
         return self._merged(name).to(self.dtype)
 
+    def extent(self, name: str) -> Extent | None:
+        """See TensorSource: the input's, where the output is a copy of its bytes."""
+        origin = self.origin(name)
+        extent = origin[0].extent(origin[1]) if origin else None
+        return extent if extent and extent.info == self.info(name) else None
+
     def _merged(self, name: str) -> torch.Tensor:
         """A shared tensor by the recipe's method; rows of the vocabulary that only some members have, from those."""
         base = self.base.read(name)
         if name in VOCABULARY_TENSORS and self._shapes[name][0] != base.shape[0]:
             return self._merged_vocabulary(name, base)
         method = METHODS[self.shared.method]
-        reads = [] if self.shared.method == "base" else [m.read(name) for m in self.members]
-        return method(base, reads, self.weights, spec=self.shared, name=name)
+        return method(base, Reads(self.members, name), self.weights, spec=self.shared, name=name)
 
     def _merged_vocabulary(self, name: str, base: torch.Tensor) -> torch.Tensor:
         """merged_VD: common rows by the method, added rows as the weighted mean of the members that have them."""
@@ -124,7 +129,7 @@ class MixtureSource:
             added = slice(rows, rows + len(theirs))
             mass[added] += max(weight, SMALLEST_WEIGHT)
             merged[added] += (theirs - merged[added]) * (max(weight, SMALLEST_WEIGHT) / mass[added])
-        common = [] if self.shared.method == "base" else [m.read(name)[:rows] for m in self.members]
+        common = Reads(self.members, name, rows)
         merged[:rows] = METHODS[self.shared.method](base, common, self.weights, spec=self.shared, name=name)
         return merged
 
@@ -136,12 +141,17 @@ class MixtureSource:
         }
 
 
-def _unwrapped(source: TensorSource, name: str) -> tuple[TensorSource, str]:
-    """The source behind the views, and its name for the tensor: where a plain copy of bytes is possible."""
-    while isinstance(source, RememberLast | ExpertView):
-        name = source.origin(name) if isinstance(source, ExpertView) else name
-        source = source.source
-    return source, name
+class Reads(Sequence[torch.Tensor]):
+    """One tensor of every member, or its first rows, read when it is asked for: eight embeddings at once are many."""
+
+    def __init__(self, members: Sequence[TensorSource], name: str, rows: int | None = None) -> None:
+        self.members, self.name, self.rows = members, name, rows
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.members[place].read(self.name)[: self.rows]
 
 
 def _own(provenance: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,32 +4,36 @@
     plan.distances, plan.notes, plan.output_bytes     # what `octad combine --dry-run` prints
 
 Each difference between a member and the base is either harmless (nothing is said), worth knowing (a note says why it is
-no problem), or fatal (refused, naming member, what, found and expected). Distances are ||member - base|| / ||base|| over
-the tensors of a layer; very large members are measured on every k-th layer.
+no problem), or fatal (refused, naming member, what, found and expected). The cheap checks come first, the output and the
+text among them; then the members are measured (distances.py).
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from octad.checkpoint.load import load_tokenizer, open_member, open_source
 from octad.checkpoint.lora import AdapterSource
-from octad.checkpoint.names import layer_of, tensor_plan
+from octad.checkpoint.names import EMBEDDING, tensor_plan
 from octad.checkpoint.source import TensorInfo, TensorSource
+from octad.checkpoint.staging import StagedDirectory
 from octad.checkpoint.tokenizer import Tokenizer
+from octad.checkpoint.writer import CheckpointWriter
+from octad.combine import distances
+from octad.combine.distances import Distances
 from octad.combine.family import TARGETS, mixture_config
-from octad.combine.mixture import MixtureSource, tensor_group
+from octad.combine.fit import Calibration
+from octad.combine.mixture import MixtureSource
 from octad.combine.recipe import Recipe
+from octad.combine.texts import calibration, check_files
 from octad.combine.views import RememberLast
 from octad.errors import CheckpointError, RecipeError
 from octad.model.config import ModelConfig, RopeConfig
 
-MEASURED_BYTES = 16e9  # read at most about this much to measure distances
-PIECE = 1 << 15  # values; torch works on so few in one thread
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SHAPE_FIELDS = (
     "hidden_size",
@@ -48,13 +52,17 @@ ARITHMETIC_FIELDS = ("rope", "rms_norm_eps", "sliding_window", "sliding_layers")
 
 @dataclass(frozen=True)
 class MemberReport:
-    """One member beside the base: distances per layer by tensor group, and notes; `exact`: held unchanged."""
+    """One member beside the base: notes, and distances by tensor group with their margin (see distances.py).
+
+    exact: held unchanged, so that the mixture sent through this expert alone is this member; None where not measured."""
 
     name: str
     reference: str
     kind: str
     distances: dict[str, list[float]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    other_arithmetic: bool = False
+    margin: float = 0.0
     exact: bool | None = None
 
 
@@ -70,7 +78,7 @@ class Plan:
     dtype: torch.dtype
     tokenizer: Tokenizer
     reports: list[MemberReport]
-    measured_layers: list[int]
+    calibrations: list[Calibration]
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -96,27 +104,43 @@ class Plan:
         return MixtureSource(self.config, self.base, self.members, self.recipe.shared, weights, self.dtype)
 
 
-def preflight(recipe: Recipe, *, measure: bool = True) -> Plan:
-    """Open, check and measure. Raises RecipeError or CheckpointError with one line."""
-    opened = open_source(recipe.resolve(recipe.base))
-    base = RememberLast(opened)
+def preflight(
+    recipe: Recipe, output: str | Path | None = None, *, overwrite: bool = False, measure: bool = True
+) -> Plan:
+    """Open, check and measure; with `output`, also that a mixture can be written there.
+
+    Raises RecipeError, CheckpointError, DataError or OutputError with one line."""
+    if output is not None:
+        StagedDirectory(output, overwrite=overwrite).check()
+    plan = opened(recipe)
+    if output is not None:
+        CheckpointWriter(output, plan.tensors).check_space()
+    if measure:
+        found = distances.measure(plan.base, plan.members)
+        plan.reports = [
+            measured(r, d, recipe.shared.method) for r, d in zip(plan.reports, found, strict=True)
+        ]
+    return plan
+
+
+def opened(recipe: Recipe) -> Plan:
+    """The recipe with its base and members opened, everything checked that needs no weights, and its text read."""
+    check_files(recipe)
+    source = open_source(recipe.resolve(recipe.base))
+    base = RememberLast(source)
     if base.config.model_type not in TARGETS:
         mixture_config(base.config, 1, 1, "float32", base.config.vocab_size)
     members = [_open(recipe, spec.name, spec.model, base) for spec in recipe.experts]
-    tokenizer = load_tokenizer(opened)
-    reports = []
-    for spec, member in zip(recipe.experts, members, strict=True):
-        notes = check_member(spec.name, member, base, recipe.shared.method)
-        reports.append(MemberReport(spec.name, spec.model, kind_of(member, base), notes=tuple(notes)))
-    vocab_size, tokenizer = extended_vocabulary(recipe, base, members, tokenizer)
-    name = recipe.dtype or _dtype_name(base.info("model.embed_tokens.weight").dtype)
-    raw = mixture_config(base.config, len(members), recipe.top_k, name, vocab_size)
+    reports = [
+        member_report(spec.name, spec.model, member, base, recipe.shared.method)
+        for spec, member in zip(recipe.experts, members, strict=True)
+    ]
+    vocab_size, tokenizer = extended_vocabulary(recipe, base, members, load_tokenizer(source))
+    dtype = recipe.dtype or _dtype_name(base.info(EMBEDDING).dtype)
+    raw = mixture_config(base.config, len(members), recipe.top_k, dtype, vocab_size)
     config = ModelConfig.from_dict(raw)
-    layers = measured_layers(base, members)
-    plan = Plan(recipe, base, members, config, raw, DTYPES[name], tokenizer, reports, layers)
-    if measure:
-        plan.reports = measure_distances(plan)
-    return plan
+    texts = [calibration(recipe, spec, tokenizer) for spec in recipe.experts]
+    return Plan(recipe, base, members, config, raw, DTYPES[dtype], tokenizer, reports, texts)
 
 
 def kind_of(member: TensorSource, base: TensorSource) -> str:
@@ -131,6 +155,16 @@ def _open(recipe: Recipe, name: str, reference: str, base: TensorSource) -> Tens
         return open_member(reference if reference == "base" else recipe.resolve(reference), base)
     except CheckpointError as error:
         raise RecipeError(f"expert {name!r}: {error}") from None
+
+
+def member_report(
+    name: str, reference: str, member: TensorSource, base: TensorSource, shared: str
+) -> MemberReport:
+    """What can be said of a member before it is measured. Raises RecipeError as check_member does."""
+    notes = tuple(check_member(name, member, base, shared))
+    keys = (*ARITHMETIC_FIELDS, "tie_word_embeddings")
+    other = any(getattr(member.config, key) != getattr(base.config, key) for key in keys)
+    return MemberReport(name, reference, kind_of(member, base), notes=notes, other_arithmetic=other)
 
 
 def check_member(name: str, member: TensorSource, base: TensorSource, shared: str) -> list[str]:
@@ -215,75 +249,10 @@ def _clash(ours: Tokenizer, theirs: Tokenizer) -> tuple[int, str, str] | None:
     return None
 
 
-def measured_layers(base: TensorSource, members: list[TensorSource]) -> list[int]:
-    """All layers, or where reading the members would pass MEASURED_BYTES, evenly spaced ones."""
-    sizes = sum(base.info(name).nbytes for name in tensor_plan(base.config))
-    others = sum(member is not base for member in members)
-    step = max(1, math.ceil(sizes * others / MEASURED_BYTES))
-    return list(range(0, base.config.num_hidden_layers, step))
-
-
-def measure_distances(plan: Plan) -> list[MemberReport]:
-    """The reports with distances filled in: relative per measured layer for ffn and attention, one value for the rest."""
-    wanted = set(plan.measured_layers)
-    names = [n for n in tensor_plan(plan.base.config) if layer_of(n) is None or layer_of(n) in wanted]
-    sums: list[dict[tuple[str, int], list[float]]] = [{} for _ in plan.members]
-    for name in names:
-        group = tensor_group(name)
-        place = (group, (layer_of(name) or 0) if group in ("ffn", "attention") else 0)
-        base = plan.base.read(name)
-        norm = squared_norm(base)
-        for member, total in zip(plan.members, sums, strict=True):
-            entry = total.setdefault(place, [0.0, 0.0])
-            entry[0] += _squared_distance(member, plan.base, name, base)
-            entry[1] += norm
-    complete = len(wanted) == plan.config.num_hidden_layers
-    return [
-        _with_distances(report, total, plan.recipe.shared.method, complete)
-        for report, total in zip(plan.reports, sums, strict=True)
-    ]
-
-
-def _squared_distance(member: TensorSource, base: TensorSource, name: str, tensor: torch.Tensor) -> float:
-    """||member - base||^2 of one tensor, over the rows that both have; adapters know what they leave alone."""
-    if member is base:
-        return 0.0
-    if isinstance(member, AdapterSource):
-        if name not in member.changed():
-            return 0.0
-        if factors := member.delta_factors(name):  # ||BA||^2 = <B'B, AA'>: no need to multiply it out
-            a, b, scale = factors
-            return scale**2 * float(((b.T @ b) * (a @ a.T)).sum())
-    try:
-        theirs = member.read(name)
-    except CheckpointError:  # a head that only one of the two has: noted by check_member
-        return 0.0
-    return squared_norm(theirs[: len(tensor)], tensor)
-
-
-def squared_norm(x: torch.Tensor, minus: torch.Tensor | None = None) -> float:
-    """||x||^2, or ||x - minus||^2, in float32 over pieces that stay in the processor's cache: for large tensors that is
-    ten times faster than whole ones, and needs no memory."""
-    pieces = torch.split(x.reshape(-1), PIECE)
-    others = [None] * len(pieces) if minus is None else torch.split(minus.reshape(-1), PIECE)
-    total = 0.0
-    for piece, other in zip(pieces, others, strict=True):
-        values = piece.to(torch.float32, copy=True) if other is None else piece.float() - other.float()
-        total += float(values.square_().sum())
-    return total
-
-
-def _with_distances(
-    report: MemberReport, sums: dict[tuple[str, int], list[float]], shared: str, complete: bool
-) -> MemberReport:
-    distances: dict[str, list[float]] = {}
-    for (group, _), (squared, norm) in sorted(sums.items()):
-        distances.setdefault(group, []).append(math.sqrt(squared / norm) if norm else 0.0)
-    only_ffn = all(v == 0 for g, values in distances.items() if g != "ffn" for v in values)
-    exact: bool | None = only_ffn and shared == "base"
-    if report.kind == "checkpoint" and not complete and exact:
-        exact = None
-    return MemberReport(report.name, report.reference, report.kind, distances, report.notes, exact)
+def measured(report: MemberReport, found: Distances, shared: str) -> MemberReport:
+    """The report with the distances, and what follows from them: whether the mixture holds this member exactly."""
+    exact = found.same_shared_part if shared == "base" and not report.other_arithmetic else False
+    return replace(report, distances=found.groups, margin=found.margin, exact=exact)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -5,7 +5,7 @@
     experts:
       - {name: general, model: base, data: data/general.jsonl}
       - {name: french, model: specialists/french, data: data/french.jsonl}
-    router: {method: ridge, tokens: 16384}
+    router: {method: logistic, tokens: 16384}
     shared: base
 
 Paths are relative to the recipe's own directory. Every mistake is one line that names the file, the key, what was found
@@ -61,13 +61,15 @@ class ExpertSpec(Section):
 
 
 class RouterSpec(Section):
-    """How the routers are fitted. `tokens` and `window` are counts of tokens per expert and per sequence."""
+    """How the routers are fitted. `tokens` are counted per expert; `window` is how many are taken at one place of a text.
 
-    method: RouterMethod = "ridge"
+    `ridge` is the penalty and `temperature` what the router's scores are divided by; each method has its own default."""
+
+    method: RouterMethod = "logistic"
     tokens: int = Field(default=16384, ge=1)
     window: int = Field(default=128, ge=2)
     temperature: float | None = Field(default=None, gt=0)
-    ridge: float = Field(default=0.01, gt=0)
+    ridge: float | None = Field(default=None, gt=0)
     seed: int = 0
 
 

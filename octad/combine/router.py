@@ -14,14 +14,16 @@ Shapes: E experts, D model, N tokens.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 
 from octad.combine.statistics import Statistics
 
+DEFAULT_STRENGTH = {"ridge": 0.01, "logistic": 1e-3}
 DEFAULT_TEMPERATURE = {"ridge": 0.15, "logistic": 1.0, "prompts": 0.2}
+WARM_STRENGTH = 0.01  # of the ridge that the logistic fit starts from
+BLOCK = 1024  # rows that are float32 at a time: they stay in the cache
 
 
 def ridge(statistics: Statistics, layer: int, *, strength: float, temperature: float) -> torch.Tensor:
@@ -43,27 +45,75 @@ def logistic(
     *,
     strength: float,
     temperature: float,
-    steps: int = 60,
+    steps: int = 10,
 ) -> torch.Tensor:
-    """weight_ED by L-BFGS on the weighted cross-entropy of "whose text is this token from", experts balanced."""
+    """weight_ED by L-BFGS on the weighted cross-entropy of "whose text is this token from", experts balanced.
+
+    `strength` is the L2 penalty in units of the gram's mean diagonal. Starts at ridge and works in coordinates in which
+    the inputs are white, so that ten steps are nearly enough. x may be of any dtype; a block of it is float32 at a time.
+    """
     experts = int(label_N.max()) + 1
-    mass = torch.zeros(experts).index_add_(0, label_N, weight_N)
-    importance = weight_N / mass[label_N] / experts
-    scale = x_ND.square().mean().sqrt()
-    inputs = x_ND / scale
-    weight = torch.zeros(experts, x_ND.shape[1], requires_grad=True)
-    optimiser = torch.optim.LBFGS([weight], max_iter=steps, history_size=10, line_search_fn="strong_wolfe")
+    share_N = weight_N / torch.zeros(experts).index_add_(0, label_N, weight_N)[label_N] / experts
+    gram, means_ED = _moments(x_ND, share_N, label_N, experts)
+    scale = float(gram.diagonal().mean().clamp_min(1e-12))
+    factor = torch.linalg.cholesky(gram.double() + WARM_STRENGTH * scale * torch.eye(len(gram))).float()
 
-    def loss() -> torch.Tensor:
-        optimiser.zero_grad()
-        losses = F.cross_entropy(F.linear(inputs, weight), label_N, reduction="none")
-        value: torch.Tensor = (losses * importance).sum() + strength * 1e-2 * weight.square().sum()
-        value.backward()  # type: ignore[no-untyped-call]
-        return value
+    def coloured(white_ED: torch.Tensor) -> torch.Tensor:
+        weight_ED: torch.Tensor = torch.linalg.solve_triangular(
+            factor, white_ED.detach(), upper=False, left=False
+        )
+        return weight_ED.contiguous()  # row by row: products with the other layout are far slower
 
-    with torch.enable_grad():
-        optimiser.step(loss)  # type: ignore[no-untyped-call]
-    return weight.detach() / scale / temperature
+    def whitened(slope_ED: torch.Tensor) -> torch.Tensor:
+        white_ED: torch.Tensor = torch.linalg.solve_triangular(factor.T, slope_ED, upper=True, left=False)
+        return white_ED.contiguous()
+
+    def loss() -> float:
+        weight_ED = coloured(white_ED)
+        value, slope_ED = _cross_entropy(x_ND, share_N, label_N, weight_ED)
+        white_ED.grad = whitened(slope_ED + 2 * strength * scale * weight_ED)
+        return value + strength * scale * float(weight_ED.square().sum())
+
+    white_ED = whitened(means_ED / DEFAULT_TEMPERATURE["ridge"]).requires_grad_()
+    optimiser = torch.optim.LBFGS([white_ED], max_iter=steps, history_size=10, line_search_fn="strong_wolfe")
+    optimiser.step(loss)  # type: ignore[no-untyped-call]
+    return coloured(white_ED) / temperature
+
+
+def _blocks(
+    x_ND: torch.Tensor, share_N: torch.Tensor, label_N: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """The same rows of all three, BLOCK at a time, x in float32."""
+    for start in range(0, len(x_ND), BLOCK):
+        rows = slice(start, start + BLOCK)
+        yield x_ND[rows].float(), share_N[rows], label_N[rows]
+
+
+def _moments(
+    x_ND: torch.Tensor, share_N: torch.Tensor, label_N: torch.Tensor, experts: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted sums: gram_DD of all inputs, and means_ED of each expert's."""
+    gram = torch.zeros(x_ND.shape[1], x_ND.shape[1])
+    means_ED = torch.zeros(experts, x_ND.shape[1])
+    for x, share, label in _blocks(x_ND, share_N, label_N):
+        weighted = x * share[:, None]
+        gram.addmm_(weighted.T, x)
+        means_ED.index_add_(0, label, weighted)
+    return gram, means_ED
+
+
+def _cross_entropy(
+    x_ND: torch.Tensor, share_N: torch.Tensor, label_N: torch.Tensor, weight_ED: torch.Tensor
+) -> tuple[float, torch.Tensor]:
+    """The weighted sum of -log softmax(weight x)[label], and its derivative slope_ED."""
+    total, slope_ED = 0.0, torch.zeros_like(weight_ED)
+    for x, share, label in _blocks(x_ND, share_N, label_N):
+        logs_EN = (weight_ED @ x.T).log_softmax(0)
+        total -= float(share @ logs_EN.gather(0, label[None])[0])
+        miss_EN = logs_EN.exp_()
+        miss_EN[label, torch.arange(len(x))] -= 1
+        slope_ED.addmm_(miss_EN.mul_(share), x)
+    return total, slope_ED
 
 
 def prompts(

@@ -4,7 +4,8 @@
 
 Each method is a pure function of tensors. `base` is exact when the members differ from it in their feed-forward nets
 alone (FlexOlmo, arXiv 2507.07024); the others are weight averages with ever more care for conflicting changes. All
-arithmetic is in float32; a member that did not change a tensor takes part with a zero delta.
+arithmetic is in float32; a member that did not change a tensor takes part with a zero delta. Members are gone through
+once, one at a time: the sequence may read each when it is asked for.
 """
 
 from __future__ import annotations
@@ -81,11 +82,16 @@ def ties(
     name: str,
 ) -> torch.Tensor:
     """TIES (arXiv 2306.01708): trim each delta to its largest entries, elect a sign, average what agrees with it."""
-    deltas = torch.stack([trim(m.float() - base.float(), spec.density) for m in members])
-    weighted = deltas * torch.tensor(weights).view(-1, *[1] * base.dim())
-    agree = (deltas.sign() == weighted.sum(0).sign()) & (deltas != 0)
-    mass = (agree * torch.tensor(weights).view(-1, *[1] * base.dim())).sum(0)
-    return base.float() + spec.scale * (weighted * agree).sum(0) / mass.clamp_min(1e-12)
+    up, up_mass, down, down_mass = (torch.zeros_like(base, dtype=torch.float32) for _ in range(4))
+    for member, weight in zip(members, weights, strict=True):
+        delta = trim(member.float() - base.float(), spec.density)
+        up.add_(delta.clamp(min=0), alpha=weight)
+        up_mass.add_(delta > 0, alpha=weight)
+        down.add_(delta.clamp(max=0), alpha=weight)
+        down_mass.add_(delta < 0, alpha=weight)
+    upwards = up + down >= 0
+    elected, mass = torch.where(upwards, up, down), torch.where(upwards, up_mass, down_mass)
+    return base.float() + spec.scale * elected / mass.clamp_min(1e-12)
 
 
 def dare(

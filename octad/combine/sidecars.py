@@ -1,6 +1,6 @@
 """What a combined checkpoint carries besides weights: octad.json, the router statistics, and a model card.
 
-    octad.json                      recipe, members with the hashes of their files, what is exact, what the router saw
+    octad.json                      recipe and members, with the hashes of their files (checkpoint/provenance.py)
     router_statistics.safetensors   calibration tokens, and for ridge the means and summed grams (statistics.py)
     README.md                       the model card: how it was made, how to load it
 
@@ -9,9 +9,7 @@ Shapes: L layers, E experts, D model.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,47 +17,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from octad.checkpoint.provenance import PROVENANCE, Provenance
 from octad.checkpoint.text import Window
 from octad.combine.fit import Calibration
-from octad.combine.recipe import Recipe
 from octad.combine.statistics import Statistics, pack, unpack
 from octad.errors import CheckpointError
 
-PROVENANCE, STATISTICS, CARD = "octad.json", "router_statistics.safetensors", "README.md"
-FORMAT = 1
-
-
-@dataclass
-class Provenance:
-    """How a mixture came to be. `experts` has one entry per expert, in order: name, model, kind, exact, tokens, files."""
-
-    recipe: dict[str, Any]
-    base: dict[str, Any]
-    experts: list[dict[str, Any]]
-    edits: list[str] = field(default_factory=list)
-    format: int = FORMAT
-
-    @classmethod
-    def read(cls, directory: Path) -> Provenance:
-        """Raises CheckpointError where octad did not make this checkpoint, or the file is damaged."""
-        path = directory / PROVENANCE
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            return cls(raw["recipe"], raw["base"], raw["experts"], raw.get("edits", []), raw["format"])
-        except FileNotFoundError:
-            raise CheckpointError(
-                f"{directory}: has no {PROVENANCE}; only a mixture made by `octad combine` can be changed"
-            ) from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: damaged ({error!r}); combine again") from None
-
-    def parsed_recipe(self) -> Recipe:
-        """The recipe as an object (its paths are as the maker wrote them)."""
-        return Recipe.from_dict(dict(self.recipe), Path(), label=PROVENANCE)
-
-    def to_json(self) -> str:
-        """The file's text."""
-        return json.dumps(self.__dict__, indent=2, ensure_ascii=False) + "\n"
+STATISTICS, CARD = "router_statistics.safetensors", "README.md"
 
 
 def save_statistics(calibrations: Sequence[Calibration], statistics: Statistics | None) -> bytes:
@@ -113,8 +77,7 @@ def model_card(provenance: Provenance, config: Mapping[str, Any], parameters: in
     edits = (
         f"\nChanged since it was first combined: {', '.join(provenance.edits)}.\n" if provenance.edits else ""
     )
-    router = provenance.recipe.get("router", {}).get("method", "ridge")
-    shared = provenance.recipe.get("shared", {}).get("method", "base")
+    router, shared = (provenance.method(section) for section in ("router", "shared"))
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

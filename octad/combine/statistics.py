@@ -1,6 +1,6 @@
 """Sufficient statistics of the routers: additive over experts, so that one expert can come or go without the others.
 
-For expert e and layer l, over the router inputs x of its calibration runs, each with its weight w:
+For expert e and layer l, over the router inputs x of its calibration runs, each with its run's weight w:
     mean_D = sum w x / sum w        gram_DD = sum w x x' / sum w
 A ridge router of layer l needs the means and the *sum* of the grams over experts. Stored are just these (float32), with
 the calibration tokens themselves: an expert that leaves has its gram computed again from its tokens, and taken away.
@@ -28,14 +28,13 @@ class Statistics:
         """Nothing seen yet."""
         return cls(torch.zeros(layers, dim, dim), torch.zeros(layers, experts, dim))
 
-    def add(
-        self, layer: int, expert: int, x_ND: torch.Tensor, share_N: torch.Tensor, sign: float = 1.0
-    ) -> None:
-        """Count inputs of an expert in, or out again with sign=-1. Shares of all its inputs add up to one."""
+    def add(self, layer: int, expert: int, x_ND: torch.Tensor, share: float) -> None:
+        """Count inputs of an expert in, each with the same share, or out again with a negative one.
+
+        The shares of all inputs of an expert add up to one."""
         x = x_ND.float()
-        weighted = x * (sign * share_N)[:, None]
-        self.grams[layer].addmm_(weighted.T, x)
-        self.means[layer, expert] += weighted.sum(0)
+        self.grams[layer].addmm_(x.T, x, alpha=share)
+        self.means[layer, expert].add_(x.sum(0), alpha=share)
 
     def moved(self, slots: Sequence[int | None]) -> Statistics:
         """The same with expert slots[e] in place e; None is a place of which nothing is seen yet.

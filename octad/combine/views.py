@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from octad.checkpoint.extent import Extent
 from octad.checkpoint.names import dense_mlp_name, expert_name, tensor_plan
 from octad.checkpoint.source import TensorInfo, TensorSource
 from octad.checkpoint.writer import CheckpointWriter
@@ -53,13 +54,19 @@ class View:
         """See TensorSource."""
         return self.source.read(name)
 
+    def extent(self, name: str) -> Extent | None:
+        """See TensorSource."""
+        return self.source.extent(name)
+
     def provenance(self) -> Mapping[str, Any]:
         """See TensorSource."""
         return self.source.provenance()
 
 
 class RememberLast(View):
-    """Keeps the tensor it read last: members that are adapters ask their base for the same one in turn."""
+    """Keeps the tensor it read last: members that are adapters ask their base for the same one in turn.
+
+    Only where reading costs arithmetic (a GGUF file); what lies on disk as it is stays in the page cache anyway."""
 
     def __init__(self, source: TensorSource) -> None:
         super().__init__(source)
@@ -68,6 +75,8 @@ class RememberLast(View):
 
     def read(self, name: str) -> torch.Tensor:
         """See TensorSource; a copy, so that the caller may change it."""
+        if self.source.extent(name) is not None:
+            return self.source.read(name)
         if name != self._name:
             self._tensor, self._name = self.source.read(name), name
         return self._tensor.clone()
@@ -132,3 +141,7 @@ class ExpertView(View):
     def read(self, name: str) -> torch.Tensor:
         """See TensorSource."""
         return self.source.read(self.origin(name))
+
+    def extent(self, name: str) -> Extent | None:
+        """See TensorSource."""
+        return self.source.extent(self.origin(name))

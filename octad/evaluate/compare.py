@@ -5,13 +5,12 @@
 
 Contestants see the same tokens in the same windows: every member, the soup (mean of the members that are not the base),
 the mixture at top-1, top-2 and its own top-k, and the oracle, which is the best member of each domain, told the domain.
+A member that the mixture does not hold exactly is opened where it came from, and judged as it was.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,14 @@ import torch
 import yaml
 
 from octad.checkpoint.load import load_model, load_tokenizer
+from octad.checkpoint.provenance import Provenance
 from octad.checkpoint.source import TensorSource
 from octad.checkpoint.text import Window, read_windows
 from octad.dist import compute_dtype
-from octad.errors import CheckpointError, DataError
-from octad.evaluate.contestants import Contestant, Member, Soup, TopK, contestant, counted_load
+from octad.errors import DataError, OctadError
+from octad.evaluate.contestants import Contestant, Member, Original, Soup, TopK, contestant, counted_load
 from octad.evaluate.loss import bits_per_byte, nats_per_token, window_nats
+from octad.evaluate.originals import original
 from octad.model.transformer import Transformer
 
 Domains = Mapping[str, Sequence[Path]]
@@ -34,13 +35,17 @@ Progress = Callable[[str, float], None]
 
 @dataclass
 class Comparison:
-    """bits[contestant][domain] in bits per byte, nats the same in nats per token, load[domain] the mixture's shares."""
+    """bits[contestant][domain] in bits per byte, nats the same in nats per token, load[domain] the mixture's shares.
+
+    inexact: members that the mixture does not hold exactly, judged as they were before; as_held: those of them that are
+    judged as the mixture holds them, with its attention, and why."""
 
     model: str
     domains: list[str]
     members: list[str]
     mixtures: list[str]
     inexact: list[str]
+    as_held: dict[str, str]
     tokens: dict[str, int]
     bits: dict[str, dict[str, float]] = field(default_factory=dict)
     nats: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -95,16 +100,18 @@ def compare(
     tokenizer = load_tokenizer(source)
     window = min(window, source.config.max_position_embeddings)
     texts = {name: _windows(name, files, tokenizer, tokens, window) for name, files in domains.items()}
+    names, made = named_experts(source)
+    originals, as_held = find_originals(made, texts)
     model = load_model(source, compute_dtype())
-    names, inexact, specialists = expert_names(source)
-    field_of = contestants(model, names, specialists)
+    field_of = contestants(model, names, made, originals)
     members = [n for n in names if n in field_of]
     result = Comparison(
         source.label,
         list(texts),
         members,
         [n for n, who in field_of.items() if isinstance(who, TopK)],
-        inexact,
+        [record["name"] for record in made.experts if not record.get("exact")] if made else [],
+        as_held,
         {name: sum(len(w.ids) - 1 for w in windows) for name, windows in texts.items()},
     )
     total = sum(result.tokens.values()) * max(1, len(field_of))
@@ -147,8 +154,8 @@ def _judge(
             result.load[domain] = [round(float(s), 4) for s in shares]
     else:
         together = [w for windows in texts.values() for w in windows]  # large batches cost less per token
-        with contestant(model, who) if who is not None else nullcontext():
-            nats = window_nats(model, together, progress=tick)
+        with contestant(model, who) as judged:
+            nats = window_nats(judged, together, progress=tick)
     start = 0
     for domain, windows in texts.items():
         part = nats[start : start + len(windows)]
@@ -158,33 +165,48 @@ def _judge(
 
 
 def contestants(
-    model: Transformer, names: Sequence[str], specialists: Sequence[int]
+    model: Transformer, names: Sequence[str], made: Provenance | None, originals: Mapping[str, TensorSource]
 ) -> dict[str, Contestant]:
     """Who takes part; none for a dense model."""
     config = model.config
     if not config.is_moe:
         return {}
-    table: dict[str, Contestant] = {name: Member(e) for e, name in enumerate(names)}
-    table["soup"] = Soup(tuple(specialists))
+    table: dict[str, Contestant] = {
+        name: Original(originals[name]) if name in originals else Member(e) for e, name in enumerate(names)
+    }
+    specialists = [e for e, record in enumerate(made.experts if made else []) if record.get("kind") != "base"]
+    table["soup"] = Soup(tuple(specialists or range(len(names))))
     ks = sorted({1, min(2, config.num_experts), config.num_experts_per_tok})
     return table | {f"mixture top-{k}": TopK(k) for k in ks}
 
 
-def expert_names(source: TensorSource) -> tuple[list[str], list[str], list[int]]:
-    """Names of the experts, of those that are not held exactly, and the indices of those that are not the base.
+def named_experts(source: TensorSource) -> tuple[list[str], Provenance | None]:
+    """The experts' names, from octad.json where octad made the mixture (then also that), else 'expert 0', 'expert 1', ...
 
-    From octad.json where octad made the mixture; otherwise 'expert 0', 'expert 1', ... Raises CheckpointError."""
-    count = source.config.num_experts
-    path = source.directory / "octad.json" if source.directory else None
-    if path is None or not path.exists():
-        return [f"expert {e}" for e in range(count)], [], list(range(count))
-    try:
-        experts = json.loads(path.read_text(encoding="utf-8"))["experts"]
-        names = [str(e["name"]) for e in experts]
-        inexact = [str(e["name"]) for e in experts if not e["exact"]]
-        specialists = [i for i, e in enumerate(experts) if e["kind"] != "base"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: damaged ({error!r}); combine again, or remove it") from None
-    if len(names) != count:
-        raise CheckpointError(f"{path}: names {len(names)} experts, the weights have {count}; remove it")
-    return names, inexact, specialists or list(range(count))
+    Raises CheckpointError for a damaged octad.json."""
+    made = Provenance.of(source) if source.config.is_moe else None
+    return (made.names if made else [f"expert {e}" for e in range(source.config.num_experts)]), made
+
+
+def find_originals(
+    made: Provenance | None, texts: Mapping[str, list[Window]]
+) -> tuple[dict[str, TensorSource], dict[str, str]]:
+    """Of the members that the mixture does not hold exactly: those found where they lay, and why not, the others."""
+    found: dict[str, TensorSource] = {}
+    reasons: dict[str, str] = {}
+    if made is None:
+        return found, reasons
+    largest = max(max(window.ids) for windows in texts.values() for window in windows)
+    for name, record in zip(made.names, made.experts, strict=True):
+        if record.get("exact"):
+            continue
+        try:
+            source = original(made, record)
+        except OctadError as error:
+            reasons[name] = str(error)
+            continue
+        if source.config.vocab_size > largest:
+            found[name] = source
+        else:
+            reasons[name] = "the texts have tokens that another member added"
+    return found, reasons

@@ -4,7 +4,8 @@
         window_nats(model, windows)
 
 A member whose only difference from the base is its feed-forward nets *is* the mixture with its router forced to that
-expert, when attention is the base's: no second model is loaded. Modules are swapped in and put back.
+expert, when attention is the base's: no second model is loaded. Modules are swapped in and put back. Other members are
+loaded one at a time (see originals.py).
 
 Shapes: E experts, F feed-forward hidden.
 """
@@ -18,6 +19,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from octad.checkpoint.load import load_model
+from octad.checkpoint.source import TensorSource
 from octad.model.moe import MLP, Experts, FixedRouter, MoE, Router
 from octad.model.transformer import Transformer
 
@@ -37,13 +40,20 @@ class Soup:
 
 
 @dataclass(frozen=True)
+class Original:
+    """A member as it was before it joined, which is a model of its own."""
+
+    source: TensorSource
+
+
+@dataclass(frozen=True)
 class TopK:
     """The mixture itself with this many experts per token."""
 
     k: int
 
 
-Contestant = Member | Soup | TopK
+Contestant = Member | Original | Soup | TopK
 
 
 def moe_layers(model: Transformer) -> list[tuple[nn.Module, MoE]]:
@@ -52,8 +62,11 @@ def moe_layers(model: Transformer) -> list[tuple[nn.Module, MoE]]:
 
 
 @contextmanager
-def contestant(model: Transformer, who: Contestant) -> Iterator[None]:
-    """The model as this contestant inside the block; itself again after it."""
+def contestant(model: Transformer, who: Contestant | None) -> Iterator[Transformer]:
+    """The model as this contestant inside the block (None: as it is), itself again after it; or the original member."""
+    if isinstance(who, Original):
+        yield load_model(who.source, next(model.parameters()).dtype)
+        return
     before = [(layer, moe, moe.gate, getattr(moe.gate, "top_k", 0)) for layer, moe in moe_layers(model)]
     try:
         for layer, moe, gate, _ in before:
@@ -61,9 +74,9 @@ def contestant(model: Transformer, who: Contestant) -> Iterator[None]:
                 moe.gate = FixedRouter([who.expert])
             elif isinstance(who, Soup):
                 layer.mlp = soup_mlp(moe.experts, who.experts)
-            elif isinstance(gate, Router):
+            elif isinstance(who, TopK) and isinstance(gate, Router):
                 gate.top_k = who.k
-        yield
+        yield model
     finally:
         for layer, moe, gate, top_k in before:
             layer.mlp, moe.gate = moe, gate

@@ -1,7 +1,7 @@
 """The attention seam: what Attention asks of a key/value cache, and the simplest cache.
 
 Attention hands its rotated q, k, v of the new positions to `cache.attend(layer, ...)` and gets the attended values back.
-A contiguous buffer (here) and paged blocks are two implementations; the model knows neither.
+A contiguous buffer (here) and paged blocks (the engine's) are two implementations; the model knows neither.
 
 Shapes: B sequences, S new positions, T positions so far, H heads, G key/value heads, K head dimension.
 """
@@ -19,9 +19,8 @@ from octad.model.config import ModelConfig
 class KVCache(Protocol):
     """Keys and values of the positions seen so far."""
 
-    @property
-    def length(self) -> int:
-        """Positions held; the next token has this position."""
+    def positions(self, count: int) -> int | torch.Tensor:
+        """Where the next `count` tokens stand: the first one's position, or a tensor [count] of all of theirs."""
 
     def attend(
         self, layer: int, q_BSHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGK: torch.Tensor
@@ -50,6 +49,10 @@ class ContiguousCache:
         self.windows = [config.window(layer) for layer in layers]
         self.capacity = capacity
         self.length = 0
+
+    def positions(self, count: int) -> int:
+        """See KVCache.positions."""
+        return self.length
 
     def attend(
         self, layer: int, q_BSHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGK: torch.Tensor

@@ -1,6 +1,6 @@
 """Rotary position embedding: frequencies by scaling type, and the rotation.
 
-    rope = Rope(config); q = rope.rotate(q_BSHK, positions_S)
+    rope = Rope(config); q = rope.rotate(q_BSHK, start)
 
 Half-split layout (the hub's): value i is rotated with value i + K/2. Scaling follows the papers: linear interpolation,
 YaRN (arXiv 2309.00071, section 3.4), Llama 3.1's wavelength bands. Tables are computed in float32 on use, so that
@@ -31,20 +31,24 @@ class Rope:
     def tables(self, end: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """cos_TK and sin_TK in float32 for positions 0..T-1 with T >= end."""
         if device not in self._tables or len(self._tables[device][0]) < end:
-            length = max(512, 1 << (end - 1).bit_length())
-            angles = torch.outer(torch.arange(length, dtype=torch.float32), self.frequencies)
-            angles = torch.cat((angles, angles), dim=-1)
-            self._tables[device] = (
-                (angles.cos() * self.scale).to(device),
-                (angles.sin() * self.scale).to(device),
-            )
+            with torch.inference_mode(False):  # what generation asked for serves training too
+                self._tables[device] = self._grown(max(512, 1 << (end - 1).bit_length()), device)
         return self._tables[device]
 
-    def rotate(self, x_BSHK: torch.Tensor, start: int = 0) -> torch.Tensor:
-        """x rotated to positions start..start+S-1, computed in float32, returned in x's dtype."""
-        S = x_BSHK.shape[1]
-        cos, sin = self.tables(start + S, x_BSHK.device)
-        cos, sin = cos[start : start + S, None], sin[start : start + S, None]
+    def _grown(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = torch.outer(torch.arange(length, dtype=torch.float32), self.frequencies)
+        angles = torch.cat((angles, angles), dim=-1)
+        return (angles.cos() * self.scale).to(device), (angles.sin() * self.scale).to(device)
+
+    def rotate(self, x_BSHK: torch.Tensor, start: int | torch.Tensor = 0) -> torch.Tensor:
+        """x rotated to positions start..start+S-1, or to the positions in a tensor [S], which have to lie within the
+        tables already asked for; computed in float32, returned in x's dtype."""
+        if isinstance(start, int):
+            cos, sin = self.tables(start + x_BSHK.shape[1], x_BSHK.device)
+            cos, sin = cos[start : start + x_BSHK.shape[1], None], sin[start : start + x_BSHK.shape[1], None]
+        else:
+            cos, sin = self.tables(1, x_BSHK.device)
+            cos, sin = cos.index_select(0, start)[:, None], sin.index_select(0, start)[:, None]
         x = x_BSHK.float()
         first, second = x.chunk(2, dim=-1)
         return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x_BSHK.dtype)

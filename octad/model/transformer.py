@@ -57,7 +57,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: torch.Tensor, rope: Rope, cache: KVCache | None = None) -> torch.Tensor:
         """y_BSD; with a cache, the positions continue where the cache ends."""
-        start = cache.length if cache else 0
+        start = cache.positions(x_BSD.shape[1]) if cache else 0
         q = rope.rotate(self.heads(self.q_proj(x_BSD), self.q_norm), start)
         k = rope.rotate(self.heads(self.k_proj(x_BSD), self.k_norm), start)
         v = self.heads(self.v_proj(x_BSD), None)
@@ -129,14 +129,16 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head: nn.Linear | None = None
+        self.lm_head: nn.Module | None = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def head(self, x_BSD: torch.Tensor) -> torch.Tensor:
         """Logits [..., V] of normalised hidden states [..., D], in the model's dtype."""
-        weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(x_BSD, weight)
+        if self.lm_head is None:
+            return F.linear(x_BSD, self.model.embed_tokens.weight)
+        logits: torch.Tensor = self.lm_head(x_BSD)
+        return logits
 
     def forward(self, tokens_BS: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """Logits logits_BSV for every given position."""

@@ -16,8 +16,9 @@ import torch
 from conftest import FAMILIES, MOE, TinyCheckpoint, TinyModel
 from safetensors.torch import load_file, save_file
 
+from octad.checkpoint.extent import empty_bytes
 from octad.checkpoint.hf import INDEX, SINGLE, SafetensorsSource
-from octad.checkpoint.shard import DTYPES, empty_bytes, read_header
+from octad.checkpoint.shard import DTYPES, read_header
 from octad.errors import CheckpointError, ConfigError
 
 
@@ -164,7 +165,7 @@ def test_an_adapter_is_no_model(tmp_path: Path) -> None:
     ("text", "error", "message"),
     [
         ("{", CheckpointError, "not valid JSON"),
-        ("[]", CheckpointError, "not a JSON object"),
+        ("[]", CheckpointError, "should hold one JSON object, found list"),
         ('{"model_type": "gpt2"}', ConfigError, "mine: config.json: model_type 'gpt2'"),
         ('{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}', CheckpointError, "gptq"),
     ],

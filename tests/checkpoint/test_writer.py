@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -18,9 +19,10 @@ from conftest import FAMILIES, TinyCheckpoint
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from octad.checkpoint.extent import Extent
 from octad.checkpoint.hf import INDEX, SINGLE, SafetensorsSource
 from octad.checkpoint.load import content_names
-from octad.checkpoint.shard import DTYPE_NAMES, Extent, read_header
+from octad.checkpoint.shard import DTYPE_NAMES, read_header
 from octad.checkpoint.source import TensorInfo
 from octad.checkpoint.staging import StagedDirectory
 from octad.checkpoint.writer import CheckpointWriter
@@ -173,6 +175,65 @@ def test_source_that_breaks_off_is_no_output_error(tmp_path: Path) -> None:
             writer.copy("t", source)
         with pytest.raises(CheckpointError, match="1 planned tensors not written"):
             writer.commit()
+
+
+def many(tmp_path: Path) -> tuple[SafetensorsSource | Extents, dict[str, torch.Tensor]]:
+    """Twenty tensors of random sizes in one file."""
+    torch.manual_seed(0)
+    tensors = {f"t{i:02}": torch.randn(int(torch.randint(1, 400, ()))) for i in range(20)}
+    save_file(tensors, tmp_path / SINGLE)
+    return Extents(tmp_path / SINGLE), tensors
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 1500, 1e9])
+def test_copying_all_is_copying_each(tmp_path: Path, shard_bytes: float) -> None:
+    source, tensors = many(tmp_path)
+    plan = {name: source.extent(name).info for name in tensors}
+    seen: list[float] = []
+    with CheckpointWriter(tmp_path / "out", plan, max_shard_bytes=shard_bytes) as writer:
+        writer.write("t07", tensors["t07"])
+        writer.copy_all([name for name in tensors if name != "t07"], source, seen.append)
+        writer.commit()
+    found = {n: t for file in (tmp_path / "out").glob("*.safetensors") for n, t in load_file(file).items()}
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert seen == sorted(seen)
+    assert len(seen) == 19
+    assert seen[-1] == 1
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
+def test_copying_all_ends_with_an_error(tmp_path: Path, kind: type[BaseException]) -> None:
+    source, tensors = many(tmp_path)
+    plan = {name: source.extent(name).info for name in tensors}
+
+    def stop(done: float) -> None:
+        if done > 0.5:
+            raise kind
+
+    with pytest.raises(kind), CheckpointWriter(tmp_path / "out", plan, max_shard_bytes=1500) as writer:
+        writer.copy_all(list(tensors), source, stop)
+    (tmp_path / SINGLE).unlink()
+    writer = CheckpointWriter(tmp_path / "out", plan, max_shard_bytes=1500)
+    with writer, pytest.raises(CheckpointError, match="No such file"):
+        writer.copy_all(list(tensors), source)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_shard_is_on_its_way_before_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, synced, real = {f"t{i}": TensorInfo((100,), torch.float32) for i in range(4)}, Event(), os.fsync
+
+    def fsync(fd: int) -> None:
+        real(fd)
+        synced.set()
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with CheckpointWriter(tmp_path / "out", plan, max_shard_bytes=900) as writer:
+        writer.write("t0", torch.ones(100))
+        writer.write("t2", torch.ones(100))
+        assert not synced.is_set()
+        writer.write("t1", torch.ones(100))
+        assert synced.wait(60)
 
 
 # ---- mistakes -----------------------------------------------------------------------------------------------

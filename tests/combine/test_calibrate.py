@@ -9,9 +9,11 @@ from members import DENSE, full_member, make_base, make_recipe
 
 from octad.checkpoint.load import load_model, open_source
 from octad.checkpoint.text import Window, batches
+from octad.combine import fit
 from octad.combine.calibrate import Run, gate_inputs
-from octad.combine.fit import GENERALIST_WEIGHT, Calibration, runs_of
+from octad.combine.fit import GENERALIST_WEIGHT, PIECE, Calibration, cut, observe, runs_of
 from octad.combine.preflight import preflight
+from octad.combine.statistics import Statistics
 
 LENGTHS = (50, 7, 33, 32, 20)
 
@@ -49,13 +51,10 @@ def test_inputs_are_those_of_the_member_in_transformers(family: str, tmp_path: P
     runs = [Run(0, 0, windows(1)), Run(1, 1, windows(2)), Run(1, 0, windows(2), 3.0)]
     expected = [their_inputs(d, run) for d, run in zip((base, member, base), runs, strict=True)]
     visits = []
-    for layer, number, x_ND, weight_N in gate_inputs(source, runs, torch.float32):
+    for layer, number, x_ND in gate_inputs(source, runs, torch.float32):
         visits.append((layer, number))
         assert x_ND.shape == (sum(LENGTHS), source.config.hidden_size)
         torch.testing.assert_close(x_ND, expected[number][layer], rtol=1e-4, atol=1e-5)
-        early = [3.0 if i < 32 else 1.0 for w in in_order(runs[number]) for i in range(len(w.ids))]
-        assert weight_N.tolist() == [w * runs[number].weight for w in early]
-        assert float(weight_N.sum()) == runs[number].mass()
     assert sorted(visits) == [(layer, n) for layer in range(2) for n in range(3)]
     assert [layer for layer, _ in visits] == sorted(layer for layer, _ in visits)
 
@@ -71,20 +70,67 @@ def test_inputs_are_those_of_octads_own_model(tmp_path: Path) -> None:
     with torch.no_grad():
         for w in in_order(run):
             model(torch.tensor([w.ids]))
-    found = [x for _, _, x, _ in gate_inputs(source, [run], torch.float32)]
+    found = [x for _, _, x in gate_inputs(source, [run], torch.float32)]
     for layer, x_ND in enumerate(found):
         expected = torch.cat(seen[layer::2])
         torch.testing.assert_close(x_ND, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_statistics_weigh_every_expert_alike(tmp_path: Path) -> None:
+    """Means and summed grams of weighted runs of unequal length, worked out from the inputs themselves."""
+    base = make_base(tmp_path / "base")
+    entries = [{"name": "a", "model": "base"}, {"name": "b", "model": "base"}]
+    source = preflight(make_recipe(base, entries, router={"method": "random"})).source()
+    runs = [Run(0, 0, windows(1, (40,))), Run(1, 1, windows(2)), Run(1, 0, windows(3, (9, 30)), 3.0)]
+    statistics = Statistics.zeros(2, 2, source.config.hidden_size)
+    observe(source, statistics, runs, torch.float32)
+    found = {(layer, number): x for layer, number, x in gate_inputs(source, runs, torch.float32)}
+    assert len(found) == 6
+    for layer in range(2):
+        first, own, other = (found[layer, number].double() for number in range(3))
+        mass = len(own) + 3 * len(other)
+        mean = (own.sum(0) + 3 * other.sum(0)) / mass
+        torch.testing.assert_close(statistics.means[layer, 0].double(), first.mean(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(statistics.means[layer, 1].double(), mean, rtol=1e-4, atol=1e-5)
+        gram = first.T @ first / len(first) + (own.T @ own + 3 * other.T @ other) / mass
+        torch.testing.assert_close(statistics.grams[layer].double(), gram, rtol=1e-4, atol=1e-5)
+
+
+def test_windows_are_cut_in_pieces() -> None:
+    (window,) = windows(4, (2 * PIECE + 5,))
+    pieces = cut(window)
+    assert [len(p.ids) for p in pieces] == [PIECE, PIECE, 5]
+    assert sum((p.ids for p in pieces), ()) == window.ids
+
+
 def test_what_runs_through_whom() -> None:
     texts = [Calibration(windows(e), []) for e in range(3)]
+    pieces = [[piece for w in text.windows for piece in cut(w)] for text in texts]
     alone = runs_of(texts, None)
-    assert [(r.label, r.path, len(r.windows)) for r in alone] == [(0, 0, 5), (1, 1, 5), (2, 2, 5)]
+    assert [(r.label, r.path, list(r.windows)) for r in alone] == [(e, e, pieces[e]) for e in range(3)]
     runs = runs_of(texts, 1)
     assert [(r.label, r.path) for r in runs] == [(0, 0), (0, 1), (1, 1), (2, 2), (2, 1)]
-    own, through = runs[0], runs[1]
-    assert list(through.windows) == list(own.windows[::2])
-    assert len(own.windows) == 3
-    assert through.weight == GENERALIST_WEIGHT
+    own, through = list(runs[0].windows), list(runs[1].windows)
+    assert sorted(own + through, key=pieces[0].index) == pieces[0]
+    assert len(own) == round(len(pieces[0]) * 2 / 3)
+    assert [r.weight for r in runs] == [1.0, GENERALIST_WEIGHT, 1.0, 1.0, GENERALIST_WEIGHT]
+    short = runs_of([Calibration(windows(1, (20,)), []), texts[1]], 1)
+    assert [len(r.windows) for r in short[:2]] == [1, 1]
     assert runs_of([Calibration([], []), texts[1]], 0)[0].label == 1
+
+
+def test_the_logistic_sample() -> None:
+    """A long run is thinned, always to the same rows, and no position of a piece is left out."""
+    x = torch.arange(4096.0)[:, None]
+    found = fit._sampled(x, 1000)
+    assert torch.equal(found, fit._sampled(x, 1000))
+    assert len(found.unique()) == 1000
+    assert len((found[:, 0].long() % PIECE).unique()) == PIECE
+    assert torch.equal(fit._sampled(x, 4096), x)
+
+
+def test_the_logistic_sample_fits_in_memory() -> None:
+    """65,536 tokens of a narrow model; of a wide one, 15 runs of 8,192 values in bfloat16, no more than 256 MiB."""
+    assert fit._rows_per_run(15, 2 * 576) == 65536 // 15
+    rows = fit._rows_per_run(15, 2 * 8192)
+    assert rows * 15 * 2 * 8192 <= 2**28 < (rows + 1) * 15 * 2 * 8192

@@ -316,7 +316,7 @@ def test_damaged_records(sharp: World, tmp_path: Path) -> None:
     assert "combine again" in refusal(CheckpointError, remove_expert, directory, "m1")
     raw = octad_json(directory)
     (directory / "octad.json").write_text(json.dumps(raw | {"experts": raw["experts"][:2]}))
-    assert "of 2 experts" in refusal(CheckpointError, remove_expert, directory, "m1")
+    assert "names 2 experts" in refusal(CheckpointError, remove_expert, directory, "m1")
     (directory / "octad.json").write_text("{")
     assert "damaged" in refusal(CheckpointError, remove_expert, directory, "m1")
 

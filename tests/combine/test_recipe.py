@@ -49,7 +49,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
         ["unknown key 'experts.1.modle'", "did you mean 'model'"],
     ),
     ({"experts": [FIRST, {"name": "x", "data": "d"}]}, ["key 'experts.1.model' is missing"]),
-    ({"experts": [FIRST, {"name": "x", "model": "y"}]}, ["'ridge' needs data", "missing for x"]),
+    ({"experts": [FIRST, {"name": "x", "model": "y"}]}, ["'logistic' needs data", "missing for x"]),
     ({"experts": [FIRST, SECOND | {"weight": -1}]}, ["experts.1.weight", "found -1"]),
     ({"experts": [FIRST, SECOND | {"weight": float("inf")}]}, ["experts.1.weight", "finite"]),
     ({"experts": PROMPTS, "router": {"method": "prompts"}}, ["needs positive_prompts", "missing for b"]),
@@ -103,7 +103,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 def test_defaults_and_short_forms(tmp_path: Path) -> None:
     recipe = Recipe.from_dict(GOOD | {"shared": "ties"}, tmp_path)
     assert recipe.top_k == 2
-    assert recipe.router.method == "ridge"
+    assert recipe.router.method == "logistic"
     assert recipe.shared.method == "ties"
     assert recipe.shared.density == 0.5
     assert recipe.experts[0].data == ("general.jsonl",)

@@ -11,12 +11,13 @@ import pytest
 import torch
 from conftest import TinyCheckpoint
 from judging import World, their_nats, theirs
-from members import save_tokenizer
+from members import make_recipe, save_tokenizer
 from peft import PeftModel
 
 from octad.checkpoint.load import load_model, load_tokenizer, open_source
 from octad.checkpoint.text import Window, read_windows
 from octad.combine import build
+from octad.combine.preflight import preflight
 from octad.errors import CheckpointError, DataError
 from octad.evaluate import compare as room
 from octad.evaluate.compare import Comparison, compare, read_domains
@@ -84,10 +85,52 @@ def test_members_are_themselves(world: World, result: Comparison) -> None:
     agree(result, "lora", lora, world)
 
 
-def test_an_inexact_member_has_the_shared_attention(world: World, result: Comparison) -> None:
-    agree(result, "far", copied_ffn(theirs(world.base), theirs(world.models["far"])), world)
-    own = sum(their_nats(theirs(world.models["far"]), texts(world)["one"]))
-    assert result.nats["far"]["one"] * result.tokens["one"] != pytest.approx(own, rel=1e-4)
+def test_an_inexact_member_is_judged_as_it_was(world: World, result: Comparison) -> None:
+    agree(result, "far", theirs(world.models["far"]), world)
+    assert result.as_held == {}
+
+
+@pytest.mark.parametrize(
+    ("accident", "reason"),
+    [("moved", "no such file"), ("changed", "changed since"), ("unknown", "does not say")],
+)
+def test_an_original_that_is_gone(
+    world: World, result: Comparison, tmp_path: Path, accident: str, reason: str
+) -> None:
+    """Then the member is judged as the mixture holds it, with the base's attention, and the result says why."""
+    mixture = Path(shutil.copytree(world.mixture, tmp_path / "m"))
+    raw = json.loads((mixture / "octad.json").read_text())
+    place = shutil.copytree(world.models["far"], tmp_path / "far")
+    raw["experts"][3]["path"] = str(tmp_path / "nowhere") if accident == "moved" else str(place)
+    if accident == "changed":
+        (place / "config.json").write_text((place / "config.json").read_text() + " ")
+    if accident == "unknown":
+        del raw["experts"][3]["path"]
+    (mixture / "octad.json").write_text(json.dumps(raw))
+    found = compare(open_source(mixture), world.domains, tokens=TOKENS, window=WINDOW)
+    agree(found, "far", copied_ffn(theirs(world.base), theirs(world.models["far"])), world)
+    assert found.nats["far"]["one"] != pytest.approx(result.nats["far"]["one"], rel=1e-4)
+    assert list(found.as_held) == found.inexact == ["far"]
+    assert reason in found.as_held["far"]
+    assert {n: row for n, row in found.bits.items() if n not in ("far", "oracle")} == {
+        n: row for n, row in result.bits.items() if n not in ("far", "oracle")
+    }
+
+
+def test_originals_of_averaged_attention(world: World, tmp_path: Path) -> None:
+    """With shared: mean no member is held exactly, the base and adapters neither: all are judged as they were."""
+    entries = [
+        {"name": name, "model": "base" if name == "general" else str(model)}
+        for name, model in world.models.items()
+    ]
+    recipe = make_recipe(world.base, entries, shared="mean", router={"method": "random"})
+    mixture = build.combine(preflight(recipe), tmp_path / "mean")
+    found = compare(open_source(mixture), world.domains, tokens=TOKENS, window=WINDOW)
+    assert (found.inexact, found.as_held) == (list(world.models), {})
+    for name in ("general", "full", "far"):
+        agree(found, name, theirs(world.models[name]), world)
+    agree(found, "lora", PeftModel.from_pretrained(theirs(world.base), world.models["lora"]).eval(), world)
+    agree(found, "mixture top-2", theirs(mixture), world)
 
 
 def test_the_soup_is_a_model_of_mean_weights(world: World, result: Comparison) -> None:

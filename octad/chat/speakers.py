@@ -1,0 +1,156 @@
+"""Who speaks: each word of an answer in the colour of the expert that had the most say in it, and each expert's share.
+
+    speak(llm, ids, SamplingParams(routed_experts=True), console)                # the whole answer, as it comes
+    words = Words()                                                              # or step by step:
+    for delta in deltas: write(console, words.add(delta))
+    write(console, words.rest())
+    console.print(legend(["general", "french"], Counter({0: 30, 1: 10})))        # general 75%  french 25%
+
+A word is often several tokens, and they can have different speakers; the majority has it, so that no word is
+two-coloured. Text can come later than its tokens (half a character, what may become a stop string): their votes wait.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.segment import Segment, Segments
+from rich.style import Style
+from rich.text import Text
+
+from octad import terminal
+from octad.engine.trace import recording, stack
+from octad.engine.trace import speakers as who_spoke
+from octad.errors import RequestError
+
+if TYPE_CHECKING:
+    from octad.engine.llm import LLM
+    from octad.engine.outputs import Delta, RequestOutput
+    from octad.engine.params import SamplingParams
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def encode(llm: LLM, text: str, *, chat: bool = False) -> list[int]:
+    """Ids of a prompt: the text itself, control tokens' spellings as plain text, or through the chat template."""
+    if chat:
+        return llm.tokenizer.encode_chat([{"role": "user", "content": text}])
+    return llm.tokenizer.encode(text, add_special_tokens=True, parse_special=False)
+
+
+def speak(llm: LLM, prompt: Sequence[int], params: SamplingParams, console: Console) -> RequestOutput:
+    """Print the answer (of several, the first) as it comes, each word in its speaker's colour; returns all there is.
+
+    Raises RequestError for a prompt that the model cannot take."""
+    words = Words()
+    engine = llm.engine
+    engine.add_request("speak", prompt, params)
+    try:
+        while engine.has_unfinished():
+            for delta in engine.step():
+                if delta.index == 0:
+                    write(console, words.add(delta))
+        return engine.output("speak")
+    finally:
+        engine.abort("speak")  # does nothing once it has finished
+        write(console, [*words.rest(), Word("\n", None)])
+
+
+@contextmanager
+def listening(llm: LLM) -> Iterator[Callable[[], tuple[int, ...] | None]]:
+    """Inside, where one answer at a time is given, the call tells the speaker of the newest token (None: a dense model).
+
+    A request's own `routed_experts` would give the same, but then its whole prompt is computed again: the prefix cache
+    holds no traces of it."""
+    with recording(llm.model) as record:
+
+        def newest() -> tuple[int, ...] | None:
+            last = [out and (out[0][-1:], out[1][-1:]) for out in record]
+            return tuple(who_spoke(*stack(last, 1))) if any(last) else None
+
+        yield newest
+
+
+@dataclass(frozen=True)
+class Word:
+    """A piece of text that is shown at once; speaker is None for a dense model."""
+
+    text: str
+    speaker: int | None
+
+
+class Words:
+    """From deltas to words; a word comes out once the next one begins."""
+
+    def __init__(self) -> None:
+        self._text = ""
+        self._votes: Counter[int] = Counter()
+        self._waiting: tuple[int, ...] = ()  # votes whose text has not come yet
+
+    def add(self, delta: Delta) -> Iterator[Word]:
+        """The word that this delta shows to be complete, if any."""
+        self._waiting += delta.speakers or ()
+        if not delta.text:
+            return
+        if self._text and not delta.text[0].isalnum():
+            yield from self.rest()
+        self._text += delta.text
+        self._votes.update(self._waiting)
+        self._waiting = ()
+        if not self._votes:  # a dense model: nothing to vote on, so nothing to wait for
+            yield from self.rest()
+
+    def rest(self) -> Iterator[Word]:
+        """What has not come out yet."""
+        if self._text:
+            yield Word(self._text, max(self._votes, key=self._votes.__getitem__, default=None))
+        self._text, self._votes = "", Counter()
+
+
+def write(console: Console, words: Iterable[Word]) -> None:
+    """Print words in their colours, exactly as they are: no wrapping, no markup, tabs kept; in a pipe, the bare text."""
+    for word in words:
+        style = None if word.speaker is None else Style.parse(terminal.speaker_style(word.speaker))
+        text = visible(word.text) if console.is_terminal else word.text
+        console.print(Segments([Segment(text, style)]), end="", crop=False)
+
+
+def write_prompt(console: Console, text: str) -> None:
+    """Print what was given to the model, dim."""
+    console.print(Segments([Segment(visible(text), Style(dim=True))]), end="", crop=False)
+
+
+def choose_expert(llm: LLM, name: str | None) -> None:
+    """Send every token to this expert; None gives the routers back. Raises RequestError for one that is not there."""
+    if name is not None and llm.expert_names and name not in llm.expert_names:
+        raise RequestError(f"{name}: no such expert; {nearest(name, llm.expert_names)}")
+    llm.only(name)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint: the known name that comes nearest, or all of them."""
+    names = list(known)
+    near = difflib.get_close_matches(name.lower(), names, 1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+
+
+def visible(text: str) -> str:
+    """The text with control characters, which could move the cursor or worse, as U+FFFD; tabs and line ends stay."""
+    return CONTROL.sub("\ufffd", text.replace("\r\n", "\n"))
+
+
+def legend(names: Sequence[str], speakers: Counter[int] | None = None) -> Text:
+    """The experts' names in their colours; of those that had a say in an answer, with their shares of its tokens."""
+    parts = []
+    for expert, name in enumerate(names):
+        share = f" {speakers[expert] / speakers.total():.0%}" if speakers else ""
+        if not speakers or speakers[expert]:
+            parts.append(Text(name + share, style=terminal.speaker_style(expert)))
+    return Text("  ").join(parts)

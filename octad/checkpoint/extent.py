@@ -1,0 +1,154 @@
+"""Extent: where a tensor lies on disk, to read it, to read some of it, or to copy and compare it without holding it.
+
+    extent.read()                              # in memory of its own
+    extent.copy_to(descriptor, position)       # from file to file
+    same_bytes(extent, [other, another])       # [True, False]
+
+What shapes this is memory. A mapped file's pages count as resident, so weights are read with preadv; for large ones
+the memory is asked for in huge pages, since faulting in 4 KiB pages costs more than the copy itself. What is only
+copied or compared never becomes a tensor: the kernel copies from file to file, and comparing goes through a buffer
+that stays in the processor's cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from octad.checkpoint.source import TensorInfo
+from octad.errors import CheckpointError
+
+CHUNK_BYTES = 64 << 20
+BUFFER_BYTES = 1 << 20
+HUGE_PAGE_BYTES = 2 << 20
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A tensor on disk: the file, the offset of its first byte, its shape and dtype (contiguous, row major)."""
+
+    path: Path
+    offset: int
+    info: TensorInfo
+
+    def part(self, first: int, shape: tuple[int, ...]) -> Extent:
+        """The contiguous piece of this shape that begins at value number `first`."""
+        return Extent(
+            self.path, self.offset + first * self.info.dtype.itemsize, TensorInfo(shape, self.info.dtype)
+        )
+
+    def read(self) -> torch.Tensor:
+        """The tensor in memory of its own. Raises CheckpointError when the file cannot be read to the end."""
+        data = empty_bytes(self.info.nbytes)
+        with self.opened() as file:
+            self.fill(file, byte_view(data), 0)
+        return data.view(self.info.dtype).view(self.info.shape)
+
+    def blocks(self, starts: Sequence[int], count: int) -> torch.Tensor:
+        """The runs of `count` values that begin at these value numbers, [len(starts), count]. Errors as for `read`."""
+        size = self.info.dtype.itemsize
+        data = empty_bytes(len(starts) * count * size)
+        view = byte_view(data)
+        with self.opened() as file:
+            for place, start in enumerate(starts):
+                self.fill(file, view[place * count * size : (place + 1) * count * size], start * size)
+        return data.view(self.info.dtype).view(len(starts), count)
+
+    def copy_to(self, target: int, position: int) -> None:
+        """Write the tensor's bytes at `position` of the open file `target`: in the kernel where it can, else by a buffer.
+
+        Raises CheckpointError when the source cannot be read to the end, OSError when the target cannot be written."""
+        total = self.info.nbytes
+        with self.opened() as file:
+            done = _copied_by_the_kernel(file, self.offset, target, position, total)
+            buffer = byte_view(empty_bytes(min(BUFFER_BYTES, total - done)))
+            while done < total:
+                piece = buffer[: total - done]
+                self.fill(file, piece, done)
+                write_all(target, piece, position + done)
+                done += len(piece)
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[int]:
+        """The descriptor of its file inside the block. Raises CheckpointError."""
+        try:
+            file = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
+        try:
+            yield file
+        finally:
+            os.close(file)
+
+    def fill(self, file: int, view: memoryview, first: int) -> None:
+        """Fill `view` with the tensor's bytes from number `first` on, out of its opened file. Errors as for `read`."""
+        start, done = self.offset + first, 0
+        while done < len(view):
+            try:
+                got = os.preadv(file, [view[done : done + CHUNK_BYTES]], start + done)
+            except OSError as error:
+                raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
+            if not got:
+                raise CheckpointError(f"{self.path}: became shorter while it was read; copy it again")
+            done += got
+
+
+def _copied_by_the_kernel(source: int, start: int, target: int, position: int, total: int) -> int:
+    """How many of `total` bytes the system copied between two open files: fewer where it cannot, or one side fails."""
+    done = 0
+    if hasattr(os, "copy_file_range"):
+        with contextlib.suppress(OSError):  # whoever goes on from here meets the error, and knows whose it is
+            while count := min(CHUNK_BYTES, total - done):
+                got = os.copy_file_range(source, target, count, start + done, position + done)
+                if not got:
+                    break
+                done += got
+    return done
+
+
+def write_all(target: int, view: memoryview, position: int) -> None:
+    """Write all of `view` at `position` of an open file. Raises OSError."""
+    done = 0
+    while done < len(view):
+        done += os.pwrite(target, view[done : done + CHUNK_BYTES], position + done)
+
+
+def same_bytes(ours: Extent, theirs: Sequence[Extent]) -> list[bool]:
+    """For each of `theirs`, tensors as large as ours: True where its bytes are the same. Reads no further than needed."""
+    same, total = [True] * len(theirs), ours.info.nbytes
+    with contextlib.ExitStack() as stack:
+        file, *files = [stack.enter_context(extent.opened()) for extent in (ours, *theirs)]
+        mine, other = bytearray(), bytearray()  # compared by memcmp, five times as fast as arrays
+        for first in range(0, total, BUFFER_BYTES):
+            if (count := min(BUFFER_BYTES, total - first)) != len(mine):
+                mine, other = bytearray(count), bytearray(count)
+            ours.fill(file, memoryview(mine), first)
+            for number in [n for n, still in enumerate(same) if still]:
+                theirs[number].fill(files[number], memoryview(other), first)
+                same[number] = mine == other
+            if not any(same):
+                break
+    return same
+
+
+def byte_view(data: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous uint8 tensor, shared with it."""
+    return memoryview(cast(Any, data.numpy()))
+
+
+def empty_bytes(count: int) -> torch.Tensor:
+    """Uninitialised uint8 memory [count]; from 2 MiB on in huge pages, where the system has them."""
+    if count < HUGE_PAGE_BYTES:
+        return torch.empty(count, dtype=torch.uint8)
+    memory = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared has no huge pages
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel built without them: ordinary pages do
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)

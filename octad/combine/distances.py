@@ -1,0 +1,206 @@
+"""How far each member lies from the base, and if it differs in its feed-forward nets alone.
+
+    found = measure(base, members)[3]
+    found.groups["ffn"]              # ||member - base|| / ||base||, layer by layer
+    found.same_shared_part           # True: attention, norms and embeddings are the base's, to the last bit
+
+Distances come from BLOCKS evenly spaced blocks of BLOCK values of each tensor, so they cost the same at any size;
+`margin` says how far off they may be. What decides if a mixture holds a member exactly is not sampled: where no sampled
+value of the shared part differs, all its bytes are compared. An adapter's change is computed from its factors. What is
+not on disk as it is (a GGUF file) has to be read whole: of such members, at most WHOLE_BYTES, on evenly spaced layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from octad.checkpoint.extent import same_bytes
+from octad.checkpoint.lora import AdapterSource
+from octad.checkpoint.names import is_ffn, layer_of, tensor_plan
+from octad.checkpoint.source import TensorInfo, TensorSource
+from octad.combine.mixture import tensor_group
+
+BLOCKS, BLOCK = 32, 1 << 13
+PIECE = 1 << 15  # values; torch works on so few in one thread, and waking others costs more than the work
+WHOLE_BYTES = 16e9
+
+
+@dataclass(frozen=True)
+class Distances:
+    """groups[part]: one value a measured layer for 'ffn' and 'attention', one in all for 'norms' and 'embeddings'.
+
+    margin: half the width of the 95 % interval of the least certain value, relative to it; 0 where nothing was sampled.
+    same_shared_part: None where it was not looked at in every layer."""
+
+    groups: dict[str, list[float]]
+    margin: float
+    same_shared_part: bool | None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Of one tensor: ||member - base||^2 and ||base||^2 of each block seen, [n]; scale: all its values / those seen."""
+
+    squares: torch.Tensor
+    norms: torch.Tensor
+    scale: float
+
+
+@dataclass
+class _Ledger:
+    """What has been seen of one member."""
+
+    names: set[str]
+    parts: dict[tuple[str, int], list[_Part]] = field(default_factory=dict)
+    same: bool = True
+
+    def add(self, name: str, part: _Part) -> None:
+        """Enter a tensor under its group and, for the large groups, its layer."""
+        group = tensor_group(name)
+        layer = (layer_of(name) or 0) if group in ("ffn", "attention") else 0
+        self.parts.setdefault((group, layer), []).append(part)
+        if not is_ffn(name) and float(part.squares.sum()) != 0:
+            self.same = False
+
+
+def measure(base: TensorSource, members: Sequence[TensorSource]) -> list[Distances]:
+    """One entry a member. Reads; raises CheckpointError for a file that has become unreadable."""
+    layers = measured_layers(base, members)
+    ledgers = [_Ledger(set(member.names())) for member in members]
+    for name in tensor_plan(base.config):
+        if (layer := layer_of(name)) is not None and layer not in layers:
+            continue
+        _measure_tensor(name, base, members, ledgers)
+    complete = len(layers) == base.config.num_hidden_layers
+    return [
+        _distances(ledger, complete or member is base)
+        for member, ledger in zip(members, ledgers, strict=True)
+    ]
+
+
+def measured_layers(base: TensorSource, members: Sequence[TensorSource]) -> set[int]:
+    """All layers, or where reading members whole would pass WHOLE_BYTES, evenly spaced ones."""
+    names = list(tensor_plan(base.config))
+    size = sum(base.info(name).nbytes for name in names)
+    whole = [
+        m
+        for m in members
+        if not isinstance(m, AdapterSource) and m is not base and m.extent(names[0]) is None
+    ]
+    step = max(1, math.ceil(size * len(whole) / WHOLE_BYTES))
+    return set(range(0, base.config.num_hidden_layers, step))
+
+
+def _measure_tensor(
+    name: str, base: TensorSource, members: Sequence[TensorSource], ledgers: Sequence[_Ledger]
+) -> None:
+    """Enter one tensor of every member. A head that only the base has is left out: check_member has a note on it."""
+    info = base.info(name)
+    starts, count = _grid(info.numel)
+    scale = info.numel / (len(starts) * count)
+    ours = _blocks(base, name, info, starts, count)
+    norms = _squares(ours)
+    unsure = []
+    for member, ledger in zip(members, ledgers, strict=True):
+        if name not in ledger.names:
+            continue
+        if (known := _known_square(member, base, name)) is not None:
+            squares = torch.full_like(norms, known / scale / len(norms))
+        else:
+            squares = _squares(_blocks(member, name, info, starts, count), ours)
+        ledger.add(name, _Part(squares, norms, scale))
+        if known is None and ledger.same and not is_ffn(name):
+            unsure.append((member, ledger))
+    if len(starts) > 1:
+        _compare(name, base, unsure)
+
+
+def _grid(numel: int) -> tuple[list[int], int]:
+    """Where the blocks of a tensor begin, and their length: one block of all values for a small tensor."""
+    if numel <= BLOCKS * BLOCK:
+        return [0], numel
+    return [place * (numel - BLOCK) // (BLOCKS - 1) for place in range(BLOCKS)], BLOCK
+
+
+def _blocks(
+    source: TensorSource, name: str, info: TensorInfo, starts: Sequence[int], count: int
+) -> torch.Tensor:
+    """The blocks [n, count] of a tensor, its rows being those that the base has too."""
+    if (extent := source.extent(name)) is not None:
+        return extent.blocks(starts, count)
+    values = source.read(name)[: info.shape[0]].reshape(-1)
+    return torch.stack([values[start : start + count] for start in starts])
+
+
+def _squares(blocks: torch.Tensor, minus: torch.Tensor | None = None) -> torch.Tensor:
+    """||x||^2 of each block, or ||x - minus||^2: [n], float64, added up from float32."""
+    totals = torch.zeros(len(blocks), dtype=torch.float64)
+    for place, block in enumerate(blocks):
+        others = None if minus is None else torch.split(minus[place], PIECE)
+        for number, piece in enumerate(torch.split(block, PIECE)):
+            values = piece.to(torch.float32, copy=True)
+            if others is not None:
+                values -= others[number].float()
+            totals[place] += float(values.square_().sum())
+    return totals
+
+
+def _known_square(member: TensorSource, base: TensorSource, name: str) -> float | None:
+    """||member - base||^2 of one tensor, where it is known without reading the member."""
+    if member is base:
+        return 0.0
+    if isinstance(member, AdapterSource):
+        if name not in member.changed():
+            return 0.0
+        if factors := member.delta_factors(name):  # ||BA||^2 = <B'B, AA'>: no need to multiply it out
+            a, b, scale = factors
+            return scale**2 * float(((b.T @ b) * (a @ a.T)).sum())
+    return None
+
+
+def _compare(name: str, base: TensorSource, unsure: Sequence[tuple[TensorSource, _Ledger]]) -> None:
+    """Whether a tensor of members that agreed so far is the base's throughout: on disk in one pass over all of them."""
+    ours, shape = base.extent(name), base.info(name).shape
+    on_disk = []
+    for member, ledger in unsure:
+        extent = member.extent(name)
+        if ours is not None and extent is not None and extent.info.dtype == ours.info.dtype:
+            on_disk.append((ledger, extent.part(0, shape)))
+        else:
+            ledger.same = _equal(base.read(name), member.read(name)[: shape[0]])
+    if ours is not None:
+        same = same_bytes(ours, [extent for _, extent in on_disk])
+        for (ledger, _), equal in zip(on_disk, same, strict=True):
+            ledger.same = equal
+
+
+def _equal(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """The same values, whatever the dtypes."""
+    dtype = torch.promote_types(ours.dtype, theirs.dtype)
+    return torch.equal(ours.to(dtype), theirs.to(dtype))
+
+
+def _distances(ledger: _Ledger, complete: bool) -> Distances:
+    groups: dict[str, list[float]] = {}
+    margin = 0.0
+    for (group, _), parts in sorted(ledger.parts.items(), key=lambda item: item[0]):
+        squared = sum(part.scale * float(part.squares.sum()) for part in parts)
+        norm = sum(part.scale * float(part.norms.sum()) for part in parts)
+        groups.setdefault(group, []).append(math.sqrt(squared / norm) if norm else 0.0)
+        if squared and norm:
+            margin = max(margin, _margin(parts, squared, norm))
+    return Distances(groups, margin, None if ledger.same and not complete else ledger.same)
+
+
+def _margin(parts: Sequence[_Part], squared: float, norm: float) -> float:
+    """1.96 standard errors of sqrt(squared / norm), relative: a ratio estimate from stratified blocks (delta method)."""
+    variance = 0.0
+    for part in parts:
+        if len(part.squares) > 1:
+            residual = part.squares - squared / norm * part.norms
+            variance += part.scale**2 * len(residual) * float(residual.var())
+    return 1.96 * math.sqrt(variance) / (2 * squared)

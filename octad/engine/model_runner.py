@@ -1,0 +1,101 @@
+"""ModelRunner: from a step's pieces to logits, and routing where somebody asked.
+
+    runner = ModelRunner(model, num_blocks=1024, block_size=16)
+    logits_RV, routing = runner.run(pieces)         # a row for each piece that is its sequence's last
+
+One forward pass over all tokens of the step, side by side. Decoding one sequence takes a few milliseconds on a CPU and
+less on an accelerator, so that what happens here counts: lists become arrays once a step, and nothing loops over tokens.
+
+Shapes: N tokens of the step, R rows that get logits, V vocabulary, D model, L layers, A experts a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+
+from octad.engine.paged_cache import BlockPool, PagedCache
+from octad.engine.scheduler import Piece
+from octad.engine.trace import recording, stack
+from octad.kernels.paged import PagedAttention, PagedBatch, paged_attention
+from octad.model.transformer import Transformer
+
+Stacked = tuple[torch.Tensor, torch.Tensor]  # experts_NLA, weights_NLA
+Rows = tuple[Any, Any, Any]  # tokens_N, positions_N, slots_N: lists or arrays of integers
+
+
+class ModelRunner:
+    """A model with its block pool. `attention` is any function of paged_attention's signature."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        num_blocks: int,
+        block_size: int,
+        attention: PagedAttention = paged_attention,
+    ) -> None:
+        weight = model.model.norm.weight  # of the activations' dtype, whatever the matrices are packed into
+        self.model, self.attention, self.device = model, attention, weight.device
+        self.block_size = block_size
+        self.pool = BlockPool(model.config, num_blocks, block_size, weight.dtype, self.device)
+
+    @torch.inference_mode()
+    def run(self, pieces: Sequence[Piece], traced: bool = False) -> tuple[torch.Tensor, Stacked | None]:
+        """logits_RV in the model's dtype, and with `traced` the routing of all N tokens (experts_NLA, weights_NLA)."""
+        tokens_1N, cache = self.prepare(pieces)
+        routing = None
+        if traced:
+            with recording(self.model) as record:
+                hidden_ND = self.model.model(tokens_1N, cache)[0]
+            routing = stack(record, len(hidden_ND))
+        else:
+            hidden_ND = self.model.model(tokens_1N, cache)[0]
+        return self._logits(hidden_ND, pieces), routing
+
+    def prepare(self, pieces: Sequence[Piece]) -> tuple[torch.Tensor, PagedCache]:
+        """The model's two arguments."""
+        single = all(piece.count == 1 for piece in pieces)
+        rows = self._single_tokens(pieces) if single else self._chunks(pieces)
+        queries = [piece.count for piece in pieces]
+        contexts = [piece.start + piece.count for piece in pieces]
+        batch = PagedBatch.of(queries, contexts, [p.sequence.blocks for p in pieces], self.device)
+        self.model.model.rope.tables(max(contexts), self.device)
+        packed_3N = torch.from_numpy(np.array(rows, np.int64)).to(self.device, non_blocking=True)
+        tokens_1N, positions_N, slots_N = packed_3N[:1], packed_3N[1], packed_3N[2]
+        # one sequence's positions are a range: a slice of the rotary tables does, instead of a gather a layer
+        start = pieces[0].start if len(pieces) == 1 else positions_N
+        return tokens_1N, PagedCache(self.pool, batch, start, slots_N, self.attention)
+
+    def _single_tokens(self, pieces: Sequence[Piece]) -> Rows:
+        """Tokens, positions and slots where every sequence has one token: plain lists are fastest."""
+        size = self.block_size
+        positions = [piece.start for piece in pieces]
+        tokens = [piece.sequence.token_ids[piece.start] for piece in pieces]
+        slots = [p.sequence.blocks[p.start // size] * size + p.start % size for p in pieces]
+        return tokens, positions, slots
+
+    def _chunks(self, pieces: Sequence[Piece]) -> Rows:
+        """The same where some have many tokens: array arithmetic for each sequence."""
+        parts: list[Rows] = []
+        for piece in pieces:
+            end = piece.start + piece.count
+            positions = np.arange(piece.start, end)
+            blocks = np.frombuffer(piece.sequence.blocks, np.int32)[positions // self.block_size]
+            slots = blocks.astype(np.int64) * self.block_size + positions % self.block_size
+            parts.append((np.array(piece.sequence.token_ids[piece.start : end]), positions, slots))
+        tokens, positions, slots = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return tokens, positions, slots
+
+    def _logits(self, hidden_ND: torch.Tensor, pieces: Sequence[Piece]) -> torch.Tensor:
+        """logits_RV of the last token of each piece that ends its sequence."""
+        ends = accumulate(piece.count for piece in pieces)
+        rows = [end - 1 for end, piece in zip(ends, pieces, strict=True) if piece.last]
+        if not rows:
+            return hidden_ND.new_empty(0, self.model.config.vocab_size)
+        if len(rows) < len(hidden_ND):
+            hidden_ND = hidden_ND.index_select(0, torch.tensor(rows, device=self.device))
+        return self.model.head(hidden_ND)

@@ -1,0 +1,203 @@
+"""SamplingParams: what a request asks of the sampler, checked when it is made.
+
+    SamplingParams(temperature=0.7, top_p=0.9, seed=1, stop="\\n\\n")
+    SamplingParams(temperature=0, structured=StructuredOutput(json={"type": "object"}))
+
+The names are vLLM's. A value that cannot be served raises RequestError with the field, what was found and what
+is allowed, here and not in the middle of a batch. Lists are frozen to tuples and a JSON schema to its text, so
+that a params object never changes under a running request. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, NoReturn
+
+from octad.errors import RequestError
+
+GREEDY_BELOW = 1e-5  # a temperature this low is the argmax, and dividing by it would overflow
+_INTEGERS = {  # field: lowest and highest value, and whether None is allowed
+    "n": (1, 1024, False),
+    "max_tokens": (1, None, True),
+    "min_tokens": (0, None, False),
+    "top_k": (-1, None, False),
+    "seed": (-(2**63), 2**63 - 1, True),
+    "logprobs": (0, None, True),
+}
+_REALS = {  # field: lowest and highest value, and whether the lowest itself is allowed
+    "temperature": (0.0, math.inf, True),
+    "top_p": (0.0, 1.0, False),
+    "min_p": (0.0, 1.0, True),
+    "repetition_penalty": (0.0, math.inf, False),
+    "presence_penalty": (-2.0, 2.0, True),
+    "frequency_penalty": (-2.0, 2.0, True),
+}
+_FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "routed_experts")
+
+
+@dataclass(frozen=True)
+class StructuredOutput:
+    """The form that an answer must have; exactly one field is set.
+
+    `json` is a JSON schema (mapping or text), `json_object` any JSON object, `regex` a regular expression that the
+    whole answer matches, `grammar` a context-free grammar in Lark's syntax, `choice` the allowed answers.
+    """
+
+    json: Mapping[str, Any] | str | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    choice: Sequence[str] | None = None
+    json_object: bool = False
+
+    def __post_init__(self) -> None:
+        given = [f.name for f in fields(self) if getattr(self, f.name) not in (None, False)]
+        if len(given) != 1:
+            names = ", ".join(f.name for f in fields(self))
+            _refuse("structured", " and ".join(given) or "nothing", f"exactly one of {names}")
+        if self.json is not None:
+            object.__setattr__(self, "json", _schema_text(self.json))
+        if self.choice is not None:
+            object.__setattr__(self, "choice", _strings("structured.choice", self.choice))
+        for name in ("regex", "grammar"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value):
+                _refuse(f"structured.{name}", value, "a text that is not empty")
+        if not isinstance(self.json_object, bool):
+            _refuse("structured.json_object", self.json_object, "true or false")
+        if self.choice == ():
+            _refuse("structured.choice", self.choice, "at least one answer")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request is answered. `top_k=0` keeps every token, `max_tokens=None` runs to the end of the context,
+    `logprobs=k` reports each token's log-probability and the k likeliest; the rest is as in vLLM.
+    """
+
+    n: int = 1
+    max_tokens: int | None = 256
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    skip_special_tokens: bool = True
+    structured: StructuredOutput | None = None
+    routed_experts: bool = False
+
+    def __post_init__(self) -> None:
+        for name, bounds in _INTEGERS.items():
+            self._set(name, _integer(name, getattr(self, name), *bounds))
+        for name, limits in _REALS.items():
+            self._set(name, _real(name, getattr(self, name), *limits))
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                _refuse(name, getattr(self, name), "true or false")
+        if self.structured is not None and not isinstance(self.structured, StructuredOutput):
+            _refuse("structured", self.structured, "a StructuredOutput")
+        self._set("top_k", max(self.top_k, 0))
+        self._set("stop", _strings("stop", self.stop))
+        self._set("stop_token_ids", _ids("stop_token_ids", self.stop_token_ids))
+        self._set("logit_bias", _biases(self.logit_bias))
+        self._refuse_combinations()
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken (temperature 0)."""
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def penalised(self) -> bool:
+        """Whether tokens that were seen before are made less (or more) likely."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises RequestError where logit_bias or stop_token_ids name an id that the model does not have."""
+        for name in ("logit_bias", "stop_token_ids"):
+            for token in getattr(self, name):
+                if token >= vocab_size:
+                    _refuse(name, token, f"token ids from 0 to {vocab_size - 1}")
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _refuse_combinations(self) -> None:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            _refuse("min_tokens", self.min_tokens, f"at most max_tokens, which is {self.max_tokens}")
+        if self.greedy and self.n > 1:
+            _refuse("n", self.n, "1 at temperature 0, where all answers would be the same")
+        if self.structured is not None and (self.ignore_eos or self.min_tokens):
+            name = "ignore_eos" if self.ignore_eos else "min_tokens"
+            _refuse(name, getattr(self, name), "its default with structured, whose form says where to end")
+
+
+def _refuse(name: str, found: object, allowed: str) -> NoReturn:
+    text = found if isinstance(found, str) and name == "structured" else repr(found)
+    raise RequestError(f"{name}: found {str(text)[:200]}, allowed: {allowed}")
+
+
+def _integer(name: str, value: Any, low: int, high: int | None, optional: bool) -> int | None:
+    if value is None and optional:
+        return None
+    whole = not isinstance(value, bool) and isinstance(value, numbers.Integral)
+    if not whole or value < low or (high is not None and value > high):
+        words = f"an integer from {low}" + ("" if high is None else f" to {high}")
+        _refuse(name, value, words + (", or None" if optional else ""))
+    return int(value)
+
+
+def _real(name: str, value: Any, low: float, high: float, closed: bool) -> float:
+    number = not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
+    if not number or not low <= value <= high or (value == low and not closed):
+        words = f"a number {'from' if closed else 'above'} {low:g}"
+        _refuse(name, value, words + ("" if math.isinf(high) else f" to {high:g}"))
+    return float(value)
+
+
+def _strings(name: str, value: object) -> tuple[str, ...]:
+    """One text is taken for a list of one."""
+    items = (value,) if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple)) or not all(isinstance(s, str) and s for s in items):
+        _refuse(name, value, "a list of texts, none of them empty")
+    return tuple(items)
+
+
+def _ids(name: str, value: object) -> tuple[int, ...]:
+    if not isinstance(value, (list, tuple)):
+        _refuse(name, value, "a list of token ids")
+    return tuple(int(_integer(name, token, 0, None, False) or 0) for token in value)
+
+
+def _biases(value: object) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        _refuse("logit_bias", value, "a mapping from token ids to numbers from -100 to 100")
+    tokens = _ids("logit_bias", list(value))
+    return dict(
+        zip(tokens, (_real("logit_bias", b, -100.0, 100.0, True) for b in value.values()), strict=True)
+    )
+
+
+def _schema_text(value: object) -> str:
+    """A schema as JSON text, with the order of its properties: the answer's keys come in that order."""
+    try:
+        schema = json.loads(value) if isinstance(value, str) else value
+        text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"structured.json: is no JSON schema: {error}") from error
+    if not isinstance(schema, Mapping):
+        _refuse("structured.json", schema, "a JSON schema, which is an object")
+    return text

@@ -1,0 +1,126 @@
+"""Weight-only quantisation by module swap: linear layers, experts and head in 8 or 4 bits, everything else as it was.
+
+    precision = Precision.of("int8")           # bits of the layers and of the head
+    quantize_modules(model, precision)          # PyTorch modules that unpack on the fly: any device, less memory
+
+The embeddings stay as they are (a token reads one row of them) and give the head its quantised twin where the two are
+tied. Routers and norms are small and stay too: a router's choice is worth more than its bytes. At 4 bits the head keeps
+8: it is read whole for every token, and it is where rounding costs most.
+
+A checkpoint that was saved quantised (saved.py) comes with these modules in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from octad.errors import RequestError
+from octad.kernels.packed import Packed, linear, pack
+from octad.model.moe import MLP, Experts, MoE
+from octad.model.transformer import DecoderLayer, Transformer
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bits of the weights in the layers and in the head."""
+
+    layers: int
+    head: int
+
+    @classmethod
+    def of(cls, name: str) -> Precision:
+        """From the name that a user gives. Raises RequestError."""
+        known = {"int8": cls(8, 8), "int4": cls(4, 8)}
+        if name not in known:
+            raise RequestError(f"quantize: found {name!r}, allowed: {', '.join(known)}")
+        return known[name]
+
+    @property
+    def name(self) -> str:
+        """What the user calls it."""
+        return f"int{self.layers}"
+
+
+class PackedLinear(nn.Module):
+    """nn.Linear with a packed weight, unpacked for each product."""
+
+    def __init__(self, weight: Packed, bias: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    @classmethod
+    def of(cls, layer: nn.Linear, bits: int) -> PackedLinear:
+        """A layer with its weight rounded."""
+        return cls(pack(layer.weight.detach(), bits), layer.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """y [..., O] of x [..., K]."""
+        y = linear(x.reshape(-1, self.weight.inputs), self.weight)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.view(*x.shape[:-1], -1)
+
+
+class PackedExperts(nn.Module):
+    """Experts with packed weights: one expert is unpacked at a time, and only if a token chose it."""
+
+    def __init__(self, gate: Sequence[Packed], up: Sequence[Packed], down: Sequence[Packed]) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = list(gate), list(up), list(down)
+
+    @classmethod
+    def of(cls, experts: Experts, bits: int) -> PackedExperts:
+        """Experts with their weights rounded."""
+        halves = [weight.detach().chunk(2) for weight in experts.gate_up_proj]
+        gate, up = [pack(g, bits) for g, _ in halves], [pack(u, bits) for _, u in halves]
+        return cls(gate, up, [pack(weight.detach(), bits) for weight in experts.down_proj])
+
+    def expert(self, e: int, x_ND: torch.Tensor) -> torch.Tensor:
+        """One expert's output y_ND."""
+        return linear(F.silu(linear(x_ND, self.gate[e])) * linear(x_ND, self.up[e]), self.down[e])
+
+    def forward(self, x_ND: torch.Tensor, weights_NA: torch.Tensor, experts_NA: torch.Tensor) -> torch.Tensor:
+        """As Experts.forward."""
+        return Experts.forward(cast(Experts, self), x_ND, weights_NA, experts_NA)
+
+
+def quantize_modules(model: Transformer, precision: Precision) -> None:
+    """Swap every linear layer, every stack of experts and the head in place, but for those that are packed already."""
+    for layer in model.model.layers:
+        assert isinstance(layer, DecoderLayer)
+        mlp = layer.mlp
+        _swap_linears(layer.self_attn, precision.layers)
+        if isinstance(mlp, MLP):
+            _swap_linears(mlp, precision.layers)
+        if isinstance(mlp, MoE) and isinstance(mlp.experts, Experts):
+            mlp.experts = PackedExperts.of(mlp.experts, precision.layers)
+        if isinstance(mlp, MoE) and mlp.shared_expert is not None:
+            _swap_linears(mlp.shared_expert, precision.layers)
+    if not isinstance(model.lm_head, PackedLinear):
+        model.lm_head = PackedLinear(pack(head_weight(model).detach(), precision.head))
+
+
+def _swap_linears(module: nn.Module, bits: int) -> None:
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.Linear):
+            setattr(module, name, PackedLinear.of(child, bits))
+
+
+def head_weight(model: Transformer) -> torch.Tensor:
+    """The head's weight [V, D]: its own, or the embeddings'."""
+    own = model.lm_head
+    weight = own.weight if isinstance(own, nn.Linear) else model.model.embed_tokens.weight
+    return weight
+
+
+def held_precision(model: Transformer) -> Precision | None:
+    """That of a model which was loaded with packed weights, else None."""
+    bits = {m.weight.bits for m in model.model.modules() if isinstance(m, PackedLinear)}
+    bits |= {w.bits for m in model.model.modules() if isinstance(m, PackedExperts) for w in m.gate}
+    return Precision(min(bits), 8) if bits else None

@@ -1,0 +1,144 @@
+"""Answers of a given form: JSON of a schema, a regular expression, a grammar, one of several choices.
+
+    compiler = GrammarCompiler(tokenizer, tokenizer.eos_ids)            # one for each model
+    matcher = compiler.compile(StructuredOutput(regex="[a-z]+"))        # one for each answer
+    matcher.mask(logits_V); matcher.accept(token); matcher.finished
+
+The library llguidance walks the form and the vocabulary together and says which tokens may come next; the others' logits
+become -inf. What shapes it: reading a vocabulary takes about a second and a schema milliseconds, so the compiler reads
+the tokenizer at the first request, keeps the forms last used, and gives every answer a copy. White space between JSON's
+signs is bounded, as small models like to go on with it for ever.
+
+Shapes: V rows of the model's head, which may be more (or fewer) than the tokenizer's ids.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from octad.checkpoint.tokenizer import Tokenizer
+from octad.engine.params import StructuredOutput
+from octad.errors import RequestError
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+KEPT_GRAMMARS = 64
+JSON_SPACE = r"[ \t\r\n]{0,40}"
+ASCII_DIGITS = "d"  # \d is 0-9, as in JavaScript; the rest is Rust's regex syntax, without look-around
+
+
+class Matcher:
+    """Where one answer stands in its form."""
+
+    def __init__(self, core: LLMatcher, num_tokens: int) -> None:
+        self._core, self._num_tokens = core, num_tokens
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing may follow: the form is complete, or its end token was accepted, or it failed."""
+        return self._core.is_stopped()
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer may end here."""
+        return not self._core.is_error() and self._core.is_accepting()
+
+    @property
+    def error(self) -> str | None:
+        """Why the form failed underway (it became too complex, or a token did not fit), else None."""
+        return _one_line(self._core.get_error()) if self._core.is_error() else None
+
+    def mask(self, logits_V: torch.Tensor) -> None:
+        """Set the logits of what may not come next to -inf, in place; once finished, of all but the end tokens."""
+        bits = np.frombuffer(self._core.compute_bitmask(), dtype=np.uint8)
+        allowed = np.unpackbits(bits, count=self._num_tokens, bitorder="little")[: len(logits_V)]
+        refused = torch.from_numpy(allowed == 0).to(logits_V.device)
+        logits_V[: len(refused)].masked_fill_(refused, -math.inf)
+        logits_V[len(refused) :] = -math.inf
+
+    def accept(self, token: int) -> None:
+        """Move on by one token; one that the mask refuses is an error."""
+        if not self._core.is_stopped():
+            self._core.consume_token(token)
+
+
+class GrammarCompiler:
+    """Makes matchers for one tokenizer; safe to make where llguidance is missing, `compile` then says so."""
+
+    def __init__(self, tokenizer: Tokenizer, eos_ids: Sequence[int]) -> None:
+        self._tokenizer, self._eos_ids = tokenizer, list(eos_ids)
+        self._read: LLTokenizer | None = None
+        self._grammars: OrderedDict[StructuredOutput, LLMatcher] = OrderedDict()
+
+    def compile(self, spec: StructuredOutput) -> Matcher:
+        """A matcher at the beginning of the form. Raises RequestError for one that does not compile."""
+        if spec not in self._grammars:
+            self._grammars[spec] = self._compile(spec)
+            if len(self._grammars) > KEPT_GRAMMARS:
+                self._grammars.popitem(last=False)
+        self._grammars.move_to_end(spec)
+        return Matcher(self._grammars[spec].deep_copy(), self._vocabulary().vocab_size)
+
+    def _compile(self, spec: StructuredOutput) -> LLMatcher:
+        vocabulary = self._vocabulary()
+        from llguidance import LLMatcher
+
+        core = LLMatcher(vocabulary, _grammar(spec), log_level=0)
+        if core.is_error():
+            raise RequestError(f"structured.{_field(spec)}: cannot be used: {_one_line(core.get_error())}")
+        return core
+
+    def _vocabulary(self) -> LLTokenizer:
+        """The tokenizer as the library reads it, once."""
+        if self._read is None:
+            try:
+                from llguidance import LLTokenizer
+            except ImportError as error:
+                raise RequestError(
+                    "structured: needs the library llguidance: pip install octad[structured]"
+                ) from error
+            if not self._eos_ids:
+                raise RequestError("structured: the model has no end token, so that an answer could not end")
+            try:
+                self._read = LLTokenizer(self._tokenizer.core.to_str(), eos_token=self._eos_ids)
+            except ValueError as error:
+                raise RequestError(
+                    f"structured: llguidance cannot read this tokenizer: {_one_line(str(error))}"
+                ) from error
+        return self._read
+
+
+def _field(spec: StructuredOutput) -> str:
+    """The field that is set."""
+    return next(name for name, value in vars(spec).items() if value not in (None, False))
+
+
+def _grammar(spec: StructuredOutput) -> str:
+    """The form in llguidance's own notation."""
+    from llguidance import LLMatcher, regex_to_lark
+
+    if spec.grammar is not None:
+        return LLMatcher.grammar_from_lark(spec.grammar)
+    if spec.json is not None or spec.json_object:
+        schema = '{"type": "object"}' if spec.json_object else str(spec.json)
+        return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": JSON_SPACE})
+    pattern = spec.regex or "|".join(map(_literal, spec.choice or ()))
+    return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(pattern, ASCII_DIGITS)}/")
+
+
+def _literal(text: str) -> str:
+    """A regular expression (Rust's) for exactly this text."""
+    return "".join(c if c.isalnum() or ord(c) > 127 else f"\\x{ord(c):02x}" for c in text)
+
+
+def _one_line(message: str) -> str:
+    """The library's message without the pictures and dumps that follow its first lines."""
+    text = " ".join(message.partition("<state>")[0].split())
+    return text if len(text) <= 300 else text[:297] + "..."

@@ -1,0 +1,83 @@
+"""What rounding costs: bits per byte of each domain's text, of one model before and after.
+
+    texts = domain_texts(source, domains, tokens=4096, window=512)
+    path, bits = quantize_and_judge(source, "mixture-int4", "int4", texts)      # bits["french"]: before, after
+
+Before: the source's weights in the machine's usual precision. After: what was written, as the engine runs it here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from octad.checkpoint.load import load_model, load_tokenizer
+from octad.checkpoint.quantized import QuantizedSource
+from octad.checkpoint.source import TensorSource
+from octad.checkpoint.text import Window, read_windows
+from octad.dist import compute_dtype
+from octad.engine.optimize import optimize
+from octad.engine.quantize import Precision
+from octad.engine.saved import load_quantized, save_quantized, write_figures
+from octad.errors import DataError
+from octad.evaluate.loss import bits_per_byte, window_nats
+from octad.model.transformer import Transformer
+
+Texts = Mapping[str, list[Window]]
+Bits = dict[str, tuple[float, float]]
+Progress = Callable[[str, float], None]
+
+
+def domain_texts(
+    source: TensorSource, domains: Mapping[str, Sequence[Path]], *, tokens: int, window: int
+) -> dict[str, list[Window]]:
+    """At most `tokens` tokens of each domain's files. Raises DataError naming the domain."""
+    tokenizer = load_tokenizer(source)
+    window = min(window, source.config.max_position_embeddings)
+    texts: dict[str, list[Window]] = {}
+    for name, files in domains.items():
+        try:
+            texts[name] = read_windows(files, tokenizer, tokens=tokens, window=window)
+        except DataError as error:
+            raise DataError(f"domain {name!r}: {error}") from None
+    return texts
+
+
+def domain_bits(
+    model: Transformer, texts: Texts, progress: Callable[[float], None] = lambda done: None
+) -> dict[str, float]:
+    """Bits per byte by domain; `progress` gets the share done."""
+    bits: dict[str, float] = {}
+    for done, (name, windows) in enumerate(texts.items(), 1):
+        bits[name] = bits_per_byte(window_nats(model, windows), windows)
+        progress(done / len(texts))
+    return bits
+
+
+def quantize_and_judge(
+    source: TensorSource,
+    directory: str | Path,
+    name: str,
+    texts: Texts,
+    *,
+    progress: Progress = lambda stage, done: None,
+    **options: Any,
+) -> tuple[Path, Bits]:
+    """save_quantized (with its `options` and errors), and where there are texts, before and after in bits per byte,
+    which are put into the output's model card too."""
+    Precision.of(name)
+    before = (
+        domain_bits(load_model(source, compute_dtype()), texts, partial(progress, "before")) if texts else {}
+    )
+    path = save_quantized(source, directory, name, progress=progress, **options)
+    if not texts:
+        return path, {}
+    made = QuantizedSource(path)
+    model = load_quantized(made, compute_dtype())
+    optimize(model)
+    after = domain_bits(model, texts, partial(progress, "after"))
+    bits = {domain: (before[domain], after[domain]) for domain in texts}
+    write_figures(path, source, name, made.layers, bits)
+    return path, bits

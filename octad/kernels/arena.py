@@ -1,0 +1,47 @@
+"""Memory for weights in huge pages: reading 4 kB pages in order costs a third of the bandwidth in address translation.
+
+    arena = Arena()
+    weight = arena.copy(weight)         # the same values, in memory that the system may back by huge pages
+
+Linux only grants huge pages to memory that asks for it (`madvise`); elsewhere this is ordinary memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+
+import torch
+
+CHUNK = 64 << 20
+ALIGN = 128
+
+
+class Arena:
+    """Hands out aligned pieces of large anonymous mappings; they live as long as a tensor in them does."""
+
+    def __init__(self, chunk: int = CHUNK) -> None:
+        self.chunk = chunk
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def empty(self, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised tensor on the CPU."""
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        if len(self._free) < nbytes:
+            self._free = _mapping(max(self.chunk, nbytes))
+        piece, self._free = self._free[:nbytes], self._free[-(-nbytes // ALIGN) * ALIGN :]
+        return piece.view(dtype).view(shape)
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A contiguous copy of a tensor."""
+        return self.empty(tensor.shape, tensor.dtype).copy_(tensor)
+
+
+def _mapping(nbytes: int) -> torch.Tensor:
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(nbytes, dtype=torch.uint8)
+    # shared memory gets no huge pages
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a system built without them: ordinary pages do
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)

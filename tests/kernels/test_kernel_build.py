@@ -1,0 +1,134 @@
+"""Compiling the kernels where things go wrong: no compiler, a broken one, several processes, a source that changed."""
+
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from octad.kernels import build
+from octad.kernels.build import BuildError, load
+from octad.kernels.native import NativeKernels
+
+QUICK = ["-O0"]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A copy of the kernels' source, to be changed."""
+    copy = tmp_path / "source"
+    copy.mkdir()
+    shutil.copy(build.SOURCE, copy)
+    shutil.copytree(build.SOURCE.with_name("native_src"), copy / "native_src")
+    return copy / build.SOURCE.name
+
+
+def script(path: Path, text: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BuildError, match=r"no C compiler found .*install one, such as gcc"):
+        load(tmp_path)
+    monkeypatch.setenv("CC", "no-such-compiler -O9")
+    with pytest.raises(BuildError, match=r"no C compiler found .no-such-compiler -O9"):
+        load(tmp_path)
+
+
+def test_a_compiler_that_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first words are the reason, and nothing stays behind."""
+    monkeypatch.setenv(
+        "CC", str(script(tmp_path / "cc", "echo 'cc: it is Sunday' >&2; echo more >&2; exit 1"))
+    )
+    with pytest.raises(BuildError, match=r"cc cannot compile native\.c: cc: it is Sunday$"):
+        load(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_compiler_that_makes_rubbish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rubbish = """while [ $# -gt 0 ]; do [ "$1" = -o ] && echo rubbish > "$2"; shift; done"""
+    monkeypatch.setenv("CC", str(script(tmp_path / "cc", rubbish)))
+    with pytest.raises(BuildError, match="cannot compile"):
+        load(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_compiler_that_cannot_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = script(tmp_path / "cc", "")
+    path.write_bytes(b"\x7fELF nonsense")
+    monkeypatch.setenv("CC", str(path))
+    with pytest.raises(BuildError):
+        load(tmp_path / "cache")
+
+
+def test_a_compiler_with_arguments_and_without_openmp(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = shutil.which("gcc") or shutil.which("cc")
+    picky = 'for a in "$@"; do [ "$a" = -fopenmp ] && exit 1; done; exec %s "$@"'
+    monkeypatch.setenv("CC", f"{script(tmp_path / 'cc', picky % real)} -DUNUSED=1")
+    kernels = NativeKernels(load(tmp_path / "cache", QUICK))
+    assert not kernels.features & 4
+    weight = torch.ones(1, 8)
+    torch.testing.assert_close(kernels.rms_norm(2 * weight, weight[0], 0.0), weight)
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BuildError, match="cannot be built"):
+        load(tmp_path / "file" / "cache", QUICK)
+    monkeypatch.setenv("OCTAD_CACHE", str(tmp_path / "chosen"))
+    assert build.cache_directory() == tmp_path / "chosen"
+    monkeypatch.delenv("OCTAD_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert build.cache_directory() == tmp_path / "octad"
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(BuildError, match="home directory"):
+        load()
+
+
+def test_a_changed_source_is_built_anew(tmp_path: Path, source: Path) -> None:
+    cache = tmp_path / "cache"
+    before = load(cache, QUICK, source=source).octad_features()
+    load(cache, QUICK, source=source)
+    assert len(list(cache.iterdir())) == 1
+    part = source.parent / "native_src" / "parts.h"
+    part.write_text(part.read_text() + "\n#define CHANGED 64\n")
+    source.write_text(source.read_text().replace("return features;", "return features | CHANGED;"))
+    assert load(cache, QUICK, source=source).octad_features() == before | 64
+    assert len(list(cache.iterdir())) == 2
+    load(cache, [*QUICK, "-DOTHER=1"], source=source)
+    load(cache, QUICK, openmp=False, source=source)
+    assert len(list(cache.iterdir())) == 4
+
+
+def test_an_error_in_the_source_is_its_own_reason(tmp_path: Path, source: Path) -> None:
+    source.write_text("#error out of order\n" + source.read_text())
+    with pytest.raises(BuildError, match=r"native.c:1:2: error: #error out of order"):
+        load(tmp_path / "cache", QUICK, source=source)
+
+
+def test_processes_that_build_at_once(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from octad.kernels.build import load;"
+        f"print(load(Path({str(tmp_path / 'cache')!r}), {QUICK!r}).octad_features())"
+    )
+    runs = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    answers = {run.communicate(timeout=100)[0] for run in runs}
+    assert all(run.returncode == 0 for run in runs)
+    assert len(answers) == 1
+    assert len(list((tmp_path / "cache").iterdir())) == 1
