@@ -250,6 +250,29 @@ def bench(
 
 
 @app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="What to train (YAML): task tune or pretrain.")],
+    output: Output = None,
+) -> None:
+    """Tune a mixture (router, repair or all), or pre-train a model. The same command resumes."""
+    from octad import commands
+
+    commands.train(config, output)
+
+
+@app.command()
+def branch(
+    config: Annotated[Path, typer.Argument(help="A base and the specialists to make of it (YAML).")],
+    output: Output = None,
+    only: Annotated[str | None, typer.Option(help="Train this specialist alone.")] = None,
+) -> None:
+    """Train specialists of one base, one after another. The same command resumes."""
+    from octad import commands
+
+    commands.branch(config, output, only)
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to put the mixture.")] = Path(
         "demo-output"

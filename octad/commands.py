@@ -7,7 +7,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -225,3 +225,54 @@ def bench(model: str, lengths: Mapping[str, str], *, as_json: bool, **options: A
         for part in render(results):
             terminal.out.print(part)
     print(json.dumps(results))
+
+
+def train(config: Path, output: Path | None) -> None:
+    """Tune a mixture or pre-train a model; goes on where an earlier run in `output` stopped."""
+    from octad.train.config import TuneConfig, load_config
+    from octad.train.learner import tune_learner
+    from octad.train.pretrain import pretrain_learner
+    from octad.train.trainer import Outcome, Trainer
+
+    keep_freed_memory()
+    loaded = load_config(config)
+    run = _run_directory(config, output, loaded.unused_keys())
+    learner = tune_learner(loaded) if isinstance(loaded, TuneConfig) else pretrain_learner(loaded)
+    outcome = Trainer(learner, run, _tell).fit()
+    _tell_outcome(run, stopped=outcome is Outcome.STOPPED)
+
+
+def branch(config: Path, output: Path | None, only: str | None) -> None:
+    """Specialists of one base; those that are finished in `output` are left alone."""
+    from octad.train.branch import branch as carry_out
+    from octad.train.config import load_branch
+    from octad.train.trainer import Outcome
+
+    keep_freed_memory()
+    loaded = load_branch(config)
+    run = _run_directory(config, output, loaded.unused_keys())
+    outcome = carry_out(loaded, run, echo=_tell, only=only)
+    _tell_outcome(run, stopped=outcome is Outcome.STOPPED)
+
+
+def _run_directory(config: Path, output: Path | None, unused: Iterable[str]) -> Path:
+    """Where a run goes; tells which settings have no effect. Raises OutputError where nothing is given."""
+    for key in unused:
+        _tell(f"{config}: no effect: {key}")
+    if output is None:
+        raise OutputError(f"{config}: no output given; add -o DIRECTORY")
+    return output
+
+
+def _tell(line: str) -> None:
+    """One line of a run's report on stderr, as it is."""
+    terminal.err.print(line, markup=False, soft_wrap=True)
+
+
+def _tell_outcome(run: Path, *, stopped: bool) -> None:
+    """The last line; a run that was asked to stop ends with 130, as after any interruption."""
+    if not stopped:
+        terminal.out.print(f"wrote {run}", soft_wrap=True)
+        return
+    _tell(f"stopped and saved; the same command goes on from {run}")
+    raise SystemExit(130)

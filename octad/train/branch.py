@@ -1,0 +1,126 @@
+"""One base, N data sets, N specialists: independent runs, one after another, each resumable alone.
+
+    branch(config, Path("specialists"), echo=print, only="french")
+
+Modes: ffn-adapter (low-rank on the feed-forward networks; attention stays the base's, so that `shared: base` combines
+them exactly), adapter (low-rank on all linear layers), ffn (the feed-forward networks themselves), full. Adapters are
+PEFT directories, the others checkpoints; either is a member for `octad combine`. A specialist that fails is tried again
+from its last state, then left, so that it does not take the others with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from octad.checkpoint.load import load_model, load_tokenizer, open_source
+from octad.checkpoint.names import PARTS
+from octad.checkpoint.source import TensorSource
+from octad.checkpoint.writer import CheckpointWriter
+from octad.errors import OctadError, RecipeError
+from octad.model.transformer import Transformer
+from octad.train.config import BranchConfig, SpecialistSpec
+from octad.train.export import common_files, write_adapter, write_trained
+from octad.train.learner import Learner, changes_of, choose, compute_settings
+from octad.train.lowrank import add_low_rank, low_rank_deltas
+from octad.train.trainer import Outcome, Trainer, TrainingStopped
+
+FFN_TARGETS = tuple(f"{part}_proj" for part in PARTS)
+ALL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", *FFN_TARGETS)
+LEARNING = {"ffn-adapter": "lora_", "adapter": "lora_", "ffn": r"\.mlp\.", "full": ""}
+
+
+def branch(
+    config: BranchConfig, output: Path, *, echo: Callable[[str], None], only: str | None = None
+) -> Outcome:
+    """Train all specialists that are not finished yet, or `only` one. Raises TrainingStopped naming those that failed."""
+    failed: dict[str, OctadError] = {}
+    for specialist in _chosen(config, only):
+        try:
+            outcome = _with_retries(config, specialist, output / specialist.name, echo)
+        except OctadError as error:
+            echo(f"{specialist.name}: failed: {error}")
+            failed[specialist.name] = error
+            continue
+        if outcome is Outcome.STOPPED:
+            return outcome
+    if failed:
+        first = next(iter(failed.values()))
+        raise TrainingStopped(f"{len(failed)} specialists failed ({', '.join(failed)}); the first: {first}")
+    return Outcome.FINISHED
+
+
+def branch_learner(config: BranchConfig, specialist: SpecialistSpec) -> Learner:
+    """One specialist. Raises RecipeError where the base is a mixture."""
+    source = open_source(config.resolve(config.base))
+    if source.config.is_moe:
+        raise RecipeError(f"{source.label}: is a mixture; specialists branch off a dense base")
+    model = load_model(source, *compute_settings(config)).requires_grad_(False)
+    adapter = config.mode in ("ffn-adapter", "adapter")
+    targets = FFN_TARGETS if config.mode == "ffn-adapter" else ALL_TARGETS
+    if adapter:
+        torch.manual_seed(config.seed)
+        add_low_rank(model, rf"({'|'.join(targets)})$", config.low_rank)
+
+    def write(run: Path, values: Mapping[str, torch.Tensor]) -> Path:
+        if adapter:
+            deltas = low_rank_deltas(model, dict(values))
+            return write_adapter(run, source.label, deltas, config.low_rank, targets)
+        return _write_full(run, source, model, values)
+
+    steps = specialist.steps or config.steps
+    return Learner(
+        model=model,
+        tokenizer=load_tokenizer(source),
+        config=config.model_copy(update={"steps": steps}),
+        data=config.data_of(specialist),
+        evaluate=config.evaluation_of(specialist),
+        write=write,
+        trainable=choose(model, LEARNING[config.mode]),
+        identity={"files": source.provenance().get("files"), "text": list(specialist.files)},
+        result="adapter_config.json" if adapter else "config.json",
+    )
+
+
+def _chosen(config: BranchConfig, only: str | None) -> list[SpecialistSpec]:
+    chosen = [s for s in config.specialists if only is None or s.name == only]
+    if not chosen:
+        names = ", ".join(s.name for s in config.specialists)
+        raise RecipeError(f"--only {only}: no such specialist (there are {names})")
+    return chosen
+
+
+def _with_retries(
+    config: BranchConfig, specialist: SpecialistSpec, run: Path, echo: Callable[[str], None]
+) -> Outcome:
+    for left in reversed(range(config.retries + 1)):
+        try:
+            return _train(config, specialist, run, echo)
+        except TrainingStopped as error:
+            if not left:
+                raise
+            echo(f"{specialist.name}: {error}; trying again from its last state")
+    raise AssertionError("unreachable")
+
+
+def _train(
+    config: BranchConfig, specialist: SpecialistSpec, run: Path, echo: Callable[[str], None]
+) -> Outcome:
+    trainer = Trainer(
+        branch_learner(config, specialist), run, lambda line: echo(f"{specialist.name}: {line}")
+    )
+    if trainer.finished:
+        echo(f"{specialist.name}: finished earlier ({trainer.step} steps)")
+        return Outcome.FINISHED
+    return trainer.fit()
+
+
+def _write_full(
+    run: Path, source: TensorSource, model: Transformer, values: Mapping[str, torch.Tensor]
+) -> Path:
+    def side_files(writer: CheckpointWriter) -> None:
+        common_files(writer, source.config.raw, load_tokenizer(source))
+
+    return write_trained(run, source, changes_of(model, values), side_files)

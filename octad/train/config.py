@@ -1,0 +1,225 @@
+"""What to train, how, on what: YAML files read into frozen sections. Imports no torch.
+
+    task: tune                                   # tune.yaml: an existing mixture
+    model: mixture/
+    mode: repair                                 # router | repair | all
+    steps: 200
+    data:
+      window: 512
+      sources: [{name: french, files: french.jsonl.gz}, {name: python, files: python.jsonl.gz}]
+
+    load_config("tune.yaml") -> TuneConfig; load_branch("branch.yaml") -> BranchConfig
+
+Paths are relative to the file. Every mistake is one line that names the file, the key and, for a misspelt key, the
+nearest one that exists; `unused_keys` tells which settings the chosen mode does not look at.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from octad.errors import RecipeError
+from octad.train.sections import (
+    DataSpec,
+    EvaluateSpec,
+    LowRankSpec,
+    RoutingSpec,
+    RunSpec,
+    Section,
+    SourceSpec,
+    StringList,
+)
+
+TuneMode = Literal["router", "repair", "all"]
+BranchMode = Literal["ffn-adapter", "adapter", "ffn", "full"]
+
+
+class TuneConfig(RunSpec):
+    """Go on with an existing mixture. `distill`: weight of the member's own prediction against the text's next token."""
+
+    task: Literal["tune"]
+    model: str = Field(min_length=1)
+    mode: TuneMode = "repair"
+    data: DataSpec
+    routing: RoutingSpec = RoutingSpec()
+    low_rank: LowRankSpec = LowRankSpec()
+    distill: float = Field(default=0.0, ge=0, le=1)
+
+    def unused_keys(self) -> Iterator[str]:
+        """Settings that this mode does not look at."""
+        yield from _unused_common(self)
+        if self.mode != "repair" and "low_rank" in self.model_fields_set:
+            yield f"low_rank (mode {self.mode!r} has no low-rank changes)"
+
+
+class ArchitectureSpec(Section):
+    """A model from nothing. `size` is the one dial: layers = size, width = 64 * size, heads of 64; the rest follows and
+    can be set by hand. A mixture's experts are as wide as makes its active cost the dense twin's."""
+
+    size: int = Field(ge=1)
+    layers: int | None = Field(default=None, ge=1)
+    width: int | None = Field(default=None, ge=8)
+    heads: int | None = Field(default=None, ge=1)
+    feed_forward: int | None = Field(default=None, ge=1)
+    num_experts: int = Field(default=8, ge=2)
+    top_k: int = Field(default=2, ge=1)
+    tie_embeddings: bool = True
+
+
+class PretrainConfig(RunSpec):
+    """A model from scratch, dense or its mixture twin; `upcycle`: a dense run whose weights every expert starts from."""
+
+    task: Literal["pretrain"]
+    mode: Literal["dense", "mixture"]
+    architecture: ArchitectureSpec
+    tokenizer: str = Field(min_length=1)
+    data: DataSpec
+    routing: RoutingSpec = RoutingSpec(balance=1e-2)
+    upcycle: str | None = None
+
+    def unused_keys(self) -> Iterator[str]:
+        """Settings that this mode does not look at."""
+        yield from _unused_common(self)
+        if self.mode == "dense":
+            sections = {"routing": self, "upcycle": self, "num_experts": self.architecture}
+            yield from (f"{k} (mode 'dense')" for k, s in sections.items() if k in s.model_fields_set)
+
+
+class SpecialistSpec(Section):
+    """One specialist: its name, the text it is made of, held-out text, and steps where not the common ones."""
+
+    name: str = Field(min_length=1, pattern=r"^[\w.-]+$")
+    files: StringList = Field(min_length=1)
+    field: str = "text"
+    held_out: StringList = ()
+    steps: int | None = Field(default=None, ge=1)
+
+
+class BranchDataSpec(Section):
+    """How the specialists' text is packed; see DataSpec."""
+
+    window: int = Field(default=512, ge=2)
+    document_mask: bool = True
+    append_eos: bool = True
+    cache: str = "~/.cache/octad/tokens"
+
+
+class BranchConfig(RunSpec):
+    """One base, N specialists."""
+
+    base: str = Field(min_length=1)
+    mode: BranchMode = "ffn-adapter"
+    specialists: tuple[SpecialistSpec, ...] = Field(min_length=1)
+    data: BranchDataSpec = BranchDataSpec()
+    low_rank: LowRankSpec = LowRankSpec()
+    retries: int = Field(default=1, ge=0)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        names = [s.name for s in self.specialists]
+        if twice := next((n for n in names if names.count(n) > 1), None):
+            raise ValueError(f"two specialists have the name {twice!r}; give each its own")
+        return self
+
+    def unused_keys(self) -> Iterator[str]:
+        """Settings that this mode does not look at."""
+        held_out = any(specialist.held_out for specialist in self.specialists)
+        yield from (k for k in _unused_common(self) if not (held_out and k.startswith("evaluate")))
+        if self.mode in ("ffn", "full") and "low_rank" in self.model_fields_set:
+            yield f"low_rank (mode {self.mode!r} has no low-rank changes)"
+
+    def data_of(self, specialist: SpecialistSpec) -> DataSpec:
+        """The one source that a specialist learns from."""
+        source = SourceSpec(name=specialist.name, files=specialist.files, field=specialist.field)
+        return DataSpec(sources=(source,), **self.data.model_dump())
+
+    def evaluation_of(self, specialist: SpecialistSpec) -> EvaluateSpec:
+        """The common held-out domains and the specialist's own."""
+        own = {specialist.name: specialist.held_out} if specialist.held_out else {}
+        return self.evaluate.model_copy(update={"domains": self.evaluate.domains | own})
+
+
+T = TypeVar("T", bound=RunSpec)
+TrainConfig = TuneConfig | PretrainConfig
+TASKS: dict[str, type[TuneConfig] | type[PretrainConfig]] = {"tune": TuneConfig, "pretrain": PretrainConfig}
+
+
+def load_config(path: str | Path) -> TrainConfig:
+    """A file for `octad train`. Raises RecipeError with one line for whatever is wrong."""
+    raw = _read(Path(path))
+    if "specialists" in raw:
+        raise RecipeError(f"{path}: has specialists: it is for `octad branch`")
+    if (kind := TASKS.get(str(raw.get("task")))) is None:
+        raise RecipeError(f"{path}: task must be tune or pretrain, found {raw.get('task')!r}")
+    return _checked(kind, raw, Path(path))
+
+
+def load_branch(path: str | Path) -> BranchConfig:
+    """A file for `octad branch`. Raises RecipeError with one line for whatever is wrong."""
+    return _checked(BranchConfig, _read(Path(path)), Path(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path}: not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: expected keys such as data and steps, found {type(raw).__name__}")
+    return raw
+
+
+def _checked(kind: type[T], raw: dict[str, Any], path: Path) -> T:
+    if "directory" in raw:
+        raise RecipeError(f"{path}: unknown key 'directory'; paths are relative to the file's own")
+    try:
+        return kind.model_validate(raw | {"directory": path.parent})
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {_one_line(error, kind)}") from None
+
+
+def _unused_common(config: RunSpec) -> Iterator[str]:
+    optimizer, schedule = config.optimizer, config.schedule
+    if optimizer.name != "muon" and "momentum" in optimizer.model_fields_set:
+        yield "optimizer.momentum (only muon has one)"
+    if schedule.name != "wsd" and "decay" in schedule.model_fields_set:
+        yield "schedule.decay (only wsd has one)"
+    if schedule.name == "constant" and "final" in schedule.model_fields_set:
+        yield "schedule.final (the schedule is constant)"
+    if not config.evaluate.domains and config.evaluate.model_fields_set:
+        yield "evaluate (no domains are given)"
+
+
+def _one_line(error: ValidationError, kind: type[BaseModel]) -> str:
+    """The first problem in the words of the file."""
+    problem = error.errors()[0]
+    where = [str(part) for part in problem["loc"]]
+    if problem["type"] == "extra_forbidden":
+        keys = [key for key in _section(kind, problem["loc"][:-1]).model_fields if key != "directory"]
+        near = difflib.get_close_matches(where[-1], keys, 1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(keys)}"
+        return f"unknown key {'.'.join(where)!r}; {hint}"
+    if problem["type"] == "missing":
+        return f"key {'.'.join(where)!r} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{'.'.join(where)}: {message}, found {problem['input']!r:.80}" if where else message
+
+
+def _section(kind: type[BaseModel], place: tuple[int | str, ...]) -> type[BaseModel]:
+    """The section that a place in the file belongs to."""
+    for part in place:
+        if isinstance(part, str):
+            annotation = kind.model_fields[part].annotation
+            inner = getattr(annotation, "__args__", (annotation,))[0]
+            kind = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else kind
+    return kind

@@ -1,0 +1,184 @@
+"""What a task trains: a model prepared for it, the parameters that learn, and how the result is written.
+
+    learner = tune_learner(config)                # an existing mixture: router | repair | all
+    learner.trainable                             # name -> parameter; everything else is frozen
+    learner.write(run, masters)                   # a normal checkpoint
+
+A trainer knows nothing of modes: a mode is a choice of parameters and modules made here, before the first step. Frozen
+weights take part in the forward pass only; their gradients are never computed.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from octad.checkpoint.load import load_model, load_tokenizer, open_source
+from octad.checkpoint.provenance import PROVENANCE, Provenance
+from octad.checkpoint.source import TensorSource
+from octad.checkpoint.tokenizer import Tokenizer
+from octad.checkpoint.writer import CheckpointWriter
+from octad.dist import compute_dtype
+from octad.errors import RecipeError
+from octad.model.moe import Experts, MoE
+from octad.model.transformer import Transformer
+from octad.train.config import TuneConfig
+from octad.train.experts import TrainExperts
+from octad.train.export import Changes, common_files, write_trained
+from octad.train.lowrank import add_low_rank, low_rank_deltas
+from octad.train.router import TrainRouter, swap_routers
+from octad.train.sections import DataSpec, EvaluateSpec, RoutingSpec, RunSpec
+
+TRAINING = "training.json"
+ATTENTION = r"self_attn\.[qkvo]_proj$"
+SHARED = rf"{ATTENTION}|embed_tokens$|lm_head$"
+NORM = r"norm\.weight$"
+
+
+@dataclass
+class Learner:
+    """A task, ready to train. `write` takes the run's directory and the float32 masters by parameter name; `identity`
+    tells which weights it started from; `members` are the experts' names; `result` is the file that says it is done."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    config: RunSpec
+    data: DataSpec
+    evaluate: EvaluateSpec
+    write: Callable[[Path, Mapping[str, torch.Tensor]], Path]
+    trainable: dict[str, nn.Parameter] = field(default_factory=dict)
+    routers: list[TrainRouter] = field(default_factory=list)
+    routing: RoutingSpec = field(default_factory=RoutingSpec)
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    members: tuple[str, ...] = ()
+    teacher: Transformer | None = None
+    distill: float = 0.0
+    result: str = "config.json"
+
+
+def compute_settings(config: RunSpec) -> tuple[torch.dtype, torch.device]:
+    """Where and in which precision the model computes. Raises RecipeError for a GPU that is not there."""
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto if config.device == "auto" else config.device)
+    if device.type == "cuda" and auto == "cpu":
+        raise RecipeError(f"device: {config.device} is asked for, but PyTorch sees no GPU here")
+    dtype = compute_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
+    return dtype, device
+
+
+def tune_learner(config: TuneConfig) -> Learner:
+    """An existing mixture. Raises RecipeError for a dense model or a source that names no member to learn from."""
+    source = open_source(config.resolve(config.model))
+    if not source.config.is_moe:
+        raise RecipeError(
+            f"{source.label}: is dense, there is nothing to tune; `octad branch` trains dense models"
+        )
+    model = load_model(source, *compute_settings(config)).requires_grad_(False)
+    provenance = Provenance.of(source)
+    members = tuple(provenance.names) if provenance else ()
+    teacher = _teacher(model, config) if config.distill else None
+    if teacher is not None:
+        _check_members(config, members)
+    routers = prepare_mixture(model, config.routing)
+    torch.manual_seed(config.seed)
+    if config.mode == "repair":
+        add_low_rank(model, SHARED, config.low_rank)
+    learner = Learner(
+        model=model,
+        tokenizer=load_tokenizer(source),
+        config=config,
+        data=config.data,
+        evaluate=config.evaluate,
+        write=lambda run, values: _write_tuned(run, source, model, values, config, provenance),
+        trainable=_trainable(model, config.mode),
+        routers=routers,
+        routing=config.routing,
+        identity={"files": source.provenance().get("files")},
+        members=members,
+        teacher=teacher,
+        distill=config.distill,
+    )
+    return learner
+
+
+def prepare_mixture(model: Transformer, routing: RoutingSpec) -> list[TrainRouter]:
+    """Swap routers and experts for those that train; returns the routers."""
+    routers = swap_routers(model, routing)
+    for layer in model.model.layers:
+        if isinstance(layer.mlp, MoE) and isinstance(layer.mlp.experts, Experts):
+            layer.mlp.experts = TrainExperts(layer.mlp.experts)
+    return routers
+
+
+def choose(model: nn.Module, pattern: str) -> dict[str, nn.Parameter]:
+    """Let exactly the parameters learn whose names the pattern is found in."""
+    chosen = {}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(re.search(pattern, name) is not None)
+        if parameter.requires_grad:
+            chosen[name] = parameter
+    return chosen
+
+
+def by_hub_parameter(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The masters that stand for whole parameters, without low-rank factors."""
+    return {name: value for name, value in values.items() if "lora_" not in name}
+
+
+def changes_of(model: Transformer, values: Mapping[str, torch.Tensor]) -> Changes:
+    """What the masters mean for the checkpoint that the model came from."""
+    return Changes(by_hub_parameter(values), low_rank_deltas(model, dict(values)))
+
+
+def _trainable(model: Transformer, mode: str) -> dict[str, nn.Parameter]:
+    patterns = {"router": r"mlp\.gate\.", "repair": rf"mlp\.gate\.|lora_|{NORM}", "all": ""}
+    return choose(model, patterns[mode])
+
+
+def _teacher(model: Transformer, config: TuneConfig) -> Transformer:
+    """The mixture as it is now; what the mode leaves alone is shared with the model that learns."""
+    own = {"router": "^$", "repair": NORM, "all": ""}[config.mode]
+    shared = {id(p): p for name, p in model.named_parameters() if not re.search(own, name)}
+    return copy.deepcopy(model, dict(shared)).requires_grad_(False).eval()
+
+
+def _check_members(config: TuneConfig, members: tuple[str, ...]) -> None:
+    for source in config.data.sources:
+        if (expert := source.expert or source.name) not in members:
+            raise RecipeError(
+                f"data source {source.name!r}: no expert {expert!r} to distil from (experts: {', '.join(members)}); "
+                "set its expert:"
+            )
+
+
+def _write_tuned(
+    run: Path,
+    source: TensorSource,
+    model: Transformer,
+    values: Mapping[str, torch.Tensor],
+    config: TuneConfig,
+    provenance: Provenance | None,
+) -> Path:
+    def side_files(writer: CheckpointWriter) -> None:
+        common_files(writer, source.config.raw, load_tokenizer(source))
+        record = config.to_dict() | {"trained": source.label}
+        writer.add_text(TRAINING, json.dumps([*_earlier(source), record], indent=2) + "\n")
+        if provenance is not None:
+            provenance.edits.append(f"trained ({config.mode}, {config.steps} steps)")
+            writer.add_text(PROVENANCE, provenance.to_json())
+
+    return write_trained(run, source, changes_of(model, values), side_files)
+
+
+def _earlier(source: TensorSource) -> list[Any]:
+    """How the source was trained, where it was."""
+    path = source.directory / TRAINING if source.directory is not None else None
+    return list(json.loads(path.read_text(encoding="utf-8"))) if path is not None and path.is_file() else []

@@ -1,0 +1,152 @@
+"""The language-model loss without its logits: next-token cross-entropy a slice of positions at a time.
+
+    total, losses_N = next_token_loss(head, x_ND, targets_N)              # total.backward() fills dx and the head's grads
+
+V is 50,000 and more, so the logits of a batch would be its largest tensor by far. Each slice's logits are made, turned
+into their own gradient (softmax - target) and used up at once: the peak is one slice, and the backward pass has nothing
+left to do but scale. A teacher's hidden states mix its distribution into the target (distillation at temperature 1):
+target = (1 - share) * next token + share * teacher.
+
+Shapes: N positions, D model, V vocabulary, R rank of a low-rank change of the head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+
+from octad.train.data import IGNORED
+
+SLICE = 256  # positions whose logits exist at one time
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = x W' + scale * (x A') B': weight [V, D]; a [R, D] and b [V, R], or None for no low-rank change."""
+
+    weight: torch.Tensor
+    a: torch.Tensor | None = None
+    b: torch.Tensor | None = None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Another model's hidden states x_ND of the same positions, its head's weight [V, D], and its share of the target."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    share: float
+
+
+def next_token_loss(
+    head: Head, x_ND: torch.Tensor, targets_N: torch.Tensor, teacher: Teacher | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of losses in nats (cross-entropy against the target, as above), and each position's -ln p(next token),
+    0 where it is not learnt, without a gradient. Both float32."""
+    total, losses = cast(
+        tuple[torch.Tensor, torch.Tensor],
+        _SlicedLoss.apply(x_ND, head.weight, head.a, head.b, head.scale, targets_N, teacher),  # type: ignore[no-untyped-call]
+    )
+    return total, losses
+
+
+class _SlicedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: torch.Tensor,
+        weight: torch.Tensor,
+        a: torch.Tensor | None,
+        b: torch.Tensor | None,
+        scale: float,
+        targets_N: torch.Tensor,
+        teacher: Teacher | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        wanted = ctx.needs_input_grad[:4]
+        grads = [
+            torch.zeros_like(t) if t is not None and w else None
+            for t, w in zip((x_ND, weight, a, b), wanted, strict=True)
+        ]
+        head, losses = Head(weight, a, b, scale), x_ND.new_empty(len(x_ND), dtype=torch.float32)
+        total = losses.new_zeros(())
+        for start in range(0, len(x_ND), SLICE):
+            at = slice(start, start + SLICE)
+            log_p = _logits(head, x_ND[at]).float().log_softmax(-1)
+            learnt = targets_N[at] != IGNORED
+            losses[at] = F.nll_loss(log_p, targets_N[at], ignore_index=IGNORED, reduction="none")
+            target = None if teacher is None else _teacher_probabilities(teacher, at)
+            total += _mixed(losses[at], log_p, learnt, teacher, target)
+            if any(wanted):
+                d = _logit_gradient(log_p, targets_N[at], learnt, teacher, target).to(x_ND.dtype)
+                _accumulate(grads, head, x_ND[at], d, at)
+        ctx.save_for_backward(*grads)
+        ctx.mark_non_differentiable(losses)
+        return total, losses
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grads = [None if g is None else g.mul_(outer[0].to(g.dtype)) for g in ctx.saved_tensors]
+        return (*grads, None, None, None)
+
+
+def _logits(head: Head, x: torch.Tensor) -> torch.Tensor:
+    logits = F.linear(x, head.weight)
+    if head.a is not None and head.b is not None:
+        logits = logits + head.scale * F.linear(F.linear(x, head.a), head.b)
+    return logits
+
+
+def _teacher_probabilities(teacher: Teacher, at: slice) -> torch.Tensor:
+    return F.linear(teacher.x[at], teacher.weight).float().softmax(-1)
+
+
+def _mixed(
+    losses: torch.Tensor,
+    log_p: torch.Tensor,
+    learnt: torch.Tensor,
+    teacher: Teacher | None,
+    target: torch.Tensor | None,
+) -> torch.Tensor:
+    if teacher is None or target is None:
+        return losses.sum()
+    return (1 - teacher.share) * losses.sum() - teacher.share * (target * log_p).sum(-1)[learnt].sum()
+
+
+def _logit_gradient(
+    log_p: torch.Tensor,
+    targets: torch.Tensor,
+    learnt: torch.Tensor,
+    teacher: Teacher | None,
+    target: torch.Tensor | None,
+) -> torch.Tensor:
+    """softmax - target in place of log_p; zero where nothing is learnt."""
+    share = 0.0 if teacher is None else teacher.share
+    d, rows = log_p.exp_(), torch.arange(len(targets), device=targets.device)
+    d[rows, targets.clamp(min=0)] -= 1 - share
+    if target is not None:
+        d -= share * target
+    return d.mul_(learnt[:, None])
+
+
+def _accumulate(
+    grads: list[torch.Tensor | None], head: Head, x: torch.Tensor, d: torch.Tensor, at: slice
+) -> None:
+    """Add a slice's part to the gradients of x, weight, a and b."""
+    dx, dweight, da, db = grads
+    if dx is not None:
+        dx[at] = d @ head.weight
+    if dweight is not None:
+        dweight += d.T @ x
+    if head.a is None or head.b is None:
+        return
+    d_b = head.scale * (d @ head.b)
+    if dx is not None:
+        dx[at] += d_b @ head.a
+    if da is not None:
+        da += d_b.T @ x
+    if db is not None:
+        db += head.scale * (d.T @ F.linear(x, head.a))

@@ -1,0 +1,91 @@
+"""Low-rank changes of frozen weights: W + scale * B A, learnt through A and B alone (LoRA, arXiv 2106.09685).
+
+    add_low_rank(model, r"self_attn\\.[qkvo]_proj|embed_tokens", LowRankSpec(rank=16))
+    low_rank_deltas(model)["model.layers.0.self_attn.q_proj.weight"]       # (A [R, in], B [out, R], scale)
+
+B begins at zero, so that the model is unchanged until it learns. The frozen weight's own gradient, which costs as much as
+the forward pass, is never computed. Merging happens outside, in float32, on the weights as they are on disk.
+
+Shapes: R rank, V vocabulary, D model.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from octad.model.transformer import Transformer
+from octad.train.sections import LowRankSpec
+
+Factors = tuple[torch.Tensor, torch.Tensor, float]
+
+
+class LowRankLinear(nn.Module):
+    """A linear layer [in to out] with a low-rank change."""
+
+    def __init__(self, base: nn.Linear, spec: LowRankSpec) -> None:
+        super().__init__()
+        self.base, self.scale = base, spec.alpha / spec.rank
+        out, into = base.weight.shape
+        self.lora_A = nn.Parameter(_first(spec.rank, into, base.weight))
+        self.lora_B = nn.Parameter(base.weight.new_zeros(out, spec.rank))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] to [..., out]."""
+        y: torch.Tensor = self.base(x)
+        return y.add_(F.linear(F.linear(x, self.lora_A), self.lora_B), alpha=self.scale)
+
+
+class LowRankEmbedding(nn.Module):
+    """An embedding [V, D] with a low-rank change; a tied head takes the factors from here (see loss.Head)."""
+
+    def __init__(self, base: nn.Embedding, spec: LowRankSpec) -> None:
+        super().__init__()
+        self.base, self.scale = base, spec.alpha / spec.rank
+        V, D = base.weight.shape
+        self.lora_A = nn.Parameter(_first(spec.rank, D, base.weight))
+        self.lora_B = nn.Parameter(base.weight.new_zeros(V, spec.rank))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The changed matrix [V, D], made anew at each call: what a tied head multiplies by outside training."""
+        return torch.addmm(self.base.weight, self.lora_B, self.lora_A, alpha=self.scale)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[...] to [..., D]."""
+        x: torch.Tensor = self.base(tokens)
+        return x + self.scale * F.linear(F.embedding(tokens, self.lora_B), self.lora_A.T)
+
+
+def add_low_rank(model: Transformer, pattern: str, spec: LowRankSpec) -> list[str]:
+    """Wrap every linear layer and embedding whose name the pattern is found in; returns their names."""
+    wrappers = {nn.Linear: LowRankLinear, nn.Embedding: LowRankEmbedding}
+    wrapped = []
+    for name, module in list(model.named_modules()):
+        if type(module) in wrappers and re.search(pattern, name):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, wrappers[type(module)](module, spec))
+            wrapped.append(name)
+    return wrapped
+
+
+def low_rank_deltas(model: nn.Module, values: dict[str, torch.Tensor] | None = None) -> dict[str, Factors]:
+    """The changed parameters' names, and A [R, in], B [out, R], scale of each; from `values` by the factors' names
+    (the float32 masters) where given."""
+    found: dict[str, Factors] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (LowRankLinear, LowRankEmbedding)):
+            a = module.lora_A if values is None else values[f"{name}.lora_A"]
+            b = module.lora_B if values is None else values[f"{name}.lora_B"]
+            found[f"{name}.weight"] = (a.detach().float(), b.detach().float(), module.scale)
+    return found
+
+
+def _first(rank: int, into: int, like: torch.Tensor) -> torch.Tensor:
+    """A's first values, as PEFT draws them: uniform within 1 / sqrt(in)."""
+    bound = 1 / math.sqrt(into)
+    return torch.empty(rank, into, dtype=torch.float32).uniform_(-bound, bound).to(like)

@@ -1,0 +1,70 @@
+"""Many processes, one run: data parallelism over torchrun's process group, from outside of the model.
+
+    torchrun --nproc-per-node 2 -m octad.cli train tune.yaml -o tuned/
+
+Every rank holds the model, draws the same global batch, computes every size-th micro-batch of it, and adds up gradients,
+loss and expert loads before the step, so that all ranks take the same step as one process would, within rounding. The
+state is the global one: a run resumes on any number of ranks. Rank 0 alone writes. A World of one does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from octad.errors import RecipeError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def join(cls) -> World:
+        """The world that torchrun's environment describes; one process without it."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls()
+        if not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    @property
+    def leads(self) -> bool:
+        """True on the rank that writes and speaks."""
+        return self.rank == 0
+
+    def share(self, pieces: Sequence[T]) -> list[T]:
+        """This rank's pieces of a batch. Raises RecipeError where they cannot be dealt out evenly."""
+        if len(pieces) % self.size:
+            raise RecipeError(
+                f"batch: {len(pieces)} micro-batches a step cannot be dealt out to {self.size} processes; "
+                "make batch.windows / batch.micro a multiple"
+            )
+        return list(pieces[self.rank :: self.size])
+
+    def add_up(self, tensors: Iterable[torch.Tensor]) -> None:
+        """The sum over all ranks, in place; the same bits everywhere."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def total(self, value: float) -> float:
+        """The sum of a number over all ranks."""
+        whole = torch.tensor(value, dtype=torch.float64)
+        self.add_up([whole])
+        return float(whole)
+
+    def wait(self) -> None:
+        """Until all ranks are here: what rank 0 has written is there for all."""
+        if self.size > 1:
+            dist.barrier()

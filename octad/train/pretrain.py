@@ -1,0 +1,177 @@
+"""Models from nothing: a dense one and its mixture twin of equal active cost, both from one dial.
+
+    raw = architecture(spec, "mixture", vocab_size=49152, window=512, top1="switch")       # a config.json
+    learner = pretrain_learner(config)
+
+size n means n layers, width 64 n, heads of 64 (as in nanochat); the feed-forward hidden size is 8/3 of the width. The
+twin's experts are 1 / top_k as wide, so that a token costs the same in both and only the router's few products are on
+top. Dense models are Qwen3, mixtures Qwen3-MoE: normalised queries and keys, and the one public mixture format that can
+say whether weights are renormalised (Switch's are not). Upcycling (arXiv 2212.05055) starts every expert as a copy of a
+dense run's network: with renormalised weights the mixture begins as exactly that model.
+
+Shapes: E experts, F feed-forward hidden, D model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from octad.checkpoint.load import load_tokenizer, open_source, state_tensors
+from octad.checkpoint.source import TensorSource
+from octad.checkpoint.tokenizer import Tokenizer
+from octad.checkpoint.writer import CheckpointWriter
+from octad.errors import RecipeError
+from octad.model.config import ModelConfig
+from octad.model.transformer import Transformer
+from octad.train.config import ArchitectureSpec, PretrainConfig
+from octad.train.export import common_files, write_new
+from octad.train.learner import TRAINING, Learner, choose, compute_settings, prepare_mixture
+
+HEAD_DIM, DEVIATION = 64, 0.02
+
+
+def architecture(
+    spec: ArchitectureSpec,
+    mode: str,
+    *,
+    vocab_size: int,
+    window: int,
+    top1: str = "straight-through",
+    expert_width: int | None = None,
+) -> dict[str, Any]:
+    """config.json of a model of this size. Raises RecipeError for sizes that do not fit together."""
+    width = spec.width or 64 * spec.size
+    heads = spec.heads or max(1, width // HEAD_DIM)
+    hidden = spec.feed_forward or 64 * math.ceil(8 * width / 3 / 64)
+    if width % (2 * heads):
+        raise RecipeError(f"architecture: width {width} is no multiple of 2 * heads ({heads})")
+    raw: dict[str, Any] = {
+        "architectures": ["Qwen3ForCausalLM" if mode == "dense" else "Qwen3MoeForCausalLM"],
+        "model_type": "qwen3" if mode == "dense" else "qwen3_moe",
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "intermediate_size": hidden,
+        "num_hidden_layers": spec.layers or spec.size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": width // heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": max(2048, window),
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": spec.tie_embeddings,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "use_cache": True,
+    }
+    return raw if mode == "dense" else raw | _mixture_keys(spec, expert_width or hidden // spec.top_k, top1)
+
+
+def pretrain_learner(config: PretrainConfig) -> Learner:
+    """A new model. Raises RecipeError where the architecture or the run to upcycle does not fit."""
+    dtype, device = compute_settings(config)
+    tokenizer = _tokenizer(config.resolve(config.tokenizer))
+    dense = open_source(config.resolve(config.upcycle)) if config.upcycle else None
+    raw = architecture(
+        config.architecture,
+        config.mode,
+        vocab_size=tokenizer.vocab_size,
+        window=config.data.window,
+        top1=config.routing.top1,
+        expert_width=dense.config.intermediate_size if dense else None,
+    )
+    raw |= {"torch_dtype": str(dtype).removeprefix("torch."), "eos_token_id": list(tokenizer.eos_ids)}
+    model = Transformer(ModelConfig.from_dict(raw))
+    initialise(model, config.seed)
+    if dense is not None:
+        upcycle(model, dense)
+    model = model.to(device, dtype)
+    routers = prepare_mixture(model, config.routing)
+
+    def side_files(writer: CheckpointWriter) -> None:
+        common_files(writer, raw, tokenizer)
+        writer.add_text(TRAINING, json.dumps([config.to_dict()], indent=2) + "\n")
+
+    def write(run: Path, values: Mapping[str, torch.Tensor]) -> Path:
+        return write_new(run, model.config, values, dtype, side_files)
+
+    return Learner(
+        model=model,
+        tokenizer=tokenizer,
+        config=config,
+        data=config.data,
+        evaluate=config.evaluate,
+        write=write,
+        trainable=choose(model, ""),
+        routers=routers,
+        routing=config.routing,
+        identity={"files": dense.provenance().get("files") if dense else None},
+    )
+
+
+@torch.no_grad()
+def initialise(model: Transformer, seed: int) -> None:
+    """Normal weights of deviation 0.02, those that write into the residual stream less by the root of their number."""
+    torch.manual_seed(seed)
+    inner = DEVIATION / math.sqrt(2 * model.config.num_hidden_layers)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            parameter.normal_(0.0, inner if "o_proj" in name or "down_proj" in name else DEVIATION)
+
+
+@torch.no_grad()
+def upcycle(model: Transformer, dense: TensorSource) -> None:
+    """Fill a mixture from a dense model; routers stay as they are. Raises RecipeError where shapes differ."""
+    found = state_tensors(dense, dense.config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if ".mlp.gate." in name:
+            continue
+        value = _dense_value(name, found)
+        if value is None or value.shape != parameter.shape[-value.dim() :]:
+            shape = "nothing" if value is None else list(value.shape)
+            raise RecipeError(
+                f"upcycle: {dense.label} has {shape} for {name} {list(parameter.shape)}; "
+                "use the architecture of the dense run"
+            )
+        parameter.copy_(value)
+
+
+def _dense_value(name: str, found: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    if name.endswith("experts.down_proj"):
+        return found.get(name.replace("experts.down_proj", "down_proj.weight"))
+    if not name.endswith("experts.gate_up_proj"):
+        return found.get(name)
+    parts = [
+        found.get(name.replace("experts.gate_up_proj", f"{part}_proj.weight")) for part in ("gate", "up")
+    ]
+    return None if any(part is None for part in parts) else torch.cat([p for p in parts if p is not None])
+
+
+def _mixture_keys(spec: ArchitectureSpec, expert_width: int, top1: str) -> dict[str, Any]:
+    if spec.top_k > spec.num_experts:
+        raise RecipeError(f"architecture: top_k {spec.top_k} is more than num_experts {spec.num_experts}")
+    return {
+        "num_experts": spec.num_experts,
+        "num_experts_per_tok": spec.top_k,
+        "moe_intermediate_size": expert_width,
+        "norm_topk_prob": spec.top_k > 1 or top1 != "switch",
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.0,
+    }
+
+
+def _tokenizer(reference: str) -> Tokenizer:
+    """A tokenizer by itself, or that of a model."""
+    if (Path(reference).expanduser() / "tokenizer.json").is_file():
+        return Tokenizer.from_directory(reference)
+    return load_tokenizer(open_source(reference))

@@ -1,0 +1,163 @@
+"""The parts that training configs share: data, batch, optimiser, schedule, routing, evaluation. Frozen; no torch.
+
+    DataSpec(sources=(SourceSpec(name="french", files="french.jsonl.gz"),), window=512)
+
+Each field is a key of the YAML file; config.py puts them together into tasks and turns mistakes into one line.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Dtype = Literal["auto", "bfloat16", "float32"]
+
+
+class Section(BaseModel):
+    """A part of a file: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+StringList = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+
+
+class SourceSpec(Section):
+    """One domain's text: files, the key of a line that holds it, and how often it is drawn. `expert` is the member
+    that teaches it when distilling; its own name where nothing is said."""
+
+    name: str = Field(min_length=1)
+    files: StringList = Field(min_length=1)
+    field: str = "text"
+    weight: float = Field(default=1.0, gt=0)
+    expert: str | None = None
+
+
+class DataSpec(Section):
+    """Where text comes from and how it is packed; `window` in tokens."""
+
+    sources: tuple[SourceSpec, ...] = Field(min_length=1)
+    window: int = Field(default=512, ge=2)
+    document_mask: bool = True
+    append_eos: bool = True
+    cache: str = "~/.cache/octad/tokens"
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        names = [source.name for source in self.sources]
+        if twice := next((n for n in names if names.count(n) > 1), None):
+            raise ValueError(f"two sources have the name {twice!r}; give each its own")
+        return self
+
+
+class BatchSpec(Section):
+    """`windows` a step, computed `micro` at a time (gradient accumulation); `checkpointing` recomputes activations."""
+
+    windows: int = Field(default=8, ge=1)
+    micro: int = Field(default=4, ge=1)
+    checkpointing: bool = False
+
+
+class OptimizerSpec(Section):
+    """`lr` at the top of the schedule. muon takes the matrices inside the layers, AdamW the rest. Routers, norms and
+    biases do not decay; `router_lr` is the routers' own rate."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = Field(default=1e-3, gt=0)
+    router_lr: float | None = Field(default=None, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    clip: float = Field(default=1.0, gt=0)
+
+
+class ScheduleSpec(Section):
+    """Learning rate over the steps: `warmup` steps up, then down to `final` of the top. wsd: warm-up, stable, then a
+    linear decay over the last `decay` of all steps."""
+
+    name: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    warmup: int = Field(default=10, ge=0)
+    final: float = Field(default=0.1, ge=0, le=1)
+    decay: float = Field(default=0.2, gt=0, le=1)
+
+
+class RoutingSpec(Section):
+    """How routers learn. balance, z: weights of the two losses; bias: step of the auxiliary-loss-free bias, which fades
+    to nothing over the last tenth of the steps; jitter: noise on the routers' inputs; sample: draw experts instead of
+    taking the best; capacity: most tokens an expert takes, as a multiple of its fair share (None: dropless);
+    top1: the gradient of a single expert's weight."""
+
+    balance: float = Field(default=0.0, ge=0)
+    z: float = Field(default=0.0, ge=0)
+    bias: float = Field(default=0.0, ge=0)
+    jitter: float = Field(default=0.0, ge=0, lt=1)
+    sample: bool = False
+    capacity: float | None = Field(default=None, gt=0)
+    top1: Literal["straight-through", "switch"] = "straight-through"
+
+
+class LowRankSpec(Section):
+    """Low-rank changes: B A * alpha / rank."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+
+
+class EvaluateSpec(Section):
+    """Held-out text: `tokens` of each domain every `every` steps and at the end."""
+
+    domains: dict[str, StringList] = Field(default_factory=dict)
+    every: int = Field(default=100, ge=1)
+    tokens: int = Field(default=4096, ge=2)
+    window: int = Field(default=512, ge=2)
+
+
+class SaveSpec(Section):
+    """A checkpoint to resume from every `every` steps; the newest `keep` stay."""
+
+    every: int = Field(default=100, ge=1)
+    keep: int = Field(default=2, ge=1)
+
+
+class RunSpec(Section):
+    """What every task has. `spike`: stop where a step's loss is this many times the running mean (0: never)."""
+
+    steps: int = Field(ge=1)
+    batch: BatchSpec = BatchSpec()
+    optimizer: OptimizerSpec = OptimizerSpec()
+    schedule: ScheduleSpec = ScheduleSpec()
+    evaluate: EvaluateSpec = EvaluateSpec()
+    save: SaveSpec = SaveSpec()
+    log_every: int = Field(default=10, ge=1)
+    seed: int = 0
+    dtype: Dtype = "auto"
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    spike: float = Field(default=3.0, ge=0)
+    directory: Path = Field(default=Path(), exclude=True)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.batch.windows % min(self.batch.micro, self.batch.windows):
+            raise ValueError(
+                f"batch.windows {self.batch.windows} is no multiple of batch.micro {self.batch.micro}"
+            )
+        if self.schedule.warmup > self.steps:
+            raise ValueError(f"schedule.warmup {self.schedule.warmup} is more than steps {self.steps}")
+        return self
+
+    def resolve(self, reference: str) -> str:
+        """A reference as the user wrote it, made a path where a file of that name exists beside the config."""
+        beside = self.directory / Path(reference).expanduser()
+        return str(beside) if beside.exists() else reference
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, every default spelt out; what two runs are compared by."""
+        return self.model_dump(mode="json")

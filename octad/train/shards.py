@@ -1,0 +1,153 @@
+"""Text as token ids in memory-mapped files: tokenised once, read at any place for nothing.
+
+    shard = open_shard(["french.jsonl.gz"], tokenizer, cache=Path("~/.cache/octad/tokens"))
+    shard.tokens[shard.starts[3] : shard.starts[4]]            # the fourth document, end-of-text included
+
+A shard is a directory named by a digest of everything that decides its contents: the files' bytes, the tokenizer, the
+field. It appears whole or not at all, so that an interrupted run or a second one beside it does no harm. In a chat only
+what the assistant says (and the token that ends it) is learnt; elsewhere everything is.
+
+Shapes: T tokens, N documents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from octad.checkpoint.hf import fingerprint
+from octad.checkpoint.staging import StagedDirectory, explained
+from octad.checkpoint.tokenizer import Tokenizer
+from octad.errors import DataError, OutputError
+from octad.train.documents import read_documents
+
+FORMAT = 1
+BATCH = 256  # documents tokenised at a time, in the library's threads
+
+
+@dataclass(frozen=True)
+class Shard:
+    """tokens_T (uint32), learn_T (bool; None: all are learnt) and starts [N + 1], all memory-mapped."""
+
+    label: str
+    tokens: npt.NDArray[np.uint32]
+    learn: npt.NDArray[np.bool_] | None
+    starts: npt.NDArray[np.int64]
+
+
+def open_shard(
+    files: Sequence[str | Path],
+    tokenizer: Tokenizer,
+    *,
+    cache: Path,
+    field: str = "text",
+    append_eos: bool = True,
+) -> Shard:
+    """The tokens of some files, from the cache or made now. Raises DataError for unusable files."""
+    paths = [Path(file).expanduser() for file in files]
+    if missing := next((path for path in paths if not path.is_file()), None):
+        raise DataError(f"{missing}: no such file; give .jsonl, .txt or .parquet")
+    directory = cache.expanduser() / _key(paths, tokenizer, field, append_eos)
+    if not (directory / "starts.npy").is_file():
+        _build(directory, paths, tokenizer, field, append_eos)
+    load = {p.stem: np.load(p, mmap_mode="r") for p in directory.glob("*.npy")}
+    return Shard(", ".join(str(f) for f in files), load["tokens"], load.get("learn"), load["starts"])
+
+
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """What decides the ids of a text or chat, as 16 hexadecimal digits."""
+    text = tokenizer.core.to_str() + str(tokenizer.chat_template) + str(tokenizer.eos_ids)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _key(paths: Sequence[Path], tokenizer: Tokenizer, field: str, append_eos: bool) -> str:
+    facts = [fingerprint(path) for path in paths]
+    parts: list[Any] = [FORMAT, facts, tokenizer_digest(tokenizer), field, append_eos]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _build(
+    directory: Path, paths: Sequence[Path], tokenizer: Tokenizer, field: str, append_eos: bool
+) -> None:
+    tokens, learn, starts = array("I"), bytearray(), array("q", [0])
+    for ids, learnt in _encoded(paths, tokenizer, field, append_eos):
+        tokens.extend(ids)
+        learn.extend(learnt)
+        starts.append(len(tokens))
+    if not tokens:
+        raise DataError(f"{', '.join(map(str, paths))}: no text in it; give more")
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "tokens": np.frombuffer(tokens, np.uint32),
+        "starts": np.frombuffer(starts, np.int64),
+    }
+    if not all(learn):
+        arrays["learn"] = np.frombuffer(learn, np.bool_)
+    try:
+        with StagedDirectory(directory) as stage, explained(directory):
+            for name, values in arrays.items():
+                np.save(stage.path / f"{name}.npy", values)
+            stage.commit()
+    except OutputError:
+        if not (directory / "starts.npy").is_file():  # else somebody else made it in the meantime
+            raise
+
+
+def _encoded(
+    paths: Sequence[Path], tokenizer: Tokenizer, field: str, append_eos: bool
+) -> Iterator[tuple[list[int], bytes]]:
+    """Ids of each document, and for each id 1 where it is learnt. Texts are tokenised many at a time."""
+    end = list(tokenizer.eos_ids[:1]) if append_eos else []
+    texts: list[str] = []
+    for document in (d for path in paths for d in read_documents(path, field)):
+        if isinstance(document, str):
+            texts.append(document)
+            if len(texts) < BATCH:
+                continue
+        yield from _encode_texts(texts, tokenizer, end)
+        texts = []
+        if not isinstance(document, str):
+            yield encode_answers(document, tokenizer)
+    yield from _encode_texts(texts, tokenizer, end)
+
+
+def _encode_texts(
+    texts: Sequence[str], tokenizer: Tokenizer, end: list[int]
+) -> Iterator[tuple[list[int], bytes]]:
+    for ids in tokenizer.encode_batch(texts, parse_special=False):
+        if ids:
+            yield ids + end, b"\1" * (len(ids) + len(end))
+
+
+def encode_answers(messages: list[Any], tokenizer: Tokenizer) -> tuple[list[int], bytes]:
+    """A chat's ids through the template, and 1 for those of the assistant's answers, their end included.
+
+    Raises DataError where the template writes earlier messages in another way once there are later ones."""
+    ids: list[int] = []
+    learn = bytearray()
+    for count in range(1, len(messages) + 1):
+        role = messages[count - 1].get("role") if isinstance(messages[count - 1], dict) else None
+        if role == "assistant":
+            asked = tokenizer.encode_chat(messages[: count - 1], add_generation_prompt=True)
+            learn.extend(bytes(len(asked) - len(ids)))
+            ids = _continued(ids, asked, tokenizer)
+        whole = tokenizer.encode_chat(messages[:count], add_generation_prompt=False)
+        learn.extend(bytes([role == "assistant"]) * (len(whole) - len(ids)))
+        ids = _continued(ids, whole, tokenizer)
+    return ids, bytes(learn)
+
+
+def _continued(ids: list[int], longer: list[int], tokenizer: Tokenizer) -> list[int]:
+    if longer[: len(ids)] != ids:
+        raise DataError(
+            f"{tokenizer.label}: its chat template rewrites earlier messages, so answers cannot be told apart; "
+            "give one answer a chat, or plain text"
+        )
+    return longer

@@ -1,0 +1,169 @@
+"""What a run tells while it trains: one record an interval, to the console, a JSONL file and TensorBoard alike.
+
+    telemetry = Telemetry(run, model, echo=print)
+    telemetry.count(batch, losses); telemetry.write(step, facts)
+
+Bits per byte by domain (comparable between tokenizers), tokens a second, MFU (the share of the machine's measured matrix
+product rate that the run's arithmetic comes to), the gradient's length, and for each layer the experts' real load, its
+worst excess (MaxVio), the router's entropy and experts that nobody uses.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from octad.model.balance import LoadStatistics
+from octad.model.config import ModelConfig
+from octad.train.data import IGNORED, Batch
+from octad.train.parallel import World
+
+LOG = "log.jsonl"
+
+
+class Telemetry:
+    """Adds up what happens between two records. `echo` gets one line a record; `lengths_V` are the tokens' bytes.
+    Of many ranks, rank 0 writes; its bits per byte are of its own windows."""
+
+    def __init__(
+        self,
+        run: Path,
+        lengths: Sequence[int],
+        echo: Callable[[str], None],
+        flops_per_token: float,
+        peak: float,
+        world: World,
+    ) -> None:
+        self.echo, self.flops_per_token, self.peak = echo, flops_per_token, peak
+        self.lengths = torch.tensor(lengths)
+        self.world = world
+        self.log = (run / LOG if world.leads else Path(os.devnull)).open("a", encoding="utf-8")
+        self.board = _tensorboard(run) if world.leads else None
+        self._clear()
+
+    def count(self, batch: Batch, losses_N: torch.Tensor) -> None:
+        """One micro-batch: tokens, and nats and bytes by source."""
+        losses, targets = losses_N.detach().cpu().view(batch.targets.shape), batch.targets.cpu()
+        learnt = targets != IGNORED
+        sizes = self.lengths[targets.clamp(min=0)] * learnt
+        self.tokens += batch.tokens.numel() * self.world.size
+        for row, (name, _) in enumerate(batch.windows):
+            self.nats[name] += float(losses[row].sum())
+            self.bytes[name] += int(sizes[row].sum())
+
+    def write(
+        self, step: int, steps: int, facts: Mapping[str, Any], routing: Sequence[LoadStatistics]
+    ) -> dict[str, Any]:
+        """The record of the interval; it is returned, and the sums begin anew."""
+        rate = self.tokens / max(1e-9, time.perf_counter() - self.since)
+        bits = {n: self.nats[n] / math.log(2) / max(1, self.bytes[n]) for n in sorted(self.nats)}
+        record: dict[str, Any] = dict(facts) | {"step": step, "tokens_per_second": rate}
+        record |= {"mfu": rate * self.flops_per_token / self.peak, "bits_per_byte": bits}
+        record["layers"] = [dict(s.__dict__) for s in routing]
+        self.echo(console_line(record, steps))
+        self._put(record)
+        self._clear()
+        return record
+
+    def evaluated(self, step: int, bits: Mapping[str, float]) -> None:
+        """Held-out bits per byte by domain."""
+        mean = sum(bits.values()) / len(bits)
+        told = "  ".join(f"{name} {value:.4f}" for name, value in bits.items())
+        self.echo(f"held-out bits per byte at step {step}: mean {mean:.4f}  {told}")
+        self._put({"step": step, "held_out": dict(bits), "held_out_mean": mean})
+        self.since = time.perf_counter()
+
+    def close(self) -> None:
+        """Finish the files."""
+        self.log.close()
+        if self.board is not None:
+            self.board.close()
+
+    def _put(self, record: Mapping[str, Any]) -> None:
+        self.log.write(json.dumps(record) + "\n")
+        self.log.flush()
+        if self.board is not None:
+            for name, value in flat(record):
+                self.board.add_scalar(name, value, record["step"])
+
+    def _clear(self) -> None:
+        self.tokens, self.since = 0, time.perf_counter()
+        self.nats: dict[str, float] = defaultdict(float)
+        self.bytes: dict[str, int] = defaultdict(int)
+
+
+def console_line(record: Mapping[str, Any], steps: int) -> str:
+    """One record as a line of text."""
+    bits = record["bits_per_byte"].values()
+    parts = [
+        f"step {record['step']}/{steps}  loss {record['loss']:.4f}  bits/byte {sum(bits) / max(1, len(bits)):.4f}",
+        f"{record['tokens_per_second']:,.0f} tok/s  mfu {record['mfu']:.0%}  |g| {record['gradient_norm']:.3f}",
+    ]
+    if layers := record["layers"]:
+        worst = max(range(len(layers)), key=lambda n: layers[n]["max_violation"])
+        entropy = sum(layer["entropy"] for layer in layers) / len(layers)
+        parts.append(f"MaxVio {layers[worst]['max_violation']:.2f} (layer {worst})  entropy {entropy:.2f}")
+        if dead := sum(len(layer["dead"]) for layer in layers):
+            parts.append(f"DEAD EXPERTS: {dead}")
+        if any(layer["dropped"] for layer in layers):
+            parts.append(f"dropped {sum(layer['dropped'] for layer in layers) / len(layers):.1%}")
+    return "  ".join(parts)
+
+
+def flat(record: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Every number of a record under a path of names."""
+    found: list[tuple[str, float]] = []
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            found += [(f"{key}/{name}", number) for name, number in flat(value)]
+        elif key == "layers":
+            found += [(f"layer{n}/{name}", x) for n, layer in enumerate(value) for name, x in flat(layer)]
+        elif isinstance(value, (int, float)) and key != "step":
+            found.append((key, value))
+    return found
+
+
+def training_flops(config: ModelConfig, trainable: Mapping[str, nn.Parameter], window: int) -> float:
+    """Multiply-adds times two of a token's forward and backward pass: the products with the weights and with their
+    transposes, and once more for the gradient of each weight that learns (experts by the share that works)."""
+    forward = config.flops_per_token(window // 2)
+    active = config.num_experts_per_tok / config.num_experts if config.is_moe else 1.0
+    learning = sum(
+        p.numel() * (active if ".experts." in name else 1.0)
+        for name, p in trainable.items()
+        if p.dim() >= 2 and "embed_tokens" not in name
+    )
+    if config.tie_word_embeddings and "model.embed_tokens.weight" in trainable:
+        learning += trainable["model.embed_tokens.weight"].numel()
+    return 2 * forward + 2 * learning
+
+
+def matmul_peak(dtype: torch.dtype, device: torch.device, size: int = 1024, repeats: int = 20) -> float:
+    """The best rate of a square matrix product here and now, FLOPs a second."""
+    a = b = torch.full(
+        (size, size), 0.5, dtype=dtype, device=device
+    )  # no random numbers: resuming counts them
+    best = math.inf
+    for _ in range(repeats):
+        started = time.perf_counter()
+        float((a @ b)[0, 0])  # reading a value waits for the device
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def _tensorboard(run: Path) -> Any:
+    """A SummaryWriter, or None where TensorBoard is not installed: the JSONL file has it all."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(run / "tensorboard"))

@@ -1,0 +1,289 @@
+"""The training loop: batches in, steps, a record now and then, states that a killed run resumes from bit for bit.
+
+    trainer = Trainer(learner, run, echo=print)
+    trainer.fit()                                 # Outcome.FINISHED, or STOPPED after SIGTERM or Ctrl-C
+
+A step is the textbook's: forward and backward over the micro-batches, one clipped optimiser step at the schedule's rate.
+Nothing that a step depends on lives outside of the state: masters, moments, router biases, random generators, the
+position in the data. A loss that is not finite, or far above the running mean, stops the run before the weights change.
+
+Shapes: B windows, S positions, N = B * S tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from contextlib import closing
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from octad.checkpoint.staging import explained
+from octad.checkpoint.text import Window, read_windows, token_byte_lengths
+from octad.errors import CheckpointError, OctadError, OutputError, RecipeError
+from octad.evaluate.loss import bits_per_byte, window_nats
+from octad.model.balance import LoadStatistics
+from octad.train.attention import DocumentAttention
+from octad.train.data import Batch, Source, Stream
+from octad.train.distill import teach
+from octad.train.learner import Learner, compute_settings
+from octad.train.loss import Head, next_token_loss
+from octad.train.lowrank import LowRankEmbedding, LowRankLinear
+from octad.train.optim import Optimizer, learning_rate
+from octad.train.parallel import World
+from octad.train.shards import open_shard
+from octad.train.signals import StopRequest
+from octad.train.state import check_resumable, latest_state, load_state, save_state
+from octad.train.telemetry import Telemetry, matmul_peak, training_flops
+
+FADE = 0.1  # the last part of the steps, over which router biases go to zero
+MEMORY = 0.95  # of the running mean of losses that a spike is measured by
+
+
+class TrainingStopped(OctadError):
+    """A step that would spoil the weights: the loss or the gradient is not finite, or the loss jumped."""
+
+
+class Outcome(Enum):
+    """How fit() ended."""
+
+    FINISHED = "finished"
+    STOPPED = "stopped"
+
+
+class Trainer:
+    """One run in one directory; goes on from the newest state there. `echo` gets lines for the user.
+
+    Raises OutputError where the run is finished already, CheckpointError where its state belongs to another config."""
+
+    def __init__(self, learner: Learner, run: Path, echo: Callable[[str], None] = lambda line: None) -> None:
+        self.learner, self.config, self.run, self.world = learner, learner.config, run, World.join()
+        self.echo = echo if self.world.leads else lambda line: None
+        self.model = learner.model.train()
+        self.dtype, self.device = compute_settings(self.config)
+        if self.config.batch.checkpointing:
+            checkpoint_activations(self.model)
+        check_fit(learner)
+        self.stream, self.held_out = open_stream(learner), open_held_out(learner)
+        self.optimizer = Optimizer(learner.trainable, self.config.optimizer)
+        self.step, self.mean_loss = 0, math.nan
+        torch.manual_seed(self.config.seed + self.world.rank)
+        self._resume()
+
+    @property
+    def finished(self) -> bool:
+        """True where the run's last step is taken and its result written."""
+        return self.step >= self.config.steps and (self.run / self.learner.result).is_file()
+
+    # ---- the loop ------------------------------------------------------------------------------------------
+
+    def fit(self) -> Outcome:
+        """Train to the last step, then write the model. Raises TrainingStopped, OutputError."""
+        if self.finished:
+            raise OutputError(
+                f"{self.run}: is finished ({self.step} steps); raise steps, or choose another -o"
+            )
+        with explained(self.run):
+            self.run.mkdir(parents=True, exist_ok=True)
+            with closing(self._telemetry()) as telemetry, StopRequest() as stop:
+                if self.step == 0:
+                    self._judge(telemetry)
+                while self.step < self.config.steps and not self.world.total(stop.requested):
+                    self._one_step(telemetry)
+                self.save()
+        if self.step < self.config.steps:
+            return Outcome.STOPPED
+        if self.world.leads:
+            self.learner.write(self.run, self.optimizer.values())
+        self.world.wait()
+        return Outcome.FINISHED
+
+    def _one_step(self, telemetry: Telemetry) -> None:
+        facts, routing = self.train_step(telemetry)
+        self.step += 1
+        spec, last = self.config, self.step == self.config.steps
+        if last or self.step % spec.log_every == 0:
+            telemetry.write(self.step, spec.steps, facts, routing)
+        if last or self.step % self.learner.evaluate.every == 0:
+            self._judge(telemetry)
+        if self.step % spec.save.every == 0:
+            self.save()
+
+    def train_step(self, telemetry: Telemetry | None = None) -> tuple[dict[str, Any], list[LoadStatistics]]:
+        """One step; the loss in nats a token (with the routers' losses), the gradient's length, the rate."""
+        spec = self.config
+        batch = self.stream.next(spec.batch.windows)
+        learnt, loss = max(1, batch.learnt), 0.0
+        for micro in self.world.share(batch.split(spec.batch.micro)):
+            part, losses = self.loss(micro, learnt, len(micro.tokens) / len(batch.tokens))
+            part.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.collect()
+            loss += float(part.detach())
+            if telemetry is not None:
+                telemetry.count(micro, losses)
+        self._add_up_ranks()
+        loss, norm = self.world.total(loss), self.optimizer.norm()
+        self._check(loss, norm, batch)
+        factor = learning_rate(self.step, spec.steps, spec.schedule)
+        self.optimizer.step(factor, norm)
+        fade = min(1.0, (spec.steps - 1 - self.step) / max(1.0, FADE * spec.steps))
+        routing = [router.finish_step(self.learner.routing.bias, fade) for router in self.learner.routers]
+        return {"loss": loss, "gradient_norm": norm, "lr": factor * spec.optimizer.lr}, routing
+
+    def loss(self, batch: Batch, learnt: int, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """A micro-batch's part of the step's loss: its sum over the step's `learnt` targets, and its `share` of the
+        routers' losses; and every position's nats."""
+        batch = batch.to(self.device)
+        masked = self.learner.data.document_mask
+        cache = DocumentAttention(self.model.config, batch.documents) if masked else None
+        x_ND = self.model.model(batch.tokens, cache).flatten(0, 1)
+        targets = batch.targets.flatten()
+        total, losses = next_token_loss(head_of(self.model), x_ND, targets, teach(self.learner, batch, cache))
+        loss = total / learnt
+        for router in self.learner.routers:
+            loss = loss + router.take().loss(self.learner.routing) * share / len(self.learner.routers)
+        return loss, losses
+
+    def _add_up_ranks(self) -> None:
+        """Gradients and expert loads of all ranks."""
+        self.world.add_up(self.optimizer.gradients())
+        self.world.add_up(router.load for router in self.learner.routers)
+
+    # ---- judging -------------------------------------------------------------------------------------------
+
+    def _judge(self, telemetry: Telemetry) -> None:
+        if self.held_out and self.world.leads:
+            telemetry.evaluated(self.step, self.evaluate())
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out bits per byte by domain."""
+        self.model.eval()
+        found = {name: bits_per_byte(window_nats(self.model, w), w) for name, w in self.held_out.items()}
+        self.model.train()
+        return found
+
+    def _check(self, loss: float, norm: float, batch: Batch) -> None:
+        """Raises TrainingStopped before a bad step; follows the running mean of good ones."""
+        spike = self.config.spike and loss > self.config.spike * self.mean_loss
+        if not (math.isfinite(loss) and math.isfinite(norm)) or spike:
+            windows = ", ".join(f"{name} {number}" for name, number in batch.windows)
+            kept = latest_state(self.run)
+            raise TrainingStopped(
+                f"step {self.step + 1}: loss {loss:.4g} (running mean {self.mean_loss:.4g}), gradient {norm:.4g}; "
+                f"windows: {windows}; last good state: {kept.name if kept else 'none'}; lower optimizer.lr or raise spike"
+            )
+        known = not math.isnan(self.mean_loss)
+        self.mean_loss = MEMORY * self.mean_loss + (1 - MEMORY) * loss if known else loss
+
+    # ---- state ---------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """A state that the next step can be taken from. Raises OutputError."""
+        facts = {
+            "config": self.config.to_dict(),
+            "identity": dict(self.learner.identity),
+            "data": self.stream.state_dict(),
+            "mean_loss": self.mean_loss,
+        }
+        if self.world.leads:
+            save_state(self.run, self.step, self._tensors(), facts, self.config.save.keep)
+        self.world.wait()
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        tensors = self.optimizer.state_tensors() | {"random.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        biases = {f"bias.{n}": router.bias for n, router in enumerate(self.learner.routers)}
+        return tensors | biases
+
+    def _resume(self) -> None:
+        if (state := latest_state(self.run)) is None:
+            if self.run.exists() and any(self.run.iterdir()) and not (self.run / "log.jsonl").exists():
+                raise OutputError(f"{self.run}: exists and is no run; choose another -o or remove it")
+            return
+        tensors, facts = load_state(state)
+        saved = facts["config"] | {"identity": facts["identity"]}
+        now = self.config.to_dict() | {"identity": dict(self.learner.identity)}
+        changed = check_resumable(saved, now, str(self.run))
+        self.optimizer.load_state_tensors(tensors)
+        for n, router in enumerate(self.learner.routers):
+            router.bias.copy_(tensors[f"bias.{n}"])
+        self.stream.load_state_dict(facts["data"])
+        self.step, self.mean_loss = int(facts["step"]), float(facts["mean_loss"])
+        if self.world.leads:
+            torch.set_rng_state(tensors["random.cpu"])
+        else:  # one generator is saved: the other ranks' noise begins anew
+            torch.manual_seed(hash((self.config.seed, self.world.rank, self.step)))
+        if "random.cuda" in tensors and self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+        self.echo(f"resuming {self.run} after step {self.step}")
+        if changed:
+            self.echo(f"changed since it was saved: {', '.join(changed)}")
+
+    def _telemetry(self) -> Telemetry:
+        lengths = token_byte_lengths(self.learner.tokenizer)
+        flops = training_flops(self.model.config, self.learner.trainable, self.learner.data.window)
+        peak = self.world.size * matmul_peak(self.dtype, self.device)
+        return Telemetry(self.run, lengths, self.echo, flops, peak, self.world)
+
+
+def head_of(model: torch.nn.Module) -> Head:
+    """The head's weight and low-rank change, tied to the embedding or not."""
+    layer = model.lm_head or model.model.embed_tokens  # type: ignore[union-attr]
+    if isinstance(layer, (LowRankLinear, LowRankEmbedding)):
+        return Head(layer.base.weight, layer.lora_A, layer.lora_B, layer.scale)
+    return Head(layer.weight)  # type: ignore[union-attr,arg-type]
+
+
+def open_stream(learner: Learner) -> Stream:
+    """The learner's data, tokenised where it was not yet."""
+    spec, config = learner.data, learner.config
+    sources = [
+        Source(
+            source.name,
+            open_shard(
+                [config.resolve(file) for file in source.files],
+                learner.tokenizer,
+                cache=Path(spec.cache),
+                field=source.field,
+                append_eos=spec.append_eos,
+            ),
+            source.weight,
+        )
+        for source in spec.sources
+    ]
+    return Stream(sources, window=spec.window, seed=config.seed, document_mask=spec.document_mask)
+
+
+def open_held_out(learner: Learner) -> dict[str, list[Window]]:
+    """The windows that the run is judged on, by domain. Raises DataError before the first step rather than later."""
+    spec, windows = learner.evaluate, {}
+    for name, files in spec.domains.items():
+        paths = [learner.config.resolve(file) for file in files]
+        windows[name] = read_windows(paths, learner.tokenizer, tokens=spec.tokens, window=spec.window)
+    return windows
+
+
+def check_fit(learner: Learner) -> None:
+    """Raises CheckpointError for a tokenizer of another model, RecipeError for a window that the model cannot see."""
+    config, known = learner.model.config, learner.tokenizer.vocab_size
+    if known > config.vocab_size:
+        raise CheckpointError(
+            f"{learner.tokenizer.label}: has ids up to {known - 1}, the model's embedding {config.vocab_size} rows; "
+            "it belongs to another model"
+        )
+    if learner.data.window > config.max_position_embeddings:
+        raise RecipeError(
+            f"data.window {learner.data.window} is more than the model's {config.max_position_embeddings} positions"
+        )
+
+
+def checkpoint_activations(model: torch.nn.Module) -> None:
+    """Keep each block's input only and compute the block again when its gradient is due."""
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)

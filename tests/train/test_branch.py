@@ -1,0 +1,94 @@
+"""Specialists: adapters that peft loads and computes the same with, networks alone, failures that stay alone."""
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+import yaml
+from safetensors.torch import load_file
+from small import checkpoint, jsonl, texts
+
+from octad.checkpoint.load import load_model, open_member, open_source
+from octad.errors import RecipeError
+from octad.train.branch import branch, branch_learner
+from octad.train.config import BranchConfig, load_branch
+from octad.train.trainer import Outcome, Trainer, TrainingStopped
+
+
+@pytest.fixture
+def base(tiny_checkpoint, tmp_path: Path) -> Path:
+    return checkpoint(tiny_checkpoint("llama"), tmp_path / "base")
+
+
+def config(directory: Path, base: Path, **changes: object) -> BranchConfig:
+    for n, name in enumerate(("one", "two")):
+        jsonl(directory / f"{name}.jsonl", texts(60, n))
+    raw = {
+        "base": str(base),
+        "steps": 6,
+        "dtype": "float32",
+        "schedule": {"warmup": 1},
+        "optimizer": {"lr": 0.01},
+        "low_rank": {"rank": 4, "alpha": 8},
+        "batch": {"windows": 2, "micro": 2},
+        "data": {"window": 32, "cache": str(directory / "cache")},
+        "specialists": [{"name": n, "files": f"{n}.jsonl"} for n in ("one", "two")],
+    }
+    (directory / "branch.yaml").write_text(yaml.safe_dump(raw | changes))
+    return load_branch(directory / "branch.yaml")
+
+
+@pytest.mark.parametrize("mode", ["ffn-adapter", "adapter"])
+def test_adapters_compute_the_same_in_peft(base, tmp_path, mode) -> None:
+    spec = config(tmp_path, base, mode=mode)
+    learner = branch_learner(spec, spec.specialists[0])
+    Trainer(learner, tmp_path / "out").fit()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tokens = torch.randint(0, 95, (2, 20))
+    with torch.no_grad():
+        before = theirs(tokens).logits
+        after = peft.PeftModel.from_pretrained(theirs, tmp_path / "out").eval()(tokens).logits
+        mine = learner.model.eval()(tokens)
+        merged = load_model(open_member(tmp_path / "out", open_source(base)))(tokens)
+    torch.testing.assert_close(mine, after)
+    torch.testing.assert_close(merged, after)
+    assert not torch.allclose(before, after, atol=1e-3)
+    touched = {name.split(".")[-3] for name in load_file(tmp_path / "out" / "adapter_model.safetensors")}
+    attention = {"q_proj", "k_proj", "v_proj", "o_proj"} if mode == "adapter" else set()
+    assert touched == {"gate_proj", "up_proj", "down_proj"} | attention
+
+
+@pytest.mark.parametrize("mode", ["ffn", "full"])
+def test_full_modes_change_what_they_name(base, tmp_path, mode) -> None:
+    branch(config(tmp_path, base, mode=mode), tmp_path / "out", echo=lambda line: None, only="two")
+    before, after = (load_file(p / "model.safetensors") for p in (base, tmp_path / "out" / "two"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if mode == "full" or ".mlp." in name}
+    assert not (tmp_path / "out" / "one").exists()
+
+
+def test_finished_ones_are_left_alone_and_a_failure_stays_alone(base, tmp_path) -> None:
+    told: list[str] = []
+    (tmp_path / "out").mkdir()
+    spec = config(tmp_path, base)
+    (tmp_path / "one.jsonl").write_text('{"text": ')
+    with pytest.raises(TrainingStopped, match=r"1 specialists failed \(one\).*one.jsonl line 1"):
+        branch(spec, tmp_path / "out", echo=told.append)
+    assert (tmp_path / "out" / "two" / "adapter_config.json").is_file()
+    spec = config(tmp_path, base)
+    assert branch(spec, tmp_path / "out", echo=told.append) is Outcome.FINISHED
+    assert "two: finished earlier (6 steps)" in told
+    assert (tmp_path / "out" / "one" / "adapter_config.json").is_file()
+    with pytest.raises(RecipeError, match="--only three: no such specialist"):
+        branch(spec, tmp_path / "out", echo=told.append, only="three")
+
+
+def test_a_diverging_specialist_is_tried_again_from_its_state(base, tmp_path) -> None:
+    told: list[str] = []
+    spec = config(tmp_path, base, spike=1e-9, save={"every": 1}, retries=2)
+    with pytest.raises(TrainingStopped, match="2 specialists failed"):
+        branch(spec, tmp_path / "out", echo=told.append)
+    assert sum("one: step 2: loss" in line and "trying again" in line for line in told) == 2
+    assert sum(line.startswith("one: resuming") for line in told) == 2
