@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"errors", "model"},
     "combine": {"errors", "dist", "model", "checkpoint"},
     "engine": {"errors", "dist", "kernels", "model", "checkpoint"},
-    "evaluate": {"errors", "dist", "model", "checkpoint", "engine"},
+    "evaluate": {"errors", "dist", "kernels", "model", "checkpoint", "engine"},
     "chat": {"errors", "engine", "checkpoint", "terminal"},
     "train": {"errors", "dist", "kernels", "model", "checkpoint", "evaluate", "engine"},
     "demo": {"errors", "dist", "checkpoint", "combine", "evaluate", "engine", "chat", "commands", "terminal"},
