@@ -2,8 +2,7 @@
 
     for line in advise(comparison): ...
 
-The rules look at where the mixture loses and at whom the router chose there. They know nothing of names but that a
-member with a domain's name is that domain's specialist.
+The rules look at where the mixture loses, at who is best there, and at whom the router chose. They know nothing of names.
 
 Shapes: L layers, G domains, E experts.
 """
@@ -17,7 +16,10 @@ from octad.evaluate.bootstrap import Interval
 from octad.evaluate.compare import Comparison
 
 LOSS = 0.005  # of a domain's bits per byte: a smaller loss to its best member is not worth a retraining
-NEAR_CHANCE = 1.5  # the own specialist's share over an even one: a router below it does not know the domains
+NEAR_CHANCE = 1.5  # the best expert's share over an even one: a router below it does not know the domains
+CLEAR = (
+    0.01  # by how much a domain's best member must be ahead to say where the router should send the domain
+)
 DEAD = 0.25  # of an even share, in every domain
 CHEAPER = 0.002  # relative loss at which fewer experts a token are as good
 
@@ -26,73 +28,88 @@ def advise(found: Comparison) -> list[str]:
     """Most important first; [] where there is nothing to say."""
     if not found.mixtures:
         return []
-    rules = (_blind_router, _shuffled, _no_better_than_soup, _losing_domains, _other_top_k, _idle_experts, _more_text)
+    rules = (
+        _blind_router,
+        _shuffled,
+        _no_better_than_soup,
+        _losing_domains,
+        _other_top_k,
+        _idle_experts,
+        _more_text,
+    )
     return [line for rule in rules for line in rule(found)]
 
 
 @dataclass(frozen=True)
 class _Routing:
-    """own: the specialist's share of its domain's choices, by domain; favourite: who gets most of them."""
+    """Over the domains that one member does clearly best: the share of the choices that this member gets there, and the
+    expert that gets most of them. What an even spread would give is `even`."""
 
     own: dict[str, float]
     favourite: dict[str, str]
+    best: dict[str, str]
     even: float
 
     @classmethod
     def of(cls, found: Comparison) -> _Routing | None:
-        """None where the shares are not known, or no domain has a specialist."""
-        experts = found.field.experts
-        shares = {d: found.shares(d) for d in found.domains if d in experts}
-        known = {d: s for d, s in shares.items() if s is not None}
-        if not known:
+        """None where the shares are not known, or no member is clearly the best of a domain."""
+        experts, best = (
+            found.lineup.experts,
+            {d: name for d, name in found.chosen.items() if _clear(found, d)},
+        )
+        shares = {d: s for d in best if (s := found.shares(d)) is not None}
+        if not shares:
             return None
-        own = {d: s[experts.index(d)] for d, s in known.items()}
-        favourite = {d: experts[max(range(len(s)), key=s.__getitem__)] for d, s in known.items()}
-        return cls(own, favourite, 1 / len(experts))
+        own = {d: s[experts.index(best[d])] for d, s in shares.items()}
+        favourite = {d: experts[max(range(len(s)), key=s.__getitem__)] for d, s in shares.items()}
+        return cls(own, favourite, best, 1 / len(experts))
 
     @property
     def mean_own(self) -> float:
         """Mean over the domains."""
         return sum(self.own.values()) / len(self.own)
 
-    def most(self, k: int) -> float:
-        """The largest share that one expert can have, with k of them a token."""
-        return 1 / k
+    @property
+    def wrong(self) -> dict[str, str]:
+        """Domains that go to another expert than their best, which gets less than an even share."""
+        return {d: n for d, n in self.favourite.items() if n != self.best[d] and self.own[d] < self.even}
+
+    @property
+    def shuffled(self) -> bool:
+        """Most domains go to a wrong expert, and not all of them to the same: the router tells them apart."""
+        several = len(set(self.favourite.values())) > len(self.favourite) / 2
+        return len(self.own) > 1 and len(self.wrong) > len(self.own) / 2 and several
+
+
+def _clear(found: Comparison, domain: str) -> bool:
+    """Whether the domain's best member is ahead of all others by more than CLEAR."""
+    first, *rest = sorted(found.bits[name][domain] for name in found.members)
+    return bool(rest) and rest[0] > first * (1 + CLEAR)
 
 
 def _blind_router(found: Comparison) -> Iterator[str]:
-    """The router does not send domains to their specialists, nor anywhere else in particular."""
+    """The router does not send domains to their best experts, nor anywhere else in particular."""
     routing = _Routing.of(found)
-    if routing is None or routing.mean_own > NEAR_CHANCE * routing.even or _is_shuffled(routing):
+    if routing is None or routing.mean_own > NEAR_CHANCE * routing.even or routing.shuffled:
         return
     yield (
-        f"the router does not know the domains: a domain's own specialist gets {routing.mean_own:.0%} of its choices,"
-        f" an even spread would give it {routing.even:.0%}; fit the router anew (octad combine with router: ridge and"
-        " calibration text of each domain)"
+        f"the router does not know the domains: the expert that is best on a domain gets {routing.mean_own:.0%} of its"
+        f" choices, an even spread would give it {routing.even:.0%}; fit the router anew (octad combine with router:"
+        " ridge and calibration text of each domain)"
     )
 
 
 def _shuffled(found: Comparison) -> Iterator[str]:
     """The router knows the domains, but sends them to the wrong experts."""
     routing = _Routing.of(found)
-    if routing is None or not _is_shuffled(routing):
+    if routing is None or not routing.shuffled:
         return
-    wrong = {d: name for d, name in routing.favourite.items() if name != d}
-    pairs = ", ".join(f"{d} goes to {name}" for d, name in list(wrong.items())[:4])
+    pairs = ", ".join(f"{d} to {n}, best is {routing.best[d]}" for d, n in list(routing.wrong.items())[:3])
     yield (
-        f"experts and router do not belong together: {len(wrong)} of {len(routing.own)} domains go mainly to another"
-        f" expert than their own ({pairs}); check the order of the experts, or fit the router anew"
+        f"experts and router do not belong together: {len(routing.wrong)} of {len(routing.own)} domains go mainly to"
+        f" another expert than the one that is best on them ({pairs}); check the order of the experts, or fit the"
+        " router anew"
     )
-
-
-def _is_shuffled(routing: _Routing) -> bool:
-    wrong = [d for d, name in routing.favourite.items() if name != d and routing.own[d] < routing.even]
-    return len(routing.own) > 1 and len(wrong) > len(routing.own) / 2 and _concentrated(routing)
-
-
-def _concentrated(routing: _Routing) -> bool:
-    """Domains go to different experts: a favourite for each, not one for all."""
-    return len(set(routing.favourite.values())) > len(routing.favourite) / 2
 
 
 def _no_better_than_soup(found: Comparison) -> Iterator[str]:
@@ -122,13 +139,19 @@ def _cure(found: Comparison, domain: str, best: str) -> str:
     """What to try where a domain loses, by whom the router chose there."""
     better = [name for name in found.mixtures if name != found.own and _beats(found, name, found.own, domain)]
     shares = found.shares(domain)
-    share = None if shares is None or best not in found.field.experts else shares[found.field.experts.index(best)]
+    share = (
+        None
+        if shares is None or best not in found.lineup.experts
+        else shares[found.lineup.experts.index(best)]
+    )
     most = 1 / int(found.own.rpartition("-")[2])
     if share is not None and share < 0.75 * most:
         told = f"the router gives {best} {share:.0%} of its choices, of at most {most:.0%}"
         return f"{told}: retrain the router on {domain}, with more calibration text of it"
     if better:
-        return f"{better[0]} is better there: try it, or tune the router on {domain} with fewer experts a token"
+        return (
+            f"{better[0]} is better there: try it, or tune the router on {domain} with fewer experts a token"
+        )
     return f"tune router and experts together on {domain} (octad train, repair)"
 
 
@@ -156,7 +179,7 @@ def _at_most(interval: Interval, bound: float) -> bool:
 
 def _idle_experts(found: Comparison) -> Iterator[str]:
     """Experts that no domain chooses, or that are nowhere the best."""
-    experts = found.field.experts
+    experts = found.lineup.experts
     shares = [s for s in map(found.shares, found.domains) if s is not None]
     for e, name in enumerate(experts):
         most = max((s[e] for s in shares), default=None)
@@ -164,7 +187,7 @@ def _idle_experts(found: Comparison) -> Iterator[str]:
         if most is not None and most < DEAD / len(experts):
             yield f"drop expert {name}: no domain gives it more than {most:.1%} of its choices"
         elif never_best and len(found.domains) >= len(experts):
-            used = "" if most is None else f", and no domain gives it more than {most:.0%} of its choices"
+            used = "" if most is None else f" (the largest share that one gives it: {most:.0%})"
             yield (
                 f"expert {name} is the best member of no domain here{used}: judge it on text of its own, or drop it"
             )

@@ -108,8 +108,8 @@ def _mean(parts: Sequence[_Estimate]) -> _Estimate:
     """The plain mean over domains, which are drawn independently."""
     n = len(parts)
     return _Estimate(
-        sum(p.value for p in parts) / n,
-        sum(p.variance for p in parts) / n**2,
-        sum(p.drawn_value for p in parts) / n,
-        sum(p.drawn_variance for p in parts) / n**2,
+        np.stack([p.value for p in parts]).mean(0),
+        np.stack([p.variance for p in parts]).sum(0) / n**2,
+        np.stack([p.drawn_value for p in parts]).mean(0),
+        np.stack([p.drawn_variance for p in parts]).sum(0) / n**2,
     )

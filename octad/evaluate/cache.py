@@ -56,7 +56,7 @@ def default_directory() -> Path:
 
 
 class Cache:
-    """Records in a directory, one file each; None: nothing is kept. What cannot be written is not kept either."""
+    """Records in a directory, one file each; None: nothing is kept."""
 
     def __init__(self, directory: Path | None) -> None:
         self.directory = directory
@@ -66,7 +66,7 @@ class Cache:
         if self.directory is None:
             return None
         try:
-            with safe_open(self._path(key), "pt") as file:  # type: ignore[no-untyped-call]
+            with safe_open(self._path(key), "pt") as file:
                 metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if metadata["digest"] != _digest(tensors) or metadata["key"] != key:
                 return None
@@ -81,17 +81,36 @@ class Cache:
             return
         tensors = {"nats": record.nats.contiguous()} | ({} if record.load is None else {"load": record.load})
         metadata = {"key": key, "digest": _digest(tensors), "measured": json.dumps(record.measured)}
+        self._write(self._path(key), save(tensors, metadata))
+
+    def get_plain(self, key: str) -> dict[str, Any] | None:
+        """Plain data that was kept, None where there is none that is whole."""
+        if self.directory is None:
+            return None
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.directory, prefix=".new-", delete=False) as file:
-                file.write(save(tensors, metadata))
-            os.replace(file.name, self._path(key))
-        except OSError:  # a full disk or a directory of somebody else costs time, not the result
+            kept = json.loads(self._path(key, "json").read_text(encoding="utf-8"))
+            return dict(kept["value"]) if kept["digest"] == key_of(kept["value"]) else None
+        except Exception:
+            return None
+
+    def put_plain(self, key: str, value: dict[str, Any] | None) -> None:
+        """Keep plain data, atomically."""
+        if value is not None:
+            kept = {"digest": key_of(json.loads(json.dumps(value))), "value": value}
+            self._write(self._path(key, "json"), json.dumps(kept).encode())
+
+    def _write(self, path: Path, content: bytes) -> None:
+        """What cannot be written (a full disk, a directory of somebody else) is not kept: that costs time alone."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".new-", delete=False) as file:
+                file.write(content)
+            os.replace(file.name, path)
+        except OSError:
             return
 
-    def _path(self, key: str) -> Path:
-        assert self.directory is not None
-        return self.directory / f"{key}.safetensors"
+    def _path(self, key: str, kind: str = "safetensors") -> Path:
+        return (self.directory or Path()) / f"{key}.{kind}"
 
 
 def _digest(tensors: Mapping[str, torch.Tensor]) -> str:

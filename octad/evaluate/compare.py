@@ -30,8 +30,8 @@ from octad.checkpoint.source import TensorSource
 from octad.evaluate.bootstrap import Draws, Interval
 from octad.evaluate.cache import Cache, Record
 from octad.evaluate.ensemble import ensemble_nats
-from octad.evaluate.field import Entry, Field, line_up
 from octad.evaluate.judge import Judge, Progress, quiet, shape_of
+from octad.evaluate.lineup import Entry, LineUp, line_up
 from octad.evaluate.price import Price, bytes_per_parameter, ensemble_price, model_price, oracle_price
 from octad.evaluate.ranks import Ranks
 from octad.evaluate.texts import Domains, Texts, read_domains, read_texts
@@ -83,7 +83,7 @@ class Comparison:
     own: str
     texts: Texts
     settings: Settings
-    field: Field
+    lineup: LineUp
     rows: dict[str, Row]
     dtype: str
     differences: list[Difference] = field(default_factory=list)
@@ -157,7 +157,7 @@ def compare(
     settings: Settings | None = None,
     *,
     dense: Sequence[str] = (),
-    ready: Callable[[Texts, Field], None] = lambda texts, field: None,
+    ready: Callable[[Texts, LineUp], None] = lambda texts, field: None,
     cache: Cache | None = None,
     ranks: Ranks | None = None,
     progress: Progress = quiet,
@@ -166,22 +166,22 @@ def compare(
     mixture, or a dense model that reads other tokens. `ready` is called before the long part: what it raises ends it."""
     settings = settings or Settings()
     texts = read_texts(source, domains, tokens=settings.tokens, window=settings.window)
-    field_ = line_up(source, texts, dense)
-    ready(texts, field_)
+    lineup = line_up(source, texts, dense)
+    ready(texts, lineup)
     judge = Judge(source, texts, cache or Cache(None), ranks or Ranks(), progress)
-    records = judge.run({name: entry.who for name, entry in field_.entries.items()})
-    rows = {name: _row(judge, name, entry, records[name]) for name, entry in field_.entries.items()}
+    records = judge.run({name: entry.who for name, entry in lineup.entries.items()})
+    rows = {name: _row(judge, name, entry, records[name]) for name, entry in lineup.entries.items()}
     rows, chosen = _with_oracle(_with_ensemble(rows, texts), texts)
     found = Comparison(
         source.label,
-        field_.own,
+        lineup.own,
         texts,
         settings,
-        field_,
+        lineup,
         rows,
         str(judge.dtype).removeprefix("torch."),
         chosen=chosen,
-        load=records[field_.own].load,
+        load=records[lineup.own].load,
         computed=judge.computed,
     )
     found.differences = differences(found)

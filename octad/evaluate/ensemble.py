@@ -38,4 +38,5 @@ def _mean_exp(x_MT: Floats) -> Floats:
     """ln of the mean over members of exp(x)."""
     largest_T = x_MT.max(axis=0)
     mean_T: Floats = np.exp(x_MT - largest_T).mean(axis=0)
-    return largest_T + np.log(mean_T)
+    log_T: Floats = largest_T + np.log(mean_T)
+    return log_T

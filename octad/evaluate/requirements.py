@@ -24,7 +24,7 @@ from typing import Any
 
 from octad.errors import RequestError
 from octad.evaluate.compare import MEAN, Comparison
-from octad.evaluate.field import Field
+from octad.evaluate.lineup import LineUp
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
@@ -48,14 +48,14 @@ class Requirement:
     right: str | float
     factor: float = 1.0
 
-    def check_names(self, domains: Collection[str], field: Field) -> None:
+    def check_names(self, domains: Collection[str], lineup: LineUp) -> None:
         """Raises RequestError for a name that a comparison of these domains and contestants will not have."""
         places = [MEAN, "every", *domains]
         if self.left not in places:
             raise self._unknown(self.left, places)
-        names = [*field.names, *(["member"] if field.members else [])]
+        names = [*lineup.names, *(["member"] if lineup.members else [])]
         if isinstance(self.right, str) and self.right not in names:
-            raise self._unknown(self.right, names, "; ".join(field.missing))
+            raise self._unknown(self.right, names, "; ".join(lineup.missing))
 
     def check(self, found: Comparison) -> dict[str, Any]:
         """{"text", "holds", "cases"}, of a comparison that has the names."""

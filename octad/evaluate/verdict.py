@@ -113,13 +113,25 @@ def sentences(found: Comparison, worse: Sequence[dict[str, Any]]) -> list[str]:
         ]
         if found.mixtures or name in found.of_kind("dense")
     ]
-    return [*told, _where(found, worse), _price(found), _certainty(found), *map(_sentence, found.field.missing)]
+    return [
+        *told,
+        _where(found, worse),
+        _price(found),
+        _certainty(found),
+        *map(_sentence, found.lineup.missing),
+    ]
 
 
 def _against(found: Comparison, name: str) -> str:
     difference = found.difference(found.own, name)
     interval, level = difference.interval, f"{found.settings.level:.0%}"
-    label = f"the best single member, {name}" if name in found.members else f"the {name}" if " " not in name else name
+    label = (
+        f"the best single member, {name}"
+        if name in found.members
+        else f"the {name}"
+        if " " not in name
+        else name
+    )
     side = "below" if interval.value < 0 else "above"
     return (
         f"{abs(difference.relative):.2%} {side} {label}: {interval.value:+.4f} bits per byte"
@@ -177,7 +189,11 @@ def _certainty(found: Comparison) -> str:
     )
     coarse = [f["name"] for f in facts if f["units"] != "documents"]
     if coarse:
-        where = "every domain has" if len(coarse) == len(facts) else f"{_list(coarse)} {'has' if len(coarse) == 1 else 'have'}"
+        where = (
+            "every domain has"
+            if len(coarse) == len(facts)
+            else f"{_list(coarse)} {'has' if len(coarse) == 1 else 'have'}"
+        )
         text += (
             f", but {where} fewer than five: there parts of them are drawn, and the intervals are too narrow"
         )
@@ -198,5 +214,3 @@ def _count(number: int, noun: str) -> str:
 
 def _millions(count: int) -> str:
     return f"{count / 1e6:,.0f} M" if count >= 1e6 else f"{count:,}"
-
-

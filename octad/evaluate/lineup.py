@@ -1,7 +1,7 @@
 """Who takes part: the line-up, from what a checkpoint says it was made of.
 
-    field = line_up(source, texts, dense=["qwen3-0.6b"])
-    field.entries["python"].who, field.own, field.missing
+    lineup = line_up(source, texts, dense=["qwen3-0.6b"])
+    lineup.entries["python"].who, lineup.own, lineup.missing
 
 A mixture that octad made names its members in octad.json. Of another one nothing is known; its experts are judged as
 routes through one expert each where that is a model at all: where weights are renormalised (a single expert then has
@@ -36,7 +36,7 @@ class Entry:
 
 
 @dataclass
-class Field:
+class LineUp:
     """Entries by name, in order; `own`: the model as it is; inexact: members that the mixture does not hold exactly;
     as_held: those of them that are judged as it holds them, and why; missing: what is not there, in sentences."""
 
@@ -61,7 +61,7 @@ class Field:
         return [*self.entries, *derived]
 
 
-def line_up(source: TensorSource, texts: Texts, dense: Sequence[str] = ()) -> Field:
+def line_up(source: TensorSource, texts: Texts, dense: Sequence[str] = ()) -> LineUp:
     """Everybody who can be judged. Raises OctadError for a damaged octad.json or a dense model that does not fit."""
     found = _mixture(source, texts) if source.config.is_moe else _dense(source)
     for ref in dense:
@@ -72,15 +72,15 @@ def line_up(source: TensorSource, texts: Texts, dense: Sequence[str] = ()) -> Fi
     return found
 
 
-def _dense(source: TensorSource) -> Field:
+def _dense(source: TensorSource) -> LineUp:
     missing = ["it is a dense model: there are no members, soup, ensemble or oracle to compare it with"]
-    return Field({"model": Entry(Whole(), "model")}, "model", [], missing=missing)
+    return LineUp({"model": Entry(Whole(), "model")}, "model", [], missing=missing)
 
 
-def _mixture(source: TensorSource, texts: Texts) -> Field:
+def _mixture(source: TensorSource, texts: Texts) -> LineUp:
     names, made = named_experts(source)
     own = f"mixture top-{source.config.num_experts_per_tok}"
-    found = Field({}, own, names)
+    found = LineUp({}, own, names)
     if made:
         _add_members(found, names, made, texts)
     else:
@@ -95,7 +95,7 @@ def _mixture(source: TensorSource, texts: Texts) -> Field:
     return found
 
 
-def _add_members(found: Field, names: Sequence[str], made: Provenance, texts: Texts) -> None:
+def _add_members(found: LineUp, names: Sequence[str], made: Provenance, texts: Texts) -> None:
     originals, found.as_held = find_originals(made, texts)
     found.inexact = [record["name"] for record in made.experts if not record.get("exact")]
     found.bases = [record["name"] for record in made.experts if record.get("kind") == "base"]
@@ -110,7 +110,7 @@ def _add_members(found: Field, names: Sequence[str], made: Provenance, texts: Te
     found.entries["soup"] = Entry(Soup(specialists or tuple(range(len(names)))), "soup", note)
 
 
-def _add_forced(found: Field, source: TensorSource) -> None:
+def _add_forced(found: LineUp, source: TensorSource) -> None:
     config = source.config
     found.missing.append("octad did not make this mixture: what its experts were before is not known")
     whole = config.norm_topk_prob and not config.shared_expert_intermediate_size
