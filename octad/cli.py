@@ -122,12 +122,28 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="YAML with `domains: {name: file}`.")],
     tokens: Annotated[int, typer.Option(min=2, help="Held-out tokens a domain.")] = 4096,
     window: Annotated[int, typer.Option(min=2, help="Tokens of context at most.")] = 512,
+    dense: Annotated[
+        list[str] | None, typer.Option(help="A dense model to compare with; may be repeated.")
+    ] = None,
+    require: Annotated[
+        str | None, typer.Option(help="Exit with 1 unless it holds: mean<=oracle, every<=member*1.01")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Directory for a page, Markdown and JSON.")] = None,
+    card: Annotated[
+        bool | None, typer.Option("--card/--no-card", help="Put the verdict into the model card.")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Where results are kept. [~/.cache/octad]")] = None,
+    seed: Annotated[int, typer.Option(help="Of the intervals.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Judge a mixture beside its members, their soup and the oracle: bits per byte of held-out text."""
-    from octad import commands
+    """Judge a mixture beside its members, their soup, ensemble and oracle: bits per byte of held-out text."""
+    from octad.commands_evaluate import Outputs
+    from octad.commands_evaluate import evaluate as carry_out
+    from octad.evaluate.compare import Settings
 
-    commands.evaluate(model, data, tokens, window, as_json=as_json)
+    settings = Settings(tokens=tokens, window=window, seed=seed)
+    outputs = Outputs(report, cache, card, as_json)
+    carry_out(model, data, settings, outputs, dense=dense or [], require=require)
 
 
 @app.command()
