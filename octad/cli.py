@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from octad.errors import OctadError
+from octad.errors import OctadError, RequestError
 
 app = typer.Typer(
     help="One mixture-of-experts language model out of eight smaller ones.",
@@ -119,15 +119,32 @@ def inspect(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A mixture (or any model).")],
-    data: Annotated[Path, typer.Option(help="YAML with `domains: {name: file}`.")],
+    data: Annotated[Path | None, typer.Option(help="YAML with `domains: {name: file}`.")] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Held-out tokens a domain.")] = 4096,
     window: Annotated[int, typer.Option(min=2, help="Tokens of context at most.")] = 512,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks by name or file, with commas: octad-code,humaneval,my.yaml.")
+    ] = None,
+    members: Annotated[
+        bool, typer.Option("--members", help="Tasks for each member and the soup too.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(min=2, help="The first N examples of each task.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Answers to each programming problem.")] = None,
+    weak_sandbox: Annotated[
+        bool, typer.Option("--weak-sandbox", help="Run programs also where the kernel cannot confine them.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Judge a mixture beside its members, their soup and the oracle: bits per byte of held-out text."""
-    from octad import commands
+    """Judge a mixture beside its members, their soup and the oracle: bits per byte of held-out text, and tasks."""
+    from octad import commands, task_commands
 
-    commands.evaluate(model, data, tokens, window, as_json=as_json)
+    if data is None and tasks is None:
+        raise RequestError("nothing to judge on; give --data domains.yaml, --tasks octad-code, or both")
+    options = {"limit": limit, "samples": samples, "weak_sandbox": weak_sandbox}
+    if data is not None:
+        commands.evaluate(model, data, tokens, window, as_json=as_json)
+    if tasks is not None:
+        task_commands.evaluate(model, tasks, as_json=as_json, members=members, **options)
 
 
 @app.command()

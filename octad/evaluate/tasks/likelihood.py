@@ -69,7 +69,9 @@ def log_likelihoods(
         starts = [len(window.ids) - count for window, count in zip(batch.windows, counts, strict=True)]
         spans = list(zip(starts, counts, strict=True))
         nats_P, first_P = _score(model, batch.tokens, spans)
-        for window, nats, first in zip(batch.windows, nats_P.split(counts), first_P.split(counts), strict=True):
+        for window, nats, first in zip(
+            batch.windows, torch.split(nats_P, counts), torch.split(first_P, counts), strict=True
+        ):
             found[window.document] = Likelihood(float(nats.double().sum()), bool(first.all()))
         progress(len(found) / len(pairs))
     return [found[number] for number in range(len(pairs))]
@@ -79,11 +81,11 @@ def _score(
     model: Transformer, tokens_BS: torch.Tensor, spans: Sequence[tuple[int, int]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-ln p of each token of the spans (start, count), and whether the model would have chosen it."""
-    x_BSD = model.model(tokens_BS[:, :-1])
+    x_BSD = model.model(tokens_BS[:, :-1].to(next(model.parameters()).device))
     x_PD = torch.cat([x_BSD[row, start - 1 : start - 1 + count] for row, (start, count) in enumerate(spans)])
     wanted_P = torch.cat([tokens_BS[row, start : start + count] for row, (start, count) in enumerate(spans)])
     nats, first = [], []
-    for x, wanted in zip(x_PD.split(HEAD_SLICE), wanted_P.split(HEAD_SLICE), strict=True):
+    for x, wanted in zip(torch.split(x_PD, HEAD_SLICE), torch.split(wanted_P, HEAD_SLICE), strict=True):
         logits_PV = model.head(x).float().cpu()
         nats.append(torch.nn.functional.cross_entropy(logits_PV, wanted, reduction="none"))
         first.append(logits_PV.argmax(-1) == wanted)

@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +39,7 @@ class Limits:
     """What one program may take. `cpu_seconds` is HumanEval's own timeout; the clock is laxer, for a busy machine."""
 
     cpu_seconds: int = 3
-    wall_seconds: float = 15.0
+    wall_seconds: float = 30.0
     memory_bytes: int = 1 << 30
     file_bytes: int = 1 << 20
     scratch_bytes: int = 16 << 20
@@ -153,10 +154,8 @@ class Sandbox:
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
     """The whole group, also what a finished program left behind."""
-    try:
+    with suppress(ProcessLookupError, PermissionError):  # nobody is left
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass  # nobody is left
     process.wait()
 
 

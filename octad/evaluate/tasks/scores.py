@@ -39,12 +39,15 @@ class Score:
 
 @dataclass(frozen=True)
 class Measured:
-    """One measure of one contestant: a number an example, and what each weighs (bytes, for bits per byte)."""
+    """One measure of one contestant: a number an example, and what each weighs (bytes, for bits per byte).
+
+    higher_is_better None: neither is. chance: what guessing reaches, where there is guessing."""
 
     metric: str
     values: Sequence[float]
     weights: Sequence[float] | None = None
-    higher_is_better: bool = True
+    higher_is_better: bool | None = True
+    chance: float | None = None
 
     def score(self) -> Score:
         """The weighted mean of the values, with its interval."""

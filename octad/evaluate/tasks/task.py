@@ -5,7 +5,7 @@
 
 Four kinds, each with its own examples and settings:
 
-    code          {task_id, prompt, test, entry_point}: a function to finish, judged by running its tests (HumanEval's format)
+    code          {task_id, prompt, test, entry_point}: a function to finish, judged by its tests (HumanEval's format)
     choice        {question, choices, answer}: the likeliest of the choices should be the right one
     generate      {prompt, answer} or {prompt, answers} or {prompt, regex}: a short text to write
     continuation  {text}: a document to go on with
@@ -24,7 +24,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from octad.errors import DataError
 
@@ -85,7 +93,7 @@ class Prompt(Example):
     """A short text to write: one of `answers`, or what `regex` finds in it."""
 
     prompt: str = Field(min_length=1)
-    answers: Strings = Field(default=(), validation_alias="answers")
+    answers: Strings = ()
     regex: str | None = None
 
     @model_validator(mode="before")
@@ -103,9 +111,10 @@ class Prompt(Example):
 
 
 class Passage(Example):
-    """A document."""
+    """A document, and what it belongs to (a domain, a book): its distractors come from there."""
 
     text: str = Field(min_length=1)
+    group: str = ""
 
 
 class Settings(BaseModel):
@@ -154,13 +163,16 @@ class GenerateTask(Settings):
 
 
 class ContinuationTask(Settings):
-    """Each document is cut after `given` tokens; the next `tokens` are its true continuation."""
+    """Each document is cut after `given` characters (at a blank). The next `length` are its true continuation, to be told
+    from those of `distractors` other documents of its group; the next `written` are what samples are held against.
+    """
 
     kind: Literal["continuation"] = "continuation"
     examples: tuple[Passage, ...] = Field(min_length=2)
-    given: int = Field(default=128, ge=1)
-    tokens: int = Field(default=64, ge=8)
-    distractors: int = Field(default=7, ge=1)
+    given: int = Field(default=400, ge=1)
+    length: int = Field(default=200, ge=20)
+    written: int = Field(default=400, ge=20)
+    distractors: int = Field(default=5, ge=1)
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     seed: int = 0
@@ -173,7 +185,13 @@ KINDS: dict[str, Any] = {
     "generate": GenerateTask,
     "continuation": ContinuationTask,
 }
-SIGNS = {"test": "code", "choices": "choice", "regex": "generate", "answer": "generate", "answers": "generate"}
+SIGNS = {
+    "test": "code",
+    "choices": "choice",
+    "regex": "generate",
+    "answer": "generate",
+    "answers": "generate",
+}
 
 
 def read_task(path: str | Path, name: str | None = None) -> Task:
@@ -194,10 +212,10 @@ def _from_yaml(file: Path, name: str | None) -> Task:
         raise DataError(f"{file}: cannot be read as YAML ({' '.join(str(error).split())})") from None
     if not isinstance(raw, dict):
         raise DataError(f"{file}: expected 'kind', 'examples' and settings, found {type(raw).__name__}")
-    raw = {"name": name or file.stem} | raw
-    if isinstance(raw.get("examples"), str):
-        raw["examples"] = list(_lines(file.parent / raw["examples"]))
-    return _checked(file, raw)
+    settings: dict[str, Any] = {"name": name or file.stem} | raw
+    if isinstance(settings.get("examples"), str):
+        settings["examples"] = list(_lines(file.parent / settings["examples"]))
+    return _checked(file, settings)
 
 
 def _checked(file: Path, raw: dict[str, Any]) -> Task:
@@ -216,7 +234,9 @@ def _checked(file: Path, raw: dict[str, Any]) -> Task:
 
 def _kind_of(example: Any) -> str:
     keys = example if isinstance(example, dict) else {}
-    return next((kind for key, kind in SIGNS.items() if key in keys), "continuation" if "text" in keys else "")
+    return next(
+        (kind for key, kind in SIGNS.items() if key in keys), "continuation" if "text" in keys else ""
+    )
 
 
 def _one_line(error: ValidationError) -> str:
