@@ -11,6 +11,7 @@ model_args: pretrained (what `LLM` takes), dtype, device, quantize, only (send e
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from octad.engine.llm import LLM
 from octad.engine.params import SamplingParams
+from octad.errors import OctadError
 from octad.evaluate.tasks.answers import write
 from octad.evaluate.tasks.likelihood import Pair, begin_ids, log_likelihoods
 
@@ -43,7 +45,8 @@ class OctadLM(TemplateLM):  # type: ignore[misc]
         if isinstance(pretrained, LLM):
             self.llm = pretrained
         else:
-            self.llm = LLM(pretrained, dtype=dtype, device=device or "auto", quantize=quantize)
+            place = "auto" if device in (None, "cuda", "cuda:0") else device  # lm-eval's default, GPU or not
+            self.llm = LLM(pretrained, dtype=dtype, device=place, quantize=quantize)
         if only is not None:
             self.llm.only(only)
         self.max_gen_toks = 256  # lm-eval's default, where a task does not say
@@ -131,8 +134,16 @@ class OctadLM(TemplateLM):  # type: ignore[misc]
         )
 
 
-if __name__ == "__main__":
-    # run as a module this file is __main__; the registry should hold the class that others import
+def main() -> None:
+    """lm-eval's command line. A mistake that octad knows is one line and exit code 2."""
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except OctadError as error:
+        print(f"octad: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

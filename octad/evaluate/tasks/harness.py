@@ -68,8 +68,8 @@ def _measures(samples: Sequence[Mapping[str, Any]], better: Mapping[str, bool]) 
         values = [sample[metric] for sample in samples if sample["filter"] == rule]
         label = metric if rule == "none" else f"{metric}, {rule}"
         if metric == "bits_per_byte":  # pairs of log-likelihood and bytes
-            nats, weights = zip(*values, strict=True)
-            bits = [-n / log(2) for n in nats]
+            weights = [size for _, size in values]
+            bits = [-nats / log(2) / size for nats, size in values]
             measures.append(Measured(label, bits, weights, higher_is_better=False))
         elif all(isinstance(value, (int, float)) for value in values):
             measures.append(Measured(label, values, higher_is_better=better.get(metric, True)))

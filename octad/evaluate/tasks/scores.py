@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,19 +69,22 @@ def wilson(passed: int, of: int, level: float = LEVEL) -> Score:
 def bootstrap(values: Sequence[float], weights: Sequence[float] | None = None, level: float = LEVEL) -> Score:
     """The weighted mean with a percentile interval over resampled examples."""
     value, weight = _arrays(values, weights)
-    means = [value[i] @ weight[i] / weight[i].sum() for i in _draws(len(value))]
-    return _interval(float(value @ weight / weight.sum()), means, level)
+    return _interval(float(_mean(value, weight)), _mean(value, weight, _draws(len(value))), level)
 
 
 def paired(mine: Measured, theirs: Measured, level: float = LEVEL) -> Score:
     """Mine less theirs, on the same examples drawn together (each with its own weights)."""
-    a, wa = _arrays(mine.values, mine.weights)
-    b, wb = _arrays(theirs.values, theirs.weights)
+    a, b = _arrays(mine.values, mine.weights), _arrays(theirs.values, theirs.weights)
+    draws = _draws(len(a[0]))
+    return _interval(float(_mean(*a) - _mean(*b)), _mean(*a, draws) - _mean(*b, draws), level)
 
-    def difference(i: NDArray[np.int64] | slice) -> float:
-        return float(a[i] @ wa[i] / wa[i].sum() - b[i] @ wb[i] / wb[i].sum())
 
-    return _interval(difference(slice(None)), [difference(i) for i in _draws(len(a))], level)
+def _mean(
+    value: NDArray[np.float64], weight: NDArray[np.float64], draws: Any = slice(None)
+) -> NDArray[np.float64]:
+    """The weighted mean of the examples; of each row of draws."""
+    total: NDArray[np.float64] = (value * weight)[draws].sum(-1) / weight[draws].sum(-1)
+    return total
 
 
 def _arrays(
@@ -95,6 +99,6 @@ def _draws(examples: int) -> NDArray[np.int64]:
     return np.random.default_rng(SEED).integers(0, examples, (RESAMPLES, examples))
 
 
-def _interval(value: float, draws: Sequence[float], level: float) -> Score:
+def _interval(value: float, draws: NDArray[np.float64], level: float) -> Score:
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return Score(value, float(low), float(high))

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,6 +108,10 @@ class Prompt(Example):
     def _can_be_right(self) -> Self:
         if bool(self.answers) == (self.regex is not None):
             raise ValueError("give answers or a regex, one of them")
+        try:
+            re.compile(self.regex or "")
+        except re.error as error:
+            raise ValueError(f"regex {self.regex!r}: {error}") from None
         return self
 
 

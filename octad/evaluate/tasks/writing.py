@@ -59,13 +59,10 @@ def measure_continuation(llm: LLM, task: ContinuationTask, work: Work | None = N
         for own, row in zip(candidates, rows, strict=True)
     ]
     samples = _samples(llm, task, cuts, work.part(0.6, 1))
+    sizes = [len(cut.true.encode()) for cut in cuts]
+    bits = [row[0] / log(2) / size for row, size in zip(rows, sizes, strict=True)]
     return [
-        Measured(
-            "bits_per_byte",
-            [row[0] / log(2) for row in rows],
-            [len(cut.true.encode()) for cut in cuts],
-            higher_is_better=False,
-        ),
+        Measured("bits_per_byte", bits, sizes, higher_is_better=False),
         Measured("identified", [int(gain[0] > max(gain[1:])) for gain in gains], chance=1 / width),
         Measured("diversity", [diversity(text) for text in samples], higher_is_better=None),
     ]
