@@ -59,7 +59,8 @@ class OctadLM(TemplateLM):  # type: ignore[misc]
     @property
     def eot_token_id(self) -> int:
         """The token that ends a text."""
-        return next(iter(self.llm.tokenizer.eos_ids), self.prefix_token_id)
+        token = self.llm.tokenizer.eos_id
+        return self.prefix_token_id if token is None else token
 
     @property
     def prefix_token_id(self) -> int:

@@ -113,12 +113,12 @@ def test_files_that_are_no_tasks(tmp_path: Path) -> None:
         read_task(damaged)
     other = tmp_path / "t.txt"
     other.write_text("text")
-    with pytest.raises(DataError, match="is no task; give a file that ends in .yaml"):
+    with pytest.raises(DataError, match=r"is no task; give a file that ends in \.yaml"):
         read_task(other)
 
 
 def test_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match="octad-cod: no such task or file; did you mean octad-code?"):
+    with pytest.raises(DataError, match=r"octad-cod: no such task or file; did you mean octad-code\?"):
         find_task("octad-cod")
     with pytest.raises(DataError, match="there are octad-code, octad-choice, octad-writing, humaneval"):
         find_task("mmlu")

@@ -205,7 +205,7 @@ def test_order_and_progress_of_many(sandbox: Sandbox) -> None:
 
 
 def test_without_the_kernels_help_it_refuses_and_says_so() -> None:
-    with pytest.raises(SandboxError, match="cannot confine programs .*--weak-sandbox"):
+    with pytest.raises(SandboxError, match=r"cannot confine programs .*--weak-sandbox"):
         Sandbox(FAST, kernel=False)
 
 

@@ -45,8 +45,9 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
 
 
 def begin_ids(tokenizer: Tokenizer) -> list[int]:
-    """What stands before a text that nothing stands before: bos, else the end token, else id 0."""
-    return [tokenizer.bos_id if tokenizer.bos_id is not None else next(iter(tokenizer.eos_ids), 0)]
+    """What stands before a text that nothing stands before: the begin token, else the end token, else id 0."""
+    named = (tokenizer.bos_id, tokenizer.eos_id, *tokenizer.eos_ids)
+    return [next((token for token in named if token is not None), 0)]
 
 
 @torch.inference_mode()
