@@ -128,6 +128,11 @@ class Tokenizer:
         return self._named_id("bos_token")
 
     @property
+    def eos_id(self) -> int | None:
+        """The id that ends a text by the tokenizer's own word (`eos_ids` are all that end a generation)."""
+        return self._named_id("eos_token")
+
+    @property
     def pad_id(self) -> int | None:
         """The id that fills up a batch, where there is one."""
         return self._named_id("pad_token")

@@ -28,7 +28,9 @@ def shown_experts(routing: Routing) -> list[int]:
     count = len(routing["experts"])
     if count <= MOST_EXPERTS:
         return list(range(count))
-    largest = [max((_mean_share(rows, e) for rows in routing["share"].values()), default=0.0) for e in range(count)]
+    largest = [
+        max((_mean_share(rows, e) for rows in routing["share"].values()), default=0.0) for e in range(count)
+    ]
     return sorted(sorted(range(count), key=lambda e: -largest[e])[:MOST_EXPERTS])
 
 
@@ -140,7 +142,8 @@ def dead(routing: Routing) -> list[tuple[str, str]]:
     for case in routing.get("dead") or []:
         layers.setdefault(str(case["expert"]), []).append(int(case["layer"]))
     return [
-        (name, f"layer{'s' if len(found) > 1 else ''} {_ranges(sorted(found))}") for name, found in layers.items()
+        (name, f"layer{'s' if len(found) > 1 else ''} {_ranges(sorted(found))}")
+        for name, found in layers.items()
     ]
 
 
@@ -216,7 +219,15 @@ def passages(routing: Routing) -> list[Passage]:
             first = speaker != next((w.speaker for w in reversed(words) if w.text), None)
             text = "".join(t["text"] for t in group)
             bare = text.lstrip() if "\n" in text else text
-            words.append(Word(text[: len(text) - len(bare)], bare, speaker, first, f"{names[speaker]}, {percent(weight)} of the weight"))
+            words.append(
+                Word(
+                    text[: len(text) - len(bare)],
+                    bare,
+                    speaker,
+                    first,
+                    f"{names[speaker]}, {percent(weight)} of the weight",
+                )
+            )
         counts: dict[int, int] = {}
         for t in example["tokens"]:
             counts[t["speaker"]] = counts.get(t["speaker"], 0) + 1

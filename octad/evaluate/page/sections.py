@@ -73,7 +73,9 @@ def questions(report: Report) -> Table | None:
     asked = (report.get("verdict") or {}).get("questions") or []
     if not asked:
         return None
-    scale = svg.Scale.of(v for q in asked for v in (q.get("difference"), q.get("low"), q.get("high")) if v is not None)
+    scale = svg.Scale.of(
+        v for q in asked for v in (q.get("difference"), q.get("low"), q.get("high")) if v is not None
+    )
     columns = [
         Column("question"),
         Column("answer"),
@@ -149,7 +151,11 @@ def differences(report: Report) -> list[Panel]:
     found = [d for d in report.get("differences") or [] if d.get("domain") == MEAN]
     subjects = list(dict.fromkeys(str(d["of"]) for d in found))
     return [
-        Panel(of, _forest([d for d in found if d["of"] == of], "against", f"{of}: difference of the mean"), at == 0)
+        Panel(
+            of,
+            _forest([d for d in found if d["of"] == of], "against", f"{of}: difference of the mean"),
+            at == 0,
+        )
         for at, of in enumerate(subjects)
     ]
 
@@ -163,12 +169,16 @@ def domain_differences(report: Report) -> list[Panel]:
         rows = [d for d in found if d["of"] == of and d["against"] == against]
         rows.sort(key=lambda d: d["domain"] != MEAN)
         key = kind_of(report, against) != "member" and of == pairs[0][0]
-        panels.append(Panel(f"{of} against {against}", _forest(rows, "domain", f"{of} against {against}"), key))
+        panels.append(
+            Panel(f"{of} against {against}", _forest(rows, "domain", f"{of} against {against}"), key)
+        )
     return panels
 
 
 def _forest(rows: Sequence[Mapping[str, Any]], by: str, caption: str) -> Table:
-    scale = svg.Scale.of(v for d in rows for v in (d["difference"], d.get("low"), d.get("high")) if v is not None)
+    scale = svg.Scale.of(
+        v for d in rows for v in (d["difference"], d.get("low"), d.get("high")) if v is not None
+    )
     columns = [
         Column(by),
         Column("bits per byte", plot=True),
@@ -195,14 +205,19 @@ def bits(report: Report, measure: str = "bits_per_byte") -> Table | None:
     if not rows:
         return None
     values = [[c.get(measure, {}).get(d) for d in names] for c in rows]
-    means = [mean_of(c) if measure == "bits_per_byte" else _mean(v) for c, v in zip(rows, values, strict=True)]
+    means = [
+        mean_of(c) if measure == "bits_per_byte" else _mean(v) for c, v in zip(rows, values, strict=True)
+    ]
     table = [[mean, *line] for mean, line in zip(means, values, strict=True)]
     best = [min((v for v in column if v is not None), default=None) for column in zip(*table, strict=True)]
     columns = [Column("contestant"), Column("mean", numeric=True), *(Column(d, numeric=True) for d in names)]
     cells = [
         [
             Cell(c["name"], small=_kind(c)),
-            *(Cell(number(v), v, "best" if v is not None and v == b else "") for v, b in zip(line, best, strict=True)),
+            *(
+                Cell(number(v), v, "best" if v is not None and v == b else "")
+                for v, b in zip(line, best, strict=True)
+            ),
         ]
         for c, line in zip(rows, table, strict=True)
     ]
@@ -333,13 +348,21 @@ def tasks(report: Report) -> list[Panel]:
     panels = []
     for t in report.get("tasks") or []:
         scores = sorted((t.get("scores") or {}).items(), key=lambda s: -(s[1].get("value") or 0))
-        numbers = [v for _, s in scores for v in (s.get("value"), s.get("low"), s.get("high")) if v is not None]
+        numbers = [
+            v for _, s in scores for v in (s.get("value"), s.get("low"), s.get("high")) if v is not None
+        ]
         scale = svg.Scale.of(numbers)
         most = max((s["value"] for _, s in scores if s.get("value") is not None), default=None)
-        columns = [Column("contestant"), Column(t.get("metric") or "score", plot=True), Column("score", numeric=True)]
+        columns = [
+            Column("contestant"),
+            Column(t.get("metric") or "score", plot=True),
+            Column("score", numeric=True),
+        ]
         rows = [[Cell(n), *_score_cells(n, s, scale, most)] for n, s in scores]
         title = f"{t['name']}: {t.get('metric') or 'score'}, {t.get('examples') or '?'} examples ({t.get('kind')})"
-        panels.append(Panel(t["name"], Table(title, columns, rows, axis=svg.axis(scale), kind="forest"), True))
+        panels.append(
+            Panel(t["name"], Table(title, columns, rows, axis=svg.axis(scale), kind="forest"), True)
+        )
     return panels
 
 
@@ -349,7 +372,10 @@ def _score_cells(name: str, s: Mapping[str, Any], scale: svg.Scale, most: float 
         return [Cell(""), Cell(number(None))]
     between = "" if low is None or high is None else f"[{number(low, 3)}, {number(high, 3)}]"
     plot = svg.whisker(scale, value, low, high, "score", f"{name}: {number(value, 3)} {between}")
-    return [Cell("", plot=plot), Cell(number(value, 3), value, "best" if value == most else "", small=between)]
+    return [
+        Cell("", plot=plot),
+        Cell(number(value, 3), value, "best" if value == most else "", small=between),
+    ]
 
 
 def domains(report: Report) -> Table | None:
@@ -368,8 +394,16 @@ def settings(report: Report) -> list[tuple[str, str]]:
     facts = {k.replace("_", " "): v for k, v in (report.get("settings") or {}).items()}
     if "level" in facts and isinstance(facts["level"], float):
         facts["level"] = percent(facts["level"])
-    facts |= {"processor": machine.get("cpu"), "cores": machine.get("cores"), "GPU": machine.get("gpu") or "none"}
+    facts |= {
+        "processor": machine.get("cpu"),
+        "cores": machine.get("cores"),
+        "GPU": machine.get("gpu") or "none",
+    }
     if machine.get("memory_gb") is not None:
         facts["memory"] = f"{machine['memory_gb']:.1f} GB"
     facts |= {"octad": report.get("octad"), "made": report.get("made")}
-    return [(k, f"{v:,}" if isinstance(v, int) and k != "seed" else str(v)) for k, v in facts.items() if v is not None]
+    return [
+        (k, f"{v:,}" if isinstance(v, int) and k != "seed" else str(v))
+        for k, v in facts.items()
+        if v is not None
+    ]
