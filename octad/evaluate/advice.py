@@ -16,7 +16,7 @@ from octad.evaluate.bootstrap import Interval
 from octad.evaluate.compare import Comparison
 
 LOSS = 0.005  # of a domain's bits per byte: a smaller loss to its best member is not worth a retraining
-NEAR_CHANCE = 1.5  # the best expert's share over an even one: a router below it does not know the domains
+NEAR_CHANCE = 0.25  # how far a best expert's share must be from an even one towards all that it can have
 CLEAR = (
     0.01  # by how much a domain's best member must be ahead to say where the router should send the domain
 )
@@ -90,7 +90,9 @@ def _clear(found: Comparison, domain: str) -> bool:
 def _blind_router(found: Comparison) -> Iterator[str]:
     """The router does not send domains to their best experts, nor anywhere else in particular."""
     routing = _Routing.of(found)
-    if routing is None or routing.mean_own > NEAR_CHANCE * routing.even or routing.shuffled:
+    if routing is None or routing.shuffled or found.difference(found.own, "oracle").interval.answer == "yes":
+        return
+    if routing.mean_own > routing.even + NEAR_CHANCE * (_most(found) - routing.even):
         return
     yield (
         f"the router does not know the domains: the expert that is best on a domain gets {routing.mean_own:.0%} of its"
@@ -144,7 +146,7 @@ def _cure(found: Comparison, domain: str, best: str) -> str:
         if shares is None or best not in found.lineup.experts
         else shares[found.lineup.experts.index(best)]
     )
-    most = 1 / int(found.own.rpartition("-")[2])
+    most = _most(found)
     if share is not None and share < 0.75 * most:
         told = f"the router gives {best} {share:.0%} of its choices, of at most {most:.0%}"
         return f"{told}: retrain the router on {domain}, with more calibration text of it"
@@ -153,6 +155,11 @@ def _cure(found: Comparison, domain: str, best: str) -> str:
             f"{better[0]} is better there: try it, or tune the router on {domain} with fewer experts a token"
         )
     return f"tune router and experts together on {domain} (octad train, repair)"
+
+
+def _most(found: Comparison) -> float:
+    """The largest share of the choices that one expert can have, with some of them a token."""
+    return 1 / int(found.own.rpartition("-")[2])
 
 
 def _beats(found: Comparison, name: str, other: str, domain: str) -> bool:
