@@ -18,6 +18,8 @@ from octad.evaluate.page import routes, sections
 from octad.evaluate.page.tables import MISSING
 
 ASSETS = "octad.evaluate.page"
+EMPTY = {"octad": None, "model": None, "command": None, "settings": None}
+NO_VERDICT = {"headline": None, "sentences": (), "advice": ()}
 
 
 def page(report: Mapping[str, Any]) -> str:
@@ -29,9 +31,9 @@ def page(report: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html.j2").render(
-        report=report,
-        verdict=report.get("verdict") or {},
+    html = environment.get_template("page.html.j2").render(
+        report=EMPTY | dict(report),
+        verdict=NO_VERDICT | dict(report.get("verdict") or {}),
         routing=report.get("routing"),
         sections=sections,
         routes=routes,
@@ -40,6 +42,7 @@ def page(report: Mapping[str, Any]) -> str:
         style=Markup(asset("style.css")),
         script=Markup(asset("page.js")),
     )
+    return html.lstrip()  # a doctype comes first
 
 
 def asset(name: str) -> str:

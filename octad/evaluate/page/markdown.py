@@ -1,6 +1,6 @@
 """The report as Markdown: the page's tables without its drawings, as GitHub and model cards show them.
 
-    text = markdown(report)
+text = markdown(report)
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ def markdown(report: Mapping[str, Any]) -> str:
     parts += _tables([panel.table for panel in sections.differences(report)])
     parts += _tables([sections.bits(report), sections.price(report)])
     if found := sections.requirements(report):
-        parts += ["## Requirements", "\n".join(f"- {escaped(t.caption)}: {t.note}" for t in found), *_tables(found)]
+        parts += [
+            "## Requirements",
+            "\n".join(f"- {escaped(t.caption)}: {t.note}" for t in found),
+            *_tables(found),
+        ]
     if report.get("routing"):
         parts += ["## Routing", *_routing(report["routing"])]
     if tasks := sections.tasks(report):

@@ -1,4 +1,4 @@
-// Sorting, light and dark, copying, and opening everything for paper. The page reads well without it.
+// Sorting, light and dark, copying. The page reads well without it; on paper is what is open on the screen.
 "use strict";
 (() => {
   const key = (row, column) => {
@@ -58,11 +58,4 @@
       } catch { button.textContent = "Not allowed"; }
     });
   }
-
-  let closed = [];
-  addEventListener("beforeprint", () => {
-    closed = [...document.querySelectorAll("details:not([open])")];
-    for (const details of closed) details.open = true;
-  });
-  addEventListener("afterprint", () => { for (const details of closed) details.open = false; });
 })();

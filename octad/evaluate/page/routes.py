@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 from markupsafe import Markup
 
 from octad.evaluate.page import svg
-from octad.evaluate.page.tables import Cell, Column, Table, human, number, percent
+from octad.evaluate.page.tables import MISSING, Cell, Column, Table, human, mean, number, percent
 
 Routing = Mapping[str, Any]
 MOST_EXPERTS = 16
@@ -28,12 +27,14 @@ def shown_experts(routing: Routing) -> list[int]:
     count = len(routing["experts"])
     if count <= MOST_EXPERTS:
         return list(range(count))
-    largest = [max((_mean_share(rows, e) for rows in routing["share"].values()), default=0.0) for e in range(count)]
+    largest = [
+        max((_mean_share(rows, e) for rows in routing["share"].values()), default=0.0) for e in range(count)
+    ]
     return sorted(sorted(range(count), key=lambda e: -largest[e])[:MOST_EXPERTS])
 
 
 def _mean_share(rows: Sequence[Sequence[float]], expert: int) -> float:
-    return fmean(row[expert] for row in rows) if rows else 0.0
+    return mean(row[expert] for row in rows) or 0.0
 
 
 def shares(routing: Routing) -> Table:
@@ -97,19 +98,25 @@ def by_domain(routing: Routing) -> Table:
             values = routing.get(key, {}).get(domain) or []
             row += _measure(values, low, high, written, f"{domain}: {title}", routing["layers"])
         rows.append(row)
-    note = f"Lines run from the first layer to the last, between 0 and 100 %, and for entropy 0 and {even:.2f} nats (undecided)."
+    note = (
+        "Lines run from the first layer to the last, between 0 and 100 %; of entropy between 0 (certain) and"
+        f" {even:.2f} nats (undecided)."
+    )
     return Table("Routers by domain", columns, rows, note=note, kind="wide sparks")
 
 
 def _measure(
-    values: Sequence[float], low: float, high: float, written: Any, label: str, layers: Sequence[int]
+    values: Sequence[float | None], low: float, high: float, written: Any, label: str, layers: Sequence[int]
 ) -> list[Cell]:
-    if not values:
-        return [Cell("–"), Cell("")]
-    mean = fmean(values)
-    lowest, highest = (layers[values.index(f(values))] for f in (min, max))
-    told = f"{label}: least {written(min(values))} in layer {lowest}, most {written(max(values))} in layer {highest}"
-    return [Cell(written(mean), round(mean, 6)), Cell("", plot=svg.spark(values, low, high, told))]
+    known = [v for v in values if v is not None]
+    average = mean(values)
+    if average is None:
+        return [Cell(MISSING), Cell("")]
+    least, most = min(known), max(known)
+    lowest, highest = (layers[values.index(v)] for v in (least, most))
+    told = f"{label}: least {written(least)} in layer {lowest}, most {written(most)} in layer {highest}"
+    line = svg.spark([low if v is None else v for v in values], low, high, told)
+    return [Cell(written(average), round(average, 6)), Cell("", plot=line)]
 
 
 def by_layer(routing: Routing) -> Table:
@@ -125,8 +132,9 @@ def by_layer(routing: Routing) -> Table:
     ]
     rows = []
     for at, layer in enumerate(routing["layers"]):
-        means = [fmean(v[at] for v in routing[k].values() if v) for k, _ in keys]
-        rows.append([Cell(str(layer), layer), *(Cell(number(m, 3), round(m, 6)) for m in means)])
+        means = [mean(v[at] for v in routing[k].values() if v) for k, _ in keys]
+        cells = [Cell(number(m, 3), None if m is None else round(m, 6)) for m in means]
+        rows.append([Cell(str(layer), layer), *cells])
     return Table(
         "Routers by layer, mean over domains",
         [Column("layer", numeric=True), *(Column(t, numeric=True) for _, t in keys)],
@@ -140,7 +148,8 @@ def dead(routing: Routing) -> list[tuple[str, str]]:
     for case in routing.get("dead") or []:
         layers.setdefault(str(case["expert"]), []).append(int(case["layer"]))
     return [
-        (name, f"layer{'s' if len(found) > 1 else ''} {_ranges(sorted(found))}") for name, found in layers.items()
+        (name, f"layer{'s' if len(found) > 1 else ''} {_ranges(sorted(found))}")
+        for name, found in layers.items()
     ]
 
 
@@ -212,11 +221,19 @@ def passages(routing: Routing) -> list[Passage]:
             for t in group:
                 votes[t["speaker"]] = votes.get(t["speaker"], 0.0) + 1
             speaker = max(votes, key=votes.__getitem__)
-            weight = fmean(t["weight"] for t in group)
+            weight = mean(t["weight"] for t in group)
             first = speaker != next((w.speaker for w in reversed(words) if w.text), None)
             text = "".join(t["text"] for t in group)
             bare = text.lstrip() if "\n" in text else text
-            words.append(Word(text[: len(text) - len(bare)], bare, speaker, first, f"{names[speaker]}, {percent(weight)} of the weight"))
+            words.append(
+                Word(
+                    text[: len(text) - len(bare)],
+                    bare,
+                    speaker,
+                    first,
+                    f"{names[speaker]}, {percent(weight)} of the weight",
+                )
+            )
         counts: dict[int, int] = {}
         for t in example["tokens"]:
             counts[t["speaker"]] = counts.get(t["speaker"], 0) + 1

@@ -22,6 +22,7 @@ from octad.evaluate.page.tables import (
     human,
     interval,
     judged,
+    mean,
     number,
     percent,
     signed,
@@ -56,8 +57,7 @@ def mean_of(contestant: Mapping[str, Any]) -> float | None:
     """The mean that the report gives, else of its domains."""
     if contestant.get("mean") is not None:
         return float(contestant["mean"])
-    values = [v for v in contestant["bits_per_byte"].values() if v is not None]
-    return sum(values) / len(values) if values else None
+    return mean(contestant["bits_per_byte"].values())
 
 
 def kind_of(report: Report, name: str) -> str:
@@ -73,7 +73,9 @@ def questions(report: Report) -> Table | None:
     asked = (report.get("verdict") or {}).get("questions") or []
     if not asked:
         return None
-    scale = svg.Scale.of(v for q in asked for v in (q.get("difference"), q.get("low"), q.get("high")) if v is not None)
+    scale = svg.Scale.of(
+        v for q in asked for v in (q.get("difference"), q.get("low"), q.get("high")) if v is not None
+    )
     columns = [
         Column("question"),
         Column("answer"),
@@ -149,7 +151,11 @@ def differences(report: Report) -> list[Panel]:
     found = [d for d in report.get("differences") or [] if d.get("domain") == MEAN]
     subjects = list(dict.fromkeys(str(d["of"]) for d in found))
     return [
-        Panel(of, _forest([d for d in found if d["of"] == of], "against", f"{of}: difference of the mean"), at == 0)
+        Panel(
+            of,
+            _forest([d for d in found if d["of"] == of], "against", f"{of}: difference of the mean"),
+            at == 0,
+        )
         for at, of in enumerate(subjects)
     ]
 
@@ -163,12 +169,16 @@ def domain_differences(report: Report) -> list[Panel]:
         rows = [d for d in found if d["of"] == of and d["against"] == against]
         rows.sort(key=lambda d: d["domain"] != MEAN)
         key = kind_of(report, against) != "member" and of == pairs[0][0]
-        panels.append(Panel(f"{of} against {against}", _forest(rows, "domain", f"{of} against {against}"), key))
+        panels.append(
+            Panel(f"{of} against {against}", _forest(rows, "domain", f"{of} against {against}"), key)
+        )
     return panels
 
 
 def _forest(rows: Sequence[Mapping[str, Any]], by: str, caption: str) -> Table:
-    scale = svg.Scale.of(v for d in rows for v in (d["difference"], d.get("low"), d.get("high")) if v is not None)
+    scale = svg.Scale.of(
+        v for d in rows for v in (d.get("difference"), d.get("low"), d.get("high")) if v is not None
+    )
     columns = [
         Column(by),
         Column("bits per byte", plot=True),
@@ -195,14 +205,17 @@ def bits(report: Report, measure: str = "bits_per_byte") -> Table | None:
     if not rows:
         return None
     values = [[c.get(measure, {}).get(d) for d in names] for c in rows]
-    means = [mean_of(c) if measure == "bits_per_byte" else _mean(v) for c, v in zip(rows, values, strict=True)]
-    table = [[mean, *line] for mean, line in zip(means, values, strict=True)]
+    means = [mean_of(c) if measure == "bits_per_byte" else mean(v) for c, v in zip(rows, values, strict=True)]
+    table = [[first, *line] for first, line in zip(means, values, strict=True)]
     best = [min((v for v in column if v is not None), default=None) for column in zip(*table, strict=True)]
     columns = [Column("contestant"), Column("mean", numeric=True), *(Column(d, numeric=True) for d in names)]
     cells = [
         [
             Cell(c["name"], small=_kind(c)),
-            *(Cell(number(v), v, "best" if v is not None and v == b else "") for v, b in zip(line, best, strict=True)),
+            *(
+                Cell(number(v), v, "best" if v is not None and v == b else "")
+                for v, b in zip(line, best, strict=True)
+            ),
         ]
         for c, line in zip(rows, table, strict=True)
     ]
@@ -217,11 +230,6 @@ def _kind(contestant: Mapping[str, Any]) -> str:
     return "" if kind in str(contestant["name"]) else kind
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return sum(known) / len(known) if known else None
-
-
 def price(report: Report) -> Table | None:
     """What each contestant costs, beside its quality; columns that nobody fills are left out."""
     rows = [c for c in contestants(report) if c.get("price")]
@@ -233,11 +241,11 @@ def price(report: Report) -> Table | None:
     front = {p.name for p in points(report) if p.front}
     cells = []
     for c in rows:
-        mean, on_front = mean_of(c), c["name"] in front
+        average, on_front = mean_of(c), c["name"] in front
         cells.append(
             [
                 Cell(c["name"], small=_kind(c)),
-                Cell(number(mean), mean),
+                Cell(number(average), average),
                 Cell("yes" if on_front else "", mark="chip better" if on_front else ""),
                 *(Cell(human(c["price"].get(k), unit), c["price"].get(k)) for k, _, unit in used),
             ]
@@ -259,9 +267,9 @@ def points(report: Report) -> list[svg.Point]:
     if axis is None:
         return []
     placed = [
-        (c, float(c["price"][axis[0]]), mean)
+        (c, float(c["price"][axis[0]]), average)
         for c in contestants(report)
-        if (c.get("price") or {}).get(axis[0]) and (mean := mean_of(c)) is not None
+        if (c.get("price") or {}).get(axis[0]) and (average := mean_of(c)) is not None
     ]
     runnable = [(x, y) for c, x, y in placed if c.get("kind") != "oracle"]
     members = [y for c, _, y in placed if c.get("kind") == "member"]
@@ -333,13 +341,21 @@ def tasks(report: Report) -> list[Panel]:
     panels = []
     for t in report.get("tasks") or []:
         scores = sorted((t.get("scores") or {}).items(), key=lambda s: -(s[1].get("value") or 0))
-        numbers = [v for _, s in scores for v in (s.get("value"), s.get("low"), s.get("high")) if v is not None]
+        numbers = [
+            v for _, s in scores for v in (s.get("value"), s.get("low"), s.get("high")) if v is not None
+        ]
         scale = svg.Scale.of(numbers)
         most = max((s["value"] for _, s in scores if s.get("value") is not None), default=None)
-        columns = [Column("contestant"), Column(t.get("metric") or "score", plot=True), Column("score", numeric=True)]
+        columns = [
+            Column("contestant"),
+            Column(t.get("metric") or "score", plot=True),
+            Column("score", numeric=True),
+        ]
         rows = [[Cell(n), *_score_cells(n, s, scale, most)] for n, s in scores]
         title = f"{t['name']}: {t.get('metric') or 'score'}, {t.get('examples') or '?'} examples ({t.get('kind')})"
-        panels.append(Panel(t["name"], Table(title, columns, rows, axis=svg.axis(scale), kind="forest"), True))
+        panels.append(
+            Panel(t["name"], Table(title, columns, rows, axis=svg.axis(scale), kind="forest"), True)
+        )
     return panels
 
 
@@ -349,7 +365,10 @@ def _score_cells(name: str, s: Mapping[str, Any], scale: svg.Scale, most: float 
         return [Cell(""), Cell(number(None))]
     between = "" if low is None or high is None else f"[{number(low, 3)}, {number(high, 3)}]"
     plot = svg.whisker(scale, value, low, high, "score", f"{name}: {number(value, 3)} {between}")
-    return [Cell("", plot=plot), Cell(number(value, 3), value, "best" if value == most else "", small=between)]
+    return [
+        Cell("", plot=plot),
+        Cell(number(value, 3), value, "best" if value == most else "", small=between),
+    ]
 
 
 def domains(report: Report) -> Table | None:
@@ -368,8 +387,16 @@ def settings(report: Report) -> list[tuple[str, str]]:
     facts = {k.replace("_", " "): v for k, v in (report.get("settings") or {}).items()}
     if "level" in facts and isinstance(facts["level"], float):
         facts["level"] = percent(facts["level"])
-    facts |= {"processor": machine.get("cpu"), "cores": machine.get("cores"), "GPU": machine.get("gpu") or "none"}
+    facts |= {
+        "processor": machine.get("cpu"),
+        "cores": machine.get("cores"),
+        "GPU": machine.get("gpu") or "none",
+    }
     if machine.get("memory_gb") is not None:
         facts["memory"] = f"{machine['memory_gb']:.1f} GB"
     facts |= {"octad": report.get("octad"), "made": report.get("made")}
-    return [(k, f"{v:,}" if isinstance(v, int) and k != "seed" else str(v)) for k, v in facts.items() if v is not None]
+    return [
+        (k, f"{v:,}" if isinstance(v, int) and k != "seed" else str(v))
+        for k, v in facts.items()
+        if v is not None
+    ]

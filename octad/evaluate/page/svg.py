@@ -10,8 +10,9 @@ colours and a fixed width, and embeds its fonts as outlines. Shapes repeat what 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from markupsafe import Markup
@@ -112,9 +113,9 @@ KINDS = {
 def shape(name: str, x: float, y: float, kind: str, title: str = "") -> Markup:
     """A mark at x per cent and y pixels, with a title that shows when pointed at."""
     told = Markup("<title>{}</title>").format(title) if title else Markup("")
-    return Markup(
-        '<svg x="{}%" y="{}" overflow="visible"><path class="{}" d="{}">{}</path></svg>'
-    ).format(x, y, kind, SHAPES[name], told)
+    return Markup('<svg x="{}%" y="{}" overflow="visible"><path class="{}" d="{}">{}</path></svg>').format(
+        x, y, kind, SHAPES[name], told
+    )
 
 
 def key(name: str, kind: str) -> Markup:
@@ -127,14 +128,18 @@ def key(name: str, kind: str) -> Markup:
 # ---- plots ---------------------------------------------------------------------------------------------------
 
 
-def whisker(scale: Scale, value: float, low: float | None, high: float | None, verdict: str, label: str) -> Markup:
+def whisker(
+    scale: Scale, value: float, low: float | None, high: float | None, verdict: str, label: str
+) -> Markup:
     """One row of a forest plot: a point, its interval, and the line of no difference where zero is in sight."""
     middle, parts = ROW / 2, []
     if scale.low <= 0 <= scale.high:
         parts.append(line(scale.at(0), 0, scale.at(0), ROW, "zero"))
     if low is not None and high is not None:
         parts.append(line(scale.at(low), middle, scale.at(high), middle, f"whisker {verdict}"))
-        parts += [line(scale.at(x), middle - 4, scale.at(x), middle + 4, f"whisker {verdict}") for x in (low, high)]
+        parts += [
+            line(scale.at(x), middle - 4, scale.at(x), middle + 4, f"whisker {verdict}") for x in (low, high)
+        ]
     parts.append(shape(VERDICTS.get(verdict, "circle"), scale.at(value), middle, f"point {verdict}", label))
     return drawing(ROW, joined(parts), label, "forest")
 
@@ -157,7 +162,8 @@ def spark(values: Sequence[float], low: float, high: float, label: str) -> Marku
     height = 34
     span = (high - low) or 1.0
     points = [
-        f"{100 * i / max(1, len(values) - 1):.2f},{100 - 100 * (v - low) / span:.2f}" for i, v in enumerate(values)
+        f"{100 * i / max(1, len(values) - 1):.2f},{100 - 100 * (v - low) / span:.2f}"
+        for i, v in enumerate(values)
     ]
     body = Markup(
         '<line class="grid" x1="0" y1="0.5" x2="100%" y2="0.5"/><line class="grid" x1="0" y1="{}" x2="100%" y2="{}"/>'
@@ -177,14 +183,16 @@ def heat(rows: Sequence[Sequence[float]], names: Sequence[str], columns: Sequenc
                 Markup(
                     '<rect x="{:.3f}%" y="{}" width="{:.3f}%" height="{}" fill-opacity="{:.3f}">'
                     "<title>{}, layer {}: {:.1f} %</title></rect>"
-                ).format(c * width, r * height, width, height - 1, shade(value), name, columns[c], 100 * value)
+                ).format(
+                    c * width, r * height, width, height - 1, shade(value), name, columns[c], 100 * value
+                )
             )
     return drawing(len(rows) * height, joined(parts), title, "heat")
 
 
 def shade(share: float) -> float:
     """Opacity of a share: the square root, so that small shares can be told apart."""
-    return round(min(1.0, max(0.0, share)) ** 0.5, 3)
+    return round(math.sqrt(min(1.0, max(0.0, share))), 3)
 
 
 @dataclass(frozen=True)
@@ -218,7 +226,7 @@ def scatter(points: Sequence[Point], label: str, height: int = 340) -> Markup:
         parts += [line(xs.at(tick), bottom, xs.at(tick), bottom + 5, "axis")]
         parts += [text(xs.at(tick), bottom + 18, round_count(tick), anchor, "tick")]
     front = sorted((p for p in points if p.front), key=lambda p: p.x)
-    for a, b in zip(front, front[1:], strict=False):
+    for a, b in pairwise(front):
         parts += [line(xs.at(a.x), y_at(a.y), xs.at(b.x), y_at(a.y), "front")]
         parts += [line(xs.at(b.x), y_at(a.y), xs.at(b.x), y_at(b.y), "front")]
     parts += _labels(points, xs, y_at, top, bottom)
@@ -228,7 +236,9 @@ def scatter(points: Sequence[Point], label: str, height: int = 340) -> Markup:
     return drawing(height, joined(parts), label, "scatter")
 
 
-def _labels(points: Sequence[Point], xs: Scale, y_at: Any, top: float, bottom: float) -> list[Markup]:
+def _labels(
+    points: Sequence[Point], xs: Scale, y_at: Callable[[float], float], top: float, bottom: float
+) -> list[Markup]:
     """Labels beside their points, moved up or down until none covers another on a narrow screen."""
     taken: list[tuple[float, float, float]] = []
     parts = []
@@ -238,10 +248,19 @@ def _labels(points: Sequence[Point], xs: Scale, y_at: Any, top: float, bottom: f
         end, y = start + CHARACTER * len(p.label), y_at(p.y)
         offsets = sorted((n * 3 for n in range(-40, 41)), key=abs)
         free = (y + d for d in offsets if top <= y + d <= bottom - 4)
-        spot = next((s for s in free if all(end < a or start > b or abs(s - t) >= LABEL for a, b, t in taken)), y)
+        spot = next(
+            (s for s in free if all(end < a or start > b or abs(s - t) >= LABEL for a, b, t in taken)), y
+        )
         taken.append((start, end, spot))
         parts.append(
-            text(xs.at(p.x), spot + 4, p.label, "end" if left else "start", f"label {p.kind}", -11 if left else 11)
+            text(
+                xs.at(p.x),
+                spot + 4,
+                p.label,
+                "end" if left else "start",
+                f"label {p.kind}",
+                -11 if left else 11,
+            )
         )
     return parts
 
@@ -250,5 +269,3 @@ def labels(ticks: Sequence[float]) -> list[str]:
     """The ticks in as many digits as tell them apart, all the same."""
     digits = max((len(f"{t:.10g}".partition(".")[2]) for t in ticks if "e" not in f"{t:.10g}"), default=0)
     return [number(t, digits) if t else "0" for t in ticks]
-
-
