@@ -94,12 +94,13 @@ def test_two_layers_by_hand() -> None:
         "red": near([2 / 7, 0.0], abs=1e-6)
     }  # token 2; no expert is called "other"
     assert routing["dead"] == []
-    # over both layers token 2 gives red and blue 0.842 each; of equals the first speaks
     (example, other) = routing["examples"]
     assert [t["text"] for t in example["tokens"]] == ["b", " b"]
     assert [t["speaker"] for t in example["tokens"]] == [1, 1]
     assert [t["weight"] for t in example["tokens"]] == near([first[1]] * 2, abs=1e-5)
-    assert (other["domain"], [t["speaker"] for t in other["tokens"]]) == ("other", [0, 0])
+    # token 0 gives red 0.625, green 0.375 + 0.375, blue 0.625; token 2 red and blue 0.842 each, and the first speaks
+    assert (other["domain"], [t["speaker"] for t in other["tokens"]]) == ("other", [1, 0])
+    assert [t["weight"] for t in other["tokens"]] == near([0.75 / 2, first[2] / 2], abs=1e-5)
 
 
 def test_top_1_leaves_experts_dead() -> None:

@@ -41,7 +41,8 @@ addEventListener("load", () => {
   });
   for (const details of document.querySelectorAll("details")) details.open = true;
   const root = document.documentElement;
-  const wide = [...document.querySelectorAll("svg.forest, svg.scatter, svg.heat")].map((s) => s.getBoundingClientRect().width);
+  const drawings = [...document.querySelectorAll("svg.forest, svg.scatter, svg.heat")];
+  const wide = drawings.map((s) => s.getBoundingClientRect().width);
   const requests = performance.getEntriesByType("resource").map((r) => r.name);
   const cleared = header.getAttribute("aria-sort"), errors = window.failures;
   const found = { steps, focused, names, cleared, colours, requests, errors,
