@@ -176,11 +176,11 @@ def test_answers_follow_the_interval() -> None:
     ]
     assert judged(1, 2, lower_is_better=False) == "better"
     report = sample()
-    assert sections.status(report) == "unclear"
+    assert sections.status(report) == ("unclear", "yes to 1 of 2 questions")
     report["verdict"]["questions"][1]["answer"] = "no"
-    assert sections.status(report) == "no"
+    assert sections.status(report) == ("worse", "yes to 1 of 2 questions")
     report["verdict"]["questions"] = report["verdict"]["questions"][:1]
-    assert sections.status(report) == "yes"
+    assert sections.status(report) == ("better", "yes to 1 of 1 questions")
 
 
 def test_figures_are_written_for_people() -> None:
@@ -204,7 +204,7 @@ def test_figures_are_written_for_people() -> None:
 def test_scales_are_linear_or_logarithmic() -> None:
     scale = svg.Scale(-1.0, 3.0)
     assert [scale.at(v) for v in (-1, 0, 3, 99)] == [0, 25, 100, 100]
-    assert scale.ticks(4) == [-1, 0, 1, 2, 3] or scale.ticks(4) == [0, 2]
+    assert scale.ticks(4) == [-1, 0, 1, 2, 3]
     log = svg.Scale(1.0, 100.0, True)
     assert [log.at(v) for v in (1, 10, 100)] == [0, 50, 100]
     assert log.ticks(7) == [1, 2, 5, 10, 20, 50, 100]

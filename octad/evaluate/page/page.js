@@ -30,6 +30,15 @@
     button.addEventListener("click", () => sort(button.parentElement));
   }
 
+  // a place that scrolls is reached with the keyboard; others are no stop on the way
+  const places = document.querySelectorAll(".scroll");
+  const mind = () => {
+    for (const place of places) place.tabIndex = place.scrollWidth > place.clientWidth ? 0 : -1;
+  };
+  mind();
+  addEventListener("resize", mind);
+  document.addEventListener("toggle", mind, true);
+
   const themes = ["auto", "light", "dark"];
   const stored = () => { try { return localStorage.getItem("octad-theme"); } catch { return null; } };
   const toggle = document.getElementById("theme");

@@ -37,9 +37,14 @@ def _mean_share(rows: Sequence[Sequence[float]], expert: int) -> float:
     return mean(row[expert] for row in rows) or 0.0
 
 
+def peak(routing: Routing) -> float:
+    """The largest share of all, which has the full colour."""
+    return max((v for rows in routing["share"].values() for row in rows for v in row), default=0.0) or 1.0
+
+
 def shares(routing: Routing) -> Table:
     """A row a domain, a column an expert: the share of the choices, mean over the layers; a domain's own is marked."""
-    experts, names = shown_experts(routing), routing["experts"]
+    experts, names, most = shown_experts(routing), routing["experts"], peak(routing)
     columns = [Column("text"), *(Column(names[e], numeric=True) for e in experts)]
     rows = []
     for domain, layers in routing["share"].items():
@@ -48,7 +53,9 @@ def shares(routing: Routing) -> Table:
             [
                 Cell(domain),
                 *(
-                    Cell(percent(v), round(v, 6), "own" if names[e] == domain else "", tint=svg.shade(v))
+                    Cell(
+                        percent(v), round(v, 6), "own" if names[e] == domain else "", tint=svg.shade(v / most)
+                    )
                     for e, v in zip(experts, values, strict=True)
                 ),
             ]
@@ -74,7 +81,7 @@ def heat_maps(routing: Routing) -> list[HeatMap]:
     for domain, rows in routing["share"].items():
         by_expert = [[row[e] for row in rows] for e in experts]
         title = f"{domain}: share of each expert by layer"
-        plot = svg.heat(by_expert, [names[e] for e in experts], layers, title)
+        plot = svg.heat(by_expert, [names[e] for e in experts], layers, title, peak(routing))
         maps.append(HeatMap(domain, [(e, names[e]) for e in experts], plot, (layers[0], layers[-1])))
     return maps
 

@@ -95,13 +95,14 @@ def questions(report: Report) -> Table | None:
     return Table("Questions and answers", columns, rows, axis=svg.axis(scale), kind="forest questions")
 
 
-def status(report: Report) -> str | None:
-    """yes, no or unclear: what all the questions together say."""
+def status(report: Report) -> tuple[str, str] | None:
+    """What all the questions together say: a mark, and words."""
     asked = (report.get("verdict") or {}).get("questions") or []
-    answers = {q.get("answer") for q in asked}
-    if not answers:
+    if not asked:
         return None
-    return "no" if "no" in answers else "yes" if answers == {"yes"} else "unclear"
+    answers = [q.get("answer") for q in asked]
+    mark = "worse" if "no" in answers else "better" if set(answers) == {"yes"} else "unclear"
+    return mark, f"yes to {answers.count('yes')} of {len(answers)} questions"
 
 
 def worse_on(report: Report) -> Table | None:

@@ -173,8 +173,10 @@ def spark(values: Sequence[float], low: float, high: float, label: str) -> Marku
     return drawing(height, body, label, "sparkline")
 
 
-def heat(rows: Sequence[Sequence[float]], names: Sequence[str], columns: Sequence[int], title: str) -> Markup:
-    """A heat map: a row an expert, a column a layer; darker is more. Values are shares, 0 to 1."""
+def heat(
+    rows: Sequence[Sequence[float]], names: Sequence[str], columns: Sequence[int], title: str, peak: float
+) -> Markup:
+    """A heat map: a row an expert, a column a layer. Values are shares; `peak` has the full colour."""
     height, width = 15, 100 / max(1, len(columns))
     parts = []
     for r, (name, row) in enumerate(zip(names, rows, strict=True)):
@@ -184,15 +186,22 @@ def heat(rows: Sequence[Sequence[float]], names: Sequence[str], columns: Sequenc
                     '<rect x="{:.3f}%" y="{}" width="{:.3f}%" height="{}" fill-opacity="{:.3f}">'
                     "<title>{}, layer {}: {:.1f} %</title></rect>"
                 ).format(
-                    c * width, r * height, width, height - 1, shade(value), name, columns[c], 100 * value
+                    c * width,
+                    r * height,
+                    width,
+                    height - 1,
+                    shade(value / peak),
+                    name,
+                    columns[c],
+                    100 * value,
                 )
             )
     return drawing(len(rows) * height, joined(parts), title, "heat")
 
 
 def shade(share: float) -> float:
-    """Opacity of a share: the square root, so that small shares can be told apart."""
-    return round(math.sqrt(min(1.0, max(0.0, share))), 3)
+    """Opacity of a share of the peak: more than in proportion, so that small shares can be told apart."""
+    return round(math.pow(min(1.0, max(0.0, share)), 0.7), 3)
 
 
 @dataclass(frozen=True)
