@@ -11,7 +11,7 @@ import pytest
 from sample_report import EVIL, StrictReader, numbers, read, routing, sample
 
 from octad.errors import OutputError
-from octad.evaluate.page import routes, sections, svg
+from octad.evaluate.page import quality, routes, sections, svg
 from octad.evaluate.page.html import page
 from octad.evaluate.page.markdown import escaped, markdown
 from octad.evaluate.page.tables import human, judged, signed
@@ -159,12 +159,12 @@ def test_numbers_that_are_none_are_missing_everywhere(tmp_path: Path) -> None:
 
 
 def test_the_front_is_who_nobody_beats() -> None:
-    front = {p.name: p.front for p in sections.points(sample())}
+    front = {p.name: p.front for p in quality.points(sample())}
     # the soup is as cheap as the members and better; the oracle is better still, but nobody can run it
     assert front == {"python": False, "french": False, "soup": True, "oracle": False, "mixture top-2": True}
     dense = sample(**DENSE)
-    assert sections.points(dense) == []
-    assert sections.scatter(dense) is None
+    assert quality.points(dense) == []
+    assert quality.scatter(dense) is None
 
 
 def test_answers_follow_the_interval() -> None:

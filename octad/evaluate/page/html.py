@@ -14,8 +14,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from octad.evaluate.page import routes, sections
-from octad.evaluate.page.tables import MISSING
+from octad.evaluate.page import quality, routes, sections, svg, tables
 
 ASSETS = "octad.evaluate.page"
 EMPTY = {"octad": None, "model": None, "command": None, "settings": None}
@@ -36,8 +35,10 @@ def page(report: Mapping[str, Any]) -> str:
         verdict=NO_VERDICT | dict(report.get("verdict") or {}),
         routing=report.get("routing"),
         sections=sections,
+        quality=quality,
+        svg=svg,
+        percent=tables.percent,
         routes=routes,
-        missing=MISSING,
         colours=routes.COLOURS,
         style=Markup(asset("style.css")),
         script=Markup(asset("page.js")),
