@@ -3,7 +3,8 @@
     write_report(report, Path("report"))        # report/index.html, report/report.md, report/report.json
 
 The page is one file that needs no network and no other file. Each file appears whole or not at all; files of an earlier
-report are replaced, and others in the directory left alone. Numbers that are none (NaN, infinite) become null.
+report are replaced, and others in the directory left alone. Numbers that are none (NaN, infinite) become null, and
+characters that no file may hold (control characters, halves of pairs) U+FFFD.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +22,8 @@ from octad.checkpoint.staging import explained
 from octad.errors import OutputError
 from octad.evaluate.page.html import page
 from octad.evaluate.page.markdown import markdown
+
+UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 
 
 def write_report(report: Mapping[str, Any], directory: Path) -> Path:
@@ -45,9 +49,11 @@ def write_report(report: Mapping[str, Any], directory: Path) -> Path:
 def jsonable(value: Any) -> Any:
     """The same with string keys, lists for tuples, and None for numbers that are none."""
     if isinstance(value, Mapping):
-        return {str(k): jsonable(v) for k, v in value.items()}
+        return {jsonable(str(k)): jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [jsonable(v) for v in value]
+    if isinstance(value, str):
+        return UNFIT.sub("\ufffd", value)
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -93,7 +93,7 @@ def _own(names: Sequence[str], domain: str) -> int | None:
 
 def _rounded(x: torch.Tensor) -> list[Any]:
     """A tensor as nested lists, to six digits after the point: more would only fill the page."""
-    return torch.round(x.double().cpu(), decimals=6).tolist()  # type: ignore[no-any-return]
+    return torch.round(x.double().cpu(), decimals=6).tolist()
 
 
 # ---- observing ----------------------------------------------------------------------------------------------
@@ -142,14 +142,14 @@ def _observe(
             model.model(batch.tokens.to(device))
         pairs = zip(batch.tokens.flatten()[mask_N].tolist(), _loudest(said_NE), strict=True)
         sums.spoken.update(pairs)
-        sums.tokens += len(mask_N.nonzero())
-        progress(int(mask_N.sum()))
+        sums.tokens += len(said_NE)
+        progress(len(said_NE))
     sums.tokens = max(1, sums.tokens)
     return sums
 
 
 def _loudest(said_NE: torch.Tensor) -> list[int]:
-    return said_NE.argmax(-1).tolist()  # type: ignore[no-any-return]
+    return said_NE.argmax(-1).tolist()
 
 
 @contextmanager

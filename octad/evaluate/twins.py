@@ -2,12 +2,13 @@
 
     find_twins([moe.experts, ...], names)            # [{"a": "python", "b": "c", "cosine": 0.97}]
 
-Fine-tunes of one base agree in nearly everything, so weights as they are tell nothing: each cosine is between two experts'
+Fine-tunes of one base agree in nearly everything, so weights as they are tell nothing: each cosine is of two experts'
 differences from the mean of all experts of their layer, and the answer is the mean over layers. Of E unrelated
 directions it is -1 / (E - 1); of copies it is 1. Of two experts alone it would always be -1, so those whose distance is
 below NEAR_COPY of their size count as copies too, whatever the rest look like.
 
-Memory is a few blocks of CHUNK columns of one projection; time is one product [E, CHUNK] x [CHUNK, E] per block.
+Memory is a few blocks of BLOCK values in float32 (of quantised experts, one projection unpacked); time is one product
+[E, K] x [K, E] per block.
 
 Shapes: E experts, K values of one expert's projection.
 """
@@ -26,7 +27,7 @@ from octad.engine.quantize import PackedExperts
 from octad.model.moe import Experts
 
 TWINS = 0.9  # mean cosine from which two experts are called twins
-CHUNK = 1 << 18
+BLOCK = 1 << 21  # values of all experts together that are compared at a time
 
 
 def find_twins(layers: Sequence[nn.Module], names: Sequence[str]) -> list[dict[str, Any]]:
@@ -61,12 +62,12 @@ def cosines_of(experts: nn.Module) -> torch.Tensor | None:
 
 
 def _blocks(experts: nn.Module) -> Iterator[torch.Tensor]:
-    """Rows [E, at most CHUNK] of every expert's weights, in float32."""
+    """Rows [E, K] of every expert's weights, in float32, some columns at a time."""
     if isinstance(experts, Experts):
         for weight in (experts.gate_up_proj, experts.down_proj):
             flat_EK = weight.detach().flatten(1)
-            for start in range(0, flat_EK.shape[1], CHUNK):
-                yield flat_EK[:, start : start + CHUNK].float()
+            for block_EK in torch.split(flat_EK, max(1, BLOCK // len(flat_EK)), dim=1):
+                yield block_EK.float()
     elif isinstance(experts, PackedExperts):
         for part in (experts.gate, experts.up, experts.down):
             yield torch.stack([packed.unpack().flatten() for packed in part])

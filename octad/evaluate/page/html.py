@@ -14,10 +14,11 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from octad.evaluate.page import routes, sections
-from octad.evaluate.page.tables import MISSING
+from octad.evaluate.page import quality, routes, sections, svg, tables
 
 ASSETS = "octad.evaluate.page"
+EMPTY = {"octad": None, "model": None, "command": None, "settings": None}
+NO_VERDICT = {"headline": None, "sentences": (), "advice": ()}
 
 
 def page(report: Mapping[str, Any]) -> str:
@@ -29,17 +30,20 @@ def page(report: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html.j2").render(
-        report=report,
-        verdict=report.get("verdict") or {},
+    html = environment.get_template("page.html.j2").render(
+        report=EMPTY | dict(report),
+        verdict=NO_VERDICT | dict(report.get("verdict") or {}),
         routing=report.get("routing"),
         sections=sections,
+        quality=quality,
+        svg=svg,
+        percent=tables.percent,
         routes=routes,
-        missing=MISSING,
         colours=routes.COLOURS,
         style=Markup(asset("style.css")),
         script=Markup(asset("page.js")),
     )
+    return html.lstrip()  # a doctype comes first
 
 
 def asset(name: str) -> str:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from octad.evaluate.page import routes, sections
+from octad.evaluate.page import quality, routes, sections
 from octad.evaluate.page.tables import Cell, Table
 
 SPECIAL = re.compile(r"([\\`*_\[\]<>|#~$])")
@@ -25,7 +25,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         parts += ["## What to try next", "\n".join(f"- {escaped(a)}" for a in advice)]
     parts += ["## Quality and price"]
     parts += _tables([panel.table for panel in sections.differences(report)])
-    parts += _tables([sections.bits(report), sections.price(report)])
+    parts += _tables([quality.bits(report), quality.price(report)])
     if found := sections.requirements(report):
         parts += [
             "## Requirements",

@@ -1,4 +1,4 @@
-// Sorting, light and dark, copying, and opening everything for paper. The page reads well without it.
+// Sorting, light and dark, copying. The page reads well without it; on paper is what is open on the screen.
 "use strict";
 (() => {
   const key = (row, column) => {
@@ -30,6 +30,15 @@
     button.addEventListener("click", () => sort(button.parentElement));
   }
 
+  // a place that scrolls is reached with the keyboard; others are no stop on the way
+  const places = document.querySelectorAll(".scroll");
+  const mind = () => {
+    for (const place of places) place.tabIndex = place.scrollWidth > place.clientWidth ? 0 : -1;
+  };
+  mind();
+  addEventListener("resize", mind);
+  document.addEventListener("toggle", mind, true);
+
   const themes = ["auto", "light", "dark"];
   const stored = () => { try { return localStorage.getItem("octad-theme"); } catch { return null; } };
   const toggle = document.getElementById("theme");
@@ -58,11 +67,4 @@
       } catch { button.textContent = "Not allowed"; }
     });
   }
-
-  let closed = [];
-  addEventListener("beforeprint", () => {
-    closed = [...document.querySelectorAll("details:not([open])")];
-    for (const details of closed) details.open = true;
-  });
-  addEventListener("afterprint", () => { for (const details of closed) details.open = false; });
 })();

@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 from markupsafe import Markup
 
 from octad.evaluate.page import svg
-from octad.evaluate.page.tables import Cell, Column, Table, human, number, percent
+from octad.evaluate.page.tables import MISSING, Cell, Column, Table, human, mean, number, percent
 
 Routing = Mapping[str, Any]
 MOST_EXPERTS = 16
@@ -35,12 +34,17 @@ def shown_experts(routing: Routing) -> list[int]:
 
 
 def _mean_share(rows: Sequence[Sequence[float]], expert: int) -> float:
-    return fmean(row[expert] for row in rows) if rows else 0.0
+    return mean(row[expert] for row in rows) or 0.0
+
+
+def peak(routing: Routing) -> float:
+    """The largest share of all, which has the full colour."""
+    return max((v for rows in routing["share"].values() for row in rows for v in row), default=0.0) or 1.0
 
 
 def shares(routing: Routing) -> Table:
     """A row a domain, a column an expert: the share of the choices, mean over the layers; a domain's own is marked."""
-    experts, names = shown_experts(routing), routing["experts"]
+    experts, names, most = shown_experts(routing), routing["experts"], peak(routing)
     columns = [Column("text"), *(Column(names[e], numeric=True) for e in experts)]
     rows = []
     for domain, layers in routing["share"].items():
@@ -49,7 +53,9 @@ def shares(routing: Routing) -> Table:
             [
                 Cell(domain),
                 *(
-                    Cell(percent(v), round(v, 6), "own" if names[e] == domain else "", tint=svg.shade(v))
+                    Cell(
+                        percent(v), round(v, 6), "own" if names[e] == domain else "", tint=svg.shade(v / most)
+                    )
                     for e, v in zip(experts, values, strict=True)
                 ),
             ]
@@ -75,7 +81,7 @@ def heat_maps(routing: Routing) -> list[HeatMap]:
     for domain, rows in routing["share"].items():
         by_expert = [[row[e] for row in rows] for e in experts]
         title = f"{domain}: share of each expert by layer"
-        plot = svg.heat(by_expert, [names[e] for e in experts], layers, title)
+        plot = svg.heat(by_expert, [names[e] for e in experts], layers, title, peak(routing))
         maps.append(HeatMap(domain, [(e, names[e]) for e in experts], plot, (layers[0], layers[-1])))
     return maps
 
@@ -99,19 +105,25 @@ def by_domain(routing: Routing) -> Table:
             values = routing.get(key, {}).get(domain) or []
             row += _measure(values, low, high, written, f"{domain}: {title}", routing["layers"])
         rows.append(row)
-    note = f"Lines run from the first layer to the last, between 0 and 100 %, and for entropy 0 and {even:.2f} nats (undecided)."
+    note = (
+        "Lines run from the first layer to the last, between 0 and 100 %; of entropy between 0 (certain) and"
+        f" {even:.2f} nats (undecided)."
+    )
     return Table("Routers by domain", columns, rows, note=note, kind="wide sparks")
 
 
 def _measure(
-    values: Sequence[float], low: float, high: float, written: Any, label: str, layers: Sequence[int]
+    values: Sequence[float | None], low: float, high: float, written: Any, label: str, layers: Sequence[int]
 ) -> list[Cell]:
-    if not values:
-        return [Cell("–"), Cell("")]
-    mean = fmean(values)
-    lowest, highest = (layers[values.index(f(values))] for f in (min, max))
-    told = f"{label}: least {written(min(values))} in layer {lowest}, most {written(max(values))} in layer {highest}"
-    return [Cell(written(mean), round(mean, 6)), Cell("", plot=svg.spark(values, low, high, told))]
+    known = [v for v in values if v is not None]
+    average = mean(values)
+    if average is None:
+        return [Cell(MISSING), Cell("")]
+    least, most = min(known), max(known)
+    lowest, highest = (layers[values.index(v)] for v in (least, most))
+    told = f"{label}: least {written(least)} in layer {lowest}, most {written(most)} in layer {highest}"
+    line = svg.spark([low if v is None else v for v in values], low, high, told)
+    return [Cell(written(average), round(average, 6)), Cell("", plot=line)]
 
 
 def by_layer(routing: Routing) -> Table:
@@ -127,8 +139,9 @@ def by_layer(routing: Routing) -> Table:
     ]
     rows = []
     for at, layer in enumerate(routing["layers"]):
-        means = [fmean(v[at] for v in routing[k].values() if v) for k, _ in keys]
-        rows.append([Cell(str(layer), layer), *(Cell(number(m, 3), round(m, 6)) for m in means)])
+        means = [mean(v[at] for v in routing[k].values() if v) for k, _ in keys]
+        cells = [Cell(number(m, 3), None if m is None else round(m, 6)) for m in means]
+        rows.append([Cell(str(layer), layer), *cells])
     return Table(
         "Routers by layer, mean over domains",
         [Column("layer", numeric=True), *(Column(t, numeric=True) for _, t in keys)],
@@ -215,7 +228,7 @@ def passages(routing: Routing) -> list[Passage]:
             for t in group:
                 votes[t["speaker"]] = votes.get(t["speaker"], 0.0) + 1
             speaker = max(votes, key=votes.__getitem__)
-            weight = fmean(t["weight"] for t in group)
+            weight = mean(t["weight"] for t in group)
             first = speaker != next((w.speaker for w in reversed(words) if w.text), None)
             text = "".join(t["text"] for t in group)
             bare = text.lstrip() if "\n" in text else text

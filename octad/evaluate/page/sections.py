@@ -1,9 +1,10 @@
-"""The report's dict as tables and plots: the verdict, differences, quality beside price, requirements, tasks, settings.
+"""The report's dict as tables and plots: the verdict, differences, requirements, tasks, settings.
 
-    sections.bits(report), sections.price(report), sections.differences(report)
+    sections.questions(report), sections.differences(report), sections.tasks(report)
 
 Each function takes the whole report and answers None (or an empty list) where it holds nothing of the kind: a dense model
-has no routers, a mixture that octad did not make no members. Routing has a file of its own, routes.py.
+has no routers, a mixture that octad did not make no members. Quality and price, and routing, have files of their own:
+quality.py, routes.py.
 """
 
 from __future__ import annotations
@@ -12,14 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from markupsafe import Markup
-
 from octad.evaluate.page import svg
+from octad.evaluate.page.quality import Report, kind_of
 from octad.evaluate.page.tables import (
     Cell,
     Column,
     Table,
-    human,
     interval,
     judged,
     number,
@@ -27,42 +26,8 @@ from octad.evaluate.page.tables import (
     signed,
 )
 
-Report = Mapping[str, Any]
 MEAN = "mean"
 ANSWERS = {"yes": "better", "no": "worse", "unclear": "unclear"}
-PRICES = (
-    ("total_parameters", "parameters", ""),
-    ("active_parameters", "active", ""),
-    ("flops_per_token", "FLOPs / token", ""),
-    ("bytes", "weights", "B"),
-    ("tokens_per_second", "tokens / s", ""),
-    ("peak_memory_bytes", "peak memory", "B"),
-)
-
-
-def contestants(report: Report) -> list[dict[str, Any]]:
-    """Those with a figure on some domain."""
-    return [c for c in report.get("contestants") or [] if c.get("bits_per_byte")]
-
-
-def domain_names(report: Report) -> list[str]:
-    """Of the domains table, else in the order of the first contestant."""
-    listed = [str(d["name"]) for d in report.get("domains") or []]
-    rows = contestants(report)
-    return listed or (list(rows[0]["bits_per_byte"]) if rows else [])
-
-
-def mean_of(contestant: Mapping[str, Any]) -> float | None:
-    """The mean that the report gives, else of its domains."""
-    if contestant.get("mean") is not None:
-        return float(contestant["mean"])
-    values = [v for v in contestant["bits_per_byte"].values() if v is not None]
-    return sum(values) / len(values) if values else None
-
-
-def kind_of(report: Report, name: str) -> str:
-    """A contestant's kind; "model" for an unknown one."""
-    return next((str(c.get("kind")) for c in report.get("contestants") or [] if c["name"] == name), "model")
 
 
 # ---- the verdict ---------------------------------------------------------------------------------------------
@@ -95,13 +60,14 @@ def questions(report: Report) -> Table | None:
     return Table("Questions and answers", columns, rows, axis=svg.axis(scale), kind="forest questions")
 
 
-def status(report: Report) -> str | None:
-    """yes, no or unclear: what all the questions together say."""
+def status(report: Report) -> tuple[str, str] | None:
+    """What all the questions together say: a mark, and words."""
     asked = (report.get("verdict") or {}).get("questions") or []
-    answers = {q.get("answer") for q in asked}
-    if not answers:
+    if not asked:
         return None
-    return "no" if "no" in answers else "yes" if answers == {"yes"} else "unclear"
+    answers = [q.get("answer") for q in asked]
+    mark = "worse" if "no" in answers else "better" if set(answers) == {"yes"} else "unclear"
+    return mark, f"yes to {answers.count('yes')} of {len(answers)} questions"
 
 
 def worse_on(report: Report) -> Table | None:
@@ -177,7 +143,7 @@ def domain_differences(report: Report) -> list[Panel]:
 
 def _forest(rows: Sequence[Mapping[str, Any]], by: str, caption: str) -> Table:
     scale = svg.Scale.of(
-        v for d in rows for v in (d["difference"], d.get("low"), d.get("high")) if v is not None
+        v for d in rows for v in (d.get("difference"), d.get("low"), d.get("high")) if v is not None
     )
     columns = [
         Column(by),
@@ -194,121 +160,6 @@ def _forest(rows: Sequence[Mapping[str, Any]], by: str, caption: str) -> Table:
         cells.append([Cell(str(d[by])), *_difference_cells(d, scale, mark, str(d[by])), told])
     marks = ["mean" if by == "domain" and d["domain"] == MEAN else "" for d in rows]
     return Table(caption, columns, cells, axis=svg.axis(scale), kind="forest", marks=marks)
-
-
-# ---- quality and price ---------------------------------------------------------------------------------------
-
-
-def bits(report: Report, measure: str = "bits_per_byte") -> Table | None:
-    """A row a contestant, a column a domain; the best of each column is marked."""
-    rows, names = contestants(report), domain_names(report)
-    if not rows:
-        return None
-    values = [[c.get(measure, {}).get(d) for d in names] for c in rows]
-    means = [
-        mean_of(c) if measure == "bits_per_byte" else _mean(v) for c, v in zip(rows, values, strict=True)
-    ]
-    table = [[mean, *line] for mean, line in zip(means, values, strict=True)]
-    best = [min((v for v in column if v is not None), default=None) for column in zip(*table, strict=True)]
-    columns = [Column("contestant"), Column("mean", numeric=True), *(Column(d, numeric=True) for d in names)]
-    cells = [
-        [
-            Cell(c["name"], small=_kind(c)),
-            *(
-                Cell(number(v), v, "best" if v is not None and v == b else "")
-                for v, b in zip(line, best, strict=True)
-            ),
-        ]
-        for c, line in zip(rows, table, strict=True)
-    ]
-    title = "Bits per byte of held-out text" if measure == "bits_per_byte" else "Nats per token"
-    notes = "; ".join(f"{c['name']}: {c['note']}" for c in rows if c.get("note"))
-    return Table(title, columns, cells, notes, kind="wide", marks=[str(c.get("kind") or "") for c in rows])
-
-
-def _kind(contestant: Mapping[str, Any]) -> str:
-    """What it is, where its name does not say so."""
-    kind = str(contestant.get("kind") or "")
-    return "" if kind in str(contestant["name"]) else kind
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return sum(known) / len(known) if known else None
-
-
-def price(report: Report) -> Table | None:
-    """What each contestant costs, beside its quality; columns that nobody fills are left out."""
-    rows = [c for c in contestants(report) if c.get("price")]
-    used = [p for p in PRICES if any(c["price"].get(p[0]) is not None for c in rows)]
-    if not used:
-        return None
-    columns = [Column("contestant"), Column("bits per byte", numeric=True), Column("Pareto")]
-    columns += [Column(title, numeric=True) for _, title, _ in used]
-    front = {p.name for p in points(report) if p.front}
-    cells = []
-    for c in rows:
-        mean, on_front = mean_of(c), c["name"] in front
-        cells.append(
-            [
-                Cell(c["name"], small=_kind(c)),
-                Cell(number(mean), mean),
-                Cell("yes" if on_front else "", mark="chip better" if on_front else ""),
-                *(Cell(human(c["price"].get(k), unit), c["price"].get(k)) for k, _, unit in used),
-            ]
-        )
-    return Table("Price", columns, cells, kind="wide", marks=[str(c.get("kind") or "") for c in rows])
-
-
-def price_axis(report: Report) -> tuple[str, str] | None:
-    """What the scatter plot has across: the first measure that two contestants have."""
-    for key, title in (("active_parameters", "active parameters"), ("flops_per_token", "FLOPs per token")):
-        if sum(bool((c.get("price") or {}).get(key)) for c in contestants(report)) >= 2:
-            return key, title
-    return None
-
-
-def points(report: Report) -> list[svg.Point]:
-    """The contestants of the scatter plot. The oracle is drawn but on no front: nobody can run it without being told."""
-    axis = price_axis(report)
-    if axis is None:
-        return []
-    placed = [
-        (c, float(c["price"][axis[0]]), mean)
-        for c in contestants(report)
-        if (c.get("price") or {}).get(axis[0]) and (mean := mean_of(c)) is not None
-    ]
-    runnable = [(x, y) for c, x, y in placed if c.get("kind") != "oracle"]
-    members = [y for c, _, y in placed if c.get("kind") == "member"]
-    found = []
-    for c, x, y in placed:
-        beaten = any((a <= x and b < y) or (a < x and b <= y) for a, b in runnable)
-        kind = str(c.get("kind") or "model")
-        label = str(c["name"]) if kind != "member" else ""
-        if kind == "member" and y in (min(members), max(members)):
-            label = f"{c['name']} ({'best' if y == min(members) else 'worst'} member)"
-        found.append(svg.Point(str(c["name"]), kind, x, y, kind != "oracle" and not beaten, label))
-    return found
-
-
-@dataclass(frozen=True)
-class Scatter:
-    """The drawing, what is across, and the marks that it uses as (mark, word)."""
-
-    plot: Markup
-    across: str
-    legend: list[tuple[Markup, str]]
-
-
-def scatter(report: Report) -> Scatter | None:
-    """Quality over price."""
-    axis, found = price_axis(report), points(report)
-    if axis is None:
-        return None
-    told = f"bits per byte over {axis[1]}: " + "; ".join(f"{p.name} {p.y:.4f} at {human(p.x)}" for p in found)
-    kinds = [k for k in svg.KINDS if any(p.kind == k for p in found)]
-    legend = [(svg.key(svg.KINDS[k], f"mark {k}"), k) for k in kinds]
-    return Scatter(svg.scatter(found, told), axis[1], legend)
 
 
 # ---- requirements, tasks, settings ---------------------------------------------------------------------------

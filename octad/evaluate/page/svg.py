@@ -10,8 +10,9 @@ colours and a fixed width, and embeds its fonts as outlines. Shapes repeat what 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from markupsafe import Markup
@@ -172,8 +173,10 @@ def spark(values: Sequence[float], low: float, high: float, label: str) -> Marku
     return drawing(height, body, label, "sparkline")
 
 
-def heat(rows: Sequence[Sequence[float]], names: Sequence[str], columns: Sequence[int], title: str) -> Markup:
-    """A heat map: a row an expert, a column a layer; darker is more. Values are shares, 0 to 1."""
+def heat(
+    rows: Sequence[Sequence[float]], names: Sequence[str], columns: Sequence[int], title: str, peak: float
+) -> Markup:
+    """A heat map: a row an expert, a column a layer. Values are shares; `peak` has the full colour."""
     height, width = 15, 100 / max(1, len(columns))
     parts = []
     for r, (name, row) in enumerate(zip(names, rows, strict=True)):
@@ -183,15 +186,22 @@ def heat(rows: Sequence[Sequence[float]], names: Sequence[str], columns: Sequenc
                     '<rect x="{:.3f}%" y="{}" width="{:.3f}%" height="{}" fill-opacity="{:.3f}">'
                     "<title>{}, layer {}: {:.1f} %</title></rect>"
                 ).format(
-                    c * width, r * height, width, height - 1, shade(value), name, columns[c], 100 * value
+                    c * width,
+                    r * height,
+                    width,
+                    height - 1,
+                    shade(value / peak),
+                    name,
+                    columns[c],
+                    100 * value,
                 )
             )
     return drawing(len(rows) * height, joined(parts), title, "heat")
 
 
 def shade(share: float) -> float:
-    """Opacity of a share: the square root, so that small shares can be told apart."""
-    return round(min(1.0, max(0.0, share)) ** 0.5, 3)
+    """Opacity of a share of the peak: more than in proportion, so that small shares can be told apart."""
+    return round(math.pow(min(1.0, max(0.0, share)), 0.7), 3)
 
 
 @dataclass(frozen=True)
@@ -225,7 +235,7 @@ def scatter(points: Sequence[Point], label: str, height: int = 340) -> Markup:
         parts += [line(xs.at(tick), bottom, xs.at(tick), bottom + 5, "axis")]
         parts += [text(xs.at(tick), bottom + 18, round_count(tick), anchor, "tick")]
     front = sorted((p for p in points if p.front), key=lambda p: p.x)
-    for a, b in zip(front, front[1:], strict=False):
+    for a, b in pairwise(front):
         parts += [line(xs.at(a.x), y_at(a.y), xs.at(b.x), y_at(a.y), "front")]
         parts += [line(xs.at(b.x), y_at(a.y), xs.at(b.x), y_at(b.y), "front")]
     parts += _labels(points, xs, y_at, top, bottom)
@@ -235,7 +245,9 @@ def scatter(points: Sequence[Point], label: str, height: int = 340) -> Markup:
     return drawing(height, joined(parts), label, "scatter")
 
 
-def _labels(points: Sequence[Point], xs: Scale, y_at: Any, top: float, bottom: float) -> list[Markup]:
+def _labels(
+    points: Sequence[Point], xs: Scale, y_at: Callable[[float], float], top: float, bottom: float
+) -> list[Markup]:
     """Labels beside their points, moved up or down until none covers another on a narrow screen."""
     taken: list[tuple[float, float, float]] = []
     parts = []

@@ -9,7 +9,7 @@ A cell has the text that people read, and the number behind it as it stands in t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from markupsafe import Markup
@@ -91,6 +91,12 @@ def human(value: float | None, unit: str = "") -> str:
             digits = max(0, 2 - int(math.log10(abs(scaled))))
             return f"{scaled:.{digits}f} {prefix if unit else COUNTS.get(prefix, prefix)}{unit}"
     return f"{value:.3g} {unit}".rstrip()
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Of those that are known."""
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
 
 
 def round_count(value: float) -> str:
