@@ -42,6 +42,8 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
         title = f"{row['name']}: {row['metric']}, {row['examples']} examples{chance}; 95 % intervals"
         terminal.out.print(f"\n[italic]{title}[/]", soft_wrap=True)
         terminal.out.print(_table(row))
+    for name, note in (rows[0]["notes"] if rows else {}).items():
+        terminal.out.print(f"  {name}: {note}", style="dim")
     for wall in dict.fromkeys(row["sandbox"] for row in rows if "sandbox" in row):
         terminal.out.print(f"\nprograms ran behind walls ({wall})", style="dim")
 

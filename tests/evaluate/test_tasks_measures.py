@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -370,6 +371,20 @@ def test_rows_are_what_the_report_takes(world: World, tmp_path: Path) -> None:
             assert d["low"] <= d["difference"] <= d["high"]
         assert all(0 <= s["low"] <= s["value"] <= s["high"] <= 1 for s in row["scores"].values())
     assert told == dict.fromkeys(names, 1.0)
+
+
+def test_a_member_that_is_gone_is_judged_as_the_mixture_holds_it(world: World, tmp_path: Path) -> None:
+    moved = tmp_path / "mixture"
+    shutil.copytree(world.mixture, moved)
+    record = json.loads((moved / "octad.json").read_text())
+    record["experts"][3]["path"] = str(tmp_path / "gone")
+    (moved / "octad.json").write_text(json.dumps(record))
+    file = tmp_path / "quiz.jsonl"
+    file.write_text(json.dumps({"question": "q", "choices": ["yes", "no"], "answer": 0}) + "\n")
+    acc, _ = run_tasks(moved, [str(file)], members=True, dtype="float32")
+    assert list(acc["notes"]) == ["far"]
+    assert acc["notes"]["far"].startswith("as the mixture holds it, with its attention (")
+    assert "far" in acc["scores"]
 
 
 def test_human_text_stands_beside_the_samples(llm: LLM, base: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -232,6 +233,28 @@ def test_the_weak_wall_lets_honest_programs_through(weak: Sandbox) -> None:
     assert weak.run(honest).passed
     assert reason(weak, "import os; os._exit(0)") == "left early with exit code 0"
     assert reason(weak, "x = bytearray(1 << 31)") == "MemoryError" or sys.platform == "darwin"
+
+
+def test_where_namespaces_are_forbidden_the_other_walls_hold(sandbox: Sandbox) -> None:
+    """As in many containers: unshare fails, so the scratch directory is the disk's and the network is seccomp's alone."""
+    unshare = {"x86_64": 272, "aarch64": 97}[os.uname().machine]
+    program = f"""
+import ctypes
+from octad.evaluate.tasks import confine
+from octad.evaluate.tasks.sandbox import Sandbox
+libc = ctypes.CDLL(None)
+libc.prctl(confine.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+deny = [(confine.LOAD, 0, 0, 0), (confine.EQUAL, 0, 1, {unshare})]
+deny += [(confine.RETURN, 0, 0, confine.ERRNO | 1), (confine.RETURN, 0, 0, confine.ALLOW)]
+assert confine.install(libc, deny)
+sandbox = Sandbox()
+print(sandbox.walls.network)
+for attempt in ("import socket; socket.socket()", "open('/tmp/octad-test-evil', 'w')", "import os; os.fork()"):
+    assert sandbox.run(attempt).reason.startswith("PermissionError"), attempt
+assert sandbox.run("open('a', 'w').write('x')").passed
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "seccomp\n", "")
 
 
 def test_system_call_numbers_are_the_kernels_own() -> None:

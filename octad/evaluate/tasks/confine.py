@@ -253,6 +253,11 @@ def filter_calls(libc: ctypes.CDLL) -> bool:
     ]  # its flags lie in memory: libc falls back
     code += [(EQUAL, 0, 3, clone), (LOAD, 0, 0, 16), (ANY_BIT, 1, 0, CLONE_THREAD), refuse]
     code += [(RETURN, 0, 0, ALLOW)]
+    return install(libc, code)
+
+
+def install(libc: ctypes.CDLL, code: list[tuple[int, int, int, int]]) -> bool:
+    """Give the kernel a filter of system calls: (instruction, jump if true, jump if false, constant)."""
     filters = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in code))
     program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(code), ctypes.addressof(filters)))
     return bool(libc.prctl(PR_SET_SECCOMP, 2, program, 0, 0) == 0)

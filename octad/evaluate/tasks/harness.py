@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import log
 from typing import Any
 
@@ -35,9 +36,7 @@ class HarnessTask:
         """Raises DataError where lm-eval is not installed, or knows no such task."""
         if importlib.util.find_spec("lm_eval") is None:
             raise DataError(f"{PREFIX}{name}: lm-eval is not installed; pip install 'octad[eval]'")
-        from lm_eval.tasks import TaskManager
-
-        if not name.endswith((".yaml", ".yml")) and not TaskManager().match_tasks([name]):
+        if not _is_file(name) and not _manager(own=True).match_tasks([name]):
             raise DataError(
                 f"{PREFIX}{name}: lm-eval has no such task; `lm-eval ls tasks` tells which it has"
             )
@@ -51,13 +50,30 @@ class HarnessTask:
 
         try:
             found = lm_eval.simple_evaluate(
-                OctadLM(llm), tasks=[self.name], limit=self.limit, bootstrap_iters=0, log_samples=True
+                OctadLM(llm),
+                tasks=[self.name],
+                limit=self.limit,
+                bootstrap_iters=0,
+                log_samples=True,
+                task_manager=_manager(own=not _is_file(self.name)),
             )
         except Exception as error:  # whatever its many parts raise: no hub, a damaged YAML, a missing library
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise DataError(f"{PREFIX}{self.name}: lm-eval cannot run it ({reason})") from error
         better = found["higher_is_better"]
         return {name: _measures(samples, better.get(name, {})) for name, samples in found["samples"].items()}
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
+
+
+@cache
+def _manager(*, own: bool) -> Any:
+    """lm-eval's index of tasks; with its own ones it takes seconds to make, so a file goes without."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=own)
 
 
 def _measures(samples: Sequence[Mapping[str, Any]], better: Mapping[str, bool]) -> list[Measured]:

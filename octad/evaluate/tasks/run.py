@@ -94,14 +94,15 @@ def run_tasks(
     tasks = read_tasks(references, limit=limit, samples=samples)
     sandbox = cache(partial(Sandbox, weak=weak_sandbox))  # tried once, and only where programs run
     tables = {task.name: _table(task, sandbox) for task in tasks}
-    mixture = ""
+    mixture, notes = "", dict[str, str]()
     for entrant in lineup(model, members=members, dtype=dtype):
         mixture = mixture or entrant.name
+        notes |= {entrant.name: entrant.note} if entrant.note else {}
         for number, task in enumerate(tasks):
             tell = partial(_share, partial(progress, entrant.name), number, len(tasks))
             _judge(tables, entrant, task, Work(tell, sandbox))
         progress(entrant.name, 1.0)
-    return [row for table in tables.values() for row in table.rows(mixture)]
+    return [row | {"notes": notes} for table in tables.values() for row in table.rows(mixture)]
 
 
 def read_tasks(
