@@ -24,7 +24,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from octad.checkpoint.staging import explained
-from octad.checkpoint.text import Window, read_windows, token_byte_lengths
+from octad.checkpoint.text import Window, read_windows
 from octad.errors import CheckpointError, OctadError, OutputError, RecipeError
 from octad.evaluate.loss import bits_per_byte, window_nats
 from octad.model.balance import LoadStatistics
@@ -226,7 +226,7 @@ class Trainer:
             self.echo(f"changed since it was saved: {', '.join(changed)}")
 
     def _telemetry(self) -> Telemetry:
-        lengths = token_byte_lengths(self.learner.tokenizer)
+        lengths = self.learner.tokenizer.byte_lengths
         flops = training_flops(self.model.config, self.learner.trainable, self.learner.data.window)
         peak = self.world.size * matmul_peak(self.dtype, self.device)
         return Telemetry(self.run, lengths, self.echo, flops, peak, self.world)
