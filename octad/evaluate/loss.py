@@ -22,7 +22,7 @@ from octad.model.transformer import Transformer
 HEAD_SLICE = 512  # positions whose logits exist at one time
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: its tensors do no longer take part in sharded training
 def window_nats(
     model: Transformer,
     windows: Sequence[Window],
