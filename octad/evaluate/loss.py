@@ -22,7 +22,7 @@ from octad.model.transformer import Transformer
 HEAD_SLICE = 512  # positions whose logits exist at one time
 
 
-@torch.no_grad()  # not inference_mode: its tensors do no longer take part in sharded training
+@torch.no_grad()  # not inference_mode, whose tensors sharded training could not use again
 def window_nats(
     model: Transformer,
     windows: Sequence[Window],

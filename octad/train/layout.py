@@ -55,6 +55,14 @@ class Whole(nn.Module):
         """What the function gives."""
         return work()
 
+    @torch.no_grad()  # not inference_mode, whose tensors FSDP could not use for training again
+    def judge(self, work: Callable[[], T]) -> T:
+        """The same without a backward pass to come, which would shard embeddings and head again."""
+        found: T = self(work)
+        if isinstance(self, FSDPModule):
+            self.reshard()
+        return found
+
 
 @dataclass
 class Layout:
@@ -78,7 +86,7 @@ class Layout:
             experts = math.gcd(count, together) if crowded else 1
         if count % experts or world.size % experts:
             raise RecipeError(
-                f"parallel.expert: {experts} divides neither evenly: {count} experts, {world.size} processes; "
+                f"parallel.expert: {experts} does not divide {count} experts and {world.size} processes; "
                 f"{math.gcd(count, world.size)} would"
             )
         return cls(world, device, crowded if spec.shard == "auto" else spec.shard, experts)
@@ -112,7 +120,7 @@ class Layout:
         if self.experts > 1:
             spread_experts(model, self.grid["expert"])
 
-    def shard(self, model: Transformer) -> nn.Module:
+    def shard(self, model: Transformer) -> Whole:
         """Shard everything but routers; returns what to run the model in."""
         whole = Whole(model)
         if not self.sharded:

@@ -187,7 +187,7 @@ class Trainer:
         self.model.eval()
         found = {}
         for name, windows in self.held_out.items():
-            nats = self.whole(functools.partial(window_nats, self.model, windows))
+            nats = self.whole.judge(functools.partial(window_nats, self.model, windows))
             found[name] = bits_per_byte(nats, windows)
         self.model.train()
         return found

@@ -1,4 +1,4 @@
-"""Trains several files one after another in the processes that torchrun starts: python -m ... rank_worker.py a.yaml a/ b.yaml b/
+"""Trains several files one after another in the processes that torchrun starts: rank_worker.py a.yaml a/ b.yaml b/
 
 At the end of each run, every rank writes how many bytes of weights, masters and moments it holds into memory.RANK."""
 
