@@ -100,10 +100,11 @@ def _from_line(raw: bytes, where: str, field: str) -> Document:
         value = json.loads(_decoded(raw, where))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error})") from None
-    return _document(value, where, field)
+    return from_row(value, where, field)
 
 
-def _document(value: Any, where: str, field: str) -> Document:
+def from_row(value: Any, where: str, field: str) -> Document:
+    """The document that a row (an object of named columns) holds. Raises DataError naming the columns found."""
     if isinstance(value, dict) and isinstance(value.get(field), str):
         return str(value[field])
     if isinstance(value, dict) and isinstance(value.get("messages"), list):
@@ -119,6 +120,6 @@ def _parquet(path: Path, field: str) -> Iterator[Document]:
         batches = parquet.ParquetFile(path).iter_batches(batch_size=1024)
         rows = (row for batch in batches for row in batch.to_pylist())
         for number, row in enumerate(rows, 1):
-            yield _document(row, f"{path} row {number}", field)
+            yield from_row(row, f"{path} row {number}", field)
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
         raise DataError(f"{path}: cannot be read as Parquet ({' '.join(str(error).split())})") from None

@@ -112,9 +112,10 @@ class LowRankSpec(Section):
 
 
 class EvaluateSpec(Section):
-    """Held-out text: `tokens` of each domain every `every` steps and at the end."""
+    """Held-out text, what a source's files can be: `tokens` of each domain every `every` steps and at the end."""
 
     domains: dict[str, StringList] = Field(default_factory=dict)
+    field: str = "text"
     every: int = Field(default=100, ge=1)
     tokens: int = Field(default=4096, ge=2)
     window: int = Field(default=512, ge=2)

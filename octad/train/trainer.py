@@ -24,11 +24,12 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from octad.checkpoint.staging import explained
-from octad.checkpoint.text import Window, read_windows, token_byte_lengths
+from octad.checkpoint.text import Window, token_byte_lengths, windows_of
 from octad.errors import CheckpointError, OctadError, OutputError, RecipeError
 from octad.evaluate.loss import bits_per_byte, window_nats
 from octad.model.balance import LoadStatistics
 from octad.train.attention import DocumentAttention
+from octad.train.corpus import open_documents
 from octad.train.data import Batch, Source, Stream
 from octad.train.distill import teach
 from octad.train.layout import Layout
@@ -296,8 +297,12 @@ def open_held_out(learner: Learner) -> dict[str, list[Window]]:
     """The windows that the run is judged on, by domain. Raises DataError before the first step rather than later."""
     spec, windows = learner.evaluate, {}
     for name, files in spec.domains.items():
-        paths = [learner.config.resolve(file) for file in files]
-        windows[name] = read_windows(paths, learner.tokenizer, tokens=spec.tokens, window=spec.window)
+        opened = [open_documents(learner.config.resolve(file)) for file in files]
+        documents = [document for part in opened for document in part.read(spec.field)]
+        label = ", ".join(part.label for part in opened)
+        windows[name] = windows_of(
+            documents, learner.tokenizer, tokens=spec.tokens, window=spec.window, label=label
+        )
     return windows
 
 
