@@ -242,16 +242,20 @@ def train(config: Path, output: Path | None) -> None:
     _tell_outcome(run, stopped=outcome is Outcome.STOPPED)
 
 
-def branch(config: Path, output: Path | None, only: str | None) -> None:
-    """Specialists of one base; those that are finished in `output` are left alone."""
-    from octad.train.branch import branch as carry_out
+def branch(config: Path, output: Path | None, only: str | None, *, ray: bool) -> None:
+    """Specialists of one base, a progress bar each; those that are finished in `output` are left alone."""
+    from octad.train.branch import branch as in_turn
     from octad.train.config import load_branch
+    from octad.train.fanout import fan_out
     from octad.train.trainer import Outcome
 
     keep_freed_memory()
     loaded = load_branch(config)
-    run = _run_directory(config, output, loaded.unused_keys())
-    outcome = carry_out(loaded, run, echo=_tell, only=only)
+    run = _run_directory(config, output, loaded.unused_keys(ray=ray))
+    carry_out = fan_out if ray else in_turn
+    bars = terminal.progress_bar() if terminal.err.is_terminal else nullcontext(lambda name, done: None)
+    with bars as progress:
+        outcome = carry_out(loaded, run, echo=_tell, progress=progress, only=only)
     _tell_outcome(run, stopped=outcome is Outcome.STOPPED)
 
 

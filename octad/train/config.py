@@ -19,7 +19,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -110,14 +110,24 @@ class BranchDataSpec(Section):
     cache: str = "~/.cache/octad/tokens"
 
 
+class RaySpec(Section):
+    """What `octad branch --ray` asks for. address: a cluster's (else RAY_ADDRESS's, else one is started here for the
+    time of the command); cpus, gpus: of each specialist (auto: one GPU where the cluster has any)."""
+
+    address: str | None = None
+    cpus: float = Field(default=1.0, gt=0)
+    gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+
+
 class BranchConfig(RunSpec):
-    """One base, N specialists."""
+    """One base, N specialists. `retries`: of a specialist that stopped itself, or whose worker was lost."""
 
     base: str = Field(min_length=1)
     mode: BranchMode = "ffn-adapter"
     specialists: tuple[SpecialistSpec, ...] = Field(min_length=1)
     data: BranchDataSpec = BranchDataSpec()
     low_rank: LowRankSpec = LowRankSpec()
+    ray: RaySpec = RaySpec()
     retries: int = Field(default=1, ge=0)
 
     @model_validator(mode="after")
@@ -127,8 +137,10 @@ class BranchConfig(RunSpec):
             raise ValueError(f"two specialists have the name {twice!r}; give each its own")
         return self
 
-    def unused_keys(self) -> Iterator[str]:
-        """Settings that this mode does not look at."""
+    def unused_keys(self, ray: bool = False) -> Iterator[str]:
+        """Settings that this mode does not look at, with `--ray` or without."""
+        if not ray and "ray" in self.model_fields_set:
+            yield "ray (without --ray specialists are trained in turn, here)"
         held_out = any(specialist.held_out for specialist in self.specialists)
         yield from (k for k in _unused_common(self) if not (held_out and k.startswith("evaluate")))
         if self.mode in ("ffn", "full") and "low_rank" in self.model_fields_set:

@@ -45,12 +45,12 @@ def read_documents(path: Path, field: str = "text") -> Iterator[Document]:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def optional(module: str, purpose: str) -> Any:
-    """A library of the extra `train`, imported when it is needed. Raises DataError with the command that installs it."""
+def optional(module: str, purpose: str, extra: str = "train") -> Any:
+    """A library of an extra, imported when it is needed. Raises DataError with the command that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise DataError(f"{purpose} needs {module.split('.')[0]}: pip install 'octad[train]'") from None
+        raise DataError(f"{purpose} needs {module.split('.')[0]}: pip install 'octad[{extra}]'") from None
 
 
 def _open(path: Path) -> io.BufferedIOBase:

@@ -66,6 +66,9 @@ class Trainer:
     def __init__(self, learner: Learner, run: Path, echo: Callable[[str], None] = lambda line: None) -> None:
         self.learner, self.config, self.run, self.world = learner, learner.config, run, World.join()
         self.echo = echo if self.world.leads else lambda line: None
+        self.progress: Callable[[float], None] = lambda done: (
+            None
+        )  # gets the share of the steps that are done
         self.model = learner.model.train()
         self.dtype, self.device = compute_settings(self.config)
         check_fit(learner)
@@ -121,6 +124,7 @@ class Trainer:
     def _one_step(self, telemetry: Telemetry) -> None:
         facts, routing = self.train_step(telemetry)
         self.step += 1
+        self.progress(self.step / self.config.steps)
         spec, last = self.config, self.step == self.config.steps
         if last or self.step % spec.log_every == 0:
             telemetry.write(self.step, spec.steps, facts, routing)
