@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shlex
 import sys
 import time
@@ -268,15 +269,22 @@ def _run_directory(config: Path, output: Path | None, unused: Iterable[str]) -> 
     return output
 
 
+def _leads() -> bool:
+    """False in all of torchrun's processes but the first, which speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _tell(line: str) -> None:
     """One line of a run's report on stderr, as it is."""
-    terminal.err.print(line, markup=False, soft_wrap=True)
+    if _leads():
+        terminal.err.print(line, markup=False, soft_wrap=True)
 
 
 def _tell_outcome(run: Path, *, stopped: bool) -> None:
     """The last line; a run that was asked to stop ends with 130, as after any interruption."""
     if not stopped:
-        terminal.out.print(f"wrote {run}", soft_wrap=True)
+        if _leads():
+            terminal.out.print(f"wrote {run}", soft_wrap=True)
         return
     _tell(f"stopped and saved; the same command goes on from {run}")
     raise SystemExit(130)

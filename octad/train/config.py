@@ -159,6 +159,12 @@ class BranchConfig(RunSpec):
 
 T = TypeVar("T", bound=RunSpec)
 TrainConfig = TuneConfig | PretrainConfig
+_KINDS = (
+    "bool",
+    "constrained-int",
+    "constrained-float",
+    "literal['auto']",
+)  # how pydantic calls a union's members
 TASKS: dict[str, type[TuneConfig] | type[PretrainConfig]] = {"tune": TuneConfig, "pretrain": PretrainConfig}
 
 
@@ -215,7 +221,7 @@ def _unused_common(config: RunSpec) -> Iterator[str]:
 def _one_line(error: ValidationError, kind: type[BaseModel]) -> str:
     """The first problem in the words of the file."""
     problem = error.errors()[0]
-    where = [str(part) for part in problem["loc"]]
+    where = [str(part) for part in problem["loc"] if part not in _KINDS]
     if problem["type"] == "extra_forbidden":
         keys = [key for key in _section(kind, problem["loc"][:-1]).model_fields if key != "directory"]
         near = difflib.get_close_matches(where[-1], keys, 1, cutoff=0.5)
@@ -223,6 +229,9 @@ def _one_line(error: ValidationError, kind: type[BaseModel]) -> str:
         return f"unknown key {'.'.join(where)!r}; {hint}"
     if problem["type"] == "missing":
         return f"key {'.'.join(where)!r} is missing"
+    if len(where) < len(problem["loc"]):  # of a key that may be one of several kinds
+        same = [e["msg"] for e in error.errors() if e["loc"][: len(where)] == problem["loc"][: len(where)]]
+        return f"{'.'.join(where)}: {' or '.join(same)}, found {problem['input']!r:.80}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{'.'.join(where)}: {message}, found {problem['input']!r:.80}" if where else message
 

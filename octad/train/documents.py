@@ -97,7 +97,9 @@ def _decoded(raw: bytes, where: str) -> str:
 
 def _from_line(raw: bytes, where: str, field: str) -> Document:
     try:
-        value = json.loads(_decoded(raw, where))
+        value = json.loads(_decoded(raw.strip(), where))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON ({error.msg}, column {error.colno})") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error})") from None
     return from_row(value, where, field)
