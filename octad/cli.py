@@ -7,6 +7,7 @@ keeps its traceback.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from functools import partial
@@ -300,11 +301,12 @@ def branch(
     config: Annotated[Path, typer.Argument(help="A base and the specialists to make of it (YAML).")],
     output: Output = None,
     only: Annotated[str | None, typer.Option(help="Train this specialist alone.")] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="All at once, over a Ray cluster.")] = False,
 ) -> None:
-    """Train specialists of one base, one after another. The same command resumes."""
+    """Train specialists of one base, one after another or over a cluster. The same command resumes."""
     from octad import commands
 
-    commands.branch(config, output, only)
+    commands.branch(config, output, only, ray=ray)
 
 
 @app.command()
@@ -336,7 +338,8 @@ def main() -> None:
             raise KeyboardInterrupt
         sys.exit(code)
     except OctadError as error:
-        print(f"octad: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of torchrun's processes one a machine speaks
+            print(f"octad: {' '.join(str(error).splitlines())}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         print(

@@ -51,6 +51,14 @@ def read_windows(
 ) -> list[Window]:
     """At most `tokens` tokens of the files, in windows of at most `window`. Raises DataError when there is none."""
     documents = [document for file in files for document in read_documents(file)]
+    label = ", ".join(str(f) for f in files)
+    return windows_of(documents, tokenizer, tokens=tokens, window=window, label=label)
+
+
+def windows_of(
+    documents: list[Document], tokenizer: Tokenizer, *, tokens: int, window: int, label: str
+) -> list[Window]:
+    """The same of documents that were read before; `label` says where from."""
     lengths = tokenizer.byte_lengths
     queues = [
         _cut(tokenizer, lengths, document, window, number, limit=tokens)
@@ -69,8 +77,7 @@ def read_windows(
         queues = waiting
     chosen = [w for w in chosen if len(w.ids) >= 2]
     if not chosen:
-        names = ", ".join(str(f) for f in files)
-        raise DataError(f"{names}: no document has {SHORTEST_WINDOW} tokens or more; give more text")
+        raise DataError(f"{label}: no document has {SHORTEST_WINDOW} tokens or more; give more text")
     return chosen
 
 

@@ -1,6 +1,6 @@
 """One base, N data sets, N specialists: independent runs, one after another, each resumable alone.
 
-    branch(config, Path("specialists"), echo=print, only="french")
+    branch(config, Path("specialists"), echo=print, only="french")       # one after another; fanout.py: over Ray
 
 Modes: ffn-adapter (low-rank on the feed-forward networks; attention stays the base's, so that `shared: base` combines
 them exactly), adapter (low-rank on all linear layers), ffn (the feed-forward networks themselves), full. Adapters are
@@ -31,27 +31,66 @@ from octad.train.trainer import Outcome, Trainer, TrainingStopped
 
 FFN_TARGETS = tuple(f"{part}_proj" for part in PARTS)
 ALL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", *FFN_TARGETS)
+Progress = Callable[[str, float], None]
 LEARNING = {"ffn-adapter": "lora_", "adapter": "lora_", "ffn": r"\.mlp\.", "full": ""}
 
 
 def branch(
-    config: BranchConfig, output: Path, *, echo: Callable[[str], None], only: str | None = None
+    config: BranchConfig,
+    output: Path,
+    *,
+    echo: Callable[[str], None],
+    progress: Progress = lambda name, done: None,
+    only: str | None = None,
 ) -> Outcome:
-    """Train all specialists that are not finished yet, or `only` one. Raises TrainingStopped naming those that failed."""
-    failed: dict[str, OctadError] = {}
-    for specialist in _chosen(config, only):
+    """Train all specialists that are not finished yet, or `only` one. `progress` gets a name and the share done, 0 to 1.
+    Raises TrainingStopped naming those that failed."""
+    failed: dict[str, str] = {}
+    for specialist in chosen(config, only):
         try:
-            outcome = _with_retries(config, specialist, output / specialist.name, echo)
+            outcome = train_specialist(config, specialist, output, echo, progress)
         except OctadError as error:
             echo(f"{specialist.name}: failed: {error}")
-            failed[specialist.name] = error
+            failed[specialist.name] = str(error)
             continue
         if outcome is Outcome.STOPPED:
             return outcome
+    raise_failed(failed)
+    return Outcome.FINISHED
+
+
+def chosen(config: BranchConfig, only: str | None) -> list[SpecialistSpec]:
+    """The specialists to train. Raises RecipeError for a name that is none of them."""
+    found = [s for s in config.specialists if only is None or s.name == only]
+    if not found:
+        names = ", ".join(s.name for s in config.specialists)
+        raise RecipeError(f"--only {only}: no such specialist (there are {names})")
+    return found
+
+
+def raise_failed(failed: Mapping[str, str]) -> None:
+    """Raises TrainingStopped where there are any: name -> why."""
     if failed:
         first = next(iter(failed.values()))
         raise TrainingStopped(f"{len(failed)} specialists failed ({', '.join(failed)}); the first: {first}")
-    return Outcome.FINISHED
+
+
+def train_specialist(
+    config: BranchConfig,
+    specialist: SpecialistSpec,
+    output: Path,
+    echo: Callable[[str], None],
+    progress: Progress,
+) -> Outcome:
+    """One of them, in a directory of its name; a run that stops itself is tried again. Raises OctadError."""
+    for left in reversed(range(config.retries + 1)):
+        try:
+            return _train(config, specialist, output / specialist.name, echo, progress)
+        except TrainingStopped as error:
+            if not left:
+                raise
+            echo(f"{specialist.name}: {error}; trying again from its last state")
+    raise AssertionError("unreachable")
 
 
 def branch_learner(config: BranchConfig, specialist: SpecialistSpec) -> Learner:
@@ -102,36 +141,20 @@ def _start(
     return {"start": member.provenance()["files"]}
 
 
-def _chosen(config: BranchConfig, only: str | None) -> list[SpecialistSpec]:
-    chosen = [s for s in config.specialists if only is None or s.name == only]
-    if not chosen:
-        names = ", ".join(s.name for s in config.specialists)
-        raise RecipeError(f"--only {only}: no such specialist (there are {names})")
-    return chosen
-
-
-def _with_retries(
-    config: BranchConfig, specialist: SpecialistSpec, run: Path, echo: Callable[[str], None]
-) -> Outcome:
-    for left in reversed(range(config.retries + 1)):
-        try:
-            return _train(config, specialist, run, echo)
-        except TrainingStopped as error:
-            if not left:
-                raise
-            echo(f"{specialist.name}: {error}; trying again from its last state")
-    raise AssertionError("unreachable")
-
-
 def _train(
-    config: BranchConfig, specialist: SpecialistSpec, run: Path, echo: Callable[[str], None]
+    config: BranchConfig,
+    specialist: SpecialistSpec,
+    run: Path,
+    echo: Callable[[str], None],
+    progress: Progress,
 ) -> Outcome:
-    trainer = Trainer(
-        branch_learner(config, specialist), run, lambda line: echo(f"{specialist.name}: {line}")
-    )
+    name = specialist.name
+    trainer = Trainer(branch_learner(config, specialist), run, lambda line: echo(f"{name}: {line}"))
     if trainer.finished:
-        echo(f"{specialist.name}: finished earlier ({trainer.step} steps)")
+        echo(f"{name}: finished earlier ({trainer.step} steps)")
+        progress(name, 1.0)
         return Outcome.FINISHED
+    trainer.progress = lambda done: progress(name, done)
     return trainer.fit()
 
 
