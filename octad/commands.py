@@ -215,6 +215,7 @@ def train(config: Path, output: Path | None) -> None:
     """Tune a mixture or pre-train a model; goes on where an earlier run in `output` stopped."""
     from octad.train.config import TuneConfig, load_config
     from octad.train.learner import tune_learner
+    from octad.train.plot import draw_run
     from octad.train.pretrain import pretrain_learner
     from octad.train.trainer import Outcome, Trainer
 
@@ -222,7 +223,10 @@ def train(config: Path, output: Path | None) -> None:
     loaded = load_config(config)
     run = _run_directory(config, output, loaded.unused_keys())
     learner = tune_learner(loaded) if isinstance(loaded, TuneConfig) else pretrain_learner(loaded)
-    outcome = Trainer(learner, run, _tell).fit()
+    trainer = Trainer(learner, run, _tell)
+    outcome = trainer.fit()
+    if outcome is Outcome.FINISHED and learner.routers and trainer.world.leads:
+        _tell(draw_run(run))
     _tell_outcome(run, stopped=outcome is Outcome.STOPPED)
 
 

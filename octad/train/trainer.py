@@ -163,7 +163,8 @@ class Trainer:
         routers' losses; and every position's nats."""
         batch = batch.to(self.device)
         masked = self.learner.data.document_mask
-        cache = DocumentAttention(self.model.config, batch.documents) if masked else None
+        documents_BS = batch.documents if masked else torch.zeros_like(batch.documents)
+        cache = DocumentAttention(self.model.config, documents_BS)
         x_ND = self.model.model(batch.tokens, cache).flatten(0, 1)
         targets = batch.targets.flatten()
         total, losses = next_token_loss(head_of(self.model), x_ND, targets, teach(self.learner, batch, cache))
