@@ -158,8 +158,7 @@ def evaluate(
     if data is not None:
         settings = Settings(tokens=tokens, window=window, seed=seed)
         outputs = commands_evaluate.Outputs(report, cache, card, as_json)
-        asked = {"dense": dense or [], "require": require, "tasks": run_tasks}
-        commands_evaluate.evaluate(model, data, settings, outputs, **asked)
+        commands_evaluate.evaluate(model, data, settings, outputs, dense or [], require, run_tasks)
     elif run_tasks is not None:
         commands_tasks.tell(run_tasks(), as_json=as_json)
     else:

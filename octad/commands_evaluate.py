@@ -37,7 +37,6 @@ def evaluate(
     data: Path,
     settings: Settings,
     outputs: Outputs,
-    *,
     dense: Sequence[str] = (),
     require: str | None = None,
     tasks: Callable[[], list[dict[str, Any]]] | None = None,

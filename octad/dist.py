@@ -7,6 +7,8 @@ import ctypes
 import sys
 from collections.abc import Iterator
 
+from typing import Any
+
 import torch
 
 
@@ -43,7 +45,7 @@ def bfloat16_products() -> Iterator[None]:
     """Inside, CPU products of float32 matrices round the factors to bfloat16 and add up in float32: twice as fast.
 
     Nothing is lost where the factors were bfloat16 before."""
-    setting = torch.backends.mkldnn.matmul
+    setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before, setting.fp32_precision = setting.fp32_precision, "bf16"
     try:
         yield

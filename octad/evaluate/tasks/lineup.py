@@ -85,5 +85,5 @@ def soup(source: TensorSource, made: Provenance | None, dtype: torch.dtype) -> L
     records = made.experts if made else []
     chosen = [e for e, record in enumerate(records) if record.get("kind") != "base"]
     for layer, moe in moe_layers(model):
-        layer.mlp = soup_mlp(moe.experts, chosen or range(source.config.num_experts))
+        layer.mlp = soup_mlp(moe.experts, chosen or range(source.config.num_experts), dtype)
     return LLM((model, load_tokenizer(source)))
