@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import sys
 from collections.abc import Iterator
-
 from typing import Any
 
 import torch
