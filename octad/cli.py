@@ -7,14 +7,16 @@ keeps its traceback.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from octad.errors import OctadError
+from octad.errors import OctadError, RequestError
 
 app = typer.Typer(
     help="One mixture-of-experts language model out of eight smaller ones.",
@@ -119,7 +121,7 @@ def inspect(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A mixture (or any model).")],
-    data: Annotated[Path, typer.Option(help="YAML with `domains: {name: file}`.")],
+    data: Annotated[Path | None, typer.Option(help="YAML with `domains: {name: file}`.")] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Held-out tokens a domain.")] = 4096,
     window: Annotated[int, typer.Option(min=2, help="Tokens of context at most.")] = 512,
     dense: Annotated[
@@ -134,16 +136,34 @@ def evaluate(
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Where results are kept. [~/.cache/octad]")] = None,
     seed: Annotated[int, typer.Option(help="Of the intervals.")] = 0,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks by name or file, with commas: octad-code,humaneval,my.yaml.")
+    ] = None,
+    members: Annotated[
+        bool, typer.Option("--members", help="Tasks for each member and the soup too.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(min=2, help="The first N examples of each task.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Answers to each programming problem.")] = None,
+    weak_sandbox: Annotated[
+        bool, typer.Option("--weak-sandbox", help="Run programs also where the kernel cannot confine them.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Judge a mixture beside its members, their soup, ensemble and oracle: bits per byte of held-out text."""
-    from octad.commands_evaluate import Outputs
-    from octad.commands_evaluate import evaluate as carry_out
+    """Judge a mixture beside its members, their soup, ensemble and oracle: bits per byte of held-out text, and tasks."""
+    from octad import commands_evaluate, commands_tasks
     from octad.evaluate.compare import Settings
 
-    settings = Settings(tokens=tokens, window=window, seed=seed)
-    outputs = Outputs(report, cache, card, as_json)
-    carry_out(model, data, settings, outputs, dense=dense or [], require=require)
+    options = {"members": members, "limit": limit, "samples": samples, "weak_sandbox": weak_sandbox}
+    run_tasks = partial(commands_tasks.run, model, tasks, **options) if tasks is not None else None
+    if data is not None:
+        settings = Settings(tokens=tokens, window=window, seed=seed)
+        outputs = commands_evaluate.Outputs(report, cache, card, as_json)
+        asked = {"dense": dense or [], "require": require, "tasks": run_tasks}
+        commands_evaluate.evaluate(model, data, settings, outputs, **asked)
+    elif run_tasks is not None:
+        commands_tasks.tell(run_tasks(), as_json=as_json)
+    else:
+        raise RequestError("nothing to judge on; give --data domains.yaml, --tasks octad-code, or both")
 
 
 @app.command()
@@ -281,11 +301,12 @@ def branch(
     config: Annotated[Path, typer.Argument(help="A base and the specialists to make of it (YAML).")],
     output: Output = None,
     only: Annotated[str | None, typer.Option(help="Train this specialist alone.")] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="All at once, over a Ray cluster.")] = False,
 ) -> None:
-    """Train specialists of one base, one after another. The same command resumes."""
+    """Train specialists of one base, one after another or over a cluster. The same command resumes."""
     from octad import commands
 
-    commands.branch(config, output, only)
+    commands.branch(config, output, only, ray=ray)
 
 
 @app.command()
@@ -317,7 +338,8 @@ def main() -> None:
             raise KeyboardInterrupt
         sys.exit(code)
     except OctadError as error:
-        print(f"octad: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of torchrun's processes one a machine speaks
+            print(f"octad: {' '.join(str(error).splitlines())}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         print(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shlex
 import sys
 import time
@@ -214,6 +215,7 @@ def train(config: Path, output: Path | None) -> None:
     """Tune a mixture or pre-train a model; goes on where an earlier run in `output` stopped."""
     from octad.train.config import TuneConfig, load_config
     from octad.train.learner import tune_learner
+    from octad.train.plot import draw_run
     from octad.train.pretrain import pretrain_learner
     from octad.train.trainer import Outcome, Trainer
 
@@ -221,20 +223,27 @@ def train(config: Path, output: Path | None) -> None:
     loaded = load_config(config)
     run = _run_directory(config, output, loaded.unused_keys())
     learner = tune_learner(loaded) if isinstance(loaded, TuneConfig) else pretrain_learner(loaded)
-    outcome = Trainer(learner, run, _tell).fit()
+    trainer = Trainer(learner, run, _tell)
+    outcome = trainer.fit()
+    if outcome is Outcome.FINISHED and learner.routers and trainer.world.leads:
+        _tell(draw_run(run))
     _tell_outcome(run, stopped=outcome is Outcome.STOPPED)
 
 
-def branch(config: Path, output: Path | None, only: str | None) -> None:
-    """Specialists of one base; those that are finished in `output` are left alone."""
-    from octad.train.branch import branch as carry_out
+def branch(config: Path, output: Path | None, only: str | None, *, ray: bool) -> None:
+    """Specialists of one base, a progress bar each; those that are finished in `output` are left alone."""
+    from octad.train.branch import branch as in_turn
     from octad.train.config import load_branch
+    from octad.train.fanout import fan_out
     from octad.train.trainer import Outcome
 
     keep_freed_memory()
     loaded = load_branch(config)
-    run = _run_directory(config, output, loaded.unused_keys())
-    outcome = carry_out(loaded, run, echo=_tell, only=only)
+    run = _run_directory(config, output, loaded.unused_keys(ray=ray))
+    carry_out = fan_out if ray else in_turn
+    bars = terminal.progress_bar() if terminal.err.is_terminal else nullcontext(lambda name, done: None)
+    with bars as progress:
+        outcome = carry_out(loaded, run, echo=_tell, progress=progress, only=only)
     _tell_outcome(run, stopped=outcome is Outcome.STOPPED)
 
 
@@ -247,15 +256,22 @@ def _run_directory(config: Path, output: Path | None, unused: Iterable[str]) -> 
     return output
 
 
+def _leads() -> bool:
+    """False in all of torchrun's processes but the first, which speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _tell(line: str) -> None:
     """One line of a run's report on stderr, as it is."""
-    terminal.err.print(line, markup=False, soft_wrap=True)
+    if _leads():
+        terminal.err.print(line, markup=False, soft_wrap=True)
 
 
 def _tell_outcome(run: Path, *, stopped: bool) -> None:
     """The last line; a run that was asked to stop ends with 130, as after any interruption."""
     if not stopped:
-        terminal.out.print(f"wrote {run}", soft_wrap=True)
+        if _leads():
+            terminal.out.print(f"wrote {run}", soft_wrap=True)
         return
     _tell(f"stopped and saved; the same command goes on from {run}")
     raise SystemExit(130)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octad import terminal
+from octad import commands_tasks, terminal
 from octad.dist import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -40,8 +40,10 @@ def evaluate(
     *,
     dense: Sequence[str] = (),
     require: str | None = None,
+    tasks: Callable[[], list[dict[str, Any]]] | None = None,
 ) -> dict[str, Any]:
-    """The comparison and all that follows from it; ends with exit code 1 where a requirement does not hold."""
+    """The comparison and all that follows from it; ends with exit code 1 where a requirement does not hold. `tasks` is
+    run after the comparison, and its rows go into the report."""
     from octad.checkpoint.load import open_source
     from octad.evaluate.cache import Cache, default_directory
     from octad.evaluate.compare import compare
@@ -73,7 +75,7 @@ def evaluate(
             raise SystemExit(0)
         routing = _routing(source, found, kept, progress) if outputs.report else None
     checked = [requirement.check(found) for requirement in wanted]
-    return _conclude(source, found, checked, routing, outputs)
+    return _conclude(source, found, checked, routing, tasks() if tasks else [], outputs)
 
 
 def _conclude(
@@ -81,6 +83,7 @@ def _conclude(
     found: Comparison,
     checked: list[dict[str, Any]],
     routing: dict[str, Any] | None,
+    tasks: list[dict[str, Any]],
     outputs: Outputs,
 ) -> dict[str, Any]:
     """Print, write the page and the card."""
@@ -89,12 +92,13 @@ def _conclude(
     from octad.evaluate.views import render
 
     command = shlex.join(["octad", *(Path(part).name for part in sys.argv[1:])])  # nobody's directories
-    made = make_report(found, checked, routing=routing, command=command)
+    made = make_report(found, checked, routing=routing, tasks=tasks, command=command)
     if outputs.as_json:
         print(json.dumps(made, indent=2))
     else:
         for part in render(made, terminal.COLOURS):
             terminal.out.print(part)
+        commands_tasks.show(tasks)
     tell = terminal.err.print if outputs.as_json else terminal.out.print
     if outputs.report is not None:
         from octad.evaluate.report import write_report

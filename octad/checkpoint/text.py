@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -52,7 +51,15 @@ def read_windows(
 ) -> list[Window]:
     """At most `tokens` tokens of the files, in windows of at most `window`. Raises DataError when there is none."""
     documents = [document for file in files for document in read_documents(file)]
-    lengths = token_byte_lengths(tokenizer)
+    label = ", ".join(str(f) for f in files)
+    return windows_of(documents, tokenizer, tokens=tokens, window=window, label=label)
+
+
+def windows_of(
+    documents: list[Document], tokenizer: Tokenizer, *, tokens: int, window: int, label: str
+) -> list[Window]:
+    """The same of documents that were read before; `label` says where from."""
+    lengths = tokenizer.byte_lengths
     queues = [
         _cut(tokenizer, lengths, document, window, number, limit=tokens)
         for number, document in enumerate(_spread(documents, tokens // SHORTEST_WINDOW + 1))
@@ -70,8 +77,7 @@ def read_windows(
         queues = waiting
     chosen = [w for w in chosen if len(w.ids) >= 2]
     if not chosen:
-        names = ", ".join(str(f) for f in files)
-        raise DataError(f"{names}: no document has {SHORTEST_WINDOW} tokens or more; give more text")
+        raise DataError(f"{label}: no document has {SHORTEST_WINDOW} tokens or more; give more text")
     return chosen
 
 
@@ -122,25 +128,6 @@ def encode_document(document: Document, tokenizer: Tokenizer) -> list[int]:
     if isinstance(document, str):
         return tokenizer.encode(document, parse_special=False)
     return tokenizer.encode_chat(document, add_generation_prompt=False)
-
-
-def token_byte_lengths(tokenizer: Tokenizer) -> list[int]:
-    """For each id, the UTF-8 bytes that it stands for in running text; their sum over a text is the text's size."""
-    core = tokenizer.core
-    added = core.get_added_tokens_decoder()
-    byte_level = '"ByteLevel"' in json.dumps(json.loads(core.to_str()).get("decoder"))
-    lengths = []
-    for i in range(tokenizer.vocab_size):
-        token = added[i].content if i in added else core.id_to_token(i) or ""
-        if i in added or not byte_level:
-            spelled = token if i in added else _BYTE.sub("x", token.replace("\u2581", " "))
-            lengths.append(len(spelled.encode()))
-        else:
-            lengths.append(len(token))  # one character of the byte alphabet a byte
-    return lengths
-
-
-_BYTE = re.compile(r"^<0x[0-9A-Fa-f]{2}>$")
 
 
 def _open(path: Path) -> TextIO:

@@ -31,7 +31,7 @@ Progress = Callable[[int], None]
 Before = Callable[[Batch], None]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode, whose tensors sharded training could not use again
 def token_nats(
     model: Transformer,
     windows: Sequence[Window],

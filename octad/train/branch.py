@@ -1,6 +1,6 @@
 """One base, N data sets, N specialists: independent runs, one after another, each resumable alone.
 
-    branch(config, Path("specialists"), echo=print, only="french")
+    branch(config, Path("specialists"), echo=print, only="french")       # one after another; fanout.py: over Ray
 
 Modes: ffn-adapter (low-rank on the feed-forward networks; attention stays the base's, so that `shared: base` combines
 them exactly), adapter (low-rank on all linear layers), ffn (the feed-forward networks themselves), full. Adapters are
@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from octad.checkpoint.load import load_model, load_tokenizer, open_source
+from octad.checkpoint.load import load_model, load_tokenizer, open_member, open_source
+from octad.checkpoint.lora import AdapterSource
 from octad.checkpoint.names import PARTS
 from octad.checkpoint.source import TensorSource
 from octad.checkpoint.writer import CheckpointWriter
@@ -24,32 +26,71 @@ from octad.model.transformer import Transformer
 from octad.train.config import BranchConfig, SpecialistSpec
 from octad.train.export import common_files, write_adapter, write_trained
 from octad.train.learner import Learner, changes_of, choose, compute_settings
-from octad.train.lowrank import add_low_rank, low_rank_deltas
+from octad.train.lowrank import add_low_rank, low_rank_deltas, start_from
 from octad.train.trainer import Outcome, Trainer, TrainingStopped
 
 FFN_TARGETS = tuple(f"{part}_proj" for part in PARTS)
 ALL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", *FFN_TARGETS)
+Progress = Callable[[str, float], None]
 LEARNING = {"ffn-adapter": "lora_", "adapter": "lora_", "ffn": r"\.mlp\.", "full": ""}
 
 
 def branch(
-    config: BranchConfig, output: Path, *, echo: Callable[[str], None], only: str | None = None
+    config: BranchConfig,
+    output: Path,
+    *,
+    echo: Callable[[str], None],
+    progress: Progress = lambda name, done: None,
+    only: str | None = None,
 ) -> Outcome:
-    """Train all specialists that are not finished yet, or `only` one. Raises TrainingStopped naming those that failed."""
-    failed: dict[str, OctadError] = {}
-    for specialist in _chosen(config, only):
+    """Train all specialists that are not finished yet, or `only` one. `progress` gets a name and the share done, 0 to 1.
+    Raises TrainingStopped naming those that failed."""
+    failed: dict[str, str] = {}
+    for specialist in chosen(config, only):
         try:
-            outcome = _with_retries(config, specialist, output / specialist.name, echo)
+            outcome = train_specialist(config, specialist, output, echo, progress)
         except OctadError as error:
             echo(f"{specialist.name}: failed: {error}")
-            failed[specialist.name] = error
+            failed[specialist.name] = str(error)
             continue
         if outcome is Outcome.STOPPED:
             return outcome
+    raise_failed(failed)
+    return Outcome.FINISHED
+
+
+def chosen(config: BranchConfig, only: str | None) -> list[SpecialistSpec]:
+    """The specialists to train. Raises RecipeError for a name that is none of them."""
+    found = [s for s in config.specialists if only is None or s.name == only]
+    if not found:
+        names = ", ".join(s.name for s in config.specialists)
+        raise RecipeError(f"--only {only}: no such specialist (there are {names})")
+    return found
+
+
+def raise_failed(failed: Mapping[str, str]) -> None:
+    """Raises TrainingStopped where there are any: name -> why."""
     if failed:
         first = next(iter(failed.values()))
         raise TrainingStopped(f"{len(failed)} specialists failed ({', '.join(failed)}); the first: {first}")
-    return Outcome.FINISHED
+
+
+def train_specialist(
+    config: BranchConfig,
+    specialist: SpecialistSpec,
+    output: Path,
+    echo: Callable[[str], None],
+    progress: Progress,
+) -> Outcome:
+    """One of them, in a directory of its name; a run that stops itself is tried again. Raises OctadError."""
+    for left in reversed(range(config.retries + 1)):
+        try:
+            return _train(config, specialist, output / specialist.name, echo, progress)
+        except TrainingStopped as error:
+            if not left:
+                raise
+            echo(f"{specialist.name}: {error}; trying again from its last state")
+    raise AssertionError("unreachable")
 
 
 def branch_learner(config: BranchConfig, specialist: SpecialistSpec) -> Learner:
@@ -63,6 +104,7 @@ def branch_learner(config: BranchConfig, specialist: SpecialistSpec) -> Learner:
     if adapter:
         torch.manual_seed(config.seed)
         add_low_rank(model, rf"({'|'.join(targets)})$", config.low_rank)
+    started = _start(config, specialist, source, model, adapter=adapter)
 
     def write(run: Path, values: Mapping[str, torch.Tensor]) -> Path:
         if adapter:
@@ -79,41 +121,40 @@ def branch_learner(config: BranchConfig, specialist: SpecialistSpec) -> Learner:
         evaluate=config.evaluation_of(specialist),
         write=write,
         trainable=choose(model, LEARNING[config.mode]),
-        identity={"files": source.provenance().get("files"), "text": list(specialist.files)},
+        identity={"files": source.provenance().get("files"), "text": list(specialist.files)} | started,
         result="adapter_config.json" if adapter else "config.json",
     )
 
 
-def _chosen(config: BranchConfig, only: str | None) -> list[SpecialistSpec]:
-    chosen = [s for s in config.specialists if only is None or s.name == only]
-    if not chosen:
-        names = ", ".join(s.name for s in config.specialists)
-        raise RecipeError(f"--only {only}: no such specialist (there are {names})")
-    return chosen
-
-
-def _with_retries(
-    config: BranchConfig, specialist: SpecialistSpec, run: Path, echo: Callable[[str], None]
-) -> Outcome:
-    for left in reversed(range(config.retries + 1)):
-        try:
-            return _train(config, specialist, run, echo)
-        except TrainingStopped as error:
-            if not left:
-                raise
-            echo(f"{specialist.name}: {error}; trying again from its last state")
-    raise AssertionError("unreachable")
+def _start(
+    config: BranchConfig, specialist: SpecialistSpec, base: TensorSource, model: Transformer, *, adapter: bool
+) -> dict[str, Any]:
+    """Go on from the specialist's `start`, and what to remember of it. Raises RecipeError where it cannot be one."""
+    if specialist.start is None:
+        return {}
+    if not adapter:
+        raise RecipeError(f"{specialist.name}: start goes on from an adapter; mode {config.mode!r} has none")
+    member = open_member(config.resolve(specialist.start), base)
+    if not isinstance(member, AdapterSource):
+        raise RecipeError(f"{specialist.start}: is no adapter; start goes on from one")
+    start_from(model, member)
+    return {"start": member.provenance()["files"]}
 
 
 def _train(
-    config: BranchConfig, specialist: SpecialistSpec, run: Path, echo: Callable[[str], None]
+    config: BranchConfig,
+    specialist: SpecialistSpec,
+    run: Path,
+    echo: Callable[[str], None],
+    progress: Progress,
 ) -> Outcome:
-    trainer = Trainer(
-        branch_learner(config, specialist), run, lambda line: echo(f"{specialist.name}: {line}")
-    )
+    name = specialist.name
+    trainer = Trainer(branch_learner(config, specialist), run, lambda line: echo(f"{name}: {line}"))
     if trainer.finished:
-        echo(f"{specialist.name}: finished earlier ({trainer.step} steps)")
+        echo(f"{name}: finished earlier ({trainer.step} steps)")
+        progress(name, 1.0)
         return Outcome.FINISHED
+    trainer.progress = lambda done: progress(name, done)
     return trainer.fit()
 
 

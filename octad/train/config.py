@@ -19,7 +19,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -92,13 +92,15 @@ class PretrainConfig(RunSpec):
 
 
 class SpecialistSpec(Section):
-    """One specialist: its name, the text it is made of, held-out text, and steps where not the common ones."""
+    """One specialist: its name, the text it is made of, held-out text, and steps where not the common ones; `start`: an
+    adapter of the same base to go on from."""
 
     name: str = Field(min_length=1, pattern=r"^[\w.-]+$")
     files: StringList = Field(min_length=1)
     field: str = "text"
     held_out: StringList = ()
     steps: int | None = Field(default=None, ge=1)
+    start: str | None = None
 
 
 class BranchDataSpec(Section):
@@ -110,14 +112,24 @@ class BranchDataSpec(Section):
     cache: str = "~/.cache/octad/tokens"
 
 
+class RaySpec(Section):
+    """What `octad branch --ray` asks for. address: a cluster's (else RAY_ADDRESS's, else one is started here for the
+    time of the command); cpus, gpus: of each specialist (auto: one GPU where the cluster has any)."""
+
+    address: str | None = None
+    cpus: float = Field(default=1.0, gt=0)
+    gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+
+
 class BranchConfig(RunSpec):
-    """One base, N specialists."""
+    """One base, N specialists. `retries`: of a specialist that stopped itself, or whose worker was lost."""
 
     base: str = Field(min_length=1)
     mode: BranchMode = "ffn-adapter"
     specialists: tuple[SpecialistSpec, ...] = Field(min_length=1)
     data: BranchDataSpec = BranchDataSpec()
     low_rank: LowRankSpec = LowRankSpec()
+    ray: RaySpec = RaySpec()
     retries: int = Field(default=1, ge=0)
 
     @model_validator(mode="after")
@@ -127,8 +139,10 @@ class BranchConfig(RunSpec):
             raise ValueError(f"two specialists have the name {twice!r}; give each its own")
         return self
 
-    def unused_keys(self) -> Iterator[str]:
-        """Settings that this mode does not look at."""
+    def unused_keys(self, ray: bool = False) -> Iterator[str]:
+        """Settings that this mode does not look at, with `--ray` or without."""
+        if not ray and "ray" in self.model_fields_set:
+            yield "ray (without --ray specialists are trained in turn, here)"
         held_out = any(specialist.held_out for specialist in self.specialists)
         yield from (k for k in _unused_common(self) if not (held_out and k.startswith("evaluate")))
         if self.mode in ("ffn", "full") and "low_rank" in self.model_fields_set:
@@ -147,6 +161,12 @@ class BranchConfig(RunSpec):
 
 T = TypeVar("T", bound=RunSpec)
 TrainConfig = TuneConfig | PretrainConfig
+_KINDS = (
+    "bool",
+    "constrained-int",
+    "constrained-float",
+    "literal['auto']",
+)  # how pydantic calls a union's members
 TASKS: dict[str, type[TuneConfig] | type[PretrainConfig]] = {"tune": TuneConfig, "pretrain": PretrainConfig}
 
 
@@ -203,7 +223,7 @@ def _unused_common(config: RunSpec) -> Iterator[str]:
 def _one_line(error: ValidationError, kind: type[BaseModel]) -> str:
     """The first problem in the words of the file."""
     problem = error.errors()[0]
-    where = [str(part) for part in problem["loc"]]
+    where = [str(part) for part in problem["loc"] if part not in _KINDS]
     if problem["type"] == "extra_forbidden":
         keys = [key for key in _section(kind, problem["loc"][:-1]).model_fields if key != "directory"]
         near = difflib.get_close_matches(where[-1], keys, 1, cutoff=0.5)
@@ -211,6 +231,9 @@ def _one_line(error: ValidationError, kind: type[BaseModel]) -> str:
         return f"unknown key {'.'.join(where)!r}; {hint}"
     if problem["type"] == "missing":
         return f"key {'.'.join(where)!r} is missing"
+    if len(where) < len(problem["loc"]):  # of a key that may be one of several kinds
+        same = [e["msg"] for e in error.errors() if e["loc"][: len(where)] == problem["loc"][: len(where)]]
+        return f"{'.'.join(where)}: {' or '.join(same)}, found {problem['input']!r:.80}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{'.'.join(where)}: {message}, found {problem['input']!r:.80}" if where else message
 

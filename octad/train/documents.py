@@ -45,12 +45,12 @@ def read_documents(path: Path, field: str = "text") -> Iterator[Document]:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def optional(module: str, purpose: str) -> Any:
-    """A library of the extra `train`, imported when it is needed. Raises DataError with the command that installs it."""
+def optional(module: str, purpose: str, extra: str = "train") -> Any:
+    """A library of an extra, imported when it is needed. Raises DataError with the command that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise DataError(f"{purpose} needs {module.split('.')[0]}: pip install 'octad[train]'") from None
+        raise DataError(f"{purpose} needs {module.split('.')[0]}: pip install 'octad[{extra}]'") from None
 
 
 def _open(path: Path) -> io.BufferedIOBase:
@@ -97,13 +97,16 @@ def _decoded(raw: bytes, where: str) -> str:
 
 def _from_line(raw: bytes, where: str, field: str) -> Document:
     try:
-        value = json.loads(_decoded(raw, where))
+        value = json.loads(_decoded(raw.strip(), where))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON ({error.msg}, column {error.colno})") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error})") from None
-    return _document(value, where, field)
+    return from_row(value, where, field)
 
 
-def _document(value: Any, where: str, field: str) -> Document:
+def from_row(value: Any, where: str, field: str) -> Document:
+    """The document that a row (an object of named columns) holds. Raises DataError naming the columns found."""
     if isinstance(value, dict) and isinstance(value.get(field), str):
         return str(value[field])
     if isinstance(value, dict) and isinstance(value.get("messages"), list):
@@ -119,6 +122,6 @@ def _parquet(path: Path, field: str) -> Iterator[Document]:
         batches = parquet.ParquetFile(path).iter_batches(batch_size=1024)
         rows = (row for batch in batches for row in batch.to_pylist())
         for number, row in enumerate(rows, 1):
-            yield _document(row, f"{path} row {number}", field)
+            yield from_row(row, f"{path} row {number}", field)
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
         raise DataError(f"{path}: cannot be read as Parquet ({' '.join(str(error).split())})") from None

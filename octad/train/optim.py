@@ -12,13 +12,16 @@ Muon (torch.optim.Muon) orthogonalises one matrix at a time: stacked experts [E,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from octad.train.pieces import Piece, like, local, whole
 from octad.train.sections import OptimizerSpec, ScheduleSpec
 
 _OUTSIDE = ("embed_tokens", "lm_head")  # Muon is for matrices inside the layers
@@ -39,12 +42,15 @@ def learning_rate(step: int, steps: int, spec: ScheduleSpec) -> float:
 
 @dataclass
 class _Master:
-    """One trainable parameter: float32 values, their gradient, and the views of them that an optimiser steps."""
+    """One trainable parameter: this rank's float32 values, and the views of them that an optimiser steps; `split`: a
+    stack of matrices, one leaf each, of which this rank's first has the number `first`."""
 
     name: str
     parameter: nn.Parameter
     values: torch.Tensor
     leaves: list[nn.Parameter]
+    split: bool = False
+    first: int = 0
 
     def zero(self) -> None:
         for leaf in self.leaves:
@@ -52,16 +58,34 @@ class _Master:
 
 
 class Optimizer:
-    """AdamW, or Muon for the layers' matrices and AdamW for the rest, over masters of the named parameters."""
+    """AdamW, or Muon for the layers' matrices and AdamW for the rest, over masters of the named parameters.
 
-    def __init__(self, trainable: Mapping[str, nn.Parameter], spec: OptimizerSpec) -> None:
-        self.spec = spec
-        self.masters = {name: _master(name, p, self._is_muon(name, p)) for name, p in trainable.items()}
+    `pieces`: where a rank's part of a parameter lies, for those that are not whole on every rank."""
+
+    def __init__(
+        self,
+        trainable: Mapping[str, nn.Parameter],
+        spec: OptimizerSpec,
+        pieces: Mapping[str, Piece] = MappingProxyType({}),
+    ) -> None:
+        self.spec, self.pieces = spec, pieces
+        self.masters = {
+            name: _master(name, p, self._is_muon(name, p), pieces.get(name)) for name, p in trainable.items()
+        }
         self.parts = list(self._parts())
 
     def values(self) -> dict[str, torch.Tensor]:
-        """The float32 masters by name."""
-        return {name: master.values for name, master in self.masters.items()}
+        """The float32 masters by name; DTensors where a rank has only a part."""
+        return {name: self._placed(name, master.values) for name, master in self.masters.items()}
+
+    def whole_values(self, keep: bool = True) -> dict[str, torch.Tensor]:
+        """The masters put together; every rank has to call this, those that do not `keep` get nothing."""
+        found = {}
+        for name, values in self.values().items():
+            value = whole(values)
+            if keep:
+                found[name] = value.cpu() if name in self.pieces else value
+        return found
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -70,16 +94,22 @@ class Optimizer:
             grad, master.parameter.grad = master.parameter.grad, None
             if grad is None:
                 continue
-            pieces = [grad] if len(master.leaves) == 1 else grad.unbind()
+            grad = local(grad)
+            pieces = grad.unbind() if master.split else [grad]
             for leaf, piece in zip(master.leaves, pieces, strict=True):
                 if leaf.grad is None:
-                    leaf.grad = piece.float()
+                    leaf.grad = like(piece.float(), leaf)
                 else:
-                    leaf.grad.add_(piece)
+                    local(leaf.grad).add_(piece)
+
+    def named_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """This rank's part of all that collect() has added up, float32, with the parameter's name, in their order."""
+        for name, master in self.masters.items():
+            yield from ((name, local(leaf.grad)) for leaf in master.leaves if leaf.grad is not None)
 
     def gradients(self) -> list[torch.Tensor]:
-        """All that collect() has added up, float32, in the order of the parameters."""
-        return [leaf.grad for m in self.masters.values() for leaf in m.leaves if leaf.grad is not None]
+        """The same without names."""
+        return [gradient for _, gradient in self.named_gradients()]
 
     @torch.no_grad()
     def norm(self) -> float:
@@ -100,40 +130,66 @@ class Optimizer:
                 group["lr"] = group["top_lr"] * factor
             part.step()
         for master in self.masters.values():
-            if master.values.data_ptr() != master.parameter.data_ptr():
-                master.parameter.copy_(master.values)
+            mine = local(master.parameter)
+            if master.values.data_ptr() != mine.data_ptr():
+                mine.copy_(master.values)
             master.zero()
 
     # ---- state ---------------------------------------------------------------------------------------------
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """Masters and moments by name: all that a step depends on besides gradient and rate."""
-        tensors = {f"master.{name}": master.values for name, master in self.masters.items()}
-        for name, leaf, part in self._leaves():
-            for key, value in part.state[leaf].items():
-                tensors[f"{key}.{name}"] = value
+        tensors = {f"master.{name}": value for name, value in self.values().items()}
+        for master, key, leaf, part in self._leaves():
+            for kind, value in part.state[leaf].items():
+                tensors[f"{kind}.{key}"] = self._moment(master, value)
+        return tensors
+
+    def state_targets(self, names: Container[str]) -> dict[str, torch.Tensor]:
+        """Tensors to read the named parts of a saved state into; load_state_tensors then takes them."""
+        tensors = {
+            f"master.{name}": self._placed(name, torch.empty_like(m.values))
+            for name, m in self.masters.items()
+        }
+        for master, key, leaf, _ in self._leaves():
+            for kind in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+                if f"{kind}.{key}" in names:
+                    tensors[f"{kind}.{key}"] = self._moment(master, torch.empty_like(leaf.detach()))
+            if f"step.{key}" in names:
+                tensors[f"step.{key}"] = torch.zeros(())
         return tensors
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Go back to what state_tensors told, bit for bit."""
         for name, master in self.masters.items():
-            master.values.copy_(tensors[f"master.{name}"])
-            master.parameter.copy_(master.values)
-        keys = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
-        for name, leaf, part in self._leaves():
-            found = {key: tensors[f"{key}.{name}"].clone() for key in keys if f"{key}.{name}" in tensors}
+            master.values.copy_(local(tensors[f"master.{name}"]))
+            local(master.parameter).copy_(master.values)
+        for _, key, leaf, part in self._leaves():
+            kinds = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
+            found = {k: tensors[f"{k}.{key}"] for k in kinds if f"{k}.{key}" in tensors}
             if found:
-                part.state[leaf] = found
+                part.state[leaf] = {
+                    k: v if k == "step" else like(local(v).clone(), leaf) for k, v in found.items()
+                }
 
     # ---- inside --------------------------------------------------------------------------------------------
 
-    def _leaves(self) -> Iterator[tuple[str, nn.Parameter, torch.optim.Optimizer]]:
-        """Every leaf with its name (numbered where a parameter has several) and the optimiser that steps it."""
+    def _leaves(self) -> Iterator[tuple[_Master, str, nn.Parameter, torch.optim.Optimizer]]:
+        """Every leaf with its master, its name (numbered where a parameter has several) and its optimiser."""
         owner = {id(p): part for part in self.parts for group in part.param_groups for p in group["params"]}
         for name, master in self.masters.items():
-            for number, leaf in enumerate(master.leaves):
-                yield (name if len(master.leaves) == 1 else f"{name}.{number}"), leaf, owner[id(leaf)]
+            for number, leaf in enumerate(master.leaves, master.first):
+                yield master, (f"{name}.{number}" if master.split else name), leaf, owner[id(leaf)]
+
+    def _placed(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        return self.pieces[name].wrap(values) if name in self.pieces else values
+
+    def _moment(self, master: _Master, value: torch.Tensor) -> torch.Tensor:
+        """Something shaped like a leaf, in its place in the whole."""
+        if master.split or value.dim() == 0 or isinstance(value, DTensor):
+            return value
+        return self._placed(master.name, value)
 
     def _is_muon(self, name: str, parameter: nn.Parameter) -> bool:
         outside = any(part in name for part in (*_OUTSIDE, "mlp.gate.", "lora_"))
@@ -161,8 +217,15 @@ class Optimizer:
             yield muon, {"params": leaves, "top_lr": rate, "weight_decay": decay}
 
 
-def _master(name: str, parameter: nn.Parameter, split: bool) -> _Master:
-    values = parameter.detach()
+def _master(name: str, parameter: nn.Parameter, muon: bool, piece: Piece | None) -> _Master:
+    values = local(parameter.detach())
     values = values if values.dtype == torch.float32 else values.float()
-    pieces: Sequence[torch.Tensor] = values.unbind() if split and values.dim() == 3 else [values]
-    return _Master(name, parameter, values, [nn.Parameter(piece) for piece in pieces])
+    split = muon and values.dim() == 3
+    if piece is None or not muon:
+        pieces: Sequence[torch.Tensor] = values.unbind() if split else [values]
+    elif not split:
+        pieces = [piece.wrap(values)]
+    else:
+        pieces = [piece.matrix().wrap(v) if piece.splits_matrices() else v for v in values.unbind()]
+    leaves = [nn.Parameter(p) for p in pieces]
+    return _Master(name, parameter, values, leaves, split, piece.first if piece and split else 0)

@@ -1,23 +1,24 @@
-"""Many processes, one run: data parallelism over torchrun's process group, from outside of the model.
+"""Many processes, one run: who this one is, and what all of them say together.
 
-    torchrun --nproc-per-node 2 -m octad.cli train tune.yaml -o tuned/
+    torchrun --nproc-per-node 2 -m octad train tune.yaml -o tuned/
 
-Every rank holds the model, draws the same global batch, computes every size-th micro-batch of it, and adds up gradients,
-loss and expert loads before the step, so that all ranks take the same step as one process would, within rounding. The
-state is the global one: a run resumes on any number of ranks. Rank 0 alone writes. A World of one does nothing.
+Every rank draws the same global batch, computes every size-th micro-batch of it, and adds up gradients, loss and expert
+loads before the step, so that all ranks take the same step as one process would, within rounding. How weights lie on the
+ranks is layout.py's. The state is the global one: a run resumes on any number of ranks. A World of one does nothing.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from octad.errors import RecipeError
+from octad.errors import OctadError, RecipeError
 
 T = TypeVar("T")
 
@@ -36,6 +37,7 @@ class World:
             return cls()
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            atexit.register(dist.destroy_process_group)
         return cls(dist.get_rank(), dist.get_world_size())
 
     @property
@@ -63,6 +65,38 @@ class World:
         whole = torch.tensor(value, dtype=torch.float64)
         self.add_up([whole])
         return float(whole)
+
+    def by_leader(self, work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+        """What rank 0 gets from some work, told to all; what it raises for the user is raised on all."""
+        if self.size == 1:
+            return work()
+        told: list[T | OctadError | None] = [None]
+        if self.leads:
+            try:
+                told[0] = work()
+            except OctadError as error:
+                told[0] = error
+        dist.broadcast_object_list(told, group=group)
+        if isinstance(told[0], OctadError):
+            raise told[0]
+        return told[0]  # type: ignore[return-value]
+
+    def leader_first(self, work: Callable[[], T]) -> T:
+        """Everybody's own work, rank 0's before the others': what it leaves on disk is there for them. Where it fails,
+        all fail with its error."""
+        if self.size == 1:
+            return work()
+        done: list[T] = []
+        self.by_leader(lambda: done.append(work()))
+        return done[0] if done else work()
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in their order, on all ranks."""
+        if self.size == 1:
+            return [value]
+        found: list[T] = [value] * self.size
+        dist.all_gather_object(found, value)
+        return found
 
     def wait(self) -> None:
         """Until all ranks are here: what rank 0 has written is there for all."""

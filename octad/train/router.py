@@ -96,10 +96,22 @@ class TrainRouter(nn.Module):
         self._chosen += served.numel()
         return routed
 
-    def finish_step(self, rate: float, fade: float = 1.0) -> LoadStatistics:
-        """Move the bias by `rate`, times `fade` (0 at the end: no format has a place for it); tell and clear the load."""
-        entropy = float(torch.stack(self._entropy).mean()) if self._entropy else 0.0
-        statistics = LoadStatistics.of(self.load, entropy, self._dropped / max(1, self._chosen))
+    def tally(self) -> torch.Tensor:
+        """What ranks add up: the experts' load, then entropies, how many, choices dropped, choices (float64)."""
+        entropy = float(torch.stack(self._entropy).sum()) if self._entropy else 0.0
+        rest = self.load.new_tensor(
+            [entropy, len(self._entropy), self._dropped, self._chosen], dtype=torch.float64
+        )
+        return torch.cat((self.load.double(), rest))
+
+    def finish_step(
+        self, rate: float, fade: float = 1.0, tally: torch.Tensor | None = None
+    ) -> LoadStatistics:
+        """Move the bias by `rate`, times `fade` (0 at the end: no format has a place for it); tell and clear the load.
+        `tally`: the sum over all ranks, where there are several."""
+        *load, entropy, passes, dropped, chosen = (self.tally() if tally is None else tally).tolist()
+        self.load.copy_(torch.tensor(load))
+        statistics = LoadStatistics.of(self.load, entropy / max(1, passes), dropped / max(1, chosen))
         if rate:
             update_bias(self.bias, self.load, rate)
             self.bias *= fade

@@ -112,19 +112,31 @@ class LowRankSpec(Section):
 
 
 class EvaluateSpec(Section):
-    """Held-out text: `tokens` of each domain every `every` steps and at the end."""
+    """Held-out text, what a source's files can be: `tokens` of each domain every `every` steps and at the end."""
 
     domains: dict[str, StringList] = Field(default_factory=dict)
+    field: str = "text"
     every: int = Field(default=100, ge=1)
     tokens: int = Field(default=4096, ge=2)
     window: int = Field(default=512, ge=2)
 
 
 class SaveSpec(Section):
-    """A checkpoint to resume from every `every` steps; the newest `keep` stay."""
+    """A checkpoint to resume from every `every` steps; the newest `keep` stay. asynchronous: it is written while the
+    next steps run, from a copy in memory (auto: on GPUs, whose copy does not compete with the steps)."""
 
     every: int = Field(default=100, ge=1)
     keep: int = Field(default=2, ge=1)
+    asynchronous: bool | Literal["auto"] = "auto"
+
+
+class ParallelSpec(Section):
+    """How weights lie on many processes. shard: each holds a part of every weight and moment (FSDP); expert: so many
+    processes share the experts of a layer. auto: only where one process's memory would be more than half full.
+    One process alone holds everything."""
+
+    shard: bool | Literal["auto"] = "auto"
+    expert: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
 
 
 class RunSpec(Section):
@@ -136,6 +148,7 @@ class RunSpec(Section):
     schedule: ScheduleSpec = ScheduleSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
     save: SaveSpec = SaveSpec()
+    parallel: ParallelSpec = ParallelSpec()
     log_every: int = Field(default=10, ge=1)
     seed: int = 0
     dtype: Dtype = "auto"

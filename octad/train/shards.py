@@ -23,11 +23,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from octad.checkpoint.hf import fingerprint
 from octad.checkpoint.staging import StagedDirectory, explained
 from octad.checkpoint.tokenizer import Tokenizer
 from octad.errors import DataError, OutputError
-from octad.train.documents import read_documents
+from octad.train.corpus import Documents, open_documents
 
 FORMAT = 1
 BATCH = 256  # documents tokenised at a time, in the library's threads
@@ -52,12 +51,10 @@ def open_shard(
     append_eos: bool = True,
 ) -> Shard:
     """The tokens of some files, from the cache or made now. Raises DataError for unusable files."""
-    paths = [Path(file).expanduser() for file in files]
-    if missing := next((path for path in paths if not path.is_file()), None):
-        raise DataError(f"{missing}: no such file; give .jsonl, .txt or .parquet")
-    directory = cache.expanduser() / _key(paths, tokenizer, field, append_eos)
+    opened = [open_documents(file) for file in files]
+    directory = cache.expanduser() / _key(opened, tokenizer, field, append_eos)
     if not (directory / "starts.npy").is_file():
-        _build(directory, paths, tokenizer, field, append_eos)
+        _build(directory, opened, tokenizer, field, append_eos)
     load = {p.stem: np.load(p, mmap_mode="r") for p in directory.glob("*.npy")}
     return Shard(", ".join(str(f) for f in files), load["tokens"], load.get("learn"), load["starts"])
 
@@ -68,22 +65,22 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _key(paths: Sequence[Path], tokenizer: Tokenizer, field: str, append_eos: bool) -> str:
-    facts = [fingerprint(path) for path in paths]
+def _key(opened: Sequence[Documents], tokenizer: Tokenizer, field: str, append_eos: bool) -> str:
+    facts = [documents.digest for documents in opened]
     parts: list[Any] = [FORMAT, facts, tokenizer_digest(tokenizer), field, append_eos]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _build(
-    directory: Path, paths: Sequence[Path], tokenizer: Tokenizer, field: str, append_eos: bool
+    directory: Path, opened: Sequence[Documents], tokenizer: Tokenizer, field: str, append_eos: bool
 ) -> None:
     tokens, learn, starts = array("I"), bytearray(), array("q", [0])
-    for ids, learnt in _encoded(paths, tokenizer, field, append_eos):
+    for ids, learnt in _encoded(opened, tokenizer, field, append_eos):
         tokens.extend(ids)
         learn.extend(learnt)
         starts.append(len(tokens))
     if not tokens:
-        raise DataError(f"{', '.join(map(str, paths))}: no text in it; give more")
+        raise DataError(f"{', '.join(d.label for d in opened)}: no text in it; give more")
     arrays: dict[str, npt.NDArray[Any]] = {
         "tokens": np.frombuffer(tokens, np.uint32),
         "starts": np.frombuffer(starts, np.int64),
@@ -101,12 +98,12 @@ def _build(
 
 
 def _encoded(
-    paths: Sequence[Path], tokenizer: Tokenizer, field: str, append_eos: bool
+    opened: Sequence[Documents], tokenizer: Tokenizer, field: str, append_eos: bool
 ) -> Iterator[tuple[list[int], bytes]]:
     """Ids of each document, and for each id 1 where it is learnt. Texts are tokenised many at a time."""
     end = list(tokenizer.eos_ids[:1]) if append_eos else []
     texts: list[str] = []
-    for document in (d for path in paths for d in read_documents(path, field)):
+    for document in (d for documents in opened for d in documents.read(field)):
         if isinstance(document, str):
             texts.append(document)
             if len(texts) < BATCH:
@@ -127,7 +124,7 @@ def _encode_texts(
 
 
 def encode_answers(messages: list[Any], tokenizer: Tokenizer) -> tuple[list[int], bytes]:
-    """A chat's ids through the template, and 1 for those of the assistant's answers, their end included.
+    """A chat's ids through the template, and 1 for those of the assistant's answers, up to the token that ends them.
 
     Raises DataError where the template writes earlier messages in another way once there are later ones."""
     ids: list[int] = []
@@ -139,7 +136,10 @@ def encode_answers(messages: list[Any], tokenizer: Tokenizer) -> tuple[list[int]
             learn.extend(bytes(len(asked) - len(ids)))
             ids = _continued(ids, asked, tokenizer)
         whole = tokenizer.encode_chat(messages[:count], add_generation_prompt=False)
-        learn.extend(bytes([role == "assistant"]) * (len(whole) - len(ids)))
+        new = whole[len(ids) :]
+        ends = [n for n, token in enumerate(new, 1) if token in tokenizer.eos_ids]
+        learnt = 0 if role != "assistant" else ends[-1] if ends else len(new)
+        learn.extend(bytes([1]) * learnt + bytes(len(new) - learnt))
         ids = _continued(ids, whole, tokenizer)
     return ids, bytes(learn)
 

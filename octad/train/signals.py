@@ -3,7 +3,8 @@
     with StopRequest() as stop:
         while not stop.requested: ...
 
-The second signal has its usual effect, for whoever cannot wait.
+The second signal of a kind has its usual effect, for whoever cannot wait. One of each is one wish: torchrun answers a
+Ctrl-C, which its processes have already got from the terminal, with a SIGTERM to each of them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Set by the first SIGTERM or SIGINT within the block; earlier handlers are put back afterwards."""
+    """Set by the first SIGTERM or SIGINT within the block; earlier handlers are put back, each after its signal."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -31,13 +32,12 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._restore()
+        for number in list(self._earlier):
+            self._restore(number)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        self._restore()
+        self._restore(signal.Signals(number))
 
-    def _restore(self) -> None:
-        for number, handler in self._earlier.items():
-            signal.signal(number, handler)
-        self._earlier = {}
+    def _restore(self, number: signal.Signals) -> None:
+        signal.signal(number, self._earlier.pop(number))

@@ -1,55 +1,109 @@
 """The state of a run on disk: everything the next step depends on, so that resuming is bit-exact.
 
-    save_state(run, step, tensors, facts, keep=2)
-    tensors, facts = load_state(latest_state(run))
+    saver = Saver(run, world, keep=2, asynchronous=False)
+    saver.save(step, tensors, facts)              # every rank its part
+    state = latest_state(run); facts = load_facts(state); load_tensors(state, targets)
 
 A state is a directory `states/step-00000120`: tensors (float32 masters, moments, router biases, random generators) in
 safetensors, the rest (step, data position, config) in JSON. It appears whole under its name or not at all; older ones
 go only after that. What is frozen is not saved: it is read from the model again, whose digests the state carries.
+
+Reading and writing are torch.distributed.checkpoint's, in its safetensors format: every rank writes a file with what it
+holds, whatever is held by several is written by one, and any number of ranks reads what it needs of it. One process
+writes the plain file that this comes to. All ranks need to see the directory. Asynchronous: the state is copied into
+memory and written by a thread while the next steps run; whatever goes wrong there is told at the next save.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
 
 from octad.checkpoint.staging import StagedDirectory, explained, space
 from octad.errors import CheckpointError, OutputError
+from octad.train.parallel import World
 
-TENSORS, FACTS, FORMAT = "state.safetensors", "state.json", 1
+TENSORS, FACTS, FORMAT = "state.safetensors", "state.json", 2
 # What may differ between the run that saved and the one that resumes; anything else would make another model of it.
 FREE = (
     "steps", "batch", "optimizer.lr", "optimizer.router_lr", "optimizer.weight_decay", "optimizer.clip", "schedule",
-    "evaluate", "save", "log_every", "device", "spike", "data.cache", "retries", "specialists",
+    "evaluate", "save", "log_every", "device", "spike", "data.cache", "retries", "specialists", "parallel", "ray",
 )  # fmt: skip
 
 
-def save_state(
-    run: Path, step: int, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any], keep: int
-) -> Path:
-    """Write a state, then remove all but the newest `keep`. Raises OutputError; the earlier states are then intact."""
-    final = run / "states" / f"step-{step:08}"
-    if final.exists():  # saved at this very step before
-        return final
-    whole = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
-    needed = sum(t.nbytes for t in whole.values())
-    with StagedDirectory(final) as stage, explained(final, needed):
+class Saver:
+    """Writes the states of a run, all ranks together."""
+
+    def __init__(self, run: Path, world: World, keep: int, asynchronous: bool) -> None:
+        self.run, self.world, self.keep, self.asynchronous = run, world, keep, asynchronous
+        self._thread = ThreadPoolExecutor(1) if asynchronous else None
+        self._pending: Future[None] | None = None
+        # of its own, since a thread must not talk in between of the steps' exchanges
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+
+    def save(self, step: int, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+        """Write a state, then remove all but the newest `keep`. Raises OutputError; earlier states are then intact."""
+        self.wait()
+        final = self.run / "states" / f"step-{step:08}"
+        if self.world.by_leader(final.exists):  # saved at this very step before
+            return
+        copied = {name: _on_cpu(t, copy=self.asynchronous) for name, t in tensors.items()}
+        work = partial(self._write, final, copied, dict(facts) | {"step": step, "format": FORMAT})
+        if self._thread is None:
+            work()
+        else:
+            self._pending = self._thread.submit(work)
+
+    def wait(self) -> None:
+        """Until the last state is on disk. Raises what went wrong with it."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait, and end the thread."""
         try:
-            save_file(whole, stage.path / TENSORS)
-        except SafetensorError as error:  # its way to say that the disk is full
-            raise OutputError(f"{final}: cannot be written ({error}): {space(run, needed)}") from None
-        (stage.path / FACTS).write_text(json.dumps(dict(facts) | {"step": step, "format": FORMAT}, indent=1))
-        stage.commit()
-    for old in _states(run)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+            self.wait()
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown()
+
+    def _write(self, final: Path, tensors: dict[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+        needed = sum(t.nbytes for t in tensors.values())
+        stage = StagedDirectory(final)
+        told = self.world.by_leader(lambda: str(stage.__enter__().path), self._group)
+        try:
+            with explained(final, needed):
+                _write_tensors(Path(told), tensors, self._group, self.world.size, final, needed)
+            self.world.by_leader(partial(self._finish, stage, facts), self._group)
+        finally:
+            if self.world.leads:
+                stage.__exit__(None, None, None)
+
+    def _finish(self, stage: StagedDirectory, facts: Mapping[str, Any]) -> None:
+        with explained(stage.final):
+            files = {p.name: p.stat().st_size for p in sorted(stage.path.glob("*.safetensors"))}
+            (stage.path / FACTS).write_text(json.dumps(dict(facts) | {"files": files}, indent=1))
+            stage.commit()
+        for old in _states(self.run)[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def latest_state(run: Path) -> Path | None:
@@ -57,15 +111,36 @@ def latest_state(run: Path) -> Path | None:
     return next(reversed(_states(run)), None)
 
 
-def load_state(state: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors and facts. Raises CheckpointError where it is damaged."""
+def load_facts(state: Path) -> dict[str, Any]:
+    """What is not a tensor, after a look at the files. Raises CheckpointError where it is damaged."""
     try:
-        facts = json.loads((state / FACTS).read_text(encoding="utf-8"))
-        return load_file(state / TENSORS), dict(facts)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{state}: damaged ({error}); remove it to resume from the one before"
-        ) from None
+        facts = dict(json.loads((state / FACTS).read_text(encoding="utf-8")))
+        if facts.get("format") != FORMAT:
+            raise ValueError(f"format {facts.get('format')!r}, this octad reads {FORMAT}")
+        for name, size in facts["files"].items():
+            if (state / name).stat().st_size != size:
+                raise ValueError(f"{name} has not the {size:,} bytes that it was written with")
+        return facts
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise _damaged(state, error) from None
+
+
+def saved_names(state: Path) -> set[str]:
+    """The tensors of a state. Raises CheckpointError where it is damaged."""
+    try:
+        return set(HuggingFaceStorageReader(str(state)).read_metadata().state_dict_metadata)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _damaged(state, error) from None
+
+
+def load_tensors(state: Path, targets: Mapping[str, torch.Tensor], world: World) -> None:
+    """Fill the targets, each rank its part of the DTensors. Raises CheckpointError where it is damaged."""
+    alone = world.size == 1
+    try:
+        with _quiet():
+            load(dict(targets), storage_reader=HuggingFaceStorageReader(str(state)), no_dist=alone)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, CheckpointException) as error:
+        raise _damaged(state, error) from None
 
 
 def check_resumable(saved: Mapping[str, Any], now: Mapping[str, Any], label: str) -> list[str]:
@@ -90,3 +165,51 @@ def differing(old: Any, new: Any, at: str = "") -> Iterator[str]:
 
 def _states(run: Path) -> list[Path]:
     return sorted(path for path in (run / "states").glob("step-[0-9]*") if (path / FACTS).is_file())
+
+
+def _write_tensors(
+    place: Path,
+    tensors: dict[str, torch.Tensor],
+    group: dist.ProcessGroup | None,
+    ranks: int,
+    final: Path,
+    needed: int,
+) -> None:
+    try:
+        if ranks == 1:
+            save_file(tensors, place / TENSORS)
+        else:
+            writer = HuggingFaceStorageWriter(str(place), save_distributed=True)
+            with _quiet():
+                save(tensors, storage_writer=writer, process_group=group)
+    except CheckpointException as error:  # of any rank, told to all
+        cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause, OSError):
+            raise cause from None
+        raise OutputError(f"{final}: cannot be written ({cause}): {space(final.parent, needed)}") from None
+    except SafetensorError as error:  # its way to say that the disk is full
+        raise OutputError(f"{final}: cannot be written ({error}): {space(final.parent, needed)}") from None
+
+
+def _on_cpu(tensor: torch.Tensor, *, copy: bool) -> torch.Tensor:
+    """Contiguous in memory, a copy where asked; a DTensor stays one."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().to("cpu", copy=copy).contiguous()
+    part = tensor.to_local().detach().to("cpu", copy=copy).contiguous()
+    mesh = tensor.device_mesh
+    return DTensor.from_local(
+        part, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings that a checkpoint of one process is one of one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _damaged(state: Path, error: BaseException) -> CheckpointError:
+    words = " ".join(str(error).split())[:300]
+    return CheckpointError(f"{state}: damaged ({words}); remove it to resume from the one before")

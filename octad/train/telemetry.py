@@ -32,7 +32,7 @@ LOG = "log.jsonl"
 
 class Telemetry:
     """Adds up what happens between two records. `echo` gets one line a record; `lengths_V` are the tokens' bytes.
-    Of many ranks, rank 0 writes; its bits per byte are of its own windows."""
+    Of many ranks, rank 0 writes, for all."""
 
     def __init__(
         self,
@@ -63,9 +63,11 @@ class Telemetry:
     def write(
         self, step: int, steps: int, facts: Mapping[str, Any], routing: Sequence[LoadStatistics]
     ) -> dict[str, Any]:
-        """The record of the interval; it is returned, and the sums begin anew."""
+        """The record of the interval; it is returned, and the sums begin anew. Every rank has to call this."""
         rate = self.tokens / max(1e-9, time.perf_counter() - self.since)
-        bits = {n: self.nats[n] / math.log(2) / max(1, self.bytes[n]) for n in sorted(self.nats)}
+        told = self.world.gather((self.nats, self.bytes))
+        nats = {n: sum(part[n] for part, _ in told) for n in sorted({n for part, _ in told for n in part})}
+        bits = {n: x / math.log(2) / max(1, sum(sizes[n] for _, sizes in told)) for n, x in nats.items()}
         record: dict[str, Any] = dict(facts) | {"step": step, "tokens_per_second": rate}
         record |= {"mfu": rate * self.flops_per_token / self.peak, "bits_per_byte": bits}
         record["layers"] = [dict(s.__dict__) for s in routing]

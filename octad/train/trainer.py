@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from enum import Enum
 from pathlib import Path
@@ -24,13 +24,15 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from octad.checkpoint.staging import explained
-from octad.checkpoint.text import Window, read_windows, token_byte_lengths
+from octad.checkpoint.text import Window, windows_of
 from octad.errors import CheckpointError, OctadError, OutputError, RecipeError
 from octad.evaluate.loss import bits_per_byte, window_nats
 from octad.model.balance import LoadStatistics
 from octad.train.attention import DocumentAttention
+from octad.train.corpus import open_documents
 from octad.train.data import Batch, Source, Stream
 from octad.train.distill import teach
+from octad.train.layout import Layout
 from octad.train.learner import Learner, compute_settings
 from octad.train.loss import Head, next_token_loss
 from octad.train.lowrank import LowRankEmbedding, LowRankLinear
@@ -38,7 +40,7 @@ from octad.train.optim import Optimizer, learning_rate
 from octad.train.parallel import World
 from octad.train.shards import open_shard
 from octad.train.signals import StopRequest
-from octad.train.state import check_resumable, latest_state, load_state, save_state
+from octad.train.state import Saver, check_resumable, latest_state, load_facts, load_tensors, saved_names
 from octad.train.telemetry import Telemetry, matmul_peak, training_flops
 
 FADE = 0.1  # the last part of the steps, over which router biases go to zero
@@ -64,14 +66,31 @@ class Trainer:
     def __init__(self, learner: Learner, run: Path, echo: Callable[[str], None] = lambda line: None) -> None:
         self.learner, self.config, self.run, self.world = learner, learner.config, run, World.join()
         self.echo = echo if self.world.leads else lambda line: None
+        self.progress: Callable[[float], None] = lambda done: (
+            None
+        )  # gets the share of the steps that are done
         self.model = learner.model.train()
         self.dtype, self.device = compute_settings(self.config)
+        check_fit(learner)
+        self.stream, self.held_out = self.world.leader_first(
+            lambda: (open_stream(learner), open_held_out(learner))
+        )
+        self.flops = training_flops(self.model.config, learner.trainable, learner.data.window)
+        self.layout = Layout.decide(self.config.parallel, self.world, self.model, self.device)
+        self.layout.spread(self.model)
         if self.config.batch.checkpointing:
             checkpoint_activations(self.model)
-        check_fit(learner)
-        self.stream, self.held_out = open_stream(learner), open_held_out(learner)
-        self.optimizer = Optimizer(learner.trainable, self.config.optimizer)
+        self.whole = self.layout.shard(self.model)
+        learner.trainable = {name: self.model.get_parameter(name) for name in learner.trainable}
+        self.optimizer = Optimizer(
+            learner.trainable, self.config.optimizer, self.layout.pieces(learner.trainable)
+        )
+        if self.world.size > 1:
+            self.echo(str(self.layout))
         self.step, self.mean_loss = 0, math.nan
+        behind = self.config.save.asynchronous
+        behind = self.device.type == "cuda" if behind == "auto" else behind
+        self.saver = Saver(run, self.world, self.config.save.keep, behind)
         torch.manual_seed(self.config.seed + self.world.rank)
         self._resume()
 
@@ -90,7 +109,7 @@ class Trainer:
             )
         with explained(self.run):
             self.run.mkdir(parents=True, exist_ok=True)
-            with closing(self._telemetry()) as telemetry, StopRequest() as stop:
+            with closing(self._telemetry()) as telemetry, closing(self.saver), StopRequest() as stop:
                 if self.step == 0:
                     self._judge(telemetry)
                 while self.step < self.config.steps and not self.world.total(stop.requested):
@@ -98,14 +117,14 @@ class Trainer:
                 self.save()
         if self.step < self.config.steps:
             return Outcome.STOPPED
-        if self.world.leads:
-            self.learner.write(self.run, self.optimizer.values())
-        self.world.wait()
+        values = self.optimizer.whole_values(keep=self.world.leads)
+        self.world.by_leader(lambda: self.learner.write(self.run, values))
         return Outcome.FINISHED
 
     def _one_step(self, telemetry: Telemetry) -> None:
         facts, routing = self.train_step(telemetry)
         self.step += 1
+        self.progress(self.step / self.config.steps)
         spec, last = self.config, self.step == self.config.steps
         if last or self.step % spec.log_every == 0:
             telemetry.write(self.step, spec.steps, facts, routing)
@@ -120,19 +139,23 @@ class Trainer:
         batch = self.stream.next(spec.batch.windows)
         learnt, loss = max(1, batch.learnt), 0.0
         for micro in self.world.share(batch.split(spec.batch.micro)):
-            part, losses = self.loss(micro, learnt, len(micro.tokens) / len(batch.tokens))
-            part.backward()  # type: ignore[no-untyped-call]
+            share = len(micro.tokens) / len(batch.tokens)
+            part, losses = self.whole(functools.partial(self.loss, micro, learnt, share))
+            part.backward()
             self.optimizer.collect()
             loss += float(part.detach())
             if telemetry is not None:
                 telemetry.count(micro, losses)
-        self._add_up_ranks()
-        loss, norm = self.world.total(loss), self.optimizer.norm()
+        self.layout.add_up(self.optimizer)
+        loss, norm = self.world.total(loss), self.layout.norm(self.optimizer)
         self._check(loss, norm, batch)
         factor = learning_rate(self.step, spec.steps, spec.schedule)
         self.optimizer.step(factor, norm)
         fade = min(1.0, (spec.steps - 1 - self.step) / max(1.0, FADE * spec.steps))
-        routing = [router.finish_step(self.learner.routing.bias, fade) for router in self.learner.routers]
+        routing = [
+            router.finish_step(self.learner.routing.bias, fade, tally)
+            for router, tally in zip(self.learner.routers, self._tallies(), strict=True)
+        ]
         return {"loss": loss, "gradient_norm": norm, "lr": factor * spec.optimizer.lr}, routing
 
     def loss(self, batch: Batch, learnt: int, share: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,7 +163,8 @@ class Trainer:
         routers' losses; and every position's nats."""
         batch = batch.to(self.device)
         masked = self.learner.data.document_mask
-        cache = DocumentAttention(self.model.config, batch.documents) if masked else None
+        documents_BS = batch.documents if masked else torch.zeros_like(batch.documents)
+        cache = DocumentAttention(self.model.config, documents_BS)
         x_ND = self.model.model(batch.tokens, cache).flatten(0, 1)
         targets = batch.targets.flatten()
         total, losses = next_token_loss(head_of(self.model), x_ND, targets, teach(self.learner, batch, cache))
@@ -149,21 +173,28 @@ class Trainer:
             loss = loss + router.take().loss(self.learner.routing) * share / len(self.learner.routers)
         return loss, losses
 
-    def _add_up_ranks(self) -> None:
-        """Gradients and expert loads of all ranks."""
-        self.world.add_up(self.optimizer.gradients())
-        self.world.add_up(router.load for router in self.learner.routers)
+    def _tallies(self) -> list[torch.Tensor]:
+        """What the routers counted, over all ranks."""
+        tallies = [router.tally() for router in self.learner.routers]
+        if tallies and self.world.size > 1:
+            together = torch.stack(tallies)
+            self.world.add_up([together])
+            tallies = list(together)
+        return tallies
 
     # ---- judging -------------------------------------------------------------------------------------------
 
     def _judge(self, telemetry: Telemetry) -> None:
-        if self.held_out and self.world.leads:
+        if self.held_out and (self.world.leads or self.layout.spreads):  # spread weights need every rank
             telemetry.evaluated(self.step, self.evaluate())
 
     def evaluate(self) -> dict[str, float]:
         """Held-out bits per byte by domain."""
         self.model.eval()
-        found = {name: bits_per_byte(window_nats(self.model, w), w) for name, w in self.held_out.items()}
+        found = {}
+        for name, windows in self.held_out.items():
+            nats = self.whole.judge(functools.partial(window_nats, self.model, windows))
+            found[name] = bits_per_byte(nats, windows)
         self.model.train()
         return found
 
@@ -183,53 +214,60 @@ class Trainer:
     # ---- state ---------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """A state that the next step can be taken from. Raises OutputError."""
+        """A state that the next step can be taken from. Raises OutputError, of an asynchronous save at the next one."""
         facts = {
             "config": self.config.to_dict(),
             "identity": dict(self.learner.identity),
             "data": self.stream.state_dict(),
             "mean_loss": self.mean_loss,
+            "ranks": self.world.size,
         }
-        if self.world.leads:
-            save_state(self.run, self.step, self._tensors(), facts, self.config.save.keep)
-        self.world.wait()
+        tensors = self.optimizer.state_tensors() | self._random() | self._biases()
+        self.saver.save(self.step, tensors, facts)
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        tensors = self.optimizer.state_tensors() | {"random.cpu": torch.get_rng_state()}
+    def _biases(self) -> dict[str, torch.Tensor]:
+        return {f"bias.{n}": router.bias for n, router in enumerate(self.learner.routers)}
+
+    def _random(self) -> dict[str, torch.Tensor]:
+        """The states of this rank's generators; every rank has its own."""
+        states = {f"random.cpu.{self.world.rank}": torch.get_rng_state()}
         if self.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
-        biases = {f"bias.{n}": router.bias for n, router in enumerate(self.learner.routers)}
-        return tensors | biases
+            states[f"random.cuda.{self.world.rank}"] = torch.cuda.get_rng_state(self.device)
+        return states
 
     def _resume(self) -> None:
-        if (state := latest_state(self.run)) is None:
+        if (state := self.world.by_leader(lambda: latest_state(self.run))) is None:
             if self.run.exists() and any(self.run.iterdir()) and not (self.run / "log.jsonl").exists():
                 raise OutputError(f"{self.run}: exists and is no run; choose another -o or remove it")
             return
-        tensors, facts = load_state(state)
+        facts, names = load_facts(state), saved_names(state)
         saved = facts["config"] | {"identity": facts["identity"]}
         now = self.config.to_dict() | {"identity": dict(self.learner.identity)}
         changed = check_resumable(saved, now, str(self.run))
-        self.optimizer.load_state_tensors(tensors)
-        for n, router in enumerate(self.learner.routers):
-            router.bias.copy_(tensors[f"bias.{n}"])
+        random = {name: value for name, value in self._random().items() if name in names}
+        targets = self.optimizer.state_targets(names) | self._biases() | random
+        load_tensors(state, targets, self.world)
+        self.optimizer.load_state_tensors(targets)
         self.stream.load_state_dict(facts["data"])
         self.step, self.mean_loss = int(facts["step"]), float(facts["mean_loss"])
-        if self.world.leads:
-            torch.set_rng_state(tensors["random.cpu"])
-        else:  # one generator is saved: the other ranks' noise begins anew
-            torch.manual_seed(hash((self.config.seed, self.world.rank, self.step)))
-        if "random.cuda" in tensors and self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+        self._restore_random(random)
         self.echo(f"resuming {self.run} after step {self.step}")
         if changed:
             self.echo(f"changed since it was saved: {', '.join(changed)}")
 
+    def _restore_random(self, states: Mapping[str, torch.Tensor]) -> None:
+        """A rank that the saved run had goes on with its generators; those of a new one begin at (seed, rank, step)."""
+        torch.manual_seed(hash((self.config.seed, self.world.rank, self.step)))
+        for name, value in states.items():
+            if "cpu" in name:
+                torch.set_rng_state(value)
+            else:
+                torch.cuda.set_rng_state(value, self.device)
+
     def _telemetry(self) -> Telemetry:
-        lengths = token_byte_lengths(self.learner.tokenizer)
-        flops = training_flops(self.model.config, self.learner.trainable, self.learner.data.window)
+        lengths = self.learner.tokenizer.byte_lengths
         peak = self.world.size * matmul_peak(self.dtype, self.device)
-        return Telemetry(self.run, lengths, self.echo, flops, peak, self.world)
+        return Telemetry(self.run, lengths, self.echo, self.flops, peak, self.world)
 
 
 def head_of(model: torch.nn.Module) -> Head:
@@ -264,8 +302,12 @@ def open_held_out(learner: Learner) -> dict[str, list[Window]]:
     """The windows that the run is judged on, by domain. Raises DataError before the first step rather than later."""
     spec, windows = learner.evaluate, {}
     for name, files in spec.domains.items():
-        paths = [learner.config.resolve(file) for file in files]
-        windows[name] = read_windows(paths, learner.tokenizer, tokens=spec.tokens, window=spec.window)
+        opened = [open_documents(learner.config.resolve(file)) for file in files]
+        documents = [document for part in opened for document in part.read(spec.field)]
+        label = ", ".join(part.label for part in opened)
+        windows[name] = windows_of(
+            documents, learner.tokenizer, tokens=spec.tokens, window=spec.window, label=label
+        )
     return windows
 
 

@@ -31,6 +31,9 @@ def write(path: Path, value: object) -> Path:
         ({"batch": {"windows": 6, "micro": 4}}, "batch.windows 6 is no multiple of batch.micro 4"),
         ({"data": {"sources": [{"name": "a", "files": "x"}] * 2}}, "two sources have the name 'a'"),
         ({"specialists": []}, "octad branch"),
+        ({"parallel": {"shard": "maybe"}}, r"parallel\.shard: .*boolean.* or .*'auto'.*found 'maybe'"),
+        ({"parallel": {"expert": 0}}, r"parallel\.expert: .*or equal to 1 or .*'auto', found 0"),
+        ({"parallel": {"experts": 2}}, "unknown key 'parallel.experts'; did you mean 'expert'"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path: Path, change: dict[str, object], message: str) -> None:
@@ -54,6 +57,12 @@ def test_the_recipes_that_ship_are_valid() -> None:
     for name in ("repair", "pretrain"):
         assert list(load_config(recipes / f"train-{name}.yaml").unused_keys()) == []
     assert list(load_branch(recipes / "train-branch.yaml").unused_keys()) == []
+
+
+def test_a_ray_section_without_ray_is_told(tmp_path: Path) -> None:
+    config = load_branch(write(tmp_path, BRANCH | {"ray": {"cpus": 4}}))
+    assert [key.split()[0] for key in config.unused_keys()] == ["ray"]
+    assert list(config.unused_keys(ray=True)) == []
 
 
 def test_branch_gives_each_specialist_its_data(tmp_path: Path) -> None:
