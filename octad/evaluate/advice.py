@@ -121,8 +121,8 @@ def _no_better_than_soup(found: Comparison) -> Iterator[str]:
     if difference.interval.answer == "yes":
         return
     yield (
-        f"routing gains nothing over averaging the weights ({difference.relative:+.2%} to the soup, which is one dense"
-        " model): fit the router anew, or use the soup"
+        f"routing is not for certain better than averaging the weights ({difference.relative:+.2%} to the soup, which is"
+        " one dense model): fit the router anew, or use the soup"
     )
 
 

