@@ -57,7 +57,8 @@ def collect_routing(
     progress: Progress = lambda tokens: None,
 ) -> dict[str, Any] | None:
     """What the routers do on each domain's windows; None for a model without routers. `names`: of the experts, in
-    order; `own`: the expert that is the specialist of a domain, by default the one of its name. `progress` gets the tokens of each batch that is done. Raises ValueError where the names are too few or many.
+    order; `own`: the specialist of each domain that has one, by default the expert of its name. `progress` gets the
+    tokens of each batch that is done. Raises ValueError where the names are too few or many.
     """
     moes = mixtures(model)
     if not moes:
