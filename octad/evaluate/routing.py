@@ -9,7 +9,7 @@ not grow with the text. Padding counts nowhere. The answer is plain lists and nu
 - `share[domain][layer][expert]` of the choices (each token makes `num_experts_per_tok` of them in each layer);
 - `entropy[domain][layer]` of the whole softmax in nats, before top-k: 0 when certain, ln E when undecided;
 - `confidence[domain][layer]`: mean weight that the first choice is given;
-- `own_first[domain][layer]`: how often the first choice is the expert that has the domain's name;
+- `own_first[domain][layer]`: how often the first choice is the domain's own specialist;
 - `dead`: experts that a layer never chose; `twins`: experts of nearly the same weights (see twins.py);
 - `top_tokens[expert]`: tokens that it speaks more often than its share lets expect; `examples`: text with its speakers.
 
@@ -49,6 +49,7 @@ def collect_routing(
     texts: Mapping[str, Sequence[Window]],
     names: Sequence[str],
     *,
+    own: Mapping[str, str] | None = None,
     top_tokens: int = TOP_TOKENS,
     min_count: int = MIN_COUNT,
     example_tokens: int = EXAMPLE_TOKENS,
@@ -56,7 +57,8 @@ def collect_routing(
     progress: Progress = lambda tokens: None,
 ) -> dict[str, Any] | None:
     """What the routers do on each domain's windows; None for a model without routers. `names`: of the experts, in
-    order. `progress` gets the tokens of each batch that is done. Raises ValueError where the names are too few or many.
+    order; `own`: the specialist of each domain that has one, by default the expert of its name. `progress` gets the
+    tokens of each batch that is done. Raises ValueError where the names are too few or many.
     """
     moes = mixtures(model)
     if not moes:
@@ -64,7 +66,7 @@ def collect_routing(
     if len(names) != model.config.num_experts:
         raise ValueError(f"{len(names)} names for {model.config.num_experts} experts")
     sums = {
-        domain: _observe(model, windows, len(names), _own(names, domain), tokens_per_batch, progress)
+        domain: _observe(model, windows, len(names), _own(names, domain, own), tokens_per_batch, progress)
         for domain, windows in texts.items()
     }
     spoken: Counter[tuple[int, int]] = sum((s.spoken for s in sums.values()), Counter())
@@ -86,9 +88,10 @@ def collect_routing(
     }
 
 
-def _own(names: Sequence[str], domain: str) -> int | None:
-    """The expert that has the domain's name."""
-    return names.index(domain) if domain in names else None
+def _own(names: Sequence[str], domain: str, own: Mapping[str, str] | None) -> int | None:
+    """The domain's specialist: the expert that is said to be, or that has its name."""
+    name = domain if own is None else own.get(domain)
+    return names.index(name) if name in names else None
 
 
 def _rounded(x: torch.Tensor) -> list[Any]:

@@ -103,6 +103,13 @@ def test_two_layers_by_hand() -> None:
     assert [t["weight"] for t in other["tokens"]] == near([0.75 / 2, first[2] / 2], abs=1e-5)
 
 
+def test_own_experts_can_be_named() -> None:
+    texts = {"red": [window(2, 2)], "other": [window(1, 1)]}
+    routing = collect_routing(by_hand(2), words(), texts, NAMES, own={"other": "green", "third": "blue"})
+    assert routing is not None
+    assert routing["own_first"] == {"other": [1.0, 1.0]}
+
+
 def test_top_1_leaves_experts_dead() -> None:
     routing = collect_routing(by_hand(1), words(), {"one": [window(0, 2, 2)]}, NAMES)
     assert routing is not None

@@ -183,6 +183,27 @@ def test_answers_follow_the_interval() -> None:
     assert sections.status(report) == ("better", "yes to 1 of 1 questions")
 
 
+def test_tasks_say_which_way_is_better() -> None:
+    scores = {"a": {"value": 0.5, "low": 0.4, "high": 0.6}, "b": {"value": 0.75}, "c": {"value": None}}
+    differences = [{"of": "a", "against": "b", "difference": -0.25, "low": -0.3, "high": -0.2}]
+    task = {"name": "t", "kind": "choice", "metric": "accuracy", "examples": 4, "scores": scores}
+
+    def rows(**more: Any) -> list[list[str]]:
+        (panel,) = sections.tasks({"tasks": [task | more]})
+        return [
+            [*(f"{c.text}{'*' if c.mark == 'best' else ''}" for c in r if c.plot is None)]
+            for r in panel.table.rows
+        ]
+
+    assert rows() == [["b", "0.750*"], ["a", "0.500"], ["c", "", "–"]]
+    assert rows(higher_is_better=False)[0] == ["a", "0.500*"]
+    assert [r[1] for r in rows(higher_is_better=None)[:2]] == ["0.500", "0.750"]
+    assert rows(differences=differences)[0] == ["b", "0.750*", "worse"]
+    assert rows(differences=differences, higher_is_better=False)[1] == ["b", "0.750", "better"]
+    noted = sections.tasks({"tasks": [task | {"chance": 0.25, "notes": {"a": "moved"}}]})[0].table
+    assert noted.note == "by chance 0.250; a: moved"
+
+
 def test_figures_are_written_for_people() -> None:
     assert [human(v) for v in (692_000_000, 1_080_000_000, 999_600, 520, 61.3)] == [
         "692 M",

@@ -195,29 +195,54 @@ def _holds(holds: bool) -> Cell:
 
 
 def tasks(report: Report) -> list[Panel]:
-    """A table a task: each contestant's score with its interval, best first. Scores: more is better."""
-    panels = []
-    for t in report.get("tasks") or []:
-        scores = sorted((t.get("scores") or {}).items(), key=lambda s: -(s[1].get("value") or 0))
-        numbers = [
-            v for _, s in scores for v in (s.get("value"), s.get("low"), s.get("high")) if v is not None
-        ]
-        scale = svg.Scale.of(numbers)
-        most = max((s["value"] for _, s in scores if s.get("value") is not None), default=None)
-        columns = [
-            Column("contestant"),
-            Column(t.get("metric") or "score", plot=True),
-            Column("score", numeric=True),
-        ]
-        rows = [[Cell(n), *_score_cells(n, s, scale, most)] for n, s in scores]
-        title = f"{t['name']}: {t.get('metric') or 'score'}, {t.get('examples') or '?'} examples ({t.get('kind')})"
-        panels.append(
-            Panel(t["name"], Table(title, columns, rows, axis=svg.axis(scale), kind="forest"), True)
-        )
-    return panels
+    """A table a measure of a task: each contestant's score with its interval, best first, and how the mixture does."""
+    return [Panel(str(t["name"]), _task(t), True) for t in report.get("tasks") or []]
 
 
-def _score_cells(name: str, s: Mapping[str, Any], scale: svg.Scale, most: float | None) -> list[Cell]:
+def _task(t: Mapping[str, Any]) -> Table:
+    """`higher_is_better` (true where it is not said; null: neither), `chance`, `differences` and `notes` are taken where
+    they are there."""
+    rising = t.get("higher_is_better", True)
+    scores = sorted((t.get("scores") or {}).items(), key=lambda s: _rank(s[1].get("value"), rising))
+    numbers = [v for _, s in scores for v in (s.get("value"), s.get("low"), s.get("high")) if v is not None]
+    scale = svg.Scale.of(numbers, zero=rising is not False)
+    known = [s["value"] for _, s in scores if s.get("value") is not None]
+    best = None if rising is None or not known else (max if rising else min)(known)
+    compared = {d["against"]: d for d in t.get("differences") or []}
+    metric = str(t.get("metric") or "score")
+    columns = [Column("contestant"), Column(metric, plot=True), Column("score", numeric=True)]
+    columns += [Column(f"{next(iter(compared.values()))['of']} is")] if compared else []
+    rows = [
+        [
+            Cell(n),
+            *_score_cells(n, s, scale, best),
+            *([_compared(compared.get(n), rising)] if compared else []),
+        ]
+        for n, s in scores
+    ]
+    title = f"{t['name']}: {metric}, {t.get('examples') or '?'} examples ({t.get('kind')})"
+    told = [f"by chance {number(t['chance'], 3)}"] if t.get("chance") is not None else []
+    told += ["lower is better"] if rising is False else []
+    told += [f"{name}: {note}" for name, note in (t.get("notes") or {}).items()]
+    return Table(title, columns, rows, "; ".join(told), axis=svg.axis(scale), kind="forest scores")
+
+
+def _rank(value: float | None, rising: bool | None) -> tuple[bool, float]:
+    """Best first, unknown last; in the order given where nothing is better."""
+    if value is None or rising is None:
+        return value is None, 0.0
+    return False, -value if rising else value
+
+
+def _compared(d: Mapping[str, Any] | None, rising: bool | None) -> Cell:
+    """Whether the mixture is better than this contestant."""
+    if d is None or d.get("difference") is None:
+        return Cell("")
+    mark = judged(d.get("low"), d.get("high"), lower_is_better=rising is False)
+    return Cell(mark, d["difference"], f"chip {mark}", signed(d["difference"], 3))
+
+
+def _score_cells(name: str, s: Mapping[str, Any], scale: svg.Scale, best: float | None) -> list[Cell]:
     value, low, high = s.get("value"), s.get("low"), s.get("high")
     if value is None:
         return [Cell(""), Cell(number(None))]
@@ -225,7 +250,7 @@ def _score_cells(name: str, s: Mapping[str, Any], scale: svg.Scale, most: float 
     plot = svg.whisker(scale, value, low, high, "score", f"{name}: {number(value, 3)} {between}")
     return [
         Cell("", plot=plot),
-        Cell(number(value, 3), value, "best" if value == most else "", small=between),
+        Cell(number(value, 3), value, "best" if value == best else "", small=between),
     ]
 
 
