@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import sys
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 
@@ -43,7 +44,7 @@ def bfloat16_products() -> Iterator[None]:
     """Inside, CPU products of float32 matrices round the factors to bfloat16 and add up in float32: twice as fast.
 
     Nothing is lost where the factors were bfloat16 before."""
-    setting = torch.backends.mkldnn.matmul
+    setting = cast(Any, torch.backends.mkldnn).matmul
     before, setting.fp32_precision = setting.fp32_precision, "bf16"
     try:
         yield
