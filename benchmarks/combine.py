@@ -4,7 +4,8 @@
 
 A corpus is a directory with <domain>/valid.jsonl.gz for the seven domains and `dictionary`. Even documents calibrate,
 odd ones judge. Judged in nats per token and bits per byte on the same windows: each member, the soup, the oracle, and
-the mixtures of octad (ridge at top-1 and top-2, random routers) and of mergekit-moe (gate_mode hidden, top-2).
+the mixtures of octad (ridge and logistic at top-1 and top-2, prompts and random routers at top-2) and of mergekit-moe
+(gate_mode hidden, top-2).
 
 Two comparisons of time: each system as recommended (octad calibrates on --tokens tokens an expert, mergekit on eight
 prompts), and the same job for both (octad's router `prompts`, mergekit's eight prompts, the same full checkpoints).
@@ -152,8 +153,10 @@ def judge_parts(mixture: Path, files: dict[str, list[Path]], tokens: int, window
     }
 
 
-def judge_mixture(mixture: Path, files: dict[str, list[Path]], tokens: int, window: int) -> Judged:
-    """A mixture of anyone's at its own top-k, on the windows that judge_parts takes."""
+def judge_mixture(
+    mixture: Path, files: dict[str, list[Path]], tokens: int, window: int, top_k: int = 2
+) -> Judged:
+    """A mixture of anyone's, on the windows that judge_parts takes."""
     from octad.checkpoint.load import load_model, load_tokenizer, open_source
     from octad.checkpoint.text import read_windows
     from octad.dist import compute_dtype
@@ -161,6 +164,8 @@ def judge_mixture(mixture: Path, files: dict[str, list[Path]], tokens: int, wind
 
     source = open_source(mixture)
     model, tokenizer = load_model(source, compute_dtype()), load_tokenizer(source)
+    for layer in model.model.layers:
+        layer.mlp.gate.top_k = top_k
     judged: Judged = {}
     for domain, paths in files.items():
         windows = read_windows(paths, tokenizer, tokens=tokens, window=window)
@@ -275,13 +280,23 @@ def benchmark(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         speed["octad prompts"] = octad_run(recipe, work / "prompts")
         judged["prompts top-2"] = judge_mixture(work / "prompts", *judge)
         note(results, options.out)
+    tell("octad combine, router logistic")
+    router = {"method": "logistic", "tokens": options.tokens}
+    logistic = write_recipe(work / "logistic.yaml", members, work, router)
+    speed["octad logistic"] = octad_run(logistic, work / "logistic")
+    for top_k in (2, 1):
+        judged[f"logistic top-{top_k}"] = judge_mixture(work / "logistic", *judge, top_k=top_k)
+    note(results, options.out)
     tell("octad combine, router random")
     recipe = write_recipe(work / "random.yaml", members, work, {"method": "random"})
     speed["octad random"] = octad_run(recipe, work / "random")
     judged["random top-2"] = judge_mixture(work / "random", *judge)
     note(results, options.out)
     tell("calibration beside a plain forward pass")
-    results["calibration"] = calibration_cost(ridge)
+    results["calibration"] = {
+        "ridge": calibration_cost(ridge),
+        "logistic": calibration_cost(logistic),
+    }
     return results
 
 

@@ -34,6 +34,8 @@ def combine(recipe: Path, output: Path | None, *, dry_run: bool, overwrite: bool
     loaded = Recipe.load(recipe)
     if output is None and not dry_run:
         raise OutputError(f"{recipe}: no output given; add -o DIRECTORY (or --dry-run)")
+    if not shard_bytes > 0:
+        raise OutputError(f"--shard-size is {shard_bytes / 1e9:g} GB; give a size above 0")
     plan = preflight(loaded, None if dry_run else output, overwrite=overwrite)
     terminal.show_plan(plan, expected_seconds(plan))
     if dry_run or output is None:

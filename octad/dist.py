@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -44,7 +44,7 @@ def bfloat16_products() -> Iterator[None]:
     """Inside, CPU products of float32 matrices round the factors to bfloat16 and add up in float32: twice as fast.
 
     Nothing is lost where the factors were bfloat16 before."""
-    setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    setting = cast(Any, torch.backends.mkldnn).matmul
     before, setting.fp32_precision = setting.fp32_precision, "bf16"
     try:
         yield

@@ -18,6 +18,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent / "combine"))
 from members import adapter, edit_config, full_member, make_base, save_tokenizer, text_file
+from safetensors.torch import load_file, save_file
 
 from octad import cli, terminal
 
@@ -263,6 +264,7 @@ DATA: list[tuple[str, bytes | None, list[str]]] = [
     ("latin.jsonl", b'{"text": "\xe9t\xe9"}\n', ["not UTF-8"]),
     ("broken.jsonl", b'{"text": "fine"}\n{"text": "bro\n', ["line 2", "not JSON"]),
     ("keys.jsonl", b'{"content": "x"}\n', ["line 1", "'text'", "content"]),
+    ("half.jsonl", b'{"text": "half of a \\ud83d pair"}\n', ["line 1", "surrogate"]),
     ("cut.jsonl.gz", b"\x1f\x8b\x08\x00\x00", ["gzip"]),
     ("plain.txt.gz", b"not gzip at all", ["gzip"]),
 ]
@@ -311,6 +313,12 @@ def index(member: Path, shard: str) -> None:
     (member / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
 
 
+def not_a_number(member: Path) -> None:
+    tensors = load_file(member / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, member / "model.safetensors", {"format": "pt"})
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (truncated, "model.safetensors"),
     "header": (header_of_a_gigabyte, "model.safetensors"),
@@ -320,6 +328,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "bad index": (
         lambda m: (index(m, "x"), (m / "model.safetensors.index.json").write_text("{")),
         "index.json",
+    ),
+    "not a number": (not_a_number, "NaN"),
+    "a billion layers": (
+        lambda m: edit_config(m, num_hidden_layers=10**9),
+        "num_hidden_layers is 1000000000",
     ),
     "no config": (lambda m: (m / "config.json").unlink(), "config.json"),
     "bad config": (lambda m: (m / "config.json").write_text("{"), "config.json"),
@@ -341,7 +354,7 @@ def test_damaged_members(world: World, mixture: Path, octad: Octad, tmp_path: Pa
     refused(octad("combine", recipe, "-o", tmp_path / "out"), part)
     new = ("--name", "new", "--model", member, "--data", world.text[3])
     refused(octad("expert", "add", mixture, *new, "-o", tmp_path / "out"), part)
-    if "tokenizer" not in kind and kind != "other config":
+    if "tokenizer" not in kind and kind not in ("other config", "not a number"):
         refused(octad("inspect", member), part)
     nothing_left(tmp_path)
 
@@ -373,6 +386,13 @@ def test_outputs(world: World, mixture: Path, octad: Octad, tmp_path: Path) -> N
     refused(octad("combine", world.recipe, "-o", mixture), "exists")
     new = ("--name", "new", "--model", world.full, "--data", world.text[3])
     refused(octad("expert", "add", mixture, *new, "-o", world.base), "exists")
+    weights = (world.full / "model.safetensors").read_bytes()
+    for place in (world.full, world.base, world.directory):
+        refused(octad("combine", world.recipe, "--overwrite", "-o", place), "which the recipe reads")
+    assert (world.full / "model.safetensors").read_bytes() == weights
+    refused(
+        octad("combine", world.recipe, "--shard-size", "0", "-o", tmp_path / "out"), "--shard-size is 0 GB"
+    )
     (tmp_path / "file").touch()
     refused(octad("combine", world.recipe, "-o", tmp_path / "file"), "exists")
     refused(octad("combine", world.recipe, "-o", tmp_path / "file" / "out"), "file")

@@ -141,12 +141,23 @@ def _document(line: str, where: str) -> Document:
         value: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error})") from None
+    if "\\u" in line and not _encodable(value):
+        raise DataError(f"{where}: holds half of a surrogate pair, which is no character; take it out")
     if isinstance(value, dict) and isinstance(value.get("text"), str):
         return str(value["text"])
     if isinstance(value, dict) and isinstance(value.get("messages"), list):
         return list(value["messages"])
     keys = f"keys {', '.join(sorted(value))}" if isinstance(value, dict) else type(value).__name__
     raise DataError(f"{where}: expected an object with 'text' or 'messages', found {keys}")
+
+
+def _encodable(value: Any) -> bool:
+    """Whether UTF-8 has all its characters."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _spread(documents: list[Document], most: int) -> list[Document]:

@@ -25,6 +25,7 @@ from octad.checkpoint.names import EMBEDDING, expert_name
 from octad.checkpoint.source import TensorSource
 from octad.checkpoint.text import Batch, Window, batches
 from octad.combine.states import States
+from octad.errors import CheckpointError
 from octad.model.config import ModelConfig
 from octad.model.moe import MLP
 from octad.model.rope import Rope
@@ -69,7 +70,7 @@ def gate_inputs(
                 mlp = None if last else load_expert(source, layer, path, dtype)
                 for number in (n for n, run in enumerate(runs) if run.path == path):
                     seen = [_advance(block, mlp, rope, states, i, batch) for i, batch in numbered[number]]
-                    yield layer, number, torch.cat(seen)
+                    yield layer, number, _finite(torch.cat(seen), layer, path)
 
 
 def _advance(
@@ -83,6 +84,16 @@ def _advance(
     if mlp is not None:
         states[number] = h_BSD + mlp(x_BSD)
     return x_BSD[batch.mask]
+
+
+def _finite(x_ND: torch.Tensor, layer: int, path: int) -> torch.Tensor:
+    """The same. Raises CheckpointError where it holds what is no number: nothing can be fitted on that."""
+    if not x_ND.sum(dtype=torch.float32).isfinite():
+        raise CheckpointError(
+            f"expert number {path + 1}: what its text makes of layer {layer} holds NaN or infinite values;"
+            " its weights or the base's are damaged, or too large for this precision"
+        )
+    return x_ND
 
 
 def embedded(

@@ -13,6 +13,7 @@ not on disk as it is (a GGUF file) has to be read whole: of such members, at mos
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -43,10 +44,12 @@ class Distances:
 
 @dataclass(frozen=True)
 class _Part:
-    """Of one tensor: ||member - base||^2 and ||base||^2 of each block seen, [n]; scale: all its values / those seen."""
+    """Of one tensor: ||member - base||^2 and ||base||^2 of each block seen, [n]; scale: all its values / those seen.
 
-    squares: torch.Tensor
-    norms: torch.Tensor
+    Plain numbers: small tensors that stay would lie between the blocks' memory and keep it from being used again."""
+
+    squares: list[float]
+    norms: list[float]
     scale: float
 
 
@@ -63,7 +66,7 @@ class _Ledger:
         group = tensor_group(name)
         layer = (layer_of(name) or 0) if group in ("ffn", "attention") else 0
         self.parts.setdefault((group, layer), []).append(part)
-        if not is_ffn(name) and float(part.squares.sum()) != 0:
+        if not is_ffn(name) and any(part.squares):
             self.same = False
 
 
@@ -109,7 +112,7 @@ def _measure_tensor(
         if name not in ledger.names:
             continue
         if (known := _known_square(member, base, name)) is not None:
-            squares = torch.full_like(norms, known / scale / len(norms))
+            squares = [known / scale / len(norms)] * len(norms)
         else:
             squares = _squares(_blocks(member, name, info, starts, count), ours)
         ledger.add(name, _Part(squares, norms, scale))
@@ -136,9 +139,9 @@ def _blocks(
     return torch.stack([values[start : start + count] for start in starts])
 
 
-def _squares(blocks: torch.Tensor, minus: torch.Tensor | None = None) -> torch.Tensor:
-    """||x||^2 of each block, or ||x - minus||^2: [n], float64, added up from float32."""
-    totals = torch.zeros(len(blocks), dtype=torch.float64)
+def _squares(blocks: torch.Tensor, minus: torch.Tensor | None = None) -> list[float]:
+    """||x||^2 of each block, or ||x - minus||^2: [n], added up from float32."""
+    totals = [0.0] * len(blocks)
     for place, block in enumerate(blocks):
         others = None if minus is None else torch.split(minus[place], PIECE)
         for number, piece in enumerate(torch.split(block, PIECE)):
@@ -188,10 +191,10 @@ def _distances(ledger: _Ledger, complete: bool) -> Distances:
     groups: dict[str, list[float]] = {}
     margin = 0.0
     for (group, _), parts in sorted(ledger.parts.items(), key=lambda item: item[0]):
-        squared = sum(part.scale * float(part.squares.sum()) for part in parts)
-        norm = sum(part.scale * float(part.norms.sum()) for part in parts)
+        squared = sum(part.scale * sum(part.squares) for part in parts)
+        norm = sum(part.scale * sum(part.norms) for part in parts)
         groups.setdefault(group, []).append(math.sqrt(squared / norm) if norm else 0.0)
-        if squared and norm:
+        if squared and norm and math.isfinite(squared / norm):
             margin = max(margin, _margin(parts, squared, norm))
     return Distances(groups, margin, None if ledger.same and not complete else ledger.same)
 
@@ -201,6 +204,7 @@ def _margin(parts: Sequence[_Part], squared: float, norm: float) -> float:
     variance = 0.0
     for part in parts:
         if len(part.squares) > 1:
-            residual = part.squares - squared / norm * part.norms
-            variance += part.scale**2 * len(residual) * float(residual.var())
+            pairs = zip(part.squares, part.norms, strict=True)
+            residual = [square - squared / norm * own for square, own in pairs]
+            variance += part.scale**2 * len(residual) * statistics.variance(residual)
     return 1.96 * math.sqrt(variance) / (2 * squared)

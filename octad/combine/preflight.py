@@ -10,6 +10,7 @@ text among them; then the members are measured (distances.py).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from octad.combine.mixture import MixtureSource
 from octad.combine.recipe import Recipe
 from octad.combine.texts import calibration, check_files
 from octad.combine.views import RememberLast
-from octad.errors import CheckpointError, RecipeError
+from octad.errors import CheckpointError, ConfigError, OutputError, RecipeError
 from octad.model.config import ModelConfig, RopeConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -111,6 +112,8 @@ def preflight(
 
     Raises RecipeError, CheckpointError, DataError or OutputError with one line."""
     if output is not None:
+        if overwrite:
+            check_apart(recipe, Path(output))
         StagedDirectory(output, overwrite=overwrite).check()
     plan = opened(recipe)
     if output is not None:
@@ -121,6 +124,15 @@ def preflight(
             measured(r, d, recipe.shared.method) for r, d in zip(plan.reports, found, strict=True)
         ]
     return plan
+
+
+def check_apart(recipe: Recipe, output: Path) -> None:
+    """Raises OutputError where replacing the output would remove the recipe or something that it names."""
+    inputs = [recipe.base, *(name for spec in recipe.experts for name in (spec.model, *spec.data))]
+    for path in (recipe.directory, *map(Path, map(recipe.resolve, inputs))):
+        place = path.expanduser().resolve()
+        if path.exists() and output.resolve() in (place, *place.parents):
+            raise OutputError(f"{output}: holds {path}, which the recipe reads; choose another -o")
 
 
 def opened(recipe: Recipe) -> Plan:
@@ -153,7 +165,7 @@ def kind_of(member: TensorSource, base: TensorSource) -> str:
 def _open(recipe: Recipe, name: str, reference: str, base: TensorSource) -> TensorSource:
     try:
         return open_member(reference if reference == "base" else recipe.resolve(reference), base)
-    except CheckpointError as error:
+    except (CheckpointError, ConfigError) as error:
         raise RecipeError(f"expert {name!r}: {error}") from None
 
 
@@ -250,7 +262,15 @@ def _clash(ours: Tokenizer, theirs: Tokenizer) -> tuple[int, str, str] | None:
 
 
 def measured(report: MemberReport, found: Distances, shared: str) -> MemberReport:
-    """The report with the distances, and what follows from them: whether the mixture holds this member exactly."""
+    """The report with the distances, and what follows from them: whether the mixture holds this member exactly.
+
+    Raises RecipeError where a distance is no number."""
+    for group, values in found.groups.items():
+        if not all(math.isfinite(value) for value in values):
+            raise RecipeError(
+                f"expert {report.name!r}: {report.reference} or its base holds NaN or infinite {group} weights;"
+                " save it again"
+            )
     exact = found.same_shared_part if shared == "base" and not report.other_arithmetic else False
     return replace(report, distances=found.groups, margin=found.margin, exact=exact)
 

@@ -28,6 +28,21 @@ SharedMethod = Literal["base", "mean", "linear", "ties", "dare"]
 MAX_EXPERTS = 64
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """YAML in which a key that occurs twice is a mistake: the library takes the last one in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """See SafeLoader. Raises ConstructorError."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key.value!r} occurs twice", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 class Section(BaseModel):
     """A part of a recipe: immutable, and an unknown key is an error."""
 
@@ -38,7 +53,7 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-StringList = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+StringList = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_list)]
 
 
 class ExpertSpec(Section):
@@ -121,7 +136,7 @@ class Recipe(Section):
         """Read a recipe file. Raises RecipeError with one line for whatever is wrong."""
         path = Path(path)
         try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+            raw = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
         except OSError as error:
             raise RecipeError(f"recipe {path}: cannot be read ({error.strerror})") from None
         except UnicodeDecodeError:
@@ -171,6 +186,8 @@ def _one_line(error: ValidationError) -> str:
         return f"unknown key {'.'.join(where)!r}; {hint}"
     if problem["type"] == "missing":
         return f"key {'.'.join(where)!r} is missing"
+    if problem["type"] in ("too_short", "too_long") and where == ["experts"]:
+        return f"experts: a mixture has 2 to {MAX_EXPERTS}, found {len(problem['input'])}"
     message = problem["msg"].removeprefix("Value error, ")
     if not where:
         return message

@@ -19,6 +19,9 @@ from octad.errors import ConfigError
 DENSE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 FAMILIES = DENSE_FAMILIES + MOE_FAMILIES
+LARGEST = {
+    "num_hidden_layers": 10_000
+}  # a file that claims more is damaged, and its list of tensors would not end
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 QKNorm = Literal["none", "head", "full"]
@@ -210,6 +213,8 @@ def _positive(raw: Mapping[str, Any], key: str) -> int:
     value = raw.get(key)
     if not isinstance(value, int) or value < 1:
         raise ConfigError(f"config.json: {key} must be a positive whole number, found {value!r}")
+    if value > LARGEST.get(key, value):
+        raise ConfigError(f"config.json: {key} is {value}, more than any model has; the file is damaged")
     return value
 
 

@@ -40,8 +40,8 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"base": ""}, ["base", "at least 1 character"]),
     ({"top_k": 0}, ["top_k", "found 0"]),
     ({"top_k": 3}, ["top_k is 3", "only 2 experts"]),
-    ({"experts": [FIRST]}, ["experts", "at least 2"]),
-    ({"experts": [FIRST | {"name": f"m{i}"} for i in range(65)]}, ["experts", "at most 64"]),
+    ({"experts": [FIRST]}, ["experts", "2 to 64, found 1"]),
+    ({"experts": [FIRST | {"name": f"m{i}"} for i in range(65)]}, ["experts", "2 to 64, found 65"]),
     ({"experts": "all of them"}, ["experts", "found 'all of them'"]),
     ({"experts": [FIRST, FIRST]}, ["two experts have the name 'general'"]),
     (
@@ -52,6 +52,10 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"experts": [FIRST, {"name": "x", "model": "y"}]}, ["'logistic' needs data", "missing for x"]),
     ({"experts": [FIRST, SECOND | {"weight": -1}]}, ["experts.1.weight", "found -1"]),
     ({"experts": [FIRST, SECOND | {"weight": float("inf")}]}, ["experts.1.weight", "finite"]),
+    (
+        {"experts": [FIRST, SECOND | {"positive_prompts": ["ok", ""]}]},
+        ["experts.1.positive_prompts.1", "at least 1 character"],
+    ),
     ({"experts": PROMPTS, "router": {"method": "prompts"}}, ["needs positive_prompts", "missing for b"]),
 ]
 
@@ -83,6 +87,7 @@ def test_a_missing_key(key: str, tmp_path: Path) -> None:
         (b"- base\n- experts", "found list"),
         (b"", "found NoneType"),
         (b"base: \xff\xfe", "not UTF-8"),
+        (b"base: a\ntop_k: 1\ntop_k: 2\n", "'top_k' occurs twice"),
     ],
 )
 def test_files_that_are_no_recipe(content: bytes, part: str, tmp_path: Path) -> None:
