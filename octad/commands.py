@@ -84,30 +84,13 @@ def inspect(model: str, against: str | None, *, as_json: bool) -> None:
         terminal.out.print(render(found))
 
 
-def evaluate(model: str, data: Path, tokens: int, window: int, *, as_json: bool) -> None:
-    """The comparison in bits per byte."""
-    from octad.checkpoint.load import open_source
-    from octad.evaluate.compare import compare, read_domains
-
-    keep_freed_memory()
-    domains = read_domains(data)
-    with terminal.progress_bar() as progress:
-        source = open_source(model, quantised=True)
-        result = compare(source, domains, tokens=tokens, window=window, progress=progress)
-    if as_json:
-        print(json.dumps(result.to_dict(), indent=2))
-        return
-    terminal.show_comparison(result)
-    terminal.out.print(terminal.verdict(result))
-
-
 def quantize(
     model: str, output: Path | None, to: str, data: Path | None, tokens: int, window: int, **options: Any
 ) -> None:
     """Round a checkpoint's weights; with `data`, tell what that costs, here and in the output's model card."""
     from octad.checkpoint.load import open_source
-    from octad.evaluate.compare import read_domains
     from octad.evaluate.rounding import domain_texts, quantize_and_judge
+    from octad.evaluate.texts import read_domains
 
     if output is None:
         raise OutputError(f"{model}: no output given; add -o DIRECTORY")
@@ -232,6 +215,7 @@ def train(config: Path, output: Path | None) -> None:
     """Tune a mixture or pre-train a model; goes on where an earlier run in `output` stopped."""
     from octad.train.config import TuneConfig, load_config
     from octad.train.learner import tune_learner
+    from octad.train.plot import draw_run
     from octad.train.pretrain import pretrain_learner
     from octad.train.trainer import Outcome, Trainer
 
@@ -239,7 +223,10 @@ def train(config: Path, output: Path | None) -> None:
     loaded = load_config(config)
     run = _run_directory(config, output, loaded.unused_keys())
     learner = tune_learner(loaded) if isinstance(loaded, TuneConfig) else pretrain_learner(loaded)
-    outcome = Trainer(learner, run, _tell).fit()
+    trainer = Trainer(learner, run, _tell)
+    outcome = trainer.fit()
+    if outcome is Outcome.FINISHED and learner.routers and trainer.world.leads:
+        _tell(draw_run(run))
     _tell_outcome(run, stopped=outcome is Outcome.STOPPED)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -34,3 +37,16 @@ def keep_freed_memory() -> None:
         return
     mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its largest
     mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
+
+
+@contextlib.contextmanager
+def bfloat16_products() -> Iterator[None]:
+    """Inside, CPU products of float32 matrices round the factors to bfloat16 and add up in float32: twice as fast.
+
+    Nothing is lost where the factors were bfloat16 before."""
+    setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, setting.fp32_precision = setting.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before

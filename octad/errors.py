@@ -31,3 +31,7 @@ class OutputError(OctadError):
 
 class RequestError(OctadError):
     """A request to the engine cannot be served: an empty or too long prompt, a bad sampling parameter or schema."""
+
+
+class SandboxError(OctadError):
+    """Programs that a model wrote cannot be confined on this machine."""

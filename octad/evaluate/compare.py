@@ -1,212 +1,275 @@
-"""The first comparison: the mixture beside everything it is made of, in bits per byte of held-out text.
+"""The comparison: the mixture beside everything it is made of, in bits per byte, with intervals and prices.
 
-    comparison = compare(source, domains, tokens=4096, window=512)
-    comparison.bits["mixture top-2"]["french"], comparison.mean("oracle"), comparison.load["french"]
+    comparison = compare(source, domains, Settings(tokens=4096, window=512))
+    comparison.bits["mixture top-2"]["french"], comparison.mean("oracle"), comparison.difference("mixture top-2", "soup")
 
-Contestants see the same tokens in the same windows: every member, the soup (mean of the members that are not the base),
-the mixture at top-1, top-2 and its own top-k, and the oracle, which is the best member of each domain, told the domain.
-A member that the mixture does not hold exactly is opened where it came from, and judged as it was.
+Everybody reads the same tokens in the same windows: every member; the soup (mean of the members that are not the base);
+the ensemble (ensemble.py); the oracle, which is the best member of each domain, told the domain; the mixture at top-1,
+top-2, its own top-k and all experts; dense models that the user names. A member that the mixture does not hold exactly
+is opened where it came from, and judged as it was. Losses are kept token by token, and all figures are sums of them.
+
+The oracle's choice is made on the very text that it is judged on, which flatters it. Its figures are those of that
+choice (the hardest to beat); the interval of a difference reaches, on the oracle's bad side, to where the difference lies
+when each document's member is chosen on the domain's other documents. With a clear best member both are the same; with
+equal ones the interval is wider, and holds the truth from both sides.
+
+Shapes: T predicted tokens, M members, P pairs, U documents of a domain, L layers, G domains, E experts.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import yaml
 
-from octad.checkpoint.load import load_model, load_tokenizer
-from octad.checkpoint.provenance import Provenance
 from octad.checkpoint.source import TensorSource
-from octad.checkpoint.text import Window, read_windows
-from octad.dist import compute_dtype
-from octad.errors import DataError, OctadError
-from octad.evaluate.contestants import Contestant, Member, Original, Soup, TopK, contestant, counted_load
-from octad.evaluate.loss import bits_per_byte, nats_per_token, window_nats
-from octad.evaluate.originals import original
-from octad.model.transformer import Transformer
+from octad.evaluate.bootstrap import Draws, Interval
+from octad.evaluate.cache import Cache, Record
+from octad.evaluate.ensemble import ensemble_nats
+from octad.evaluate.judge import Judge, Progress, quiet, shape_of
+from octad.evaluate.lineup import Entry, LineUp, line_up
+from octad.evaluate.price import Price, bytes_per_parameter, ensemble_price, model_price, oracle_price
+from octad.evaluate.ranks import Ranks
+from octad.evaluate.texts import Domains, Texts, read_domains, read_texts
 
-Domains = Mapping[str, Sequence[Path]]
-Progress = Callable[[str, float], None]
+__all__ = ["Comparison", "Difference", "Row", "Settings", "compare", "read_domains"]
+
+Floats = Any  # NDArray
+MEAN = "mean"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to judge on and how sure to be. `tokens` are those of one domain; `level` is that of the intervals."""
+
+    tokens: int = 4096
+    window: int = 512
+    seed: int = 0
+    resamples: int = 2000
+    level: float = 0.95
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A contestant: kind "member", "soup", "ensemble", "oracle", "mixture", "dense" or "model"; nats_T; what it costs."""
+
+    name: str
+    kind: str
+    note: str | None
+    nats: Floats
+    price: Price
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Bits per byte of one contestant minus those of another, in one domain or the mean."""
+
+    of: str
+    against: str
+    domain: str
+    interval: Interval
+    relative: float
 
 
 @dataclass
 class Comparison:
-    """bits[contestant][domain] in bits per byte, nats the same in nats per token, load[domain] the mixture's shares.
-
-    inexact: members that the mixture does not hold exactly, judged as they were before; as_held: those of them that are
-    judged as the mixture holds them, with its attention, and why."""
+    """Everything that the report, the verdict and the requirements are made from. `own`: the model at its own top-k."""
 
     model: str
-    domains: list[str]
-    members: list[str]
-    mixtures: list[str]
-    inexact: list[str]
-    as_held: dict[str, str]
-    tokens: dict[str, int]
-    bits: dict[str, dict[str, float]] = field(default_factory=dict)
-    nats: dict[str, dict[str, float]] = field(default_factory=dict)
-    load: dict[str, list[float]] = field(default_factory=dict)
+    own: str
+    texts: Texts
+    settings: Settings
+    lineup: LineUp
+    rows: dict[str, Row]
+    dtype: str
+    differences: list[Difference] = field(default_factory=list)
+    chosen: dict[str, str] = field(default_factory=dict)  # the oracle's member by domain
+    load: torch.Tensor | None = None  # how often each expert was chosen, by layer and domain: [L, G, E]
+    computed: list[str] = field(default_factory=list)  # whom the cache did not know
+
+    def __post_init__(self) -> None:
+        bits, one = math.log(2), 1.0
+        self.bits = {name: self._per(row, bits, self.texts.bytes) for name, row in self.rows.items()}
+        self.nats = {name: self._per(row, one, self.texts.tokens) for name, row in self.rows.items()}
+
+    def _per(self, row: Row, unit: float, size: Mapping[str, int]) -> dict[str, float]:
+        sums = {d: float(row.nats[span].sum(dtype=np.float64)) for d, span in self.texts.spans.items()}
+        return {d: total / unit / max(1, size[d]) for d, total in sums.items()}
+
+    @property
+    def domains(self) -> list[str]:
+        """Their names, in order."""
+        return list(self.texts.domains)
+
+    def of_kind(self, *kinds: str) -> list[str]:
+        """The names of the contestants of these kinds."""
+        return [row.name for row in self.rows.values() if row.kind in kinds]
+
+    @property
+    def members(self) -> list[str]:
+        """The members that take part."""
+        return self.of_kind("member")
+
+    @property
+    def mixtures(self) -> list[str]:
+        """The mixture at each top-k."""
+        return self.of_kind("mixture")
+
+    def value(self, name: str, domain: str = MEAN) -> float:
+        """Bits per byte of a contestant in a domain, or its mean."""
+        return self.mean(name) if domain == MEAN else self.bits[name][domain]
 
     def mean(self, name: str, measure: str = "bits") -> float:
         """Mean over the domains, each counted once."""
         values = (self.bits if measure == "bits" else self.nats)[name].values()
         return sum(values) / len(values)
 
-    def add_oracle(self) -> None:
-        """The contestant that takes the best member of each domain."""
-        for table in (self.bits, self.nats):
-            table["oracle"] = {d: min(table[m][d] for m in self.members) for d in self.domains}
+    def best_member(self, domain: str = MEAN) -> str:
+        """The member with the fewest bits per byte."""
+        return min(self.members, key=lambda name: self.value(name, domain))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, with the means, for JSON."""
-        means = {
-            name: {"bits_per_byte": self.mean(name), "nats_per_token": self.mean(name, "nats")}
-            for name in self.bits
-        }
-        return {**self.__dict__, "mean": means}
+    def specialist(self, domain: str) -> str:
+        """A domain's own member: that of its name, else the best one."""
+        return domain if domain in self.members else self.best_member(domain)
 
+    def difference(self, of: str, against: str, domain: str = MEAN) -> Difference:
+        """One of the differences. Raises KeyError for a pair that was not compared."""
+        for found in self.differences:
+            if (found.of, found.against, found.domain) == (of, against, domain):
+                return found
+        raise KeyError((of, against, domain))
 
-def read_domains(path: Path) -> dict[str, list[Path]]:
-    """A YAML file `domains: {name: file or [files]}`; paths are relative to it. Raises DataError with one line."""
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
-    table = raw.get("domains") if isinstance(raw, dict) else None
-    if not isinstance(table, dict) or not table:
-        raise DataError(f"{path}: expected 'domains:' with a file for each domain name")
-    files: dict[str, list[Path]] = {}
-    for name, value in table.items():
-        listed = [value] if isinstance(value, str) else value
-        if not isinstance(listed, list) or not all(isinstance(v, str) for v in listed) or not listed:
-            raise DataError(f"{path}: domain {name!r}: expected a file or a list of files, found {value!r}")
-        files[str(name)] = [path.parent / v for v in listed]
-    return files
+    def shares(self, domain: str) -> list[float] | None:
+        """The share of a domain's choices that each expert gets, mean over layers."""
+        if self.load is None:
+            return None
+        counts_LE = self.load[:, self.domains.index(domain)].double()
+        return [float(s) for s in (counts_LE / counts_LE.sum(1, keepdim=True)).mean(0)]
 
 
 def compare(
     source: TensorSource,
     domains: Domains,
+    settings: Settings | None = None,
     *,
-    tokens: int = 4096,
-    window: int = 512,
-    progress: Progress = lambda stage, done: None,
+    dense: Sequence[str] = (),
+    ready: Callable[[Texts, LineUp], None] = lambda texts, field: None,
+    cache: Cache | None = None,
+    ranks: Ranks | None = None,
+    progress: Progress = quiet,
 ) -> Comparison:
-    """Judge a mixture and its parts, or a dense model alone, on `tokens` held-out tokens a domain."""
-    tokenizer = load_tokenizer(source)
-    window = min(window, source.config.max_position_embeddings)
-    texts = {name: _windows(name, files, tokenizer, tokens, window) for name, files in domains.items()}
-    names, made = named_experts(source)
-    originals, as_held = find_originals(made, texts)
-    model = load_model(source, compute_dtype())
-    field_of = contestants(model, names, made, originals)
-    members = [n for n in names if n in field_of]
-    result = Comparison(
+    """Judge a mixture and its parts, or a dense model alone. Raises OctadError for text that cannot be read, a damaged
+    mixture, or a dense model that reads other tokens. `ready` is called before the long part: what it raises ends it."""
+    settings = settings or Settings()
+    texts = read_texts(source, domains, tokens=settings.tokens, window=settings.window)
+    lineup = line_up(source, texts, dense)
+    ready(texts, lineup)
+    judge = Judge(source, texts, cache or Cache(None), ranks or Ranks(), progress)
+    records = judge.run({name: entry.who for name, entry in lineup.entries.items()})
+    rows = {name: _row(judge, name, entry, records[name]) for name, entry in lineup.entries.items()}
+    rows, chosen = _with_oracle(_with_ensemble(rows, texts), texts)
+    found = Comparison(
         source.label,
-        list(texts),
-        members,
-        [n for n, who in field_of.items() if isinstance(who, TopK)],
-        [record["name"] for record in made.experts if not record.get("exact")] if made else [],
-        as_held,
-        {name: sum(len(w.ids) - 1 for w in windows) for name, windows in texts.items()},
+        lineup.own,
+        texts,
+        settings,
+        lineup,
+        rows,
+        str(judge.dtype).removeprefix("torch."),
+        chosen=chosen,
+        load=records[lineup.own].load,
+        computed=judge.computed,
     )
-    total = sum(result.tokens.values()) * max(1, len(field_of))
-    done = 0
-
-    def tick(count: int) -> None:
-        nonlocal done
-        done += count
-        progress("judging", min(1.0, done / total))
-
-    for name, who in field_of.items() or {"model": None}.items():
-        _judge(result, model, name, who, texts, tick)
-    if members:
-        result.add_oracle()
-    return result
+    found.differences = differences(found)
+    return found
 
 
-def _windows(name: str, files: Sequence[Path], tokenizer: Any, tokens: int, window: int) -> list[Window]:
-    try:
-        return read_windows(files, tokenizer, tokens=tokens, window=window)
-    except DataError as error:
-        raise DataError(f"domain {name!r}: {error}") from None
+def _row(judge: Judge, name: str, entry: Entry, record: Record) -> Row:
+    lengths = [len(w.ids) for w in judge.texts.windows]
+    context = sum(n * (n - 1) / 2 for n in lengths) / sum(lengths)  # positions that a token sees, on average
+    config = shape_of(judge.source, entry.who)
+    source = getattr(entry.who, "source", judge.source)
+    assert judge.dtype is not None
+    price = model_price(config, context, bytes_per_parameter(source, judge.dtype), record.measured)
+    return Row(name, entry.kind, entry.note, record.nats.numpy(), price)
 
 
-def _judge(
-    result: Comparison,
-    model: Transformer,
-    name: str,
-    who: Contestant | None,
-    texts: Mapping[str, list[Window]],
-    tick: Callable[[int], None],
-) -> None:
-    """Fill in one contestant's row; the mixture at its own top-k also tells its load, domain by domain."""
-    if isinstance(who, TopK) and who.k == model.config.num_experts_per_tok:
-        nats: list[float] = []
-        for domain, windows in texts.items():
-            with counted_load(model) as load:
-                nats += window_nats(model, windows, progress=tick, before=load.set_mask)
-            shares = torch.stack([count / count.sum() for count in load.counts]).mean(0)
-            result.load[domain] = [round(float(s), 4) for s in shares]
-    else:
-        together = [w for windows in texts.values() for w in windows]  # large batches cost less per token
-        with contestant(model, who) as judged:
-            nats = window_nats(judged, together, progress=tick)
-    start = 0
-    for domain, windows in texts.items():
-        part = nats[start : start + len(windows)]
-        result.bits.setdefault(name, {})[domain] = bits_per_byte(part, windows)
-        result.nats.setdefault(name, {})[domain] = nats_per_token(part, windows)
-        start += len(windows)
+def _with_ensemble(rows: dict[str, Row], texts: Texts) -> dict[str, Row]:
+    """The ensemble of the members, in the place behind the soup."""
+    members = [row for row in rows.values() if row.kind == "member"]
+    if len(members) < 2:
+        return rows
+    nats = ensemble_nats(np.stack([row.nats for row in members]), texts.starts)
+    note = "every member reads everything; weights are their posterior, window by window"
+    price = ensemble_price([row.price for row in members])
+    parts = [row for row in rows.values() if row.kind in ("member", "soup")]
+    rest = [row for row in rows.values() if row.kind not in ("member", "soup")]
+    return {row.name: row for row in [*parts, Row("ensemble", "ensemble", note, nats, price), *rest]}
 
 
-def contestants(
-    model: Transformer, names: Sequence[str], made: Provenance | None, originals: Mapping[str, TensorSource]
-) -> dict[str, Contestant]:
-    """Who takes part; none for a dense model."""
-    config = model.config
-    if not config.is_moe:
-        return {}
-    table: dict[str, Contestant] = {
-        name: Original(originals[name]) if name in originals else Member(e) for e, name in enumerate(names)
+def _with_oracle(rows: dict[str, Row], texts: Texts) -> tuple[dict[str, Row], dict[str, str]]:
+    """The best member of each domain, told the domain, in the place behind the ensemble; and who that is."""
+    members = [row for row in rows.values() if row.kind == "member"]
+    if not members:
+        return rows, {}
+    chosen = {
+        d: min(members, key=lambda row: row.nats[span].sum(dtype=np.float64))
+        for d, span in texts.spans.items()
     }
-    specialists = [e for e, record in enumerate(made.experts if made else []) if record.get("kind") != "base"]
-    table["soup"] = Soup(tuple(specialists or range(len(names))))
-    ks = sorted({1, min(2, config.num_experts), config.num_experts_per_tok})
-    return table | {f"mixture top-{k}": TopK(k) for k in ks}
+    nats = np.concatenate([chosen[d].nats[span] for d, span in texts.spans.items()])
+    price = oracle_price([row.price for row in {row.name: row for row in chosen.values()}.values()])
+    oracle = Row("oracle", "oracle", "the best member of each domain, told the domain", nats, price)
+    parts = [row for row in rows.values() if row.kind in ("member", "soup", "ensemble")]
+    rest = [row for row in rows.values() if row not in parts]
+    return {row.name: row for row in [*parts, oracle, *rest]}, {d: row.name for d, row in chosen.items()}
 
 
-def named_experts(source: TensorSource) -> tuple[list[str], Provenance | None]:
-    """The experts' names, from octad.json where octad made the mixture (then also that), else 'expert 0', 'expert 1', ...
-
-    Raises CheckpointError for a damaged octad.json."""
-    made = Provenance.of(source) if source.config.is_moe else None
-    return (made.names if made else [f"expert {e}" for e in range(source.config.num_experts)]), made
+# ---- differences -----------------------------------------------------------------------------------------------
 
 
-def find_originals(
-    made: Provenance | None, texts: Mapping[str, list[Window]]
-) -> tuple[dict[str, TensorSource], dict[str, str]]:
-    """Of the members that the mixture does not hold exactly: those found where they lay, and why not, the others."""
-    found: dict[str, TensorSource] = {}
-    reasons: dict[str, str] = {}
-    if made is None:
-        return found, reasons
-    largest = max(max(window.ids) for windows in texts.values() for window in windows)
-    for name, record in zip(made.names, made.experts, strict=True):
-        if record.get("exact"):
-            continue
-        try:
-            source = original(made, record)
-        except OctadError as error:
-            reasons[name] = str(error)
-            continue
-        if source.config.vocab_size > largest:
-            found[name] = source
-        else:
-            reasons[name] = "the texts have tokens that another member added"
-    return found, reasons
+def differences(found: Comparison) -> list[Difference]:
+    """Of the mixture at each top-k, or of a model, against all others; in each domain, then in the mean."""
+    units = list(found.texts.units.values())
+    draws = Draws(
+        [u.bytes for u in units],
+        resamples=found.settings.resamples,
+        seed=found.settings.seed,
+        level=found.settings.level,
+    )
+    sums = {name: [u.sums(row.nats) for u in units] for name, row in found.rows.items()}
+    if found.members:
+        sums["oracle chosen elsewhere"] = _chosen_elsewhere([sums[m] for m in found.members])
+    mine = found.mixtures or [found.own]
+    pairs = [(a, b) for a in mine for b in sums if a != b]
+    if not pairs:
+        return []
+    nats = [np.stack([sums[a][g] - sums[b][g] for a, b in pairs]) for g in range(len(units))]
+    intervals = dict(zip(pairs, draws.differences(nats), strict=True))
+    return [
+        Difference(a, b, domain, interval, interval.value / found.value(b, domain))
+        for a, b in pairs
+        if b in found.rows
+        for domain, interval in zip([*found.domains, MEAN], _honest(intervals, a, b), strict=True)
+    ]
+
+
+def _honest(intervals: Mapping[tuple[str, str], list[Interval]], a: str, b: str) -> list[Interval]:
+    """A pair's intervals; against the oracle with room for its choice."""
+    if b != "oracle":
+        return intervals[a, b]
+    both = zip(intervals[a, b], intervals[a, "oracle chosen elsewhere"], strict=True)
+    return [Interval(f.value, min(f.low, e.low), max(f.high, e.high)) for f, e in both]
+
+
+def _chosen_elsewhere(members: Sequence[Sequence[Floats]]) -> list[Floats]:
+    """For each domain the nats [U] of an oracle that reads each document by the member that is best on the others."""
+    found = []
+    for domain in zip(*members, strict=True):
+        nats_MU = np.stack(domain)
+        others_MU = nats_MU.sum(1, keepdims=True) - nats_MU
+        found.append(nats_MU[others_MU.argmin(0), np.arange(nats_MU.shape[1])])
+    return found

@@ -1,13 +1,14 @@
 """The contestants inside one loaded mixture: each member, the soup, the mixture at another top-k.
 
+    model = fast_model(source)              # on the engine's native modules, where there are some
     with contestant(model, Member(3)):      # the same Transformer, every layer sent through expert 3
-        window_nats(model, windows)
+        token_nats(model, windows)
 
 A member whose only difference from the base is its feed-forward nets *is* the mixture with its router forced to that
 expert, when attention is the base's: no second model is loaded. Modules are swapped in and put back. Other members are
 loaded one at a time (see originals.py).
 
-Shapes: E experts, F feed-forward hidden.
+Shapes: E experts, F feed-forward hidden, L layers, G groups of text.
 """
 
 from __future__ import annotations
@@ -15,13 +16,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
 from octad.checkpoint.load import load_model
+from octad.checkpoint.quantized import QuantizedSource
 from octad.checkpoint.source import TensorSource
-from octad.model.moe import MLP, Experts, FixedRouter, MoE, Router
+from octad.dist import compute_dtype
+from octad.engine.native_modules import NativeExperts, NativeMLP
+from octad.engine.optimize import Packer, optimize
+from octad.engine.quantize import PackedExperts
+from octad.engine.saved import load_quantized
+from octad.kernels.native import WeightArray
+from octad.kernels.packed import Packed
+from octad.model.moe import MLP, Experts, FixedRouter, MoE
 from octad.model.transformer import Transformer
 
 
@@ -41,7 +51,7 @@ class Soup:
 
 @dataclass(frozen=True)
 class Original:
-    """A member as it was before it joined, which is a model of its own."""
+    """A model of its own: a member as it was before it joined, or a dense one to compare with."""
 
     source: TensorSource
 
@@ -53,7 +63,23 @@ class TopK:
     k: int
 
 
-Contestant = Member | Original | Soup | TopK
+@dataclass(frozen=True)
+class Whole:
+    """The model as it is: a dense one."""
+
+
+Contestant = Member | Original | Soup | TopK | Whole
+
+
+def fast_model(
+    source: TensorSource, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Transformer:
+    """The source's model on the fast modules of the engine; a quantised checkpoint with the weights that it holds."""
+    dtype = dtype or compute_dtype(device)
+    quantised = isinstance(source, QuantizedSource)
+    model = load_quantized(source, dtype, device) if quantised else load_model(source, dtype, device)  # type: ignore[arg-type]
+    optimize(model)
+    return model
 
 
 def moe_layers(model: Transformer) -> list[tuple[nn.Module, MoE]]:
@@ -62,65 +88,88 @@ def moe_layers(model: Transformer) -> list[tuple[nn.Module, MoE]]:
 
 
 @contextmanager
-def contestant(model: Transformer, who: Contestant | None) -> Iterator[Transformer]:
-    """The model as this contestant inside the block (None: as it is), itself again after it; or the original member."""
-    if isinstance(who, Original):
-        yield load_model(who.source, next(model.parameters()).dtype)
-        return
-    before = [(layer, moe, moe.gate, getattr(moe.gate, "top_k", 0)) for layer, moe in moe_layers(model)]
+def contestant(model: Transformer, who: Contestant) -> Iterator[Transformer]:
+    """The model as this contestant inside the block, itself again after it. An Original is a model of its own: no other
+    can become it."""
+    assert not isinstance(who, Original)
+    before: list[tuple[Any, MoE, nn.Module, int | None]] = [
+        (layer, moe, moe.gate, getattr(moe.gate, "top_k", None)) for layer, moe in moe_layers(model)
+    ]
     try:
-        for layer, moe, gate, _ in before:
+        for layer, moe, gate, top_k in before:
             if isinstance(who, Member):
                 moe.gate = FixedRouter([who.expert])
             elif isinstance(who, Soup):
-                layer.mlp = soup_mlp(moe.experts, who.experts)
-            elif isinstance(who, TopK) and isinstance(gate, Router):
-                gate.top_k = who.k
+                layer.mlp = soup_mlp(moe.experts, who.experts, model.model.norm.weight.dtype)
+            elif isinstance(who, TopK) and top_k is not None:
+                gate.top_k = who.k  # type: ignore[assignment]
         yield model
     finally:
         for layer, moe, gate, top_k in before:
             layer.mlp, moe.gate = moe, gate
-            if isinstance(gate, Router):
-                gate.top_k = top_k
+            if top_k is not None:
+                gate.top_k = top_k  # type: ignore[assignment]
 
 
-def soup_mlp(experts: nn.Module, chosen: Sequence[int]) -> MLP:
-    """The dense network whose weights are the mean of the chosen experts' (taken in float32)."""
-    assert isinstance(experts, Experts)
-    index = list(chosen)
-    gate_up = experts.gate_up_proj[index].float().mean(0).to(experts.gate_up_proj.dtype)
-    down = experts.down_proj[index].float().mean(0).to(experts.down_proj.dtype)
+def soup_mlp(experts: nn.Module, chosen: Sequence[int], dtype: torch.dtype) -> nn.Module:
+    """The dense network whose weights are the mean of the chosen experts' (taken in float32), as fast as they are."""
+    parts = [expert_weights(experts, e) for e in chosen]
+    gate, up, down = (torch.stack(weights).mean(0) for weights in zip(*parts, strict=True))
     with torch.device("meta"):
-        mlp = MLP(gate_up.shape[1], gate_up.shape[0] // 2)
-    gate, up = gate_up.chunk(2)
+        mlp = MLP(gate.shape[1], gate.shape[0])
     weights = {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": down}
-    mlp.load_state_dict(weights, assign=True)
-    return mlp
+    mlp.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
+    if not isinstance(experts, NativeExperts):
+        return mlp
+    packer = Packer(16)
+    return NativeMLP(experts.kernels, mlp, packer.pair, packer.one)
+
+
+def expert_weights(experts: nn.Module, e: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gate [F, D], up [F, D] and down [D, F] of one expert in float32, whatever holds them."""
+    if isinstance(experts, Experts):
+        gate, up = experts.gate_up_proj[e].float().chunk(2)
+        return gate, up, experts.down_proj[e].float()
+    if isinstance(experts, PackedExperts):
+        packed = (experts.gate[e], experts.up[e], experts.down[e])
+    else:
+        assert isinstance(experts, NativeExperts)
+        packed = (_packed(experts.gate, e), _packed(experts.up, e), _packed(experts.down, e))
+    gate, up, down = (weight.unpack() for weight in packed)
+    return gate, up, down
+
+
+def _packed(weights: WeightArray, e: int) -> Packed:
+    """One weight of those described for the native kernels."""
+    bits = {2: 16, 3: 8, 4: 4}[int(weights.structs[e].format)]
+    shape = (int(weights.structs[e].outputs), int(weights.structs[e].inputs))
+    return Packed(weights.tensors[e], *shape, bits, int(weights.structs[e].group))
 
 
 @dataclass
 class Load:
-    """How many tokens each expert got: counts_E, one per layer; where `mask` is set, of the tokens it is True for."""
+    """How many tokens of each group of text each expert got: counts [G, E], one a layer. `groups_N` are the groups of the
+    tokens of the batch that comes next, -1 for those that do not count."""
 
+    groups: int = 1
     counts: list[torch.Tensor] = field(default_factory=list)
-    mask: torch.Tensor | None = None
+    groups_N: torch.Tensor | None = None
 
-    def set_mask(self, mask_BS: torch.Tensor) -> None:
-        """Count only the real tokens of the next batch."""
-        self.mask = mask_BS.flatten()
-
-    def add(self, count_E: torch.Tensor, experts_NA: torch.Tensor) -> None:
+    def add(self, count_GE: torch.Tensor, experts_NA: torch.Tensor) -> None:
         """One layer's choice for one batch."""
-        real = experts_NA.cpu() if self.mask is None else experts_NA.cpu()[self.mask]
-        count_E += torch.bincount(real.flatten(), minlength=len(count_E))
+        groups_N = torch.zeros(len(experts_NA), dtype=torch.long) if self.groups_N is None else self.groups_N
+        E = count_GE.shape[1]
+        places = (groups_N[:, None] * E + experts_NA.cpu())[groups_N >= 0].flatten()
+        count_GE += torch.bincount(places, minlength=count_GE.numel()).view_as(count_GE)
 
 
 @contextmanager
-def counted_load(model: Transformer) -> Iterator[Load]:
+def counted_load(model: Transformer, groups: int = 1) -> Iterator[Load]:
     """Counts inside the block how many tokens each expert of each layer gets."""
-    load, handles = Load(), []
+    load, handles = Load(groups), []
     for _, moe in moe_layers(model):
-        count = torch.zeros(moe.gate.weight.shape[0], dtype=torch.long)  # type: ignore[arg-type, index]
+        gate: Any = moe.gate
+        count = torch.zeros(groups, len(gate.weight), dtype=torch.long)
         load.counts.append(count)
 
         def observe(
@@ -131,7 +180,7 @@ def counted_load(model: Transformer) -> Iterator[Load]:
         ) -> None:
             load.add(count, out[1])
 
-        handles.append(moe.gate.register_forward_hook(observe))
+        handles.append(gate.register_forward_hook(observe))
     try:
         yield load
     finally:

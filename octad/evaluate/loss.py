@@ -1,61 +1,85 @@
-"""How well a model predicts text: nats per window, bits per byte.
+"""How well a model predicts text: nats a token, nats a window, bits per byte.
 
-    nats = window_nats(model, windows)                  # one sum of -ln p(token) per window, its first token given
-    bits_per_byte(nats, windows)
+    nats = token_nats(model, windows)                   # one array a window: -ln p(token), its first token given
+    bits_per_byte([n.sum() for n in nats], windows)
 
-The logits of a long batch would not fit in memory (V is 50,000 and more), so the head runs over slices of positions.
+The logits of a long batch would not fit in memory (V is 50,000 and more), so the head runs over slices of positions, few
+enough for what is in between to stay in the processor's cache. On the native kernels the head answers in float32:
+logits near 20 in bfloat16 are a sixteenth apart.
 
-Shapes: B windows, S positions, D model, V vocabulary.
+Shapes: B windows, S positions, D model, V vocabulary, N positions of a slice.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+from numpy.typing import NDArray
 
-from octad.checkpoint.text import Window, batches
+from octad.checkpoint.text import Batch, Window, batches
+from octad.engine.native_modules import NativeLinear
 from octad.model.transformer import Transformer
 
-HEAD_SLICE = 512  # positions whose logits exist at one time
+HEAD_SLICE = 256  # positions whose logits exist at one time
+TOKENS_PER_BATCH = 4096
+
+Progress = Callable[[int], None]
+Before = Callable[[Batch], None]
 
 
 @torch.no_grad()  # not inference_mode, whose tensors sharded training could not use again
-def window_nats(
+def token_nats(
     model: Transformer,
     windows: Sequence[Window],
     *,
-    tokens_per_batch: int = 4096,
-    progress: Callable[[int], None] = lambda tokens: None,
-    before: Callable[[torch.Tensor], None] = lambda mask_BS: None,
-) -> list[float]:
-    """For each window, the sum over its positions 1..S-1 of -ln p(token | the window before it), in float32.
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    progress: Progress = lambda tokens: None,
+    before: Before = lambda batch: None,
+) -> list[NDArray[np.float32]]:
+    """For each window the -ln p(token | the window before it) of its positions 1..S-1, in float32.
 
-    `before` gets each batch's mask_BS (False for padding) before the batch is run."""
-    nats: dict[int, float] = {}
+    Windows of like length are run together. `before` gets each batch before it is run, `progress` its tokens after."""
+    found: dict[int, NDArray[np.float32]] = {}
     numbers: dict[int, list[int]] = {}
     for number, window in enumerate(windows):
         numbers.setdefault(id(window), []).append(number)
+    device = next(model.parameters()).device
     for batch in batches(windows, tokens_per_batch):
-        before(batch.mask)
-        losses_BS = _losses(model, batch.tokens, batch.mask)
+        before(batch)
+        losses_BS: Any = _losses(model, batch.tokens.to(device)).cpu().numpy()
         for row, window in enumerate(batch.windows):
-            nats[numbers[id(window)].pop()] = float(losses_BS[row].double().sum())
+            found[numbers[id(window)].pop()] = losses_BS[row, : len(window.ids) - 1].copy()
         progress(int(batch.mask.sum()))
-    return [nats[n] for n in range(len(windows))]
+    return [found[n] for n in range(len(windows))]
 
 
-def _losses(model: Transformer, tokens_BS: torch.Tensor, mask_BS: torch.Tensor) -> torch.Tensor:
-    """-ln p of each real token after the first, zero for the others: [B, S-1]."""
+def window_nats(model: Transformer, windows: Sequence[Window], **options: Any) -> list[float]:
+    """The sum of each window's token_nats (with its options), taken in float64."""
+    return [float(nats.sum(dtype=np.float64)) for nats in token_nats(model, windows, **options)]
+
+
+def _losses(model: Transformer, tokens_BS: torch.Tensor) -> torch.Tensor:
+    """-ln p of each token after the first: [B, S-1]; of padding it means nothing."""
     x_ND = model.model(tokens_BS)[:, :-1].flatten(0, 1)
     targets = tokens_BS[:, 1:].flatten()
-    pieces = [
-        F.cross_entropy(model.head(x).float(), t, reduction="none")
-        for x, t in zip(torch.split(x_ND, HEAD_SLICE), torch.split(targets, HEAD_SLICE), strict=True)
-    ]
-    return torch.cat(pieces).view(len(tokens_BS), -1) * mask_BS[:, 1:]
+    slices = zip(torch.split(x_ND, HEAD_SLICE), torch.split(targets, HEAD_SLICE), strict=True)
+    return torch.cat([_slice_losses(logits(model, x), t) for x, t in slices]).view(len(tokens_BS), -1)
+
+
+def _slice_losses(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    chosen_N = logits_NV.gather(1, targets_N[:, None])[:, 0]
+    return logits_NV.logsumexp(1) - chosen_N
+
+
+def logits(model: Transformer, x_ND: torch.Tensor) -> torch.Tensor:
+    """The head's logits [N, V] in float32."""
+    if isinstance(model.lm_head, NativeLinear):
+        return model.head(x_ND.float())
+    return model.head(x_ND).float()
 
 
 def bits_per_byte(nats: Sequence[float], windows: Sequence[Window]) -> float:

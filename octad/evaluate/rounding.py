@@ -13,16 +13,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from octad.checkpoint.load import load_model, load_tokenizer
+from octad.checkpoint.load import load_model
 from octad.checkpoint.quantized import QuantizedSource
 from octad.checkpoint.source import TensorSource
-from octad.checkpoint.text import Window, read_windows
+from octad.checkpoint.text import Window
 from octad.dist import compute_dtype
 from octad.engine.optimize import optimize
 from octad.engine.quantize import Precision
 from octad.engine.saved import load_quantized, save_quantized, write_figures
-from octad.errors import DataError
 from octad.evaluate.loss import bits_per_byte, window_nats
+from octad.evaluate.texts import read_texts
 from octad.model.transformer import Transformer
 
 Texts = Mapping[str, list[Window]]
@@ -34,15 +34,7 @@ def domain_texts(
     source: TensorSource, domains: Mapping[str, Sequence[Path]], *, tokens: int, window: int
 ) -> dict[str, list[Window]]:
     """At most `tokens` tokens of each domain's files. Raises DataError naming the domain."""
-    tokenizer = load_tokenizer(source)
-    window = min(window, source.config.max_position_embeddings)
-    texts: dict[str, list[Window]] = {}
-    for name, files in domains.items():
-        try:
-            texts[name] = read_windows(files, tokenizer, tokens=tokens, window=window)
-        except DataError as error:
-            raise DataError(f"domain {name!r}: {error}") from None
-    return texts
+    return dict(read_texts(source, domains, tokens=tokens, window=window).domains)
 
 
 def domain_bits(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 
 from octad.kernels.attention import causal_attention
+from octad.kernels.blocked import Segment, blocked_attention
 from octad.model.config import ModelConfig
 
 
@@ -22,8 +23,7 @@ class DocumentAttention:
 
     def __init__(self, config: ModelConfig, documents_BS: torch.Tensor) -> None:
         self.windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
-        self.lengths = [torch.unique_consecutive(row, return_counts=True)[1].tolist() for row in documents_BS]
-        self.single = all(len(lengths) == 1 for lengths in self.lengths)
+        self.segments = _segments(documents_BS)
 
     def positions(self, count: int) -> int:
         """See KVCache.positions."""
@@ -33,14 +33,34 @@ class DocumentAttention:
         self, layer: int, q_BSHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGK: torch.Tensor
     ) -> torch.Tensor:
         """See KVCache.attend."""
-        window = self.windows[layer]
-        if self.single:
-            return causal_attention(q_BSHK, k_BSGK, v_BSGK, window=window)
-        flat = [length for lengths in self.lengths for length in lengths]
-        parts = (torch.split(x.flatten(0, 1)[None], flat, 1) for x in (q_BSHK, k_BSGK, v_BSGK))
-        documents = zip(*parts, strict=True)
-        y = torch.cat([causal_attention(q, k, v, window=window) for q, k, v in documents], 1)
-        return y.view(q_BSHK.shape)
+        q, k, v = (x.flatten(0, 1) for x in (q_BSHK, k_BSGK, v_BSGK))
+        attention = blocked_attention if q.device.type == "cpu" else fused_attention
+        return attention(q, k, v, self.segments, self.windows[layer]).view(q_BSHK.shape)
 
     def advance(self, positions: int) -> None:
         """See KVCache.advance."""
+
+
+def fused_attention(
+    q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor, segments: list[Segment], window: int | None
+) -> torch.Tensor:
+    """The signature of blocked_attention, through PyTorch's fused kernel: for GPUs."""
+    sizes = [segment.count * segment.length for segment in segments]
+    parts = zip(segments, *(torch.split(x, sizes) for x in (q_NHK, k_NGK, v_NGK)), strict=True)
+    done = []
+    for segment, *qkv in parts:
+        q, k, v = (x.view(segment.count, segment.length, *x.shape[1:]) for x in qkv)
+        done.append(causal_attention(q, k, v, window=window).flatten(0, 1))
+    return torch.cat(done)
+
+
+def _segments(documents_BS: torch.Tensor) -> list[Segment]:
+    """Runs of one document; windows that hold a single one each make one segment together."""
+    lengths = [torch.unique_consecutive(row, return_counts=True)[1].tolist() for row in documents_BS]
+    if all(len(row) == 1 for row in lengths):
+        return [Segment(0, len(lengths), documents_BS.shape[1])]
+    found, start = [], 0
+    for length in (length for row in lengths for length in row):
+        found.append(Segment(start, 1, length))
+        start += length
+    return found

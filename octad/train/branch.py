@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from octad.checkpoint.load import load_model, load_tokenizer, open_source
+from octad.checkpoint.load import load_model, load_tokenizer, open_member, open_source
+from octad.checkpoint.lora import AdapterSource
 from octad.checkpoint.names import PARTS
 from octad.checkpoint.source import TensorSource
 from octad.checkpoint.writer import CheckpointWriter
@@ -24,7 +26,7 @@ from octad.model.transformer import Transformer
 from octad.train.config import BranchConfig, SpecialistSpec
 from octad.train.export import common_files, write_adapter, write_trained
 from octad.train.learner import Learner, changes_of, choose, compute_settings
-from octad.train.lowrank import add_low_rank, low_rank_deltas
+from octad.train.lowrank import add_low_rank, low_rank_deltas, start_from
 from octad.train.trainer import Outcome, Trainer, TrainingStopped
 
 FFN_TARGETS = tuple(f"{part}_proj" for part in PARTS)
@@ -102,6 +104,7 @@ def branch_learner(config: BranchConfig, specialist: SpecialistSpec) -> Learner:
     if adapter:
         torch.manual_seed(config.seed)
         add_low_rank(model, rf"({'|'.join(targets)})$", config.low_rank)
+    started = _start(config, specialist, source, model, adapter=adapter)
 
     def write(run: Path, values: Mapping[str, torch.Tensor]) -> Path:
         if adapter:
@@ -118,9 +121,24 @@ def branch_learner(config: BranchConfig, specialist: SpecialistSpec) -> Learner:
         evaluate=config.evaluation_of(specialist),
         write=write,
         trainable=choose(model, LEARNING[config.mode]),
-        identity={"files": source.provenance().get("files"), "text": list(specialist.files)},
+        identity={"files": source.provenance().get("files"), "text": list(specialist.files)} | started,
         result="adapter_config.json" if adapter else "config.json",
     )
+
+
+def _start(
+    config: BranchConfig, specialist: SpecialistSpec, base: TensorSource, model: Transformer, *, adapter: bool
+) -> dict[str, Any]:
+    """Go on from the specialist's `start`, and what to remember of it. Raises RecipeError where it cannot be one."""
+    if specialist.start is None:
+        return {}
+    if not adapter:
+        raise RecipeError(f"{specialist.name}: start goes on from an adapter; mode {config.mode!r} has none")
+    member = open_member(config.resolve(specialist.start), base)
+    if not isinstance(member, AdapterSource):
+        raise RecipeError(f"{specialist.start}: is no adapter; start goes on from one")
+    start_from(model, member)
+    return {"start": member.provenance()["files"]}
 
 
 def _train(

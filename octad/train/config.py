@@ -92,13 +92,15 @@ class PretrainConfig(RunSpec):
 
 
 class SpecialistSpec(Section):
-    """One specialist: its name, the text it is made of, held-out text, and steps where not the common ones."""
+    """One specialist: its name, the text it is made of, held-out text, and steps where not the common ones; `start`: an
+    adapter of the same base to go on from."""
 
     name: str = Field(min_length=1, pattern=r"^[\w.-]+$")
     files: StringList = Field(min_length=1)
     field: str = "text"
     held_out: StringList = ()
     steps: int | None = Field(default=None, ge=1)
+    start: str | None = None
 
 
 class BranchDataSpec(Section):

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 
 from octad.train.data import IGNORED
 
-SLICE = 256  # positions whose logits exist at one time
+SLICE = 512  # positions whose logits exist at one time
+CACHED = 1 << 19  # logits that are worked on at a time: in float32 they fit a core's cache, so that passes cost little
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,12 @@ class _SlicedLoss(torch.autograd.Function):
         total = losses.new_zeros(())
         for start in range(0, len(x_ND), SLICE):
             at = slice(start, start + SLICE)
-            log_p = _logits(head, x_ND[at]).float().log_softmax(-1)
-            learnt = targets_N[at] != IGNORED
-            losses[at] = F.nll_loss(log_p, targets_N[at], ignore_index=IGNORED, reduction="none")
-            target = None if teacher is None else _teacher_probabilities(teacher, at)
-            total += _mixed(losses[at], log_p, learnt, teacher, target)
+            logits = _logits(head, x_ND[at])
+            taught = None if teacher is None else F.linear(teacher.x[at], teacher.weight)
+            losses[at], mixed = _to_gradients(logits, targets_N[at], taught, teacher)
+            total += mixed
             if any(wanted):
-                d = _logit_gradient(log_p, targets_N[at], learnt, teacher, target).to(x_ND.dtype)
-                _accumulate(grads, head, x_ND[at], d, at)
+                _accumulate(grads, head, x_ND[at], logits, at)
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(losses)
         return total, losses
@@ -100,8 +99,21 @@ def _logits(head: Head, x: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _teacher_probabilities(teacher: Teacher, at: slice) -> torch.Tensor:
-    return F.linear(teacher.x[at], teacher.weight).float().softmax(-1)
+def _to_gradients(
+    logits: torch.Tensor, targets: torch.Tensor, taught: torch.Tensor | None, teacher: Teacher | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits into their own gradient, in place; each position's nats, and the sum of losses. A few rows at a time."""
+    losses = targets.new_empty(len(targets), dtype=torch.float32)
+    rows = max(1, CACHED // logits.shape[1]) if logits.device.type == "cpu" else len(targets)
+    total = losses.new_zeros(())
+    for start in range(0, len(targets), rows):
+        at = slice(start, start + rows)
+        log_p, learnt = logits[at].float().log_softmax(-1), targets[at] != IGNORED
+        losses[at] = F.nll_loss(log_p, targets[at], ignore_index=IGNORED, reduction="none")
+        target = None if taught is None else taught[at].float().softmax(-1)
+        total += _mixed(losses[at], log_p, learnt, teacher, target)
+        logits[at] = _logit_gradient(log_p, targets[at], learnt, teacher, target)
+    return losses, total
 
 
 def _mixed(
@@ -140,13 +152,13 @@ def _accumulate(
     if dx is not None:
         dx[at] = d @ head.weight
     if dweight is not None:
-        dweight += d.T @ x
+        dweight.addmm_(d.T, x)
     if head.a is None or head.b is None:
         return
     d_b = head.scale * (d @ head.b)
     if dx is not None:
         dx[at] += d_b @ head.a
     if da is not None:
-        da += d_b.T @ x
+        da.addmm_(d_b.T, x)
     if db is not None:
         db += head.scale * (d.T @ F.linear(x, head.a))

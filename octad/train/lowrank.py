@@ -2,6 +2,7 @@
 
     add_low_rank(model, r"self_attn\\.[qkvo]_proj|embed_tokens", LowRankSpec(rank=16))
     low_rank_deltas(model)["model.layers.0.self_attn.q_proj.weight"]       # (A [R, in], B [out, R], scale)
+    start_from(model, open_member("adapters/french", base))                # go on from an adapter
 
 B begins at zero, so that the model is unchanged until it learns. The frozen weight's own gradient, which costs as much as
 the forward pass, is never computed. Merging happens outside, in float32, on the weights as they are on disk.
@@ -18,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from octad.checkpoint.lora import AdapterSource
+from octad.errors import RecipeError
 from octad.model.transformer import Transformer
 from octad.train.sections import LowRankSpec
 
@@ -83,6 +86,32 @@ def low_rank_deltas(model: nn.Module, values: dict[str, torch.Tensor] | None = N
             b = module.lora_B if values is None else values[f"{name}.lora_B"]
             found[f"{name}.weight"] = (a.detach().float(), b.detach().float(), module.scale)
     return found
+
+
+@torch.no_grad()
+def start_from(model: nn.Module, adapter: AdapterSource) -> None:
+    """Set the low-rank changes to an adapter's; a different scale is worked into B.
+
+    Raises RecipeError where the adapter changes what does not learn here, or has another rank."""
+    modules = {
+        f"{name}.weight": m
+        for name, m in model.named_modules()
+        if isinstance(m, (LowRankLinear, LowRankEmbedding))
+    }
+    if other := sorted(adapter.changed() - set(modules)):
+        raise RecipeError(
+            f"{adapter.label}: changes {other[0]}, which this mode does not train; choose mode adapter, or another start"
+        )
+    for name in sorted(adapter.changed()):
+        factors, module = adapter.delta_factors(name), modules[name]
+        if factors is None or factors[0].shape != module.lora_A.shape:
+            found = "whole weights" if factors is None else f"rank {len(factors[0])}"
+            raise RecipeError(
+                f"{adapter.label}: {name} has {found}, low_rank.rank is {len(module.lora_A)}; make them equal"
+            )
+        a, b, scale = factors
+        module.lora_A.copy_(a)
+        module.lora_B.copy_(b * (scale / module.scale))
 
 
 def _first(rank: int, into: int, like: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from octad.checkpoint.staging import explained
-from octad.checkpoint.text import Window, token_byte_lengths, windows_of
+from octad.checkpoint.text import Window, windows_of
 from octad.errors import CheckpointError, OctadError, OutputError, RecipeError
 from octad.evaluate.loss import bits_per_byte, window_nats
 from octad.model.balance import LoadStatistics
@@ -163,7 +163,8 @@ class Trainer:
         routers' losses; and every position's nats."""
         batch = batch.to(self.device)
         masked = self.learner.data.document_mask
-        cache = DocumentAttention(self.model.config, batch.documents) if masked else None
+        documents_BS = batch.documents if masked else torch.zeros_like(batch.documents)
+        cache = DocumentAttention(self.model.config, documents_BS)
         x_ND = self.model.model(batch.tokens, cache).flatten(0, 1)
         targets = batch.targets.flatten()
         total, losses = next_token_loss(head_of(self.model), x_ND, targets, teach(self.learner, batch, cache))
@@ -264,7 +265,7 @@ class Trainer:
                 torch.cuda.set_rng_state(value, self.device)
 
     def _telemetry(self) -> Telemetry:
-        lengths = token_byte_lengths(self.learner.tokenizer)
+        lengths = self.learner.tokenizer.byte_lengths
         peak = self.world.size * matmul_peak(self.dtype, self.device)
         return Telemetry(self.run, lengths, self.echo, self.flops, peak, self.world)
 

@@ -330,8 +330,11 @@ def test_large_files_are_hashed_by_samples(tmp_path, monkeypatch):
     data = bytes(range(256)) * 1000
     path = tmp_path / "weights"
     path.write_bytes(data)
-    monkeypatch.setattr(hf, "WHOLE_HASH_BYTES", 1000)
     monkeypatch.setattr(hf, "SAMPLE_STRIDE", 10_000)
     monkeypatch.setattr(hf, "SAMPLE_BYTES", 100)
     expected = hashlib.sha256(b"".join(data[i : i + 100] for i in range(0, len(data), 10_000))).hexdigest()
-    assert hf.fingerprint(path) == {"name": "weights", "bytes": len(data), "sha256_sampled": expected}
+    assert hf.fingerprint(path, whole=1000) == {
+        "name": "weights",
+        "bytes": len(data),
+        "sha256_sampled": expected,
+    }

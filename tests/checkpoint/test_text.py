@@ -19,7 +19,6 @@ from octad.checkpoint.text import (
     pad,
     read_documents,
     read_windows,
-    token_byte_lengths,
 )
 from octad.checkpoint.tokenizer import Tokenizer
 from octad.errors import DataError
@@ -147,7 +146,7 @@ def test_padding_and_batches(bytewise: Tokenizer, tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", MULTILINGUAL)
 def test_token_lengths_sum_to_the_text(kind: str, text: str, tmp_path: Path) -> None:
     tokenizer = trained(tmp_path, kind)
-    lengths = token_byte_lengths(tokenizer)
+    lengths = tokenizer.byte_lengths
     ids = tokenizer.encode(text, parse_special=False)
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
     assert sum(lengths[i] for i in ids) == len(text.encode())

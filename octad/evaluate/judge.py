@@ -1,0 +1,190 @@
+"""Running the contestants: each reads all windows once, unless the cache knows what it said.
+
+    judge = Judge(source, texts, cache, ranks, progress)
+    records = judge.run({"python": Member(1), "mixture top-2": TopK(2)})
+
+The mixture is loaded once, and only if somebody inside it has to be run. Under torchrun every rank reads its share of
+the windows.
+
+Shapes: T predicted tokens, L layers, G domains, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from octad.checkpoint.source import TensorSource
+from octad.checkpoint.text import Batch
+from octad.dist import compute_dtype
+from octad.engine.limits import hardware
+from octad.engine.variants import dense_config
+from octad.errors import OctadError
+from octad.evaluate.cache import Cache, Content, Record, key_of
+from octad.evaluate.contestants import (
+    Contestant,
+    Load,
+    Member,
+    Original,
+    Soup,
+    TopK,
+    contestant,
+    counted_load,
+    fast_model,
+)
+from octad.evaluate.loss import TOKENS_PER_BATCH, token_nats
+from octad.evaluate.price import measuring
+from octad.evaluate.ranks import Ranks
+from octad.evaluate.texts import Texts
+from octad.model.config import ModelConfig
+from octad.model.transformer import Transformer
+
+Progress = Callable[[str, float], None]
+CUDA_TOKENS_PER_BATCH = 32768
+
+
+def quiet(stage: str, done: float) -> None:
+    """Progress that nobody looks at."""
+
+
+@dataclass
+class Judge:
+    """One source and the texts that all its contestants read."""
+
+    source: TensorSource
+    texts: Texts
+    cache: Cache = field(default_factory=lambda: Cache(None))
+    ranks: Ranks = field(default_factory=Ranks)
+    progress: Progress = quiet
+    dtype: torch.dtype | None = None
+    computed: list[str] = field(default_factory=list)  # whom the cache did not know
+    _model: Transformer | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.device = self.ranks.device()
+        self.dtype = self.dtype or compute_dtype(self.device)
+        self.content = Content(self.source)
+
+    def run(self, who: Mapping[str, Contestant]) -> dict[str, Record]:
+        """A record of each; the same on every rank."""
+        keys = {name: self.key(contestant) for name, contestant in who.items()}
+        found = {name: self.cache.get(key) for name, key in keys.items()} if self.ranks.first else {}
+        found = self.ranks.from_first({name: record for name, record in found.items() if record is not None})
+        self.computed = [name for name in who if name not in found]
+        steps = _Steps(self, {name: who[name] for name in self.computed})
+        for name in self.computed:
+            found[name] = self.judge(who[name], steps.tick)
+            if self.ranks.first:
+                self.cache.put(keys[name], found[name])
+        return {name: found[name] for name in who}
+
+    def key(self, who: Contestant) -> str:
+        """Of everything that its record depends on."""
+        machine = {k: v for k, v in hardware(self.device).items() if k in ("cpu", "gpu", "threads")}
+        windows = [self.texts.digest, *map(len, self.texts.domains.values())]
+        return key_of(self.content.of(who), windows, str(self.dtype), machine, self.ranks.size)
+
+    def judge(self, who: Contestant, tick: Callable[[int], None]) -> Record:
+        """Run one contestant over the windows of this rank, and put together what all ranks found."""
+        mine = range(self.ranks.rank, len(self.texts.windows), self.ranks.size)
+        windows = [self.texts.windows[i] for i in mine]
+        batch = CUDA_TOKENS_PER_BATCH if self.device.type == "cuda" else TOKENS_PER_BATCH
+        counting = isinstance(who, TopK) and who.k == self.source.config.num_experts_per_tok
+        with self._running(who) as model, self._counting(model, counting) as load:
+            before = _Grouping(load, self.group_of).before if load else lambda batch: None
+            with measuring(self.device) as measured:
+                nats = token_nats(model, windows, tokens_per_batch=batch, progress=tick, before=before)
+        whole = np.zeros(self.texts.total, dtype=np.float32)
+        for i, part in zip(mine, nats, strict=True):
+            whole[self.texts.starts[i] :][: len(part)] = part
+        counts = self.ranks.sum(torch.stack(load.counts)) if load else None
+        return Record(self.ranks.sum(torch.from_numpy(whole)), self._facts(measured), counts)
+
+    def _facts(self, measured: Mapping[str, float]) -> dict[str, float]:
+        read = sum(len(w.ids) for w in self.texts.windows)
+        facts = {"tokens_per_second": read / self.ranks.largest(measured["seconds"])}
+        if "working_bytes" in measured:
+            facts["working_bytes"] = self.ranks.largest(measured["working_bytes"])
+        return facts
+
+    @contextmanager
+    def _running(self, who: Contestant) -> Iterator[Transformer]:
+        """The contestant, ready to run; the source itself is loaded when somebody inside it is first asked for."""
+        if isinstance(who, Original):
+            yield fast_model(who.source, self.dtype, self.device)
+            return
+        if self._model is None:
+            self._model = fast_model(self.source, self.dtype, self.device)
+        with contestant(self._model, who) as model:
+            yield model
+
+    def release(self) -> None:
+        """Let go of the loaded model."""
+        self._model = None
+
+    def _counting(self, model: Transformer, wanted: bool) -> Any:
+        return counted_load(model, len(self.texts.domains)) if wanted else nullcontext()
+
+    @cached_property
+    def group_of(self) -> dict[int, int]:
+        """The domain's number of each window, by identity."""
+        return {id(w): g for g, windows in enumerate(self.texts.domains.values()) for w in windows}
+
+
+@dataclass
+class _Grouping:
+    """Tells a Load, before each batch, which domain its tokens are from."""
+
+    load: Load
+    group_of: Mapping[int, int]
+
+    def before(self, batch: Batch) -> None:
+        groups_B1 = torch.tensor([self.group_of[id(w)] for w in batch.windows])[:, None]
+        self.load.groups_N = torch.where(batch.mask, groups_B1, -1).flatten()
+
+
+class _Steps:
+    """Progress over contestants of unequal price: the share of the FLOPs that are done."""
+
+    def __init__(self, judge: Judge, who: Mapping[str, Contestant]) -> None:
+        self.progress = judge.progress
+        read = sum(len(w.ids) for w in judge.texts.windows[judge.ranks.rank :: judge.ranks.size])
+        self.costs = [(_flops(judge.source, contestant), read) for contestant in who.values()]
+        self.total, self.done, self.left = sum(c * n for c, n in self.costs), 0.0, read
+
+    def tick(self, tokens: int) -> None:
+        """Some tokens of the contestant whose turn it is are done."""
+        cost = self.costs[0][0]
+        self.done += cost * tokens
+        self.left -= tokens
+        if self.left <= 0 and len(self.costs) > 1:
+            self.costs.pop(0)
+            self.left = self.costs[0][1]
+        self.progress(
+            "judging", 1.0 if len(self.costs) == 1 and self.left <= 0 else min(1.0, self.done / self.total)
+        )
+
+
+def _flops(source: TensorSource, who: Contestant) -> float:
+    config = shape_of(source, who)
+    return float(config.flops_per_token() if config else source.config.flops_per_token())
+
+
+def shape_of(source: TensorSource, who: Contestant) -> ModelConfig | None:
+    """The shape of a contestant as a model of its own; None where no config can say it."""
+    if isinstance(who, Original):
+        return who.source.config
+    if isinstance(who, TopK):
+        return replace(source.config, num_experts_per_tok=who.k)
+    if isinstance(who, (Member, Soup)):
+        try:
+            return dense_config(source.config)
+        except OctadError:
+            return None
+    return source.config

@@ -1,0 +1,172 @@
+"""Who takes part: the line-up, from what a checkpoint says it was made of.
+
+    lineup = line_up(source, texts, dense=["qwen3-0.6b"])
+    lineup.entries["python"].who, lineup.own, lineup.missing
+
+A mixture that octad made names its members in octad.json. Of another one nothing is known; its experts are judged as
+routes through one expert each where that is a model at all: where weights are renormalised (a single expert then has
+weight 1, as in training) and nothing else works beside the experts. What could not be judged, and why, is in `missing`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from octad.checkpoint.load import load_tokenizer, open_source
+from octad.checkpoint.provenance import Provenance
+from octad.checkpoint.source import TensorSource
+from octad.errors import OctadError, RequestError
+from octad.evaluate.contestants import Contestant, Member, Original, Soup, TopK, Whole
+from octad.evaluate.originals import original
+from octad.evaluate.texts import Texts
+
+MOST_EXPERTS = 16  # judged one by one, and all at once
+FORCED = "every token through this one expert: what it was before is not known"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contestant that has to be run."""
+
+    who: Contestant
+    kind: str
+    note: str | None = None
+
+
+@dataclass
+class LineUp:
+    """Entries by name, in order; `own`: the model as it is; inexact: members that the mixture does not hold exactly;
+    as_held: those of them that are judged as it holds them, and why; missing: what is not there, in sentences."""
+
+    entries: dict[str, Entry]
+    own: str
+    experts: list[str]
+    bases: list[str] = field(default_factory=list)
+    inexact: list[str] = field(default_factory=list)
+    as_held: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def members(self) -> list[str]:
+        """The members that are judged."""
+        return [name for name, entry in self.entries.items() if entry.kind == "member"]
+
+    @property
+    def names(self) -> list[str]:
+        """All contestants that a comparison will have: also those that are worked out of the members."""
+        members = self.members
+        derived = (["ensemble"] if len(members) > 1 else []) + (["oracle"] if members else [])
+        return [*self.entries, *derived]
+
+
+def line_up(source: TensorSource, texts: Texts, dense: Sequence[str] = ()) -> LineUp:
+    """Everybody who can be judged. Raises OctadError for a damaged octad.json or a dense model that does not fit."""
+    found = _mixture(source, texts) if source.config.is_moe else _dense(source)
+    for ref in dense:
+        model = open_source(ref, quantised=True)
+        name = _free_name(f"dense {Path(ref.rstrip('/')).name}", found.entries)
+        _check_same_tokens(source, model, ref, texts)
+        found.entries[name] = Entry(Original(model), "dense", f"{ref}, a model of its own")
+    return found
+
+
+def _dense(source: TensorSource) -> LineUp:
+    missing = ["it is a dense model: there are no members, soup, ensemble or oracle to compare it with"]
+    return LineUp({"model": Entry(Whole(), "model")}, "model", [], missing=missing)
+
+
+def _mixture(source: TensorSource, texts: Texts) -> LineUp:
+    names, made = named_experts(source)
+    own = f"mixture top-{source.config.num_experts_per_tok}"
+    found = LineUp({}, own, names)
+    if made:
+        _add_members(found, names, made, texts)
+    else:
+        _add_forced(found, source)
+    E = source.config.num_experts
+    ks = {1, min(2, E), source.config.num_experts_per_tok} | ({E} if E <= MOST_EXPERTS else set())
+    for k in sorted(ks):
+        name = f"mixture top-{k}"
+        found.entries[name] = Entry(
+            TopK(k), "mixture", "as it is" if name == own else f"with {k} of {E} experts a token"
+        )
+    return found
+
+
+def _add_members(found: LineUp, names: Sequence[str], made: Provenance, texts: Texts) -> None:
+    originals, found.as_held = find_originals(made, texts)
+    found.inexact = [record["name"] for record in made.experts if not record.get("exact")]
+    found.bases = [record["name"] for record in made.experts if record.get("kind") == "base"]
+    for e, name in enumerate(names):
+        who = Original(originals[name]) if name in originals else Member(e)
+        note = "not held exactly: judged as it was" if name in originals else None
+        if name in found.as_held:
+            note = f"judged as the mixture holds it, with its attention ({found.as_held[name]})"
+        found.entries[name] = Entry(who, "member", note)
+    specialists = tuple(e for e, name in enumerate(names) if name not in found.bases)
+    note = "mean of the feed-forward weights of all members" + (" but the base" if found.bases else "")
+    found.entries["soup"] = Entry(Soup(specialists or tuple(range(len(names)))), "soup", note)
+
+
+def _add_forced(found: LineUp, source: TensorSource) -> None:
+    config = source.config
+    found.missing.append("octad did not make this mixture: what its experts were before is not known")
+    whole = config.norm_topk_prob and not config.shared_expert_intermediate_size
+    if not whole or config.num_experts > MOST_EXPERTS:
+        reason = "a single one is no model" if not whole else f"there are {config.num_experts}"
+        found.missing.append(
+            f"its experts are not judged one by one ({reason}): there is no soup, ensemble or oracle"
+        )
+        return
+    found.missing.append("its experts are judged as routes through one expert each")
+    for e, name in enumerate(found.experts):
+        found.entries[name] = Entry(Member(e), "member", FORCED)
+    found.entries["soup"] = Entry(Soup(tuple(range(config.num_experts))), "soup", "mean of all experts")
+
+
+def named_experts(source: TensorSource) -> tuple[list[str], Provenance | None]:
+    """The experts' names, from octad.json where octad made the mixture (then also that), else 'expert 0', 'expert 1', ...
+
+    Raises CheckpointError for a damaged octad.json."""
+    made = Provenance.of(source) if source.config.is_moe else None
+    return (made.names if made else [f"expert {e}" for e in range(source.config.num_experts)]), made
+
+
+def find_originals(made: Provenance, texts: Texts) -> tuple[dict[str, TensorSource], dict[str, str]]:
+    """Of the members that the mixture does not hold exactly: those found where they lay, and why not, the others."""
+    found: dict[str, TensorSource] = {}
+    reasons: dict[str, str] = {}
+    largest = max(max(window.ids) for window in texts.windows)
+    for name, record in zip(made.names, made.experts, strict=True):
+        if record.get("exact"):
+            continue
+        try:
+            source = original(made, record)
+        except OctadError as error:
+            reasons[name] = str(error)
+            continue
+        if source.config.vocab_size > largest:
+            found[name] = source
+        else:
+            reasons[name] = "the texts have tokens that another member added"
+    return found, reasons
+
+
+def _check_same_tokens(source: TensorSource, model: TensorSource, ref: str, texts: Texts) -> None:
+    """Raises RequestError unless every id of the texts spells the same in both."""
+    ours, theirs = (load_tokenizer(s).core for s in (source, model))
+    for i in sorted({i for w in texts.windows for i in w.ids}):
+        if ours.id_to_token(i) != theirs.id_to_token(i) or i >= model.config.vocab_size:
+            raise RequestError(
+                f"--dense {ref}: token {i} is {theirs.id_to_token(i)!r}, in {source.label} it is"
+                f" {ours.id_to_token(i)!r}; all contestants must read the same tokens: give a model of one tokenizer"
+            )
+
+
+def _free_name(name: str, taken: object) -> str:
+    number, free = 2, name
+    while free in taken:  # type: ignore[operator]
+        free, number = f"{name} ({number})", number + 1
+    return free

@@ -1,0 +1,24 @@
+"""What a measure is given besides the model and the task: a sandbox, and someone to tell how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from octad.evaluate.tasks.sandbox import Sandbox
+
+
+def _nobody(done: float) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Work:
+    """`progress` gets the share done, 0 to 1; `make_sandbox` is called by tasks that run programs."""
+
+    progress: Callable[[float], None] = _nobody
+    make_sandbox: Callable[[], Sandbox] = field(default=Sandbox)
+
+    def part(self, start: float, end: float) -> Work:
+        """The same for a part of the work."""
+        return replace(self, progress=lambda done: self.progress(start + (end - start) * done))

@@ -1,0 +1,160 @@
+"""octad inside lm-eval against lm-eval's own model class of transformers: the same task, the same numbers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "combine"))
+from members import make_base
+
+from octad.engine.llm import LLM
+from octad.errors import DataError
+from octad.evaluate.tasks.harness import HarnessTask
+from octad.evaluate.tasks.run import run_tasks
+
+lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed; pip install 'octad[eval]'")
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+{rest}
+"""
+CHOICE = """output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc}, {metric: acc_norm}]"""
+WRITE = """output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices[0]}}"
+generation_kwargs: {until: ["\\n", "e"], max_gen_toks: 12}
+metric_list: [{metric: exact_match}]"""
+ROLLING = """output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list: [{metric: bits_per_byte}, {metric: word_perplexity}]"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return make_base(tmp_path_factory.mktemp("lm-eval") / "base", "llama")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def make_task(directory: Path, name: str, rest: str) -> Path:
+    data = directory / "data.jsonl"
+    lines = [
+        {
+            "question": f"What is {n} and {n + 1}? ",
+            "choices": [f"{n}", "none, ever", "x" * (n + 1)],
+            "answer": n % 3,
+        }
+        for n in range(7)
+    ]
+    lines[3]["question"] = "a long text " * 30  # longer than the model's context of 128
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    file = directory / f"{name}.yaml"
+    file.write_text(TASK.format(name=name, data=data, rest=rest))
+    return file
+
+
+def both(base: Path, task: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What lm-eval finds with octad's model, and with transformers'."""
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    from octad.evaluate.lm_eval_adapter import OctadLM
+
+    models = (
+        OctadLM(LLM(base, dtype="float32")),
+        HFLM(str(base), dtype="float32", device="cpu", batch_size=1),
+    )
+    options = {"bootstrap_iters": 0, "log_samples": True, "task_manager": TaskManager(include_defaults=False)}
+    mine, theirs = (lm_eval.simple_evaluate(model, tasks=[str(task)], **options) for model in models)
+    return mine, theirs
+
+
+def test_log_likelihoods_are_those_of_its_transformers_model(base: Path, tmp_path: Path) -> None:
+    mine, theirs = both(base, make_task(tmp_path, "octad_test_choice", CHOICE))
+    for own, other in zip(*(r["samples"]["octad_test_choice"] for r in (mine, theirs)), strict=True):
+        for (nats, greedy), (their_nats, their_greedy) in zip(
+            own["filtered_resps"], other["filtered_resps"], strict=True
+        ):
+            assert float(nats) == pytest.approx(float(their_nats), rel=1e-4)
+            assert greedy == their_greedy
+    assert (
+        mine["results"]["octad_test_choice"]["acc,none"] == theirs["results"]["octad_test_choice"]["acc,none"]
+    )
+    (measured, normed) = HarnessTask(str(tmp_path / "octad_test_choice.yaml")).measure(
+        LLM(base, dtype="float32")
+    )["octad_test_choice"]
+    assert (measured.metric, normed.metric) == ("acc", "acc_norm")
+    assert measured.score().value == theirs["results"]["octad_test_choice"]["acc,none"]
+    assert normed.score().value == theirs["results"]["octad_test_choice"]["acc_norm,none"]
+
+
+def test_generated_texts_are_those_of_its_transformers_model(base: Path, tmp_path: Path) -> None:
+    mine, theirs = both(base, make_task(tmp_path, "octad_test_write", WRITE))
+    texts = [[s["filtered_resps"] for s in r["samples"]["octad_test_write"]] for r in (mine, theirs)]
+    assert texts[0] == texts[1]
+    assert any(texts[0])
+
+
+def test_rolling_log_likelihoods_are_those_of_its_transformers_model(base: Path, tmp_path: Path) -> None:
+    file = make_task(tmp_path, "octad_test_rolling", ROLLING)
+    mine, theirs = both(base, file)
+    value = theirs["results"]["octad_test_rolling"]["bits_per_byte,none"]
+    assert mine["results"]["octad_test_rolling"]["bits_per_byte,none"] == pytest.approx(value, rel=1e-4)
+    (row,) = run_tasks(base, [f"lm-eval:{file}"], dtype="float32")
+    assert (row["kind"], row["metric"], row["higher_is_better"]) == ("lm-eval", "bits_per_byte", False)
+    assert row["scores"]["model"]["value"] == pytest.approx(value, rel=1e-4)
+
+
+def test_a_broken_task_is_one_line(base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_text("task: broken\ndataset_path: json\ndataset_kwargs: {data_files: {test: nowhere.jsonl}}\n")
+    with pytest.raises(DataError, match=r"lm-eval cannot run it \(.*nowhere.jsonl"):
+        run_tasks(base, [f"lm-eval:{file}"])
+
+
+@pytest.mark.slow  # lm-eval reads thousands of files to know its own tasks
+def test_names_are_lm_evals() -> None:
+    assert HarnessTask.named("arc_easy").name == "arc_easy"
+    with pytest.raises(DataError, match="lm-eval has no such task"):
+        HarnessTask.named("no_such_task_at_all")
+
+
+@pytest.mark.slow
+def test_its_own_command_line_knows_octad(base: Path, tmp_path: Path) -> None:
+    file = make_task(tmp_path, "octad_test_cli", CHOICE)
+    command = [
+        sys.executable,
+        "-m",
+        "octad.evaluate.lm_eval_adapter",
+        "run",
+        "--model",
+        "octad",
+        "--tasks",
+        file,
+    ]
+    done = subprocess.run(
+        [*command, "--model_args", f"pretrained={base},dtype=float32"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "octad_test_cli" in done.stdout
+    wrong = subprocess.run([*command, "--model_args", "pretrained=/nowhere"], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert wrong.stderr.splitlines()[-1].startswith("octad: /nowhere: no such file or directory")

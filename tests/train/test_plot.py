@@ -1,0 +1,59 @@
+"""The picture of a run: drawn from the log, the same bytes from the same log, a line where it cannot be drawn."""
+
+import builtins
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from octad.train.plot import PICTURE, draw_run, read_log
+
+
+def layer(*share: float, dead: tuple[int, ...] = ()) -> dict[str, object]:
+    return {"share": share, "max_violation": max(share) * 2 - 1, "entropy": 0.5, "dead": dead, "dropped": 0.1}
+
+
+def log(run: Path) -> Path:
+    rows = [
+        {"step": 0, "held_out": {"french": 2.0}, "held_out_mean": 2.0},
+        {"step": 5, "bits_per_byte": {"french": 1.9}, "layers": [layer(0.5, 0.5), layer(0.9, 0.1)]},
+        {"step": 10, "bits_per_byte": {"french": 9.9}, "layers": [layer(0.5, 0.5), layer(0.9, 0.1)]},
+        {"step": 10, "bits_per_byte": {"french": 1.5}, "layers": [layer(0.6, 0.4), layer(1.0, 0.0, dead=(1,))]},
+        {"step": 10, "held_out": {"french": 1.6}, "held_out_mean": 1.6},
+    ]
+    (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run
+
+
+def test_a_step_taken_again_counts_once(tmp_path: Path) -> None:
+    records = read_log(log(tmp_path) / "log.jsonl")
+    assert [record["step"] for record in records] == [0, 5, 10, 10]
+    assert records[2]["bits_per_byte"] == {"french": 1.5}
+
+
+def test_the_picture_says_what_the_log_says_and_is_reproducible(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert draw_run(log(tmp_path)) == f"drew {tmp_path / PICTURE}"
+    first = (tmp_path / PICTURE).read_bytes()
+    assert ElementTree.fromstring(first).tag.endswith("svg")
+    text = first.decode()
+    for word in ("share of the choices at step 10", "dead", "dropped, share of choices", "french"):
+        assert f"<!-- {word}" in text  # matplotlib draws letters as paths and names each text in a comment
+    draw_run(tmp_path)
+    assert (tmp_path / PICTURE).read_bytes() == first
+
+
+def test_without_matplotlib_or_routing_it_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "bits_per_byte": {}, "layers": []}\n')
+    assert draw_run(tmp_path).startswith("no routing to draw")
+    real = builtins.__import__
+
+    def without(name: str, *rest: object) -> object:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert "needs matplotlib: pip install 'octad[report]'" in draw_run(log(tmp_path))
+    assert not (tmp_path / PICTURE).exists()
