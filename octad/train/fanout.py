@@ -23,7 +23,7 @@ from octad.train.branch import Progress, chosen, raise_failed, train_specialist
 from octad.train.config import BranchConfig, RaySpec, SpecialistSpec
 from octad.train.documents import optional
 from octad.train.signals import StopRequest
-from octad.train.trainer import Outcome
+from octad.train.trainer import Outcome, TrainingStopped
 
 EVERY = 0.5  # seconds between two looks at the workers
 
@@ -66,6 +66,9 @@ def fan_out(
         _connect(ray, config.ray)
     try:
         return _carry_out(ray, config, specialists, output, echo, progress)
+    except ray.exceptions.RayError as error:
+        words = str(error).strip().split("\n")[0]
+        raise TrainingStopped(f"the Ray cluster was lost ({words}); the same command goes on") from None
     finally:
         if mine:
             ray.shutdown()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -65,9 +66,12 @@ class Learner:
 
 
 def compute_settings(config: RunSpec) -> tuple[torch.dtype, torch.device]:
-    """Where and in which precision the model computes. Raises RecipeError for a GPU that is not there."""
+    """Where and in which precision the model computes: of torchrun's processes, each on a GPU of its own. Raises
+    RecipeError for a GPU that is not there."""
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if config.device == "auto" else config.device)
+    if device == torch.device("cuda"):
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda" and auto == "cpu":
         raise RecipeError(f"device: {config.device} is asked for, but PyTorch sees no GPU here")
     dtype = compute_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)

@@ -10,8 +10,9 @@ ranks is layout.py's. The state is the global one: a run resumes on any number o
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -21,6 +22,10 @@ import torch.distributed as dist
 from octad.errors import OctadError, RecipeError
 
 T = TypeVar("T")
+
+
+class LostProcess(OctadError):
+    """An exchange with another process of the run failed: it died, or its machine did."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class World:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
         if not dist.is_initialized():
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
             atexit.register(dist.destroy_process_group)
         return cls(dist.get_rank(), dist.get_world_size())
@@ -97,6 +104,20 @@ class World:
         found: list[T] = [value] * self.size
         dist.all_gather_object(found, value)
         return found
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Turns the errors of an exchange with a process that is gone into one line. Raises LostProcess."""
+        try:
+            yield
+        except RuntimeError as error:
+            gone = ("gloo", "NCCL", "Connection closed", "Connection reset")
+            if self.size == 1 or not any(word in str(error) for word in gone):
+                raise
+            words = str(error).split("\n")[0]
+            raise LostProcess(
+                f"another process of the run was lost ({words[:160]}); the same command goes on from the last state"
+            ) from None
 
     def wait(self) -> None:
         """Until all ranks are here: what rank 0 has written is there for all."""

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -32,9 +32,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.tensor import DTensor
 
 from octad.checkpoint.staging import StagedDirectory, explained, space
 from octad.errors import CheckpointError, OutputError
@@ -64,8 +64,10 @@ class Saver:
         final = self.run / "states" / f"step-{step:08}"
         if self.world.by_leader(final.exists):  # saved at this very step before
             return
-        copied = {name: _on_cpu(t, copy=self.asynchronous) for name, t in tensors.items()}
-        work = partial(self._write, final, copied, dict(facts) | {"step": step, "format": FORMAT})
+        kept = dict(tensors)
+        if self.asynchronous:  # a copy in the machine's memory
+            kept = cast(dict[str, torch.Tensor], BlockingAsyncStager().stage(kept))
+        work = partial(self._write, final, kept, dict(facts) | {"step": step, "format": FORMAT})
         if self._thread is None:
             work()
         else:
@@ -177,7 +179,7 @@ def _write_tensors(
 ) -> None:
     try:
         if ranks == 1:
-            save_file(tensors, place / TENSORS)
+            save_file({n: t.detach().contiguous() for n, t in tensors.items()}, place / TENSORS)
         else:
             writer = HuggingFaceStorageWriter(str(place), save_distributed=True)
             with _quiet():
@@ -189,17 +191,6 @@ def _write_tensors(
         raise OutputError(f"{final}: cannot be written ({cause}): {space(final.parent, needed)}") from None
     except SafetensorError as error:  # its way to say that the disk is full
         raise OutputError(f"{final}: cannot be written ({error}): {space(final.parent, needed)}") from None
-
-
-def _on_cpu(tensor: torch.Tensor, *, copy: bool) -> torch.Tensor:
-    """Contiguous in memory, a copy where asked; a DTensor stays one."""
-    if not isinstance(tensor, DTensor):
-        return tensor.detach().to("cpu", copy=copy).contiguous()
-    part = tensor.to_local().detach().to("cpu", copy=copy).contiguous()
-    mesh = tensor.device_mesh
-    return DTensor.from_local(
-        part, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-    )
 
 
 @contextlib.contextmanager

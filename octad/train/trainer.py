@@ -107,7 +107,7 @@ class Trainer:
             raise OutputError(
                 f"{self.run}: is finished ({self.step} steps); raise steps, or choose another -o"
             )
-        with explained(self.run):
+        with explained(self.run), self.world.watched():
             self.run.mkdir(parents=True, exist_ok=True)
             with closing(self._telemetry()) as telemetry, closing(self.saver), StopRequest() as stop:
                 if self.step == 0:

@@ -28,6 +28,8 @@ def base(tiny_checkpoint, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     ray = pytest.importorskip("ray")
+    os.environ.setdefault("RAY_agent_register_timeout_ms", "300000")  # a busy machine starts it slowly
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
     ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
