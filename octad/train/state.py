@@ -27,7 +27,7 @@ TENSORS, FACTS, FORMAT = "state.safetensors", "state.json", 1
 # What may differ between the run that saved and the one that resumes; anything else would make another model of it.
 FREE = (
     "steps", "batch", "optimizer.lr", "optimizer.router_lr", "optimizer.weight_decay", "optimizer.clip", "schedule",
-    "evaluate", "save", "log_every", "device", "spike", "data.cache", "retries", "specialists",
+    "evaluate", "save", "log_every", "device", "compile", "spike", "data.cache", "retries", "specialists",
 )  # fmt: skip
 
 

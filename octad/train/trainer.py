@@ -29,6 +29,7 @@ from octad.errors import CheckpointError, OctadError, OutputError, RecipeError
 from octad.evaluate.loss import bits_per_byte, window_nats
 from octad.model.balance import LoadStatistics
 from octad.train.attention import DocumentAttention
+from octad.train.compiled import compile_model
 from octad.train.data import Batch, Source, Stream
 from octad.train.distill import teach
 from octad.train.learner import Learner, compute_settings
@@ -71,6 +72,7 @@ class Trainer:
         check_fit(learner)
         self.stream, self.held_out = open_stream(learner), open_held_out(learner)
         self.optimizer = Optimizer(learner.trainable, self.config.optimizer)
+        self._compile()
         self.step, self.mean_loss = 0, math.nan
         torch.manual_seed(self.config.seed + self.world.rank)
         self._resume()
@@ -164,7 +166,8 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Held-out bits per byte by domain."""
         self.model.eval()
-        found = {name: bits_per_byte(window_nats(self.model, w), w) for name, w in self.held_out.items()}
+        with torch.compiler.set_stance("force_eager"):  # other shapes than a step's: not worth compiling for
+            found = {name: bits_per_byte(window_nats(self.model, w), w) for name, w in self.held_out.items()}
         self.model.train()
         return found
 
@@ -226,9 +229,20 @@ class Trainer:
         if changed:
             self.echo(f"changed since it was saved: {', '.join(changed)}")
 
+    def _compile(self) -> None:
+        """Of one process: what several do to the weights is not for the compiler."""
+        spec = self.config
+        work = self._flops() * spec.steps * spec.batch.windows * self.learner.data.window
+        if self.world.size == 1:
+            compile_model(self.model, spec.compile, work=work, echo=self.echo)
+
+    def _flops(self) -> float:
+        """Of one token's step."""
+        return training_flops(self.model.config, self.learner.trainable, self.learner.data.window)
+
     def _telemetry(self) -> Telemetry:
         lengths = token_byte_lengths(self.learner.tokenizer)
-        flops = training_flops(self.model.config, self.learner.trainable, self.learner.data.window)
+        flops = self._flops()
         peak = self.world.size * matmul_peak(self.dtype, self.device)
         return Telemetry(self.run, lengths, self.echo, flops, peak, self.world)
 
