@@ -107,10 +107,11 @@ class Trainer:
 
     def _one_step(self, telemetry: Telemetry) -> None:
         facts, routing = self.train_step(telemetry)
+        telemetry.routed(routing)
         self.step += 1
         spec, last = self.config, self.step == self.config.steps
         if last or self.step % spec.log_every == 0:
-            telemetry.write(self.step, spec.steps, facts, routing)
+            telemetry.write(self.step, spec.steps, facts)
         if last or self.step % self.learner.evaluate.every == 0:
             self._judge(telemetry)
         if self.step % spec.save.every == 0:
