@@ -1,6 +1,6 @@
 """From scratch: a dense model against 8 experts, top-1 and top-2, at equal active cost, three seeds each.
 
-    python benchmarks/pretrain.py train  --corpora CORPORA --work WORK      # nine runs, one after another; resumable
+    python benchmarks/pretrain.py train  --corpora CORPORA --work WORK      # nine runs in turn; resumable
     python benchmarks/pretrain.py time   --corpora CORPORA --work WORK      # the step time of each, on an idle machine
     python benchmarks/pretrain.py report --work WORK --out benchmarks/results/pretrain.json --plot docs/pretrain.svg
 
@@ -46,11 +46,13 @@ def main() -> None:
     parser.add_argument("what", choices=["train", "time", "report"])
     parser.add_argument("--corpora", type=Path)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--steps", type=int, help="in place of the config's; a finished run goes on to more")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/pretrain.json"))
     parser.add_argument("--plot", type=Path, default=Path("docs/pretrain.svg"))
     given = parser.parse_args()
     if given.what == "train":
-        train(given.corpora, given.work)
+        train(given.corpora, given.work, given.steps, given.seeds)
     elif given.what == "time":
         measure(given.corpora, given.work)
     else:
@@ -60,15 +62,17 @@ def main() -> None:
 # ---- training ----------------------------------------------------------------------------------------------
 
 
-def train(corpora: Path, work: Path) -> None:
+def train(corpora: Path, work: Path, steps: int | None, seeds: list[int]) -> None:
     """Every run that is not finished, through the command line as a user would."""
     make_tokenizer(corpora, work / "tokenizer")
-    for seed in SEEDS:
+    wanted = steps or int(yaml.safe_load(CONFIG.read_text())["steps"])
+    for seed in seeds:
         for kind in KINDS:
             run = work / f"{kind}-{seed}"
-            if (run / "config.json").is_file():
+            points = curve(run / "log.jsonl")
+            if (run / "config.json").is_file() and points and points[-1][0] >= wanted:
                 continue
-            file = write_config(corpora, work, kind, seed)
+            file = write_config(corpora, work, kind, seed, {"steps": wanted})
             command = [sys.executable, "-m", "octad.cli", "train", str(file), "-o", str(run)]
             with (work / "train.log").open("a") as log:
                 subprocess.run(command, check=True, stdout=log, stderr=log, env=one_thread())
@@ -200,7 +204,7 @@ def report(work: Path, out: Path, plot: Path) -> None:
 
 def curve(log: Path) -> list[tuple[int, float]]:
     """(step, held-out bits per byte, mean over domains)."""
-    records = [json.loads(line) for line in log.read_text().splitlines()]
+    records = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     return sorted({r["step"]: r["held_out_mean"] for r in records if "held_out_mean" in r}.items())
 
 
