@@ -5,8 +5,8 @@
 4 windows of 512 tokens, bfloat16, AdamW, clipping. Three tasks: low-rank changes of the feed-forward networks, those
 networks themselves, everything. transformers trains as fast as it can: bfloat16 throughout, its optimiser without
 float32 masters, adapters not cast up; octad keeps masters. Each case is a process of its own; its peak memory is that
-of the steps, not of loading. MFU is by octad's count of operations (octad.train.telemetry.training_flops: no gradient for frozen
-weights, no recomputation counted), for both, as a share of a 2048 x 2048 product's rate measured before the cases.
+of the steps, not of loading. MFU is by octad's count of operations (octad.train.telemetry.training_flops: no gradient
+for frozen weights, no recomputation), for both, as a share of a 2048 x 2048 product's rate measured before the cases.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ def main() -> None:
     parser.add_argument("--corpora", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/train_step.json"))
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--eager", action="store_true", help="octad without torch.compile")
     parser.add_argument("--modes", nargs="+", default=list(MODES))
     parser.add_argument("--case", nargs=2, metavar=("SYSTEM", "MODE"), help="one case, in this process")
     given = parser.parse_args()
     text = given.corpora / "french" / "train.jsonl.gz"
     if given.case:
-        print(json.dumps(case(*given.case, given.base, text, given.threads)))
+        print(json.dumps(case(*given.case, given.base, text, given.threads, not given.eager)))
         return
     peak = float(child(given, "peak", "none")["flops_per_second"])
     found: dict[str, Any] = {}
@@ -64,13 +65,20 @@ def main() -> None:
 def child(given: argparse.Namespace, system: str, mode: str) -> dict[str, Any]:
     """One case in a process of its own; what it prints last."""
     command = [sys.executable, __file__, "--base", given.base, "--corpora", str(given.corpora)]
-    command += ["--threads", str(given.threads), "--case", system, mode]
+    command += [
+        "--threads",
+        str(given.threads),
+        *(["--eager"] if given.eager else []),
+        "--case",
+        system,
+        mode,
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": str(given.threads)}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def case(system: str, mode: str, base: str, text: Path, threads: int) -> dict[str, Any]:
+def case(system: str, mode: str, base: str, text: Path, threads: int, compiled: bool) -> dict[str, Any]:
     """Step seconds, tokens a second and peak memory."""
     import torch
 
@@ -81,21 +89,28 @@ def case(system: str, mode: str, base: str, text: Path, threads: int) -> dict[st
     keep_freed_memory()  # for both: it helps transformers too
     if system == "peak":
         return {"flops_per_second": matmul_peak(torch.bfloat16, torch.device("cpu"), 2048)}
-    step, facts = (octad_step if system == "octad" else transformers_step)(mode, base, text)
+    if system == "octad":
+        step, facts = octad_step(mode, base, text, compiled)
+    else:
+        step, facts = transformers_step(mode, base, text)
     for _ in range(WARM_UP):
         step()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    seconds, losses = [], []
+    seconds, losses, begun = [], [], time.process_time()
     for _ in range(STEPS):
         started = time.perf_counter()
         losses.append(step())
         seconds.append(time.perf_counter() - started)
+    used = time.process_time() - begun
     rate = WINDOWS * WINDOW / statistics.median(seconds)
     told = {"seconds": [round(s, 3) for s in seconds], "losses": [round(x, 4) for x in losses]}
+    told["cpu_seconds_a_step"] = round(used / STEPS, 3)  # says how far other work on the machine disturbed
     return {"tokens_per_second": round(rate, 1), "peak_bytes": peak_bytes()} | told | facts
 
 
-def octad_step(mode: str, base: str, text: Path) -> tuple[Callable[[], float], dict[str, Any]]:
+def octad_step(
+    mode: str, base: str, text: Path, compiled: bool
+) -> tuple[Callable[[], float], dict[str, Any]]:
     import yaml
 
     from octad.train.branch import branch_learner
@@ -108,6 +123,7 @@ def octad_step(mode: str, base: str, text: Path) -> tuple[Callable[[], float], d
         "mode": mode,
         "steps": 1000,
         "dtype": "bfloat16",
+        "compile": compiled,
         "batch": {"windows": WINDOWS, "micro": WINDOWS},
         "optimizer": {"lr": RATE},
         "schedule": {"name": "constant", "warmup": 0},

@@ -13,6 +13,7 @@ Shapes: N tokens, E experts, A experts a token.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +66,16 @@ class LoadStatistics:
         violation = max(share) * len(share) - 1 if total else 0.0
         dead = tuple(e for e, n in enumerate(load_E.tolist()) if n == 0)
         return cls(share, violation, entropy, dead, dropped)
+
+    @classmethod
+    def over(cls, steps: Sequence[LoadStatistics]) -> LoadStatistics:
+        """Of several steps together: mean shares and what follows from them; dead is who had no token in any."""
+        columns = list(zip(*(s.share for s in steps), strict=True))
+        share = tuple(sum(column) / len(steps) for column in columns)
+        violation = max(share) * len(share) - 1 if any(share) else 0.0
+        entropy = sum(s.entropy for s in steps) / len(steps)
+        dropped = sum(s.dropped for s in steps) / len(steps)
+        return cls(share, violation, entropy, tuple(e for e, s in enumerate(share) if not s), dropped)
 
 
 def router_entropy(logits_NE: torch.Tensor) -> torch.Tensor:

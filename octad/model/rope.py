@@ -26,6 +26,7 @@ class Rope:
             self.frequencies, self.scale = frequencies(
                 config.rope, config.head_dim, config.max_position_embeddings
             )
+        self.apply = rotated  # training may put a compiled one here
         self._tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def tables(self, end: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,9 +50,14 @@ class Rope:
         else:
             cos, sin = self.tables(1, x_BSHK.device)
             cos, sin = cos.index_select(0, start)[:, None], sin.index_select(0, start)[:, None]
-        x = x_BSHK.float()
-        first, second = x.chunk(2, dim=-1)
-        return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x_BSHK.dtype)
+        return self.apply(x_BSHK, cos, sin)
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [..., K] turned by the angles whose cosines and sines are given, in float32; in x's dtype."""
+    wide = x.float()
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
 def frequencies(rope: RopeConfig, dim: int, max_positions: int) -> tuple[torch.Tensor, float]:

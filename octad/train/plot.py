@@ -2,9 +2,9 @@
 
     draw_run(Path("tuned"))        # "drew tuned/routing.svg", or why there is none
 
-Four panels: bits per byte of each domain (training, and held-out where there is some), the experts' share of the choices by
-layer at the end, the worst imbalance (MaxVio) of the layers over the steps, the routers' entropy and what was dropped.
-Needs matplotlib (extra `report` or `train`); without it a line says so and nothing else is lost.
+Four panels: bits per byte of each domain (training, and held-out where there is some), the experts' share of the choices
+by layer at the end, the worst imbalance (MaxVio) of the layers over the steps, the routers' entropy and what was dropped.
+Needs matplotlib (extra `report`); without it a line says so and nothing else is lost.
 """
 
 from __future__ import annotations
@@ -54,7 +54,11 @@ def _bits(panel: Any, records: Sequence[Record]) -> None:
     for number, name in enumerate(sorted({n for r in records for n in r.get("bits_per_byte", {})})):
         rows = [r for r in records if name in r.get("bits_per_byte", {})]
         panel.plot(
-            [r["step"] for r in rows], [r["bits_per_byte"][name] for r in rows], f"C{number}", lw=0.6, alpha=0.6
+            [r["step"] for r in rows],
+            [r["bits_per_byte"][name] for r in rows],
+            f"C{number}",
+            lw=0.6,
+            alpha=0.6,
         )
     for number, name in enumerate(sorted({n for r in records for n in r.get("held_out", {})})):
         rows = [r for r in records if name in r.get("held_out", {})]

@@ -140,7 +140,8 @@ class ParallelSpec(Section):
 
 
 class RunSpec(Section):
-    """What every task has. `spike`: stop where a step's loss is this many times the running mean (0: never)."""
+    """What every task has. `spike`: stop where a step's loss is this many times the running mean (0: never). `compile`:
+    torch.compile for the small operations; auto: where the run is long enough and it can be done."""
 
     steps: int = Field(ge=1)
     batch: BatchSpec = BatchSpec()
@@ -152,6 +153,7 @@ class RunSpec(Section):
     log_every: int = Field(default=10, ge=1)
     seed: int = 0
     dtype: Dtype = "auto"
+    compile: Literal["auto", True, False] = "auto"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     spike: float = Field(default=3.0, ge=0)
     directory: Path = Field(default=Path(), exclude=True)

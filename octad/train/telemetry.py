@@ -60,9 +60,11 @@ class Telemetry:
             self.nats[name] += float(losses[row].sum())
             self.bytes[name] += int(sizes[row].sum())
 
-    def write(
-        self, step: int, steps: int, facts: Mapping[str, Any], routing: Sequence[LoadStatistics]
-    ) -> dict[str, Any]:
+    def routed(self, layers: Sequence[LoadStatistics]) -> None:
+        """What the routers of all layers did in one step."""
+        self.routing.append(layers)
+
+    def write(self, step: int, steps: int, facts: Mapping[str, Any]) -> dict[str, Any]:
         """The record of the interval; it is returned, and the sums begin anew. Every rank has to call this."""
         rate = self.tokens / max(1e-9, time.perf_counter() - self.since)
         told = self.world.gather((self.nats, self.bytes))
@@ -70,7 +72,8 @@ class Telemetry:
         bits = {n: x / math.log(2) / max(1, sum(sizes[n] for _, sizes in told)) for n, x in nats.items()}
         record: dict[str, Any] = dict(facts) | {"step": step, "tokens_per_second": rate}
         record |= {"mfu": rate * self.flops_per_token / self.peak, "bits_per_byte": bits}
-        record["layers"] = [dict(s.__dict__) for s in routing]
+        layers = [LoadStatistics.over(layer) for layer in zip(*self.routing, strict=True)]
+        record["layers"] = [dict(layer.__dict__) for layer in layers]
         self.echo(console_line(record, steps))
         self._put(record)
         self._clear()
@@ -99,6 +102,7 @@ class Telemetry:
 
     def _clear(self) -> None:
         self.tokens, self.since = 0, time.perf_counter()
+        self.routing: list[Sequence[LoadStatistics]] = []
         self.nats: dict[str, float] = defaultdict(float)
         self.bytes: dict[str, int] = defaultdict(int)
 

@@ -29,6 +29,7 @@ from octad.errors import CheckpointError, OctadError, OutputError, RecipeError
 from octad.evaluate.loss import bits_per_byte, window_nats
 from octad.model.balance import LoadStatistics
 from octad.train.attention import DocumentAttention
+from octad.train.compiled import compile_model
 from octad.train.corpus import open_documents
 from octad.train.data import Batch, Source, Stream
 from octad.train.distill import teach
@@ -66,9 +67,7 @@ class Trainer:
     def __init__(self, learner: Learner, run: Path, echo: Callable[[str], None] = lambda line: None) -> None:
         self.learner, self.config, self.run, self.world = learner, learner.config, run, World.join()
         self.echo = echo if self.world.leads else lambda line: None
-        self.progress: Callable[[float], None] = lambda done: (
-            None
-        )  # gets the share of the steps that are done
+        self.progress: Callable[[float], None] = lambda done: None  # gets the share of the steps done
         self.model = learner.model.train()
         self.dtype, self.device = compute_settings(self.config)
         check_fit(learner)
@@ -80,6 +79,7 @@ class Trainer:
         self.layout.spread(self.model)
         if self.config.batch.checkpointing:
             checkpoint_activations(self.model)
+        self._compile()
         self.whole = self.layout.shard(self.model)
         learner.trainable = {name: self.model.get_parameter(name) for name in learner.trainable}
         self.optimizer = Optimizer(
@@ -123,11 +123,12 @@ class Trainer:
 
     def _one_step(self, telemetry: Telemetry) -> None:
         facts, routing = self.train_step(telemetry)
+        telemetry.routed(routing)
         self.step += 1
         self.progress(self.step / self.config.steps)
         spec, last = self.config, self.step == self.config.steps
         if last or self.step % spec.log_every == 0:
-            telemetry.write(self.step, spec.steps, facts, routing)
+            telemetry.write(self.step, spec.steps, facts)
         if last or self.step % self.learner.evaluate.every == 0:
             self._judge(telemetry)
         if self.step % spec.save.every == 0:
@@ -192,9 +193,10 @@ class Trainer:
         """Held-out bits per byte by domain."""
         self.model.eval()
         found = {}
-        for name, windows in self.held_out.items():
-            nats = self.whole.judge(functools.partial(window_nats, self.model, windows))
-            found[name] = bits_per_byte(nats, windows)
+        with torch.compiler.set_stance("force_eager"):  # other shapes than a step's: not worth compiling for
+            for name, windows in self.held_out.items():
+                nats = self.whole.judge(functools.partial(window_nats, self.model, windows))
+                found[name] = bits_per_byte(nats, windows)
         self.model.train()
         return found
 
@@ -263,6 +265,13 @@ class Trainer:
                 torch.set_rng_state(value)
             else:
                 torch.cuda.set_rng_state(value, self.device)
+
+    def _compile(self) -> None:
+        """Of one process: what several do to the weights is not for the compiler."""
+        spec = self.config
+        work = self.flops * spec.steps * spec.batch.windows * self.learner.data.window
+        if self.world.size == 1:
+            compile_model(self.model, spec.compile, work=work, echo=self.echo)
 
     def _telemetry(self) -> Telemetry:
         lengths = self.learner.tokenizer.byte_lengths

@@ -70,6 +70,19 @@ def test_statistics_by_hand() -> None:
     assert float(router_entropy(torch.zeros(3, 8))) == pytest.approx(math.log(8))
 
 
+def test_several_steps_together_by_hand() -> None:
+    first = LoadStatistics.of(torch.tensor([3, 1, 0]), 1.0, 0.5)
+    second = LoadStatistics.of(torch.tensor([1, 0, 0]), 2.0, 0.0)
+    found = LoadStatistics.over([first, second])
+    assert found.share == pytest.approx(((0.75 + 1) / 2, 0.125, 0))
+    assert found.max_violation == pytest.approx(0.875 * 3 - 1)
+    assert (found.entropy, found.dropped, found.dead) == (
+        1.5,
+        0.25,
+        (2,),
+    )  # expert 1 was dead in one step only
+
+
 def test_bias_balances_a_lopsided_router() -> None:
     torch.manual_seed(0)
     p = (torch.randn(4000, 8) + torch.arange(8) * 0.5).softmax(-1)
