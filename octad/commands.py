@@ -120,18 +120,26 @@ def quantize(
     terminal.out.print(f"wrote {path} in {time.monotonic() - started:.1f} s")
 
 
-def structured(schema: Path | None, regex: str | None) -> StructuredOutput | None:
-    """The form that --schema or --regex asks for. Raises OctadError for both, or a file that cannot be read."""
+def structured(
+    schema: Path | None, regex: str | None, grammar: Path | None = None
+) -> StructuredOutput | None:
+    """The form that --schema, --regex or --grammar asks for. Raises OctadError for several, or a file that cannot be
+    read."""
     from octad.engine.params import StructuredOutput
 
-    if schema is not None and regex is not None:
-        raise RequestError("--schema and --regex exclude each other; give one of them")
-    if schema is None:
-        return None if regex is None else StructuredOutput(regex=regex)
+    given = {"json": schema, "regex": regex, "grammar": grammar}
+    found = {name: value for name, value in given.items() if value is not None}
+    if len(found) > 1:
+        raise RequestError("--schema, --regex and --grammar exclude each other; give one of them")
+    texts = {name: _text_of(value) if isinstance(value, Path) else value for name, value in found.items()}
+    return StructuredOutput(**texts) if texts else None
+
+
+def _text_of(file: Path) -> str:
     try:
-        return StructuredOutput(json=schema.read_text(encoding="utf-8"))
+        return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{schema}: cannot be read as UTF-8 text ({error})") from None
+        raise DataError(f"{file}: cannot be read as UTF-8 text ({error})") from None
 
 
 def generate(

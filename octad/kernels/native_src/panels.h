@@ -22,6 +22,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <sched.h>
+#endif
 
 enum { F_F32 = 0, F_BF16 = 1, F_P16 = 2, F_Q8 = 3, F_Q4 = 4 };
 #define PANEL 16

@@ -1,8 +1,52 @@
 /* The decoder's operations as parts of one parallel region: every thread of the region calls them together. Part of
-   native.c. Those named *_part share their loop out among the threads and end with a barrier.
+   native.c. Those named *_part share their loop out among the threads and end when all have come.
 
    Letters: N tokens, D model, O outputs, K inputs or head dimension, E experts, A experts a token, F feed-forward hidden,
    H heads, G key/value heads, R sequences. */
+
+/* ---- the threads of a region ----------------------------------------------------------------------------------- */
+
+#define FEW 2 /* rows that each thread prepares for itself, which is quicker than waiting for another */
+
+typedef struct { int64_t arrived, turn; } Meeting;
+
+/* alone: the small operations between the weights are done by every thread, each into memory of its own. */
+typedef struct {
+    Meeting *meeting;
+    int64_t threads, thread, first, step; /* of the rows of small operations: first, first + step, ... */
+    int alone;
+} Team;
+
+static Team team_of(Meeting *meeting, int alone) {
+    int64_t threads = 1, thread = 0;
+#ifdef _OPENMP
+    threads = omp_get_num_threads(), thread = omp_get_thread_num();
+#endif
+    return (Team){meeting, threads, thread, alone ? 0 : thread, alone ? 1 : threads, alone};
+}
+
+/* Wait until all threads of the team are here. There are some hundred of these a token, so that OpenMP's barrier, which
+   enters the kernel each time, would cost a tenth of it. Who has waited for long lets others have the core. */
+static void meet(const Team *t) {
+    if (t->threads == 1) return;
+    int64_t turn = __atomic_load_n(&t->meeting->turn, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&t->meeting->arrived, 1, __ATOMIC_ACQ_REL) == t->threads) {
+        __atomic_store_n(&t->meeting->arrived, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&t->meeting->turn, turn + 1, __ATOMIC_RELEASE);
+        return;
+    }
+    for (int spins = 0; __atomic_load_n(&t->meeting->turn, __ATOMIC_ACQUIRE) == turn; spins++) {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+        if (spins > 10000) sched_yield();
+#endif
+    }
+}
+
+/* Where this thread's part of `total` tasks begins; the next one's beginning is its end. */
+static inline int64_t share(const Team *t, int64_t thread, int64_t total) { return total * thread / t->threads; }
 
 /* How many neighbouring panels a thread takes at a time. With few rows the weights come from memory, and long runs keep
    the prefetcher going (runs of 9 kB read at a third of the bandwidth of runs of 150 kB); with many rows, arithmetic
@@ -35,28 +79,29 @@ static void linear_pair(const Weight *w, int64_t p, const Rows *x, int64_t N, vo
     }
 }
 
-static void linear_part(const Weight *w, int64_t count, const Rows *x, int64_t N, void **y, int64_t dtype,
-                        const float *const *biases, int64_t threads) {
+static void linear_part(const Team *t, const Weight *w, int64_t count, const Rows *x, int64_t N, void **y, int64_t dtype,
+                        const float *const *biases) {
     int64_t total = 0; /* tasks of two panels */
     for (int64_t i = 0; i < count; i++) total += (panel_count(&w[i]) + 1) / 2;
-    int64_t chunk = chunk_size(total, N, threads);
-#pragma omp for schedule(dynamic, chunk)
+    int64_t chunk = chunk_size(total, N, t->threads);
+#pragma omp for schedule(dynamic, chunk) nowait
     for (int64_t task = 0; task < total; task++) {
         int64_t p = task, i = 0;
         while (p >= (panel_count(&w[i]) + 1) / 2) p -= (panel_count(&w[i]) + 1) / 2, i++;
         linear_pair(&w[i], 2 * p, x, N, y[i], dtype, biases ? biases[i] : 0);
     }
+    meet(t);
 }
 
 /* x [N, K] into rows. */
-static void rows_part(Rows *rows, const void *x, int64_t dtype, int64_t N, float *scratch) {
+static void rows_part(const Team *t, Rows *rows, const void *x, int64_t dtype, int64_t N, float *scratch) {
     int64_t K = rows->inputs;
-#pragma omp for schedule(static)
-    for (int64_t n = 0; n < N; n++) {
+    for (int64_t n = t->first; n < N; n += t->step) {
         const float *row = (const float *)x + n * K;
         if (dtype != F_F32) load_row(scratch + n * K, x, dtype, n * K, K), row = scratch + n * K;
         rows_set(rows, n, row);
     }
+    meet(t);
 }
 
 /* ---- experts ------------------------------------------------------------------------------------------------------ */
@@ -133,20 +178,23 @@ static void output_pair(const Weight *down, int64_t E, int64_t p, const Rows *h,
     }
 }
 
-/* y [N, D] (float32) += the weighted experts of the rows x; h [pairs, F] and mid are scratch. */
-static void experts_part(const Weight *gate, const Weight *up, const Weight *down, int64_t E, const Rows *x,
-                         const Slots *s, int64_t pairs, float *h, Rows *mid, float *y, int64_t threads) {
+/* y [N, D] (float32) += the weighted experts of the rows x; h [pairs, F] and mid are scratch. x, s and mid are the
+   thread's own where the team is alone. */
+static void experts_part(const Team *t, const Weight *gate, const Weight *up, const Weight *down, int64_t E, const Rows *x,
+                         const Slots *s, int64_t pairs, float *h, Rows *mid, float *y) {
     int64_t D = gate->inputs, F = gate->outputs, each = panel_count(gate), outs = (panel_count(down) + 1) / 2;
-    int64_t chunk = chunk_size(s->count * each, pairs, threads), chunk2 = chunk_size(outs, pairs, threads);
-#pragma omp for schedule(dynamic, chunk)
+    int64_t chunk = chunk_size(s->count * each, pairs, t->threads), chunk2 = chunk_size(outs, pairs, t->threads);
+#pragma omp for schedule(dynamic, chunk) nowait
     for (int64_t task = 0; task < s->count * each; task++) {
         int64_t e = s->active[task / each];
         hidden_panel(&gate[e], &up[e], task % each, x, s, s->start[e], s->start[e + 1], h, F);
     }
-#pragma omp for schedule(static)
-    for (int64_t slot = 0; slot < pairs; slot++) rows_set(mid, slot, h + slot * F);
-#pragma omp for schedule(dynamic, chunk2)
+    meet(t);
+    for (int64_t slot = t->first; slot < pairs; slot += t->step) rows_set(mid, slot, h + slot * F);
+    if (!t->alone) meet(t);
+#pragma omp for schedule(dynamic, chunk2) nowait
     for (int64_t p = 0; p < outs; p++) output_pair(down, E, 2 * p, mid, s, y, D);
+    meet(t);
 }
 
 /* ---- one token's small operations ---------------------------------------------------------------------------------- */
@@ -329,13 +377,12 @@ ONE void attend_heads(const Pages *p, const float *q, int n, const int32_t *bloc
     attend_plain(p, q, n, blocks, first, T, g, scores, out);
 }
 
-/* y [R, H, K] (float32) of queries q, one token a sequence. scores: scratch of this thread, GROUP (longest + K). */
-static void attention_part(const Pages *p, const void *q, int64_t R, int64_t H, const int32_t *lengths,
-                           const int32_t *tables, int64_t width, float scale, int64_t longest, float *scores, float *y) {
-    int64_t each = H / p->G, steps = (each + GROUP - 1) / GROUP;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < R * p->G * steps; task++) {
-        int64_t r = task / (p->G * steps), g = task / steps % p->G, first = task % steps * GROUP;
+/* y [R, H, K] (float32) of sequence r's query (one token) for the heads that share group g. scores: scratch of this
+   thread, GROUP (longest + K). */
+static void attend_group(const Pages *p, const void *q, int64_t r, int64_t g, int64_t H, const int32_t *lengths,
+                         const int32_t *tables, int64_t width, float scale, int64_t longest, float *scores, float *y) {
+    int64_t each = H / p->G;
+    for (int64_t first = 0; first < each; first += GROUP) {
         int n = (int)min64(GROUP, each - first);
         int64_t at = (r * H + g * each + first) * p->K;
         float *query = scores + GROUP * longest;
