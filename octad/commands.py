@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octad import terminal
-from octad.dist import keep_freed_memory
+from octad.dist import keep_freed_memory, spare_the_collector
 from octad.errors import DataError, OutputError, RequestError
 
 if TYPE_CHECKING:
@@ -212,6 +212,7 @@ def open_llm(model: str, quantize: str | None = None, only: str | None = None) -
         sys.stdout.reconfigure(errors="replace")  # a model can say what this terminal's encoding cannot
     with terminal.err.status(f"loading {model}") if terminal.err.is_terminal else nullcontext():
         llm = LLM(model, quantize=quantize)
+    spare_the_collector()
     if only is not None:
         choose_expert(llm, only)
     return llm

@@ -15,6 +15,7 @@ Shapes: R sequences, D model, L layers of a call, A experts a token.
 from __future__ import annotations
 
 import ctypes
+import weakref
 from itertools import takewhile
 from typing import Any
 
@@ -31,6 +32,9 @@ from octad.model.rope import Rope
 from octad.model.transformer import DecoderLayer
 
 
+Stack = list["weakref.ref[NativeLayer]"]  # weak: a model must not hold itself
+
+
 class NativeLayer(nn.Module):
     """DecoderLayer, with the same children under the same names. `stack` collects the layers of one model, in order."""
 
@@ -39,7 +43,7 @@ class NativeLayer(nn.Module):
         kernels: NativeKernels,
         layer: DecoderLayer,
         config: ModelConfig,
-        stack: list[NativeLayer] | None = None,
+        stack: Stack | None = None,
     ) -> None:
         super().__init__()
         self.kernels = kernels
@@ -48,9 +52,12 @@ class NativeLayer(nn.Module):
         self.layer = layer.self_attn.layer
         self._struct = block_struct(layer, config)
         self._block = None if self._struct is None else ctypes.addressof(self._struct)
-        self._stack = [] if stack is None else stack
+        self._mlp = (
+            layer.mlp,
+        )  # nn.Module looks its children up slowly, and this one is looked up in every step
+        self._stack: Stack = [] if stack is None else stack
         self._place = len(self._stack)
-        self._stack.append(self)
+        self._stack.append(weakref.ref(self))
         self._arrays: dict[int, tuple[BlockPool, LayerArray]] = {}
 
     def forward(self, x_BSD: torch.Tensor, rope: Rope, cache: KVCache | None = None) -> torch.Tensor:
@@ -88,14 +95,19 @@ class NativeLayer(nn.Module):
     @property
     def router(self) -> nn.Module | None:
         """The router that is in place now; None for a dense layer."""
-        return self.mlp.gate if isinstance(self.mlp, MoE) else None
+        mlp = self._mlp[0]
+        return mlp._modules["gate"] if isinstance(mlp, MoE) else None
 
     def decode(self, x_1RD: torch.Tensor, rope: Rope, cache: PagedCache) -> torch.Tensor:
         """This layer and those behind it that route alike, for one new token of each sequence."""
-        routing, behind = self.routing, self._stack[self._place :]
+        routing, behind = self.routing, (layer() for layer in self._stack[self._place :])
         assert routing is not None
         given, top_k = routing[0] != "routed", routing[1]
-        layers = list(takewhile(lambda layer: layer.routing == routing, behind))
+        layers = [
+            layer
+            for layer in takewhile(lambda one: one is not None and one.routing == routing, behind)
+            if layer
+        ]
         shape = (len(layers), x_1RD.shape[1], top_k)
         weights_LRA, experts_LRA = torch.empty(shape), torch.empty(shape, dtype=torch.int64)
         if given:

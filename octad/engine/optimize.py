@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from octad.engine.native_layer import NativeLayer
+from octad.engine.native_layer import NativeLayer, Stack
 from octad.engine.native_modules import (
     NativeAttention,
     NativeExperts,
@@ -111,7 +111,7 @@ def _moved(weight: Packed, panels: torch.Tensor) -> Packed:
 
 def swap(model: Transformer, kernels: NativeKernels, precision: Precision) -> None:
     """Put the native modules in the place of a model's own, layer by layer."""
-    packer, stack = Packer(precision.layers), list[NativeLayer]()
+    packer, stack = Packer(precision.layers), Stack()
     for number, layer in enumerate(model.model.layers):
         assert isinstance(layer, DecoderLayer)
         _swap_parts(layer, kernels, packer)

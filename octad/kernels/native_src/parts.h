@@ -67,7 +67,7 @@ static void linear_pair(const Weight *w, int64_t p, const Rows *x, int64_t N, vo
     float out[2 * ROWS * PANEL];
     for (int64_t n = 0; n < N; n += rows_at_once(w)) {
         int count = (int)min64(rows_at_once(w), N - n);
-        panels(w, data, outs, P, x->rows + n, count, out);
+        panels(w, data, outs, P, n ? 0 : 2 * w->step, x->rows + n, count, out);
         for (int i = 0; i < P; i++)
             for (int r = 0; r < count; r++) {
                 float *o = out + (i * ROWS + r) * PANEL;
@@ -151,7 +151,7 @@ static void hidden_panel(const Weight *gate, const Weight *up, int64_t p, const 
         Row rows[ROWS];
         int n = (int)min64(rows_at_once(gate), last - slot);
         for (int r = 0; r < n; r++) rows[r] = x->rows[s->token[slot + r]];
-        panels(gate, data, outs, 2, rows, n, gu);
+        panels(gate, data, outs, 2, slot > first ? 0 : gate->step, rows, n, gu);
         for (int r = 0; r < n; r++) {
             float *to = h + (slot + r) * F + p * PANEL;
             for (int j = 0; j < outs[0]; j++) to[j] = silu(gu[r * PANEL + j]) * u[r * PANEL + j];
@@ -168,7 +168,7 @@ static void output_pair(const Weight *down, int64_t E, int64_t p, const Rows *h,
         const uint8_t *data[2] = {panel_at(&down[e], p), panel_at(&down[e], p + P - 1)};
         for (int64_t slot = s->start[e]; slot < s->start[e + 1]; slot += rows_at_once(down)) {
             int n = (int)min64(rows_at_once(down), s->start[e + 1] - slot);
-            panels(&down[e], data, outs, P, h->rows + slot, n, out);
+            panels(&down[e], data, outs, P, slot > s->start[e] ? 0 : 2 * down->step, h->rows + slot, n, out);
             for (int i = 0; i < P; i++)
                 for (int r = 0; r < n; r++) {
                     float *to = y + s->token[slot + r] * D + (p + i) * PANEL, *o = out + (i * ROWS + r) * PANEL;
@@ -315,6 +315,15 @@ static inline __m512 evens(__m512i x) { return _mm512_castsi512_ps(_mm512_slli_e
 
 static inline __m512 odds(__m512i x) { return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(0xffff0000))); }
 
+/* Ask for the key some positions ahead, and for this position's value, which the second pass needs: they lie in short
+   pieces, which the hardware does not foresee. */
+static inline __attribute__((always_inline)) void fetch_ahead(const Pages *p, const int32_t *blocks, int64_t t, int64_t T,
+                                                              int64_t g, const int parts) {
+    const uint16_t *k = (const uint16_t *)p->keys + page_offset(p, blocks, min64(t + 16, T - 1), g);
+    const uint16_t *v = (const uint16_t *)p->values + page_offset(p, blocks, t, g);
+    for (int i = 0; i < parts; i++) __builtin_prefetch(k + 32 * i), __builtin_prefetch(v + 32 * i);
+}
+
 /* attend_plain for bf16 pages and K = 32 parts, with everything but keys and values in registers. */
 static inline __attribute__((always_inline)) void attend_bf16(const Pages *p, const float *q, const int n, const int parts,
                                                               const int32_t *blocks, int64_t first, int64_t T, int64_t g,
@@ -331,6 +340,7 @@ static inline __attribute__((always_inline)) void attend_bf16(const Pages *p, co
         }
     for (int64_t t = first; t < T; t++) {
         const uint16_t *k = (const uint16_t *)p->keys + page_offset(p, blocks, t, g);
+        fetch_ahead(p, blocks, t, T, g, parts);
         __m512 sum[GROUP];
         for (int h = 0; h < n; h++) sum[h] = _mm512_setzero_ps();
         for (int i = 0; i < parts; i++) {
