@@ -55,6 +55,7 @@ int octad_experts(const Weight *gate, const Weight *up, const Weight *down, int6
             rows_part(&team, &in, x, dtype, N, sum);
             for (int64_t n = team.first; n < N; n += team.step) memset(sum + n * D, 0, D * sizeof(float));
             experts_part(&team, gate, up, down, E, &in, &s, pairs, h, &mid, sum);
+            meet(&team);
             for (int64_t n = team.first; n < N; n += team.step) store_row(y, dtype, n * D, sum + n * D, D);
         }
     }
@@ -160,7 +161,7 @@ int octad_layers(const Block *const *blocks, int64_t L, const Step *s, const voi
             for (int64_t n = team.first; n < s->R; n += team.step) load_row(own->h + n * D, x, s->dtype, n * D, D);
             for (int64_t l = 0; l < L; l++)
                 layer_part(blocks[l], s, &team, &work, own, mine, keys[l], values[l], weights + l * pairs,
-                           experts + l * pairs, A);
+                           experts + l * pairs, A, l + 1 < L ? blocks[l + 1] : 0);
             for (int64_t n = team.thread; n < s->R; n += team.threads) /* every row once */
                 store_row(y, s->dtype, n * D, own->h + n * D, D);
         }

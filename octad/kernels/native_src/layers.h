@@ -109,6 +109,7 @@ static void attention_part(const Block *b, const Step *s, const Team *t, Work *w
         attend_group(&pages, w->q, task / b->G, task % b->G, b->H, s->lengths, s->tables, s->width, b->scale, w->longest,
                      mine->scores, w->attended);
     }
+    if (t->alone) fetch_part(t, b->o, 1);
     meet(t);
 }
 
@@ -121,9 +122,9 @@ static void add_row(float *x, const float *y, int64_t dtype, int64_t n) {
 }
 
 /* h = DecoderLayer(h), h [R, D] in `own`, which is `mine` or, where the rows are shared out, everybody's. weights and
-   experts [R, A]: the routing, which comes or goes. */
+   experts [R, A]: the routing, which comes or goes. next: the layer behind it, or null. */
 static void layer_part(const Block *b, const Step *s, const Team *t, Work *w, Own *own, Own *mine, void *keys, void *values,
-                       float *weights, int64_t *experts, int64_t A) {
+                       float *weights, int64_t *experts, int64_t A, const Block *next) {
     int64_t N = s->R, D = b->D, HK = b->H * b->K;
     const float *biases[3] = {b->q_bias, b->k_bias, b->v_bias}, *o_bias[1] = {b->o_bias};
     void *qkv[3] = {w->q, w->k, w->v}, *to_part[1] = {w->part};
@@ -159,5 +160,7 @@ static void layer_part(const Block *b, const Step *s, const Team *t, Work *w, Ow
     }
     slots_fill(&mine->slots, s->given ? experts : own->experts, s->given ? weights : own->weights, N, A, b->E);
     experts_part(t, b->gate, b->up, b->down, b->E, &own->post, &mine->slots, N * A, w->hidden, &own->mid, w->sum);
+    if (t->alone && next) fetch_part(t, next->qkv, 3);
+    meet(t);
     for (int64_t n = t->first; n < N; n += t->step) add_row(own->h + n * D, w->sum + n * D, s->dtype, D);
 }

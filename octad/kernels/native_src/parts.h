@@ -56,6 +56,19 @@ static int64_t chunk_size(int64_t panels, int64_t rows, int64_t threads) {
     return panels > pieces ? (panels + pieces - 1) / pieces : 1;
 }
 
+/* Ask for the beginning of this thread's part of the weights that come next (few rows: each thread has one run of panels),
+   so that memory has something to do while threads wait for each other. */
+#define FETCHED (48 << 10)
+static void fetch_part(const Team *t, const Weight *w, int64_t count) {
+    int64_t total = 0;
+    for (int64_t i = 0; i < count; i++) total += (panel_count(&w[i]) + 1) / 2;
+    int64_t p = share(t, t->thread, total), i = 0;
+    while (i + 1 < count && p >= (panel_count(&w[i]) + 1) / 2) p -= (panel_count(&w[i]) + 1) / 2, i++;
+    const uint8_t *from = panel_at(&w[i], 2 * p);
+    int64_t size = min64(FETCHED, (panel_count(&w[i]) - 2 * p) * w[i].step);
+    for (int64_t at = 0; at < size; at += 64) __builtin_prefetch(from + at, 0, 2);
+}
+
 /* ---- y = x W^T + b for several W that share x (q, k and v) ------------------------------------------------------- */
 
 /* Panels p and p + 1 (if there is one) of one weight, for all rows. */
@@ -79,16 +92,24 @@ static void linear_pair(const Weight *w, int64_t p, const Rows *x, int64_t N, vo
     }
 }
 
+static void linear_task(const Weight *w, int64_t p, const Rows *x, int64_t N, void **y, int64_t dtype,
+                        const float *const *biases) {
+    int64_t i = 0;
+    while (p >= (panel_count(&w[i]) + 1) / 2) p -= (panel_count(&w[i]) + 1) / 2, i++;
+    linear_pair(&w[i], 2 * p, x, N, y[i], dtype, biases ? biases[i] : 0);
+}
+
 static void linear_part(const Team *t, const Weight *w, int64_t count, const Rows *x, int64_t N, void **y, int64_t dtype,
                         const float *const *biases) {
     int64_t total = 0; /* tasks of two panels */
     for (int64_t i = 0; i < count; i++) total += (panel_count(&w[i]) + 1) / 2;
-    int64_t chunk = chunk_size(total, N, t->threads);
+    if (N <= FEW) {
+        for (int64_t task = share(t, t->thread, total); task < share(t, t->thread + 1, total); task++)
+            linear_task(w, task, x, N, y, dtype, biases);
+    } else {
+        int64_t chunk = chunk_size(total, N, t->threads);
 #pragma omp for schedule(dynamic, chunk) nowait
-    for (int64_t task = 0; task < total; task++) {
-        int64_t p = task, i = 0;
-        while (p >= (panel_count(&w[i]) + 1) / 2) p -= (panel_count(&w[i]) + 1) / 2, i++;
-        linear_pair(&w[i], 2 * p, x, N, y[i], dtype, biases ? biases[i] : 0);
+        for (int64_t task = 0; task < total; task++) linear_task(w, task, x, N, y, dtype, biases);
     }
     meet(t);
 }
@@ -178,23 +199,38 @@ static void output_pair(const Weight *down, int64_t E, int64_t p, const Rows *h,
     }
 }
 
+static void hidden_task(const Weight *gate, const Weight *up, int64_t task, int64_t each, const Rows *x, const Slots *s,
+                        float *h, int64_t F) {
+    int64_t e = s->active[task / each];
+    hidden_panel(&gate[e], &up[e], task % each, x, s, s->start[e], s->start[e + 1], h, F);
+}
+
 /* y [N, D] (float32) += the weighted experts of the rows x; h [pairs, F] and mid are scratch. x, s and mid are the
-   thread's own where the team is alone. */
+   thread's own where the team is alone. The caller waits for the others. */
 static void experts_part(const Team *t, const Weight *gate, const Weight *up, const Weight *down, int64_t E, const Rows *x,
                          const Slots *s, int64_t pairs, float *h, Rows *mid, float *y) {
     int64_t D = gate->inputs, F = gate->outputs, each = panel_count(gate), outs = (panel_count(down) + 1) / 2;
-    int64_t chunk = chunk_size(s->count * each, pairs, t->threads), chunk2 = chunk_size(outs, pairs, t->threads);
+    int64_t total = s->count * each;
+    if (pairs <= 2 * FEW) {
+        for (int64_t task = share(t, t->thread, total); task < share(t, t->thread + 1, total); task++)
+            hidden_task(gate, up, task, each, x, s, h, F);
+        for (int64_t i = 0; i < s->count; i++) fetch_part(t, &down[s->active[i]], 1);
+    } else {
+        int64_t chunk = chunk_size(total, pairs, t->threads);
 #pragma omp for schedule(dynamic, chunk) nowait
-    for (int64_t task = 0; task < s->count * each; task++) {
-        int64_t e = s->active[task / each];
-        hidden_panel(&gate[e], &up[e], task % each, x, s, s->start[e], s->start[e + 1], h, F);
+        for (int64_t task = 0; task < total; task++) hidden_task(gate, up, task, each, x, s, h, F);
     }
     meet(t);
     for (int64_t slot = t->first; slot < pairs; slot += t->step) rows_set(mid, slot, h + slot * F);
     if (!t->alone) meet(t);
-#pragma omp for schedule(dynamic, chunk2) nowait
-    for (int64_t p = 0; p < outs; p++) output_pair(down, E, 2 * p, mid, s, y, D);
-    meet(t);
+    if (pairs <= 2 * FEW) {
+        for (int64_t p = share(t, t->thread, outs); p < share(t, t->thread + 1, outs); p++)
+            output_pair(down, E, 2 * p, mid, s, y, D);
+    } else {
+        int64_t chunk = chunk_size(outs, pairs, t->threads);
+#pragma omp for schedule(dynamic, chunk) nowait
+        for (int64_t p = 0; p < outs; p++) output_pair(down, E, 2 * p, mid, s, y, D);
+    }
 }
 
 /* ---- one token's small operations ---------------------------------------------------------------------------------- */
