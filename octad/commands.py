@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,8 +132,8 @@ def structured(
     found = {name: value for name, value in given.items() if value is not None}
     if len(found) > 1:
         raise RequestError("--schema, --regex and --grammar exclude each other; give one of them")
-    texts = {name: _text_of(value) if isinstance(value, Path) else value for name, value in found.items()}
-    return StructuredOutput(**texts) if texts else None
+    form: dict[str, Any] = {k: _text_of(v) if isinstance(v, Path) else v for k, v in found.items()}
+    return StructuredOutput(**form) if form else None
 
 
 def _text_of(file: Path) -> str:
@@ -186,6 +187,11 @@ def chat(
     from octad.chat.session import Session, require_chat_template
     from octad.checkpoint.load import load_tokenizer, open_source
 
+    at_terminal = pipe.is_terminal() and terminal.out.is_terminal
+    if at_terminal and find_spec("prompt_toolkit") is None:
+        raise RequestError(
+            "chat: at a terminal it needs the library prompt_toolkit: pip install octad[chat]; or pipe the lines in"
+        )
     require_chat_template(
         load_tokenizer(open_source(model, quantised=True)), model
     )  # before the weights are read
@@ -194,7 +200,7 @@ def chat(
         session.load(load)
     if system is not None:
         session.set_system(system or None)
-    if pipe.is_terminal() and terminal.out.is_terminal:
+    if at_terminal:
         from octad.chat.screen import Screen, history_file
 
         Screen(session, terminal.out, history_file()).run()

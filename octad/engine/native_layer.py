@@ -31,7 +31,6 @@ from octad.model.moe import FixedRouter, MoE
 from octad.model.rope import Rope
 from octad.model.transformer import DecoderLayer
 
-
 Stack = list["weakref.ref[NativeLayer]"]  # weak: a model must not hold itself
 
 

@@ -166,8 +166,8 @@ ATTENDED = (64, 128)  # head dimensions that the kernel has vector code for, in 
 def native_attention(kernels: NativeKernels) -> PagedAttention:
     """Attention over pages on the kernels. Where these have no vector code, prompts go through PyTorch's fused attention.
 
-    A prompt is many queries of one token: at the lengths of a chunk its keys and values stay in the processor's cache, and
-    four heads share what is read of them."""
+    A prompt is many queries of one token: at the lengths of a chunk its keys and values stay in the processor's cache,
+    and four heads share what is read of them."""
 
     def each_alone(
         q_NHK: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: PagedBatch, window: int | None

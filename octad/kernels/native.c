@@ -8,12 +8,14 @@
 
    native_src/panels.h   16 outputs times a few rows: where the time goes
    native_src/parts.h    the decoder's operations inside one parallel region
+   native_src/attention.h  queries over pages of keys and values
    native_src/layers.h   whole layers of them
    here                  what Python calls. dtype is F_F32 or F_BF16; functions return 0, 1 without memory,
                           or 2 for an expert that is not there. */
 
 #include "native_src/panels.h"
 #include "native_src/parts.h"
+#include "native_src/attention.h"
 #include "native_src/layers.h"
 
 /* y = x W^T + b. x [N, K]; outputs[i] [N, O_i] in the same dtype; biases[i] float32 [O_i] or null. */
