@@ -62,9 +62,8 @@ class NativeLayer(nn.Module):
     def forward(self, x_BSD: torch.Tensor, rope: Rope, cache: KVCache | None = None) -> torch.Tensor:
         """As DecoderLayer.forward."""
         if isinstance(cache, PagedCache) and cache.decoding:
-            done = cache.batch.memo.get(
-                "decoded"
-            )  # what the last call made, and the layer behind its last one
+            # what the last call made, and the layer behind its last one
+            done: tuple[torch.Tensor, int] | None = cache.batch.memo.get("decoded")
             if done is not None and done[0] is x_BSD and self._place < done[1]:
                 return x_BSD
             if self.fused:
