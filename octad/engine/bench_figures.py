@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from octad.engine.bench_plan import BenchOptions, Cell, Entry
+from octad.engine.bench_plan import BITS, BenchOptions, Cell, Entry
 from octad.engine.limits import Limits
 from octad.engine.traffic import WeightBytes, kv_bytes, prefill_flops
 
@@ -51,8 +51,17 @@ def report(entry: Entry, options: BenchOptions, limits: Limits) -> dict[str, Any
         "failed": entry.reason,
         "facts": facts,
         "memory_bytes": memory,
+        "limits": _limits(entry, limits),
         "cells": cells,
     }
+
+
+def _limits(entry: Entry, limits: Limits) -> dict[str, float | None]:
+    """What its shares are taken of: the best of the probes while it was measured."""
+    if not limits.read[entry.probes]:
+        return {}
+    flops = limits.peak(entry.dtype or "", entry.probes)
+    return {"read_bytes_per_s": limits.bandwidth(entry.probes), "matmul_flops_per_s": flops}
 
 
 def figures(entry: Entry, cell: Cell, limits: Limits) -> dict[str, Any]:
@@ -82,7 +91,7 @@ def figures(entry: Entry, cell: Cell, limits: Limits) -> dict[str, Any]:
 def _mfu(entry: Entry, cell: Cell, speed: float, limits: Limits) -> dict[str, Any]:
     """Model FLOPs utilisation: the arithmetic that the prompt takes, over the matrix-product peak of the dtype."""
     flops = prefill_flops(entry.shape, cell.length)
-    peak = limits.peak(entry.dtype or "")
+    peak = limits.peak(entry.dtype or "", entry.probes)
     if peak is None:
         return {"flops": flops, "mfu": None, "mfu_reason": "the dtype that it multiplies in is not known"}
     return {"flops": flops, "mfu": flops * speed / cell.length / peak}
@@ -95,7 +104,7 @@ def _mbu(entry: Entry, cell: Cell, speed: float, limits: Limits) -> dict[str, An
         return {"step_bytes": None, "mbu": None, "mbu_reason": why}
     itemsize = ITEMSIZE.get(entry.dtype or "", 2)
     kv = statistics.mean(kv_bytes(entry.shape, f["lengths"], itemsize) for f in entry.found[cell])
-    share = (weights + kv) * speed / cell.users / limits.bandwidth()
+    share = (weights + kv) * speed / cell.users / limits.bandwidth(entry.probes)
     return {
         "distinct_experts": distinct,
         "weight_bytes_per_step": weights,
@@ -190,7 +199,7 @@ def _scaling(mine: dict[str, Any]) -> dict[str, dict[str, float | None]]:
 def nearest(contestant: Mapping[str, Any], peers: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The peer to compare with: the only one, or of several (GGUF files) that whose weights take the most similar number
     of bits."""
-    bits = {"int8": 8.5, "int4": 4.5}.get(contestant["quantize"] or "", 16.0)
+    bits = BITS[contestant["quantize"] or "none"]
     if len(peers) < 2:
         return peers[0] if peers else None
     return min(peers, key=lambda p: abs(_bits(p) - bits))
