@@ -134,7 +134,7 @@ class Rounds:
             return
         try:
             prompts = self.texts.prompts(cell.users, cell.length, turn or 0)
-            found = self._once(cell, entry, prompts, warm=turn is None)
+            found = self._beside_limit(cell, entry, prompts, warm=turn is None)
         except Unmeasured as error:
             entry.failed[cell] = str(error)
             return
@@ -142,6 +142,14 @@ class Rounds:
             entry.warm[cell] = found
         else:
             entry.found.setdefault(cell, []).append(found)
+
+    def _beside_limit(self, cell: Cell, entry: Entry, prompts: list[list[int]], warm: bool) -> dict[str, Any]:
+        """Once; where it is bound by reading, with the bandwidth at that moment, taken before and after."""
+        if warm or cell.measure == "prefill":
+            return self._once(cell, entry, prompts, warm)
+        before = self.limits.read_now()
+        found = self._once(cell, entry, prompts, warm)
+        return found | {"read_bytes_per_s": max(before, self.limits.read_now())}
 
     def _once(self, cell: Cell, entry: Entry, prompts: list[list[int]], warm: bool) -> dict[str, Any]:
         contestant, steps = entry.contestant, self.options.decode_tokens

@@ -4,9 +4,10 @@
     summary(contestants)
 
 MBU: the bytes that a decoding step must read (weights in use as they lie in memory, keys and values), times steps a
-second, over the read bandwidth. MFU: the arithmetic that a prompt takes, times prompts a second, over the peak of matrix
-products in the contestant's dtype (of its activations, where weights are quantised). What is missing is null with the
-reason.
+second, over the read bandwidth: the best that was found (`mbu`), and that at the moment of each repeat (`mbu_now`),
+which on a machine with neighbours may be half of it. MFU: the arithmetic that a prompt takes, times prompts a second,
+over the peak of matrix products in the contestant's dtype (of its activations, where weights are quantised). What is
+missing is null with the reason.
 """
 
 from __future__ import annotations
@@ -104,12 +105,15 @@ def _mbu(entry: Entry, cell: Cell, speed: float, limits: Limits) -> dict[str, An
         return {"step_bytes": None, "mbu": None, "mbu_reason": why}
     itemsize = ITEMSIZE.get(entry.dtype or "", 2)
     kv = statistics.mean(kv_bytes(entry.shape, f["lengths"], itemsize) for f in entry.found[cell])
-    share = (weights + kv) * speed / cell.users / limits.bandwidth(entry.probes)
+    needed = (weights + kv) / cell.users
+    now = [(f["tokens"] / f["seconds"], f.get("read_bytes_per_s")) for f in entry.found[cell]]
+    shares = [needed * tokens_per_s / read for tokens_per_s, read in now if read]
     return {
         "distinct_experts": distinct,
         "weight_bytes_per_step": weights,
         "kv_bytes_per_step": kv,
-        "mbu": share,
+        "mbu": needed * speed / limits.bandwidth(entry.probes),
+        "mbu_now": spread(shares) if shares else missing("the bandwidth was not taken beside it"),
     }
 
 

@@ -103,7 +103,9 @@ class Entry:
     warm: dict[Cell, dict[str, Any]] = field(default_factory=dict)
     failed: dict[Cell, str] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
-    probes: slice = field(default_factory=lambda: ALL)  # of the machine's limits, those taken while it was measured
+    probes: slice = field(
+        default_factory=lambda: ALL
+    )  # of the machine's limits, those taken while it was measured
 
     def wants(self, cell: Cell, options: BenchOptions) -> bool:
         """Whether this cell is for it: what shows the price is measured for one user behind the first context alone."""

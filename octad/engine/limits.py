@@ -60,6 +60,11 @@ class Limits:
             times = self._seconds(lambda a=a: a @ a, repeats)  # type: ignore[misc]
             self.matmul[name] += [2 * self.side**3 / s for s in times]
 
+    def read_now(self) -> float:
+        """The read bandwidth at this moment, bytes/s; not one of the probes."""
+        array = torch.ones(self.read_bytes // 4, device=self.device)
+        return self.read_bytes / min(self._seconds(array.sum, 2))
+
     def _seconds(self, work: Callable[[], Any], repeats: int) -> list[float]:
         times = []
         for _ in range(repeats + 1):
@@ -106,12 +111,20 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "instruction_sets": [name for name in INSTRUCTION_SETS if name in flags],
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.release()}",
+        "scheduling": _scheduling(),
         "device": str(device),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory}
     return found
+
+
+def _scheduling() -> str:
+    """ "real-time" where other programs wait for this one (chrt: to measure on a machine that has other work)."""
+    if not hasattr(os, "sched_getscheduler"):
+        return "shared"
+    return "real-time" if os.sched_getscheduler(0) in (os.SCHED_RR, os.SCHED_FIFO) else "shared"
 
 
 def memory_of(pid: int | str = "self") -> dict[str, int]:

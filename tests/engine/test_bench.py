@@ -317,7 +317,9 @@ def test_figures_by_hand(mixture: Path) -> None:
     machine.read, machine.matmul["bfloat16"] = [50.0, 1e6, 7.0], [1e9, 2e9]
     read, one, three = Cell("prefill", 8, 1), Cell("decode", 4, 1), Cell("decode", 4, 3)
     entry.found[read] = [{"seconds": s, "ttft": s} for s in (0.5, 0.1, 0.2)]
-    entry.found[one] = [{"seconds": 0.5, "tokens": 10, "ttft": [0.1], "lengths": [9.0]}]
+    entry.found[one] = [
+        {"seconds": 0.5, "tokens": 10, "ttft": [0.1], "lengths": [9.0], "read_bytes_per_s": 1e5}
+    ]
     entry.found[three] = [
         {"seconds": 0.6, "tokens": 30, "ttft": [0.1, 0.4, 0.2], "lengths": [9.0, 10.0, 11.0]}
     ]
@@ -329,6 +331,7 @@ def test_figures_by_hand(mixture: Path) -> None:
     found = figures(entry, one, machine)
     row = 2 * 2 * (2 * 8) * 2  # layers, keys and values, two heads of eight, bfloat16
     assert found["mbu"] == pytest.approx((1000 + 2000 + 9 * row) * 20 / 1e6)
+    assert found["mbu_now"]["all"] == pytest.approx([(1000 + 2000 + 9 * row) * 20 / 1e5])
     found = figures(entry, three, machine)
     assert found["tokens_per_s"]["median"] == pytest.approx(50)
     assert found["tpot_s"]["median"] == pytest.approx(0.06)
