@@ -204,6 +204,9 @@ def generate(
     logprobs: Annotated[int | None, typer.Option(help="Tell each token's N likeliest alternatives.")] = None,
     schema: Annotated[Path | None, typer.Option(help="Answer with JSON of this schema (a file).")] = None,
     regex: Annotated[str | None, typer.Option(help="Answer with what this expression matches.")] = None,
+    grammar: Annotated[
+        Path | None, typer.Option(help="Answer in this grammar (a file in Lark's syntax).")
+    ] = None,
     routes: Annotated[bool, typer.Option("--routes", help="Tell which experts made each token.")] = False,
     quantize: Quantize = None,
     only: Only = None,
@@ -222,7 +225,7 @@ def generate(
         seed=seed,
         stop=stop or (),
         logprobs=logprobs,
-        structured=commands.structured(schema, regex),
+        structured=commands.structured(schema, regex, grammar),
     )
     view = {"chat": chat, "as_json": as_json, "routes": routes}
     commands.generate(model, prompt, params, quantize=quantize, only=only, **view)

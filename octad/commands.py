@@ -11,11 +11,12 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octad import terminal
-from octad.dist import keep_freed_memory
+from octad.dist import keep_freed_memory, spare_the_collector
 from octad.errors import DataError, OutputError, RequestError
 
 if TYPE_CHECKING:
@@ -106,18 +107,26 @@ def quantize(
     terminal.out.print(f"wrote {path} in {time.monotonic() - started:.1f} s")
 
 
-def structured(schema: Path | None, regex: str | None) -> StructuredOutput | None:
-    """The form that --schema or --regex asks for. Raises OctadError for both, or a file that cannot be read."""
+def structured(
+    schema: Path | None, regex: str | None, grammar: Path | None = None
+) -> StructuredOutput | None:
+    """The form that --schema, --regex or --grammar asks for. Raises OctadError for several, or a file that cannot be
+    read."""
     from octad.engine.params import StructuredOutput
 
-    if schema is not None and regex is not None:
-        raise RequestError("--schema and --regex exclude each other; give one of them")
-    if schema is None:
-        return None if regex is None else StructuredOutput(regex=regex)
+    given = {"json": schema, "regex": regex, "grammar": grammar}
+    found = {name: value for name, value in given.items() if value is not None}
+    if len(found) > 1:
+        raise RequestError("--schema, --regex and --grammar exclude each other; give one of them")
+    form: dict[str, Any] = {k: _text_of(v) if isinstance(v, Path) else v for k, v in found.items()}
+    return StructuredOutput(**form) if form else None
+
+
+def _text_of(file: Path) -> str:
     try:
-        return StructuredOutput(json=schema.read_text(encoding="utf-8"))
+        return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{schema}: cannot be read as UTF-8 text ({error})") from None
+        raise DataError(f"{file}: cannot be read as UTF-8 text ({error})") from None
 
 
 def generate(
@@ -164,6 +173,11 @@ def chat(
     from octad.chat.session import Session, require_chat_template
     from octad.checkpoint.load import load_tokenizer, open_source
 
+    at_terminal = pipe.is_terminal() and terminal.out.is_terminal
+    if at_terminal and find_spec("prompt_toolkit") is None:
+        raise RequestError(
+            "chat: at a terminal it needs the library prompt_toolkit: pip install octad[chat]; or pipe the lines in"
+        )
     require_chat_template(
         load_tokenizer(open_source(model, quantised=True)), model
     )  # before the weights are read
@@ -172,7 +186,7 @@ def chat(
         session.load(load)
     if system is not None:
         session.set_system(system or None)
-    if pipe.is_terminal() and terminal.out.is_terminal:
+    if at_terminal:
         from octad.chat.screen import Screen, history_file
 
         Screen(session, terminal.out, history_file()).run()
@@ -190,6 +204,7 @@ def open_llm(model: str, quantize: str | None = None, only: str | None = None) -
         sys.stdout.reconfigure(errors="replace")  # a model can say what this terminal's encoding cannot
     with terminal.err.status(f"loading {model}") if terminal.err.is_terminal else nullcontext():
         llm = LLM(model, quantize=quantize)
+    spare_the_collector()
     if only is not None:
         choose_expert(llm, only)
     return llm

@@ -1,10 +1,14 @@
 """The main job on real weights: SmolLM2 and its specialists, against transformers and llama.cpp's converter.
 
 Slow: run with `make test-slow`. The converter is the script convert_hf_to_gguf.py of a llama.cpp source tree; name the
-tree in LLAMA_CPP to run that check (it ships in the source distribution of llama-cpp-python, under vendor/llama.cpp).
+tree in LLAMA_CPP to run that check (it ships in the source distribution of llama-cpp-python, under vendor/llama.cpp), and
+its program llama-perplexity in LLAMA_PERPLEXITY for the other.
 """
 
+import json
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,15 +74,58 @@ def test_forced_expert_is_the_member(mixture: Path) -> None:
 
 @pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="LLAMA_CPP does not name a llama.cpp source tree")
 def test_llama_cpp_converter_accepts_the_mixture(mixture: Path, tmp_path: Path) -> None:
-    tree = Path(os.environ["LLAMA_CPP"])
-    command = [sys.executable, str(tree / "convert_hf_to_gguf.py"), str(mixture), "--outtype", "bf16"]
-    environment = os.environ | {"PYTHONPATH": str(tree / "gguf-py")}
-    subprocess.run([*command, "--outfile", str(tmp_path / "m.gguf")], check=True, env=environment)
     from octad.checkpoint.gguf import GGUFSource
 
-    back, written = GGUFSource(tmp_path / "m.gguf"), open_source(mixture)
+    back, written = GGUFSource(converted(mixture, tmp_path)), open_source(mixture)
     for name in (
         "model.layers.0.self_attn.q_proj.weight",
         "model.layers.29.block_sparse_moe.experts.7.w2.weight",
     ):
         torch.testing.assert_close(back.read(name), written.read(name), atol=0, rtol=0)
+
+
+def converted(mixture: Path, tmp_path: Path) -> Path:
+    """The mixture as llama.cpp's own converter writes it, in bfloat16."""
+    tree, file = Path(os.environ["LLAMA_CPP"]), tmp_path / "m.gguf"
+    command = [sys.executable, str(tree / "convert_hf_to_gguf.py"), str(mixture), "--outtype", "bf16"]
+    path = os.pathsep.join(filter(None, [str(tree / "gguf-py"), os.environ.get("PYTHONPATH")]))
+    subprocess.run([*command, "--outfile", str(file)], check=True, env=os.environ | {"PYTHONPATH": path})
+    return file
+
+
+@pytest.mark.skipif(
+    not {"LLAMA_CPP", "LLAMA_PERPLEXITY"} <= os.environ.keys(),
+    reason="LLAMA_CPP and LLAMA_PERPLEXITY do not name a source tree and its llama-perplexity",
+)
+@torch.inference_mode()
+def test_llama_cpp_agrees_on_what_a_text_costs(mixture: Path, tmp_path: Path) -> None:
+    """Half a per cent of the bits: of each window of 512 tokens, llama-perplexity counts those behind the first half."""
+    file, source, window = converted(mixture, tmp_path), open_source(mixture), 512
+    tokenizer, model = load_tokenizer(source), load_model(source, torch.float32)
+    lines = [
+        (DEMO / "data" / d / "heldout.jsonl").read_text().splitlines()[:4]
+        for d in ("python", "german", "maths")
+    ]
+    ids = tokenizer.encode("\n\n".join(json.loads(line)["text"] for part in lines for line in part))
+    text = tmp_path / "text.txt"
+    text.write_text(tokenizer.decode(ids[: 6 * window]), encoding="utf-8")
+    ids = tokenizer.encode(text.read_text(encoding="utf-8"))
+    windows = torch.tensor(ids[: len(ids) // window * window]).view(-1, window)
+    nats = torch.stack(
+        [-model(w[None])[0, :-1].log_softmax(-1).gather(1, w[1:, None])[:, 0] for w in windows]
+    )
+    command = [
+        os.environ["LLAMA_PERPLEXITY"],
+        "-m",
+        str(file),
+        "-f",
+        str(text),
+        "-c",
+        str(window),
+        "-ngl",
+        "0",
+    ]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found = re.search(r"Final estimate: PPL = ([0-9.]+)", done.stdout + done.stderr)
+    assert found
+    assert float(nats[:, window // 2 :].mean()) == pytest.approx(math.log(float(found.group(1))), rel=0.005)

@@ -6,7 +6,8 @@
 Every contestant (octad in each quantisation, with fewer experts a token, as one dense member; transformers; llama.cpp on
 each GGUF file) is loaded in a process of its own. A cell is one thing to measure: reading a prompt of some length, or
 writing with some number of users behind some context. Cell by cell, all contestants warm up, then take turns (A B C, then
-B C A, ...), so that a noisy neighbour meets each of them. The machine's limits are probed between cells.
+B C A, ...), so that a noisy neighbour meets each of them; where memory does not hold them all, those of like precision
+do. The machine's limits are probed between cells.
 
 A figure is a median with min, max and all repeats; what could not be measured is null with the reason.
 """
@@ -32,7 +33,7 @@ from octad.engine.bench_plan import (
     Entry,
     check_lengths,
     find_device,
-    fit_together,
+    groups,
     line_up,
 )
 from octad.engine.bench_text import Texts, file_texts, packaged_texts
@@ -53,9 +54,9 @@ def run(options: BenchOptions, tell: Tell | None = None, command: str | None = N
     tokenizer = load_tokenizer(source)
     texts = file_texts(options.text, tokenizer) if options.text else packaged_texts(tokenizer)
     entries, notes = line_up(options, source, device)
-    together = fit_together(entries, device)
+    turns = groups(entries, source.config, device)
     rounds = Rounds(options, texts, Limits(device), tell or (lambda what, share: None), entries)
-    for group in [entries] if together else [[entry] for entry in entries]:
+    for group in turns:
         rounds.measure(group)
     if not any(entry.found for entry in entries if entry.role == "model"):
         reasons = [entry.reason or next(iter(entry.failed.values()), "") for entry in entries]
@@ -67,7 +68,8 @@ def run(options: BenchOptions, tell: Tell | None = None, command: str | None = N
         "model": describe_model(source),
         "hardware": hardware(device) | {"load_average": {"before": load, "after": _load_average()}},
         "versions": versions(contestants),
-        "settings": settings(options, texts) | {"interleaved": together},
+        "settings": settings(options, texts)
+        | {"interleaved": [[entry.contestant.name for entry in group] for group in turns]},
         "limits": rounds.limits.report(),
         "contestants": contestants,
         "summary": summary(contestants, options.contexts[0]),
@@ -90,6 +92,7 @@ class Rounds:
 
     def measure(self, group: Sequence[Entry]) -> None:
         """Start a group, measure every cell, end the group's processes."""
+        begun = len(self.limits.read)
         try:
             for entry in group:
                 self._start(entry)
@@ -99,6 +102,7 @@ class Rounds:
                 self._probe(1)
         finally:
             for entry in group:
+                entry.probes = slice(begun, len(self.limits.read))
                 entry.memory |= entry.contestant.memory()
                 entry.contestant.close()
 
@@ -130,7 +134,7 @@ class Rounds:
             return
         try:
             prompts = self.texts.prompts(cell.users, cell.length, turn or 0)
-            found = self._once(cell, entry, prompts, warm=turn is None)
+            found = self._beside_limit(cell, entry, prompts, warm=turn is None)
         except Unmeasured as error:
             entry.failed[cell] = str(error)
             return
@@ -138,6 +142,14 @@ class Rounds:
             entry.warm[cell] = found
         else:
             entry.found.setdefault(cell, []).append(found)
+
+    def _beside_limit(self, cell: Cell, entry: Entry, prompts: list[list[int]], warm: bool) -> dict[str, Any]:
+        """Once; where it is bound by reading, with the bandwidth at that moment, taken before and after."""
+        if warm or cell.measure == "prefill":
+            return self._once(cell, entry, prompts, warm)
+        before = self.limits.read_now()
+        found = self._once(cell, entry, prompts, warm)
+        return found | {"read_bytes_per_s": max(before, self.limits.read_now())}
 
     def _once(self, cell: Cell, entry: Entry, prompts: list[list[int]], warm: bool) -> dict[str, Any]:
         contestant, steps = entry.contestant, self.options.decode_tokens

@@ -4,9 +4,10 @@
     summary(contestants)
 
 MBU: the bytes that a decoding step must read (weights in use as they lie in memory, keys and values), times steps a
-second, over the read bandwidth. MFU: the arithmetic that a prompt takes, times prompts a second, over the peak of matrix
-products in the contestant's dtype (of its activations, where weights are quantised). What is missing is null with the
-reason.
+second, over the read bandwidth: the best that was found (`mbu`), and that at the moment of each repeat (`mbu_now`),
+which on a machine with neighbours may be half of it. MFU: the arithmetic that a prompt takes, times prompts a second,
+over the peak of matrix products in the contestant's dtype (of its activations, where weights are quantised). What is
+missing is null with the reason.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from octad.engine.bench_plan import BenchOptions, Cell, Entry
+from octad.engine.bench_plan import BITS, BenchOptions, Cell, Entry
 from octad.engine.limits import Limits
 from octad.engine.traffic import WeightBytes, kv_bytes, prefill_flops
 
@@ -51,8 +52,17 @@ def report(entry: Entry, options: BenchOptions, limits: Limits) -> dict[str, Any
         "failed": entry.reason,
         "facts": facts,
         "memory_bytes": memory,
+        "limits": _limits(entry, limits),
         "cells": cells,
     }
+
+
+def _limits(entry: Entry, limits: Limits) -> dict[str, float | None]:
+    """What its shares are taken of: the best of the probes while it was measured."""
+    if not limits.read[entry.probes]:
+        return {}
+    flops = limits.peak(entry.dtype or "", entry.probes)
+    return {"read_bytes_per_s": limits.bandwidth(entry.probes), "matmul_flops_per_s": flops}
 
 
 def figures(entry: Entry, cell: Cell, limits: Limits) -> dict[str, Any]:
@@ -82,7 +92,7 @@ def figures(entry: Entry, cell: Cell, limits: Limits) -> dict[str, Any]:
 def _mfu(entry: Entry, cell: Cell, speed: float, limits: Limits) -> dict[str, Any]:
     """Model FLOPs utilisation: the arithmetic that the prompt takes, over the matrix-product peak of the dtype."""
     flops = prefill_flops(entry.shape, cell.length)
-    peak = limits.peak(entry.dtype or "")
+    peak = limits.peak(entry.dtype or "", entry.probes)
     if peak is None:
         return {"flops": flops, "mfu": None, "mfu_reason": "the dtype that it multiplies in is not known"}
     return {"flops": flops, "mfu": flops * speed / cell.length / peak}
@@ -95,12 +105,15 @@ def _mbu(entry: Entry, cell: Cell, speed: float, limits: Limits) -> dict[str, An
         return {"step_bytes": None, "mbu": None, "mbu_reason": why}
     itemsize = ITEMSIZE.get(entry.dtype or "", 2)
     kv = statistics.mean(kv_bytes(entry.shape, f["lengths"], itemsize) for f in entry.found[cell])
-    share = (weights + kv) * speed / cell.users / limits.bandwidth()
+    needed = (weights + kv) / cell.users
+    now = [(f["tokens"] / f["seconds"], f.get("read_bytes_per_s")) for f in entry.found[cell]]
+    shares = [needed * tokens_per_s / read for tokens_per_s, read in now if read]
     return {
         "distinct_experts": distinct,
         "weight_bytes_per_step": weights,
         "kv_bytes_per_step": kv,
-        "mbu": share,
+        "mbu": needed * speed / limits.bandwidth(entry.probes),
+        "mbu_now": spread(shares) if shares else missing("the bandwidth was not taken beside it"),
     }
 
 
@@ -190,7 +203,7 @@ def _scaling(mine: dict[str, Any]) -> dict[str, dict[str, float | None]]:
 def nearest(contestant: Mapping[str, Any], peers: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The peer to compare with: the only one, or of several (GGUF files) that whose weights take the most similar number
     of bits."""
-    bits = {"int8": 8.5, "int4": 4.5}.get(contestant["quantize"] or "", 16.0)
+    bits = BITS[contestant["quantize"] or "none"]
     if len(peers) < 2:
         return peers[0] if peers else None
     return min(peers, key=lambda p: abs(_bits(p) - bits))

@@ -20,7 +20,7 @@ import torch
 from octad.checkpoint.source import TensorSource
 from octad.dist import compute_dtype
 from octad.engine.bench_worker import answer_room
-from octad.engine.limits import available_memory
+from octad.engine.limits import ALL, available_memory
 from octad.engine.peers import Contestant, LlamaBench, Unmeasured, Worker, find_llama_bench
 from octad.engine.variants import dense_config
 from octad.errors import OctadError, RequestError
@@ -28,6 +28,7 @@ from octad.model.config import ModelConfig
 
 PEERS = ("transformers", "llama.cpp")
 QUANTIZE = ("none", "int8", "int4")
+BITS = {"none": 16.0, "int8": 8.5, "int4": 4.5}  # a weight, with its part of the scales
 WORKER_BYTES = 0.5e9  # what Python, torch and a cache take besides the weights
 
 
@@ -102,6 +103,9 @@ class Entry:
     warm: dict[Cell, dict[str, Any]] = field(default_factory=dict)
     failed: dict[Cell, str] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
+    probes: slice = field(
+        default_factory=lambda: ALL
+    )  # of the machine's limits, those taken while it was measured
 
     def wants(self, cell: Cell, options: BenchOptions) -> bool:
         """Whether this cell is for it: what shows the price is measured for one user behind the first context alone."""
@@ -221,6 +225,28 @@ def room(options: BenchOptions) -> int:
     """Positions behind the longest context that the first user may reach before the last one has written enough."""
     longest = [range(max(options.contexts))] * max(1, *options.batch_sizes)
     return answer_room(longest, options.decode_tokens)
+
+
+def groups(entries: Sequence[Entry], config: ModelConfig, device: torch.device) -> list[list[Entry]]:
+    """Who is loaded at the same time and takes turns: all of them; where memory does not hold them all, those of like
+    precision, each with its peers; where it does not hold these either, each alone."""
+    likes: dict[str, list[Entry]] = {}
+    for entry in entries:
+        likes.setdefault(_precision(entry, entries, config), []).append(entry)
+    for parts in ([list(entries)], list(likes.values())):
+        if all(fit_together(part, device) for part in parts):
+            return parts
+    return [[entry] for entry in entries]
+
+
+def _precision(entry: Entry, entries: Sequence[Entry], config: ModelConfig) -> str:
+    """The quantisation of octad's beside which an entry stands: its own; of a peer, that of the most similar size."""
+    if entry.quantize is not None:
+        return entry.quantize
+    bits, file = 16.0, getattr(entry.contestant, "file", None)
+    if file is not None and file.is_file():
+        bits = 8 * file.stat().st_size / config.num_parameters()
+    return min((e.quantize for e in entries if e.quantize), key=lambda name: abs(BITS[name] - bits))
 
 
 def fit_together(entries: Sequence[Entry], device: torch.device) -> bool:

@@ -29,7 +29,7 @@ def render(results: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield heading(results)
     yield _title("reading a prompt", "tokens/s: median (lowest-highest), share of the arithmetic limit (MFU)")
     yield one_user(results, "prefill")
-    yield _title("writing, one user", "tokens/s, share of the bandwidth limit (MBU), time per token")
+    yield _title("writing, one user", "tokens/s, share of the bandwidth at that moment (MBU), time per token")
     yield one_user(results, "decode")
     yield _title("many users", "tokens/s of all together (times one user's), wait for the first token")
     yield many_users(results)
@@ -189,7 +189,7 @@ def _figure(cell: Mapping[str, Any] | None) -> str:
     if cell is None or cell["tokens_per_s"]["median"] is None:
         return NOTHING
     found = cell["tokens_per_s"]
-    share = cell.get("mfu") if cell["measure"] == "prefill" else cell.get("mbu")
+    share = cell.get("mfu") if cell["measure"] == "prefill" else cell.get("mbu_now", {}).get("median")
     text = f"{_number(found['median'])} [dim]({_number(found['min'])}-{_number(found['max'])})[/]"
     text += f" {100 * share:3.0f} %" if share is not None else "      "
     return text + (f" {1000 * cell['tpot_s']['median']:5.1f} ms" if "tpot_s" in cell else "")

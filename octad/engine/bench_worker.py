@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import torch
 
 from octad.checkpoint.load import load_tokenizer, open_source
+from octad.dist import spare_the_collector
 from octad.engine.engine import EngineConfig
 from octad.engine.limits import memory_of, synchronise
 from octad.engine.llm import LLM
@@ -268,6 +269,7 @@ def serve(settings: Mapping[str, Any], lines: Iterator[str]) -> Iterator[dict[st
     """What to answer, line by line; an error is an answer."""
     try:
         runner = make_runner(**settings)
+        spare_the_collector()
         yield {"facts": runner.facts() | {"memory_loaded": memory_of() | device_memory()}}
     except Exception as error:
         yield {"error": reason(error)}

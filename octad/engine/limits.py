@@ -6,7 +6,8 @@
 
 Decoding one token reads every active weight once, so it is bound by reading; a long prompt is bound by multiplying. A
 speed is worth stating only as a share of these (MBU, MFU), taken in the same run with the same threads. Each limit is
-the best of all its probes: a probe can be too slow (a neighbour, a cold clock), never too fast.
+the best of its probes: a probe can be too slow (a neighbour, a cold clock), never too fast. On a shared machine memory
+can be twice as fast at one time as at another, so that a contestant is judged by the probes taken while it was measured.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 READ_BYTES = 256 << 20  # far more than any last-level cache of a small machine
 READ_BYTES_CUDA = 2 << 30
 SIDE, SIDE_CUDA = 2048, 8192  # of the square matrices; an accelerator needs larger ones to be busy
+ALL = slice(None)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 INSTRUCTION_SETS = (
     "avx2",
@@ -58,6 +60,11 @@ class Limits:
             times = self._seconds(lambda a=a: a @ a, repeats)  # type: ignore[misc]
             self.matmul[name] += [2 * self.side**3 / s for s in times]
 
+    def read_now(self) -> float:
+        """The read bandwidth at this moment, bytes/s; not one of the probes."""
+        array = torch.ones(self.read_bytes // 4, device=self.device)
+        return self.read_bytes / min(self._seconds(array.sum, 2))
+
     def _seconds(self, work: Callable[[], Any], repeats: int) -> list[float]:
         times = []
         for _ in range(repeats + 1):
@@ -68,13 +75,13 @@ class Limits:
             times.append(time.perf_counter() - begun)
         return times[1:]
 
-    def bandwidth(self) -> float:
-        """The best read bandwidth so far, bytes/s."""
-        return max(self.read)
+    def bandwidth(self, probes: slice = ALL) -> float:
+        """The best read bandwidth of these probes, bytes/s."""
+        return max(self.read[probes])
 
-    def peak(self, dtype: str) -> float | None:
-        """The best matrix product so far in this dtype, FLOP/s; None for a dtype that is not measured."""
-        return max(self.matmul[dtype]) if dtype in self.matmul else None
+    def peak(self, dtype: str, probes: slice = ALL) -> float | None:
+        """The best matrix product of these probes in this dtype, FLOP/s; None for a dtype that is not measured."""
+        return max(self.matmul[dtype][probes]) if dtype in self.matmul else None
 
     def report(self) -> dict[str, Any]:
         """Best and all probes, in the order taken."""
@@ -104,12 +111,20 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "instruction_sets": [name for name in INSTRUCTION_SETS if name in flags],
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.release()}",
+        "scheduling": _scheduling(),
         "device": str(device),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory}
     return found
+
+
+def _scheduling() -> str:
+    """ "real-time" where other programs wait for this one (chrt: to measure on a machine that has other work)."""
+    if not hasattr(os, "sched_getscheduler"):
+        return "shared"
+    return "real-time" if os.sched_getscheduler(0) in (os.SCHED_RR, os.SCHED_FIFO) else "shared"
 
 
 def memory_of(pid: int | str = "self") -> dict[str, int]:

@@ -160,19 +160,41 @@ class NativeRouter(nn.Module):
         return self.kernels.route(x_ND.contiguous(), self.weight, self.top_k, self.normalise)
 
 
-def native_attention(kernels: NativeKernels) -> PagedAttention:
-    """Attention over pages: tokens that decode on the kernels, prompts through PyTorch's fused attention."""
+ATTENDED = (64, 128)  # head dimensions that the kernel has vector code for, in bfloat16
 
-    def decode(
-        q_RHK: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: PagedBatch, window: int | None
+
+def native_attention(kernels: NativeKernels) -> PagedAttention:
+    """Attention over pages on the kernels. Where these have no vector code, prompts go through PyTorch's fused attention.
+
+    A prompt is many queries of one token: at the lengths of a chunk its keys and values stay in the processor's cache,
+    and four heads share what is read of them."""
+
+    def each_alone(
+        q_NHK: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: PagedBatch, window: int | None
     ) -> torch.Tensor:
-        R, scale = len(q_RHK), q_RHK.shape[-1] ** -0.5
-        lengths, tables = batch.context_lens[:R], batch.block_tables[:R]
-        return kernels.paged_attention(q_RHK.contiguous(), keys, values, lengths, tables, window, scale)
+        N, scale = len(q_NHK), q_NHK.shape[-1] ** -0.5
+        lengths, tables = _by_token(batch)
+        q = q_NHK.contiguous()
+        return kernels.paged_attention(q, keys, values, lengths[:N], tables[:N], window, scale)
 
     def attend(
         q_NHK: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: PagedBatch, window: int | None
     ) -> torch.Tensor:
-        return paged_attention(q_NHK, keys, values, batch, window, decode=decode)
+        if q_NHK.dtype == torch.bfloat16 and q_NHK.shape[-1] in ATTENDED:
+            return each_alone(q_NHK, keys, values, batch, window)
+        return paged_attention(q_NHK, keys, values, batch, window, each_alone)
 
     return attend
+
+
+def _by_token(batch: PagedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions that each token of the step sees, [N], and the blocks that hold them, [N, most blocks]."""
+    if len(batch.queries) == sum(batch.queries):
+        return batch.context_lens, batch.block_tables
+    if "by token" not in batch.memo:
+        counts = torch.tensor(batch.queries)
+        ends = torch.repeat_interleave(batch.context_lens - batch.query_starts[1:], counts)
+        lengths = torch.arange(1, len(ends) + 1, dtype=torch.int32) + ends
+        batch.memo["by token"] = lengths, batch.block_tables.repeat_interleave(counts, 0)
+    found: tuple[torch.Tensor, torch.Tensor] = batch.memo["by token"]
+    return found

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from octad.engine.native_layer import NativeLayer
+from octad.engine.native_layer import NativeLayer, Stack
 from octad.engine.native_modules import (
     NativeAttention,
     NativeExperts,
@@ -111,11 +111,11 @@ def _moved(weight: Packed, panels: torch.Tensor) -> Packed:
 
 def swap(model: Transformer, kernels: NativeKernels, precision: Precision) -> None:
     """Put the native modules in the place of a model's own, layer by layer."""
-    packer = Packer(precision.layers)
+    packer, stack = Packer(precision.layers), Stack()
     for number, layer in enumerate(model.model.layers):
         assert isinstance(layer, DecoderLayer)
         _swap_parts(layer, kernels, packer)
-        model.model.layers[number] = NativeLayer(kernels, layer, model.config)
+        model.model.layers[number] = NativeLayer(kernels, layer, model.config, stack)
     model.model.norm = NativeNorm(kernels, model.model.norm)  # type: ignore[assignment]
     head = model.lm_head.weight if isinstance(model.lm_head, PackedLinear) else head_weight(model)
     model.lm_head = NativeLinear(kernels, head, None, Packer(precision.head).one)

@@ -11,6 +11,7 @@ Shapes: N tokens of the step, P block size, H heads, G key/value heads, K head d
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 
 import torch
@@ -57,6 +58,9 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         raise RequestError(
             f"key/value cache: the system does not give {size:,} bytes a layer; ask for a smaller kv_cache_gb"
         ) from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # a sequence's positions lie far apart: fewer pages to find
+        with contextlib.suppress(OSError):
+            pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 

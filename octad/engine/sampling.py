@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octad.engine.draw import LEAST, Buffer, keep, pick, total
+from octad.engine.draw import LEAST, Buffer, keep, likeliest, pick, total
 from octad.engine.outputs import TokenLogprob, TokenLogprobs
 from octad.engine.params import SamplingParams
 
@@ -174,15 +174,15 @@ class Sampler:
         adjusted = [row for row, state in enumerate(states) if state.adjusts]
         greedy = [state.params.greedy for state in states]
         if not adjusted and all(greedy):
-            return logits_RV.argmax(-1)
+            return likeliest(logits_RV)
         work_RV = self._work.padded(logits_RV)
         for row in adjusted:
             states[row].adjust(work_RV[row, : logits_RV.shape[1]])
         if all(greedy):
-            return work_RV.argmax(-1)
+            return likeliest(work_RV)
         if not any(greedy):
             return self._draw(work_RV, states)
-        likeliest_R = work_RV.argmax(-1)
+        likeliest_R = likeliest(work_RV)
         return torch.where(torch.tensor(greedy).to(work_RV.device), likeliest_R, self._draw(work_RV, states))
 
     def _draw(self, logits_RV: Tensor, states: Sequence[SamplingState]) -> Tensor:

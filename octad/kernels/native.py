@@ -58,6 +58,27 @@ class StepStruct(ctypes.Structure):
 
 
 @dataclass(frozen=True)
+class LayerArray:
+    """Pointers to the BlockStructs of some layers, and to the pages of keys and values of each."""
+
+    blocks: Any
+    keys: Any
+    values: Any
+
+    @classmethod
+    def of(
+        cls, blocks: Sequence[int], keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
+    ) -> LayerArray:
+        """From the addresses of the structs and the layers' pages."""
+        pointers = _P * len(blocks)
+        return cls(
+            pointers(*blocks),
+            pointers(*[k.data_ptr() for k in keys]),
+            pointers(*[v.data_ptr() for v in values]),
+        )
+
+
+@dataclass(frozen=True)
 class WeightArray:
     """Weights described for C, and the tensors that hold their memory."""
 
@@ -104,7 +125,7 @@ class NativeKernels:
             library.octad_paged_attention,
             [_P, _P, _P, _I, _P, _P, _I, _I, _I, _I, _I, _I, _I, _F, _P, _I],
         )
-        self._block = _typed(library.octad_block, [_P, _P, _P, _P, _P, _P, _P, _P, _I, _I])
+        self._layers = _typed(library.octad_layers, [_P, _I, _P, _P, _P, _P, _P, _P, _P, _I, _I])
 
     @property
     def integer_dot(self) -> bool:
@@ -261,30 +282,29 @@ class NativeKernels:
         )
         return y
 
-    def block(
+    def layers(
         self,
-        block: int,
+        layers: LayerArray,
         step: int,
         x: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        weights_RA: torch.Tensor,
-        experts_RA: torch.Tensor,
+        weights_LRA: torch.Tensor,
+        experts_LRA: torch.Tensor,
     ) -> torch.Tensor:
-        """A whole decoder layer for sequences with one new token each; `block` and `step` are the addresses of a
-        BlockStruct and a StepStruct. The routing is written to (or, where given, read from) the last two."""
+        """Whole decoder layers, one after another, for sequences with one new token each; `step` is the address of a
+        StepStruct. The routing is written to (or, where given, read from) the last two."""
         y = torch.empty_like(x)
         _check(
-            self._block(
-                block,
+            self._layers(
+                layers.blocks,
+                len(layers.blocks),
                 step,
                 x.data_ptr(),
-                keys.data_ptr(),
-                values.data_ptr(),
+                layers.keys,
+                layers.values,
                 y.data_ptr(),
-                weights_RA.data_ptr(),
-                experts_RA.data_ptr(),
-                experts_RA.shape[1],
+                weights_LRA.data_ptr(),
+                experts_LRA.data_ptr(),
+                experts_LRA.shape[-1],
                 torch.get_num_threads(),
             )
         )

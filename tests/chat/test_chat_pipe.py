@@ -4,6 +4,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,11 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from rich.console import Console
 from tiny_chat import NAMES, llm, mixture, untaught
 
-from octad import cli
+from octad import cli, commands, terminal
+from octad.chat import pipe
 from octad.chat.pipe import messages
 from octad.engine.llm import LLM
+from octad.engine.params import SamplingParams
+from octad.errors import RequestError
 
 Outcome = tuple[int, str, str]
 Octad = Callable[..., Outcome]
@@ -112,6 +117,16 @@ def test_mistakes_in_chat(octad: Octad, mixture: Path, untaught: Path, tmp_path:
     assert octad("chat", mixture) == (0, "", "")  # nothing asked
 
 
+def test_a_terminal_needs_prompt_toolkit(mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before anything is read; a pipe does without."""
+    monkeypatch.setattr(pipe, "is_terminal", lambda: True)
+    monkeypatch.setattr(terminal, "out", Console(force_terminal=True))
+    monkeypatch.setattr(commands, "find_spec", lambda name: None)
+    choices = {"system": None, "load": None, "quantize": None, "only": None}
+    with pytest.raises(RequestError, match=r"prompt_toolkit: pip install octad\[chat\]"):
+        commands.chat(str(mixture / "nowhere"), SamplingParams(), **choices)
+
+
 def test_joined_lines() -> None:
     assert list(messages(["a\n", "\n", "b\\\n", " c\\\n", "d\n", " \n", "e"])) == ["a", "b\n c\nd", "e"]
     assert list(messages(["unfinished\\\n"])) == ["unfinished"]
@@ -186,6 +201,9 @@ def test_forms(octad: Octad, mixture: Path, tmp_path: Path) -> None:
     schema.write_text(json.dumps({"enum": [{"a": 1}, {"a": 2}]}))
     _, out, _ = octad("generate", mixture, "Once", "--schema", schema, "--max-tokens", 200)
     assert json.loads(out)["a"] in (1, 2)
+    grammar = tmp_path / "sum.lark"
+    grammar.write_text('start: digit "+" digit\ndigit: "1" | "2"\n')
+    assert re.fullmatch(r"[12]\+[12]\n", octad("generate", mixture, "Once", "--grammar", grammar)[1])
 
 
 def test_mistakes_in_generate(octad: Octad, mixture: Path, untaught: Path, tmp_path: Path) -> None:
@@ -211,6 +229,11 @@ def test_mistakes_in_generate(octad: Octad, mixture: Path, untaught: Path, tmp_p
     refused(
         octad("generate", mixture, "x", "--schema", mixture / "tokenizer.json", "--regex", "x"), "exclude"
     )
+    refused(
+        octad("generate", mixture, "x", "--grammar", mixture / "none.lark"), "none.lark", "cannot be read"
+    )
+    refused(octad("generate", mixture, "x", "--grammar", mixture / "config.json"), "structured.grammar")
+    refused(octad("generate", mixture, "x", "--grammar", mixture / "config.json", "--regex", "x"), "exclude")
     (tmp_path / "bad.json").write_text("{")
     refused(octad("generate", mixture, "x", "--schema", tmp_path / "bad.json"), "JSON schema")
     refused(octad("generate", mixture, "x", "--quantize", "int3"), "int3")

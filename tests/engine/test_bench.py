@@ -317,7 +317,9 @@ def test_figures_by_hand(mixture: Path) -> None:
     machine.read, machine.matmul["bfloat16"] = [50.0, 1e6, 7.0], [1e9, 2e9]
     read, one, three = Cell("prefill", 8, 1), Cell("decode", 4, 1), Cell("decode", 4, 3)
     entry.found[read] = [{"seconds": s, "ttft": s} for s in (0.5, 0.1, 0.2)]
-    entry.found[one] = [{"seconds": 0.5, "tokens": 10, "ttft": [0.1], "lengths": [9.0]}]
+    entry.found[one] = [
+        {"seconds": 0.5, "tokens": 10, "ttft": [0.1], "lengths": [9.0], "read_bytes_per_s": 1e5}
+    ]
     entry.found[three] = [
         {"seconds": 0.6, "tokens": 30, "ttft": [0.1, 0.4, 0.2], "lengths": [9.0, 10.0, 11.0]}
     ]
@@ -329,6 +331,7 @@ def test_figures_by_hand(mixture: Path) -> None:
     found = figures(entry, one, machine)
     row = 2 * 2 * (2 * 8) * 2  # layers, keys and values, two heads of eight, bfloat16
     assert found["mbu"] == pytest.approx((1000 + 2000 + 9 * row) * 20 / 1e6)
+    assert found["mbu_now"]["all"] == pytest.approx([(1000 + 2000 + 9 * row) * 20 / 1e5])
     found = figures(entry, three, machine)
     assert found["tokens_per_s"]["median"] == pytest.approx(50)
     assert found["tpot_s"]["median"] == pytest.approx(0.06)
@@ -382,6 +385,46 @@ def test_contestants_are_loaded_together_only_where_they_fit(
         assert bench_plan.fit_together(entries, CPU) is together
     by_variant = {e.variant: bench_plan.memory_needed(e) for e in entries}
     assert by_variant["dense"] < by_variant["as made"]  # one expert of three
+
+
+def test_those_of_like_precision_take_turns_where_not_all_fit(
+    mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(mixture)
+    small, large = tmp_path / "small.gguf", tmp_path / "large.gguf"
+    small.write_bytes(bytes(source.config.num_parameters()))
+    large.write_bytes(bytes(2 * source.config.num_parameters()))
+    monkeypatch.setattr(bench_plan, "find_llama_bench", lambda given: "llama-bench")
+    files = {"peers": ("transformers",), "gguf": (small, large)}
+    asked = options(model=str(mixture), quantize=("none", "int8"), **files)
+    entries, _ = bench_plan.line_up(asked, source, CPU)
+    everything = sum(bench_plan.memory_needed(e) for e in entries if isinstance(e.contestant, Worker))
+    sizes = {}
+    for part in (10.0, 1.0, 0.1):
+        monkeypatch.setattr(bench_plan, "available_memory", lambda part=part: int(part * everything))
+        found = bench_plan.groups(entries, source.config, CPU)
+        assert [e for group in found for e in group] == entries or part == 1.0
+        sizes[part] = [sorted(e.contestant.name for e in group) for group in found]
+    assert [len(group) for group in sizes[10.0]] == [len(entries)]
+    assert all(len(group) == 1 for group in sizes[0.1])
+    plain, rounded = sizes[1.0]
+    assert {"octad bf16", "octad bf16 dense", "transformers bf16", "llama.cpp large"} <= {
+        name.replace("fp32", "bf16") for name in plain
+    }
+    assert {"octad int8", "octad int8 dense", "llama.cpp small"} <= set(rounded)
+
+
+def test_shares_are_taken_of_the_probes_of_the_contestants_own_time(mixture: Path) -> None:
+    config = open_source(mixture).config
+    entries = [Entry(Fake(name, []), config, "model", dtype="bfloat16") for name in "AB"]
+    run = rounds(options(batch_sizes=(1,)), entries)
+    for entry in entries:
+        run.measure([entry])
+    first, second = entries
+    assert 0 == first.probes.start < first.probes.stop == second.probes.start < second.probes.stop
+    told = bench.report(second, options(), run.limits)["limits"]
+    assert told["read_bytes_per_s"] == max(run.limits.read[second.probes])
+    assert told["matmul_flops_per_s"] == max(run.limits.matmul["bfloat16"][second.probes])
 
 
 # ---- text --------------------------------------------------------------------------------------------------------

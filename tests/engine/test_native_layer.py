@@ -21,7 +21,7 @@ from octad.kernels.build import BuildError
 from octad.kernels.build import load as build_kernels
 from octad.kernels.native import NativeKernels
 from octad.kernels.packed import linear_reference
-from octad.kernels.paged import PagedBatch
+from octad.kernels.paged import PagedBatch, paged_attention_reference
 from octad.model.moe import FixedRouter, MoE, Router
 from octad.model.transformer import Transformer
 
@@ -102,7 +102,7 @@ def test_one_call_is_its_parts_to_the_bit(
     model = native(make(tiny_checkpoint, case).to(dtype), kernels, precision)
     known = CASES[case][0] not in COMPOSED and "everywhere" not in case
     assert all(cast(NativeLayer, layer).fused == known for layer in model.model.layers)
-    for contexts in ([1], [9], [3, 12, 1, 7], [5] * 8):
+    for contexts in ([1], [9], [4, 11], [3, 12, 1, 7], [5] * 8):
         one, routing, pool = decode_step(model, kernels, contexts, fused=True)
         parts, routing_of_parts, pool_of_parts = decode_step(model, kernels, contexts, fused=False)
         assert torch.equal(one, parts)
@@ -273,3 +273,32 @@ def test_one_new_token_is_attended_alike_wherever_it_stands(kernels: NativeKerne
         between = attend(q, keys, values, PagedBatch.of([5, 1, 2], [9, 11, 2], tables), window)
         front = attend(q[5:6], keys, values, PagedBatch.of([1], [11], tables[1:2]), window)
         assert torch.equal(between[5:6], front)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("head_dim", [64, 128, 32])
+def test_prompts_are_attended_as_their_tokens_alone(
+    head_dim: int, window: int | None, kernels: NativeKernels
+) -> None:
+    """A prompt, a chunk behind 20 positions and a decoding sequence in one step, beside the slow twin; and to the bit
+    what each token gives alone. Of a head dimension that has no vector code (32) prompts go through PyTorch."""
+    keys, values = torch.randn(2, 12, BLOCK, 2, head_dim).bfloat16()
+    queries, contexts = [1, 13, 6], [9, 13, 26]
+    tables = [[0, 1, 2], [3, 4, 5, 6], [7, 8, 9, 10, 11, 1, 2]]
+    q = torch.randn(sum(queries), 6, head_dim).bfloat16()
+    batch = PagedBatch.of(queries, contexts, tables)
+    attend = native_attention(kernels)
+    found = attend(q, keys, values, batch, window)
+    expected = paged_attention_reference(q.float(), keys.float(), values.float(), batch, window)
+    torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=2**-7)
+    assert torch.equal(attend(q, keys, values, batch, window), found)  # the next layer, with the step's memo
+    if head_dim == 32:
+        return
+    owners = [r for r, count in enumerate(queries) for _ in range(count)]
+    seen = [
+        context - count + i + 1
+        for count, context in zip(queries, contexts, strict=True)
+        for i in range(count)
+    ]
+    alone = PagedBatch.of([1] * len(q), seen, [tables[r] for r in owners])
+    assert torch.equal(attend(q, keys, values, alone, window), found)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from octad.engine.draw import BLOCK, Buffer, keep, pick
+from octad.engine.draw import BLOCK, Buffer, keep, likeliest, pick
 from octad.engine.params import SamplingParams
 from octad.engine.sampling import Sampler, SamplingState, distribution
 
@@ -164,6 +164,13 @@ def test_the_ends_of_the_unit_interval_pick_a_token_that_has_weight() -> None:
     weights = torch.zeros(2, 4 * BLOCK)
     weights[:, [70, 71, 200]] = torch.tensor([1.0, 1e-30, 0.1])
     assert pick(weights, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)).tolist() == [70, 200]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_likeliest_is_the_first_of_the_largest(dtype: torch.dtype) -> None:
+    logits = torch.randn(5, 1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits[1, [3, 700]], logits[2], logits[3, 9] = 50.0, -torch.inf, torch.inf
+    assert likeliest(logits).tolist() == [max(range(1000), key=row.__getitem__) for row in logits.tolist()]
 
 
 def test_keep_is_exact_to_the_last_bit() -> None:

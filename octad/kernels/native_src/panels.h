@@ -22,6 +22,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <sched.h>
+#endif
 
 enum { F_F32 = 0, F_BF16 = 1, F_P16 = 2, F_Q8 = 3, F_Q4 = 4 };
 #define PANEL 16
@@ -210,8 +213,8 @@ static inline __m512i broadcast4(const int8_t *q) {
 /* One or two panels (P) at once: with two, each broadcast of x serves twice. Where that leaves fewer than four sums in
    flight, two take turns (b), so that they do not wait for the instruction's latency. */
 static inline __attribute__((always_inline)) void panel_int(const uint8_t *const *data, const int P, const int bits,
-                                                            int64_t groups, int64_t group, const Row *x, const int n,
-                                                            float *out) {
+                                                            int64_t groups, int64_t group, int64_t ahead,
+                                                            const Row *x, const int n, float *out) {
     const __m512i low = _mm512_set1_epi8(15);
     const uint8_t *w[2] = {data[0], data[P - 1]}, *scales[2] = {w[0], w[1]};
     __m512 f[2][ROWS];
@@ -230,7 +233,8 @@ static inline __attribute__((always_inline)) void panel_int(const uint8_t *const
             __m512i w0[2], w1[2];
             for (int p = 0; p < P; p++, w[p - 1] += 16 * bits) {
                 w0[p] = _mm512_loadu_si512(w[p]);
-                if (bits == 8) w1[p] = _mm512_loadu_si512(w[p] + 64);
+                __builtin_prefetch(w[p] + ahead, 0, 2);
+                if (bits == 8) w1[p] = _mm512_loadu_si512(w[p] + 64), __builtin_prefetch(w[p] + ahead + 64, 0, 2);
                 else w1[p] = _mm512_and_si512(_mm512_srli_epi16(w0[p], 4), low), w0[p] = _mm512_and_si512(w0[p], low);
             }
             for (int r = 0; r < n; r++) {
@@ -257,8 +261,9 @@ static inline __attribute__((always_inline)) void panel_int(const uint8_t *const
 #else
 
 #define VECTOR_INT 0
-static void panel_int(const uint8_t *const *data, int P, int bits, int64_t groups, int64_t group, const Row *x, int n,
-                      float *out) {
+static void panel_int(const uint8_t *const *data, int P, int bits, int64_t groups, int64_t group, int64_t ahead,
+                      const Row *x, int n, float *out) {
+    (void)ahead;
     for (int i = 0; i < P * n; i++) {
         int r = i % n;
         const int8_t *q = (const int8_t *)x[r].x;
@@ -313,15 +318,17 @@ ONE void panel_bf16(const uint16_t *w, int64_t K, int outs, const Row *x, int n,
 #if defined(__AVX512BF16__)
 
 static inline __attribute__((always_inline)) void panel_p16(const uint8_t *const *data, const int P, int64_t K,
-                                                            const Row *x, const int n, float *out) {
+                                                            int64_t ahead, const Row *x, const int n, float *out) {
     const uint8_t *w[2] = {data[0], data[P - 1]};
     __m512 a[2][ROWS], b[2][ROWS];
     for (int p = 0; p < P; p++)
         for (int r = 0; r < n; r++) a[p][r] = b[p][r] = _mm512_setzero_ps();
     for (int64_t k = 0; k < K; k += 4) {
         __m512bh w0[2], w1[2];
-        for (int p = 0; p < P; p++, w[p - 1] += 128)
+        for (int p = 0; p < P; p++, w[p - 1] += 128) {
             w0[p] = (__m512bh)_mm512_loadu_si512(w[p]), w1[p] = (__m512bh)_mm512_loadu_si512(w[p] + 64);
+            __builtin_prefetch(w[p] + ahead, 0, 2), __builtin_prefetch(w[p] + ahead + 64, 0, 2);
+        }
         for (int r = 0; r < n; r++) {
             const int8_t *at = (const int8_t *)x[r].x + 2 * k;
             __m512bh x0 = (__m512bh)broadcast4(at), x1 = (__m512bh)broadcast4(at + 4);
@@ -338,7 +345,8 @@ static inline __attribute__((always_inline)) void panel_p16(const uint8_t *const
 
 #else
 
-static void panel_p16(const uint8_t *const *data, int P, int64_t K, const Row *x, int n, float *out) {
+static void panel_p16(const uint8_t *const *data, int P, int64_t K, int64_t ahead, const Row *x, int n, float *out) {
+    (void)ahead;
     for (int i = 0; i < P * n; i++) {
         const uint16_t *q = (const uint16_t *)x[i % n].x, *w = (const uint16_t *)data[i / n];
         float sum[PANEL] = {0};
@@ -359,8 +367,11 @@ static inline int panel_outputs(const Weight *w, int64_t p) { return (int)min64(
 
 static inline int64_t panel_count(const Weight *w) { return (w->outputs + PANEL - 1) / PANEL; }
 
-/* out[i][r][0..15] = rows x[r] times panel data[i], for P <= 2 panels of the shape of w and n <= ROWS rows. */
-static void panels(const Weight *w, const uint8_t *const *data, const int *outs, int P, const Row *x, int n, float *out) {
+/* out[i][r][0..15] = rows x[r] times panel data[i], for P <= 2 panels of the shape of w and n <= ROWS rows. What lies
+   `ahead` bytes behind is fetched meanwhile: the weights that come next, or nothing new (0). The hardware foresees one
+   stream at a time, and none beyond a page. */
+static void panels(const Weight *w, const uint8_t *const *data, const int *outs, int P, int64_t ahead, const Row *x, int n,
+                   float *out) {
     if (w->format <= F_BF16) {
         for (int i = 0; i < P; i++) {
             if (w->format == F_F32) panel_f32((const float *)data[i], w->inputs, outs[i], x, n, out + i * ROWS * PANEL);
@@ -369,16 +380,16 @@ static void panels(const Weight *w, const uint8_t *const *data, const int *outs,
         return;
     }
     if (P == 2 && n < rows_at_once(w)) { /* few rows are bound by memory: one stream at a time */
-        panels(w, data, outs, 1, x, n, out);
-        panels(w, data + 1, outs + 1, 1, x, n, out + ROWS * PANEL);
+        panels(w, data, outs, 1, ahead, x, n, out);
+        panels(w, data + 1, outs + 1, 1, ahead, x, n, out + ROWS * PANEL);
         return;
     }
     int64_t groups = (w->inputs + w->group - 1) / w->group;
 #define CASE(P_, n_)                                                                                                   \
     case P_ * 16 + n_:                                                                                                 \
-        if (w->format == F_Q8) panel_int(data, P_, 8, groups, w->group, x, n_, out);                                   \
-        else if (w->format == F_Q4) panel_int(data, P_, 4, groups, w->group, x, n_, out);                              \
-        else panel_p16(data, P_, groups * w->group, x, n_, out);                                                       \
+        if (w->format == F_Q8) panel_int(data, P_, 8, groups, w->group, ahead, x, n_, out);                            \
+        else if (w->format == F_Q4) panel_int(data, P_, 4, groups, w->group, ahead, x, n_, out);                       \
+        else panel_p16(data, P_, groups * w->group, ahead, x, n_, out);                                                \
         break;
     switch (P * 16 + n) {
         CASE(1, 1) CASE(1, 2) CASE(1, 3) CASE(1, 4) CASE(1, 5) CASE(1, 6)
