@@ -54,7 +54,11 @@ def _bits(panel: Any, records: Sequence[Record]) -> None:
     for number, name in enumerate(sorted({n for r in records for n in r.get("bits_per_byte", {})})):
         rows = [r for r in records if name in r.get("bits_per_byte", {})]
         panel.plot(
-            [r["step"] for r in rows], [r["bits_per_byte"][name] for r in rows], f"C{number}", lw=0.6, alpha=0.6
+            [r["step"] for r in rows],
+            [r["bits_per_byte"][name] for r in rows],
+            f"C{number}",
+            lw=0.6,
+            alpha=0.6,
         )
     for number, name in enumerate(sorted({n for r in records for n in r.get("held_out", {})})):
         rows = [r for r in records if name in r.get("held_out", {})]

@@ -19,7 +19,11 @@ def log(run: Path) -> Path:
         {"step": 0, "held_out": {"french": 2.0}, "held_out_mean": 2.0},
         {"step": 5, "bits_per_byte": {"french": 1.9}, "layers": [layer(0.5, 0.5), layer(0.9, 0.1)]},
         {"step": 10, "bits_per_byte": {"french": 9.9}, "layers": [layer(0.5, 0.5), layer(0.9, 0.1)]},
-        {"step": 10, "bits_per_byte": {"french": 1.5}, "layers": [layer(0.6, 0.4), layer(1.0, 0.0, dead=(1,))]},
+        {
+            "step": 10,
+            "bits_per_byte": {"french": 1.5},
+            "layers": [layer(0.6, 0.4), layer(1.0, 0.0, dead=(1,))],
+        },
         {"step": 10, "held_out": {"french": 1.6}, "held_out_mean": 1.6},
     ]
     (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
