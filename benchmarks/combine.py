@@ -144,9 +144,9 @@ def mergekit_run(program: Path, models: Mapping[str, str], work: Path) -> dict[s
 def judge_parts(mixture: Path, files: dict[str, list[Path]], tokens: int, window: int) -> dict[str, Judged]:
     """Members, soup and the mixture at top-1 and top-2."""
     from octad.checkpoint.load import open_source
-    from octad.evaluate.compare import compare
+    from octad.evaluate.compare import Settings, compare
 
-    found = compare(open_source(mixture), files, tokens=tokens, window=window)
+    found = compare(open_source(mixture), files, Settings(tokens, window))
     return {
         name: {d: {"nats": found.nats[name][d], "bits": found.bits[name][d]} for d in files}
         for name in found.nats

@@ -126,13 +126,19 @@ class LLM:
         self, messages: Sequence[Message], params: SamplingParams | None = None, **template_variables: Any
     ) -> RequestOutput:
         """The answer to a conversation, through the model's chat template."""
-        return self.generate([self.tokenizer.encode_chat(messages, **template_variables)], params)[0]
+        return self.generate([self._encode_chat(messages, template_variables)], params)[0]
 
     def stream_chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, **template_variables: Any
     ) -> Iterator[Delta]:
         """The answer to a conversation as it comes."""
-        return self.stream(self.tokenizer.encode_chat(messages, **template_variables), params)
+        return self.stream(self._encode_chat(messages, template_variables), params)
+
+    def _encode_chat(self, messages: Sequence[Message], template_variables: dict[str, Any]) -> list[int]:
+        """The conversation as ids. Raises RequestError for one without a message: a template may make text of nothing."""
+        if not messages:
+            raise RequestError("the conversation is empty; give at least one message")
+        return self.tokenizer.encode_chat(messages, **template_variables)
 
     # ---- experts -------------------------------------------------------------------------------------------
 

@@ -232,7 +232,8 @@ def _with_oracle(rows: dict[str, Row], texts: Texts) -> tuple[dict[str, Row], di
 
 
 def differences(found: Comparison) -> list[Difference]:
-    """Of the mixture at each top-k, or of a model, against all others; in each domain, then in the mean."""
+    """Of the mixture as it runs and then at each other top-k, or of a model, against all others; in each domain, then in
+    the mean."""
     units = list(found.texts.units.values())
     draws = Draws(
         [u.bytes for u in units],
@@ -243,7 +244,7 @@ def differences(found: Comparison) -> list[Difference]:
     sums = {name: [u.sums(row.nats) for u in units] for name, row in found.rows.items()}
     if found.members:
         sums["oracle chosen elsewhere"] = _chosen_elsewhere([sums[m] for m in found.members])
-    mine = found.mixtures or [found.own]
+    mine = list(dict.fromkeys([found.own, *found.mixtures]))
     pairs = [(a, b) for a in mine for b in sums if a != b]
     if not pairs:
         return []

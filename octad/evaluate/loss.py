@@ -18,13 +18,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from octad.checkpoint.text import Batch, Window, batches
 from octad.engine.native_modules import NativeLinear
 from octad.model.transformer import Transformer
 
-HEAD_SLICE = 256  # positions whose logits exist at one time
+HEAD_BYTES = (
+    16 << 20
+)  # of logits that exist at one time: more would be memory that the system hands out anew each time
+HEAD_BYTES_CUDA = 1 << 30
 TOKENS_PER_BATCH = 4096
 
 Progress = Callable[[int], None]
@@ -66,13 +70,15 @@ def _losses(model: Transformer, tokens_BS: torch.Tensor) -> torch.Tensor:
     """-ln p of each token after the first: [B, S-1]; of padding it means nothing."""
     x_ND = model.model(tokens_BS)[:, :-1].flatten(0, 1)
     targets = tokens_BS[:, 1:].flatten()
-    slices = zip(torch.split(x_ND, HEAD_SLICE), torch.split(targets, HEAD_SLICE), strict=True)
-    return torch.cat([_slice_losses(logits(model, x), t) for x, t in slices]).view(len(tokens_BS), -1)
+    rows = head_rows(model, x_ND)
+    slices = zip(torch.split(x_ND, rows), torch.split(targets, rows), strict=True)
+    losses = [F.cross_entropy(logits(model, x), t, reduction="none") for x, t in slices]
+    return torch.cat(losses).view(len(tokens_BS), -1)
 
 
-def _slice_losses(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    chosen_N = logits_NV.gather(1, targets_N[:, None])[:, 0]
-    return logits_NV.logsumexp(1) - chosen_N
+def head_rows(model: Transformer, x_ND: torch.Tensor) -> int:
+    """Positions whose logits may exist at one time."""
+    return max(1, (HEAD_BYTES_CUDA if x_ND.is_cuda else HEAD_BYTES) // (4 * model.config.vocab_size))
 
 
 def logits(model: Transformer, x_ND: torch.Tensor) -> torch.Tensor:

@@ -23,10 +23,10 @@ BLOCK = 128  # queries at a time; at 512 positions 3 x as fast as the fused kern
 
 
 class Segment(NamedTuple):
-    """`count` sequences of `length` tokens that lie one after another from token `start`."""
+    """`sequences` of `length` tokens each that lie one after another from token `start`."""
 
     start: int
-    count: int
+    sequences: int
     length: int
 
 
@@ -77,7 +77,7 @@ class _Blocked(torch.autograd.Function):
                 p = _probabilities(part, k_XSK.transpose(1, 2)[:, :, seen], ctx.window)
                 dy_XTK, q_XTK = _stacked(dy_BGRSK[:, :, :, rows]), _stacked(part)
                 dv_XSK[:, seen] += torch.bmm(p.transpose(1, 2), dy_XTK)
-                ds = torch._softmax_backward_data(torch.bmm(dy_XTK, v_XKS[:, :, seen]), p, -1, p.dtype)  # type: ignore[no-untyped-call]
+                ds = torch._softmax_backward_data(torch.bmm(dy_XTK, v_XKS[:, :, seen]), p, -1, p.dtype)
                 dq_BGRSK[:, :, :, rows] = torch.bmm(ds, k_XSK[:, seen]).view(part.shape)
                 dk_XSK[:, seen] += torch.bmm(ds.transpose(1, 2), q_XTK)
             _put_keys(dk, segment, dk_XSK)

@@ -45,11 +45,11 @@ def fused_attention(
     q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor, segments: list[Segment], window: int | None
 ) -> torch.Tensor:
     """The signature of blocked_attention, through PyTorch's fused kernel: for GPUs."""
-    sizes = [segment.count * segment.length for segment in segments]
+    sizes = [segment.sequences * segment.length for segment in segments]
     parts = zip(segments, *(torch.split(x, sizes) for x in (q_NHK, k_NGK, v_NGK)), strict=True)
     done = []
     for segment, *qkv in parts:
-        q, k, v = (x.view(segment.count, segment.length, *x.shape[1:]) for x in qkv)
+        q, k, v = (x.view(segment.sequences, segment.length, *x.shape[1:]) for x in qkv)
         done.append(causal_attention(q, k, v, window=window).flatten(0, 1))
     return torch.cat(done)
 

@@ -127,6 +127,12 @@ def test_chat_goes_through_the_template(llm: LLM) -> None:
         llm.chat([{"content": "no role"}], GREEDY)
 
 
+def test_a_conversation_without_a_message(llm: LLM) -> None:
+    for ask in (llm.chat, llm.stream_chat):
+        with pytest.raises(RequestError, match="conversation is empty"):
+            ask([])
+
+
 def test_only_one_expert(llm: LLM, directory: Path) -> None:
     """Forced through the engine = the model forced by evaluate, and the prefix cache does not remember others."""
     text, traced = "a text of several blocks", SamplingParams(**vars(GREEDY) | {"routed_experts": True})

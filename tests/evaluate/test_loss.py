@@ -35,13 +35,13 @@ def test_losses_are_those_of_transformers(family: str, tiny_checkpoint: TinyChec
 
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 64, 4096])
-@pytest.mark.parametrize("head_slice", [1, 7, 512])
+@pytest.mark.parametrize("head_bytes", [1, 7 * 4 * 96, 1 << 20])
 def test_batches_and_slices_change_nothing(
-    tokens_per_batch: int, head_slice: int, tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+    tokens_per_batch: int, head_bytes: int, tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_model(open_source(tiny_checkpoint("qwen3_moe")), torch.float32)
     expected = [window_nats(model, [w])[0] for w in windows()]
-    monkeypatch.setattr(loss, "HEAD_SLICE", head_slice)
+    monkeypatch.setattr(loss, "HEAD_BYTES", head_bytes)
     seen: list[int] = []
     found = window_nats(model, windows(), tokens_per_batch=tokens_per_batch, progress=seen.append)
     assert found == pytest.approx(expected, rel=1e-5)

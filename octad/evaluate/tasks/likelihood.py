@@ -20,7 +20,7 @@ import torch
 
 from octad.checkpoint.text import Window, batches
 from octad.checkpoint.tokenizer import Tokenizer
-from octad.evaluate.loss import HEAD_SLICE
+from octad.evaluate.loss import head_rows
 from octad.model.transformer import Transformer
 
 Pair = tuple[Sequence[int], Sequence[int]]  # the context's ids (one at least), the continuation's
@@ -86,7 +86,8 @@ def _score(
     x_PD = torch.cat([x_BSD[row, start - 1 : start - 1 + count] for row, (start, count) in enumerate(spans)])
     wanted_P = torch.cat([tokens_BS[row, start : start + count] for row, (start, count) in enumerate(spans)])
     nats, first = [], []
-    for x, wanted in zip(torch.split(x_PD, HEAD_SLICE), torch.split(wanted_P, HEAD_SLICE), strict=True):
+    rows = head_rows(model, x_PD)
+    for x, wanted in zip(torch.split(x_PD, rows), torch.split(wanted_P, rows), strict=True):
         logits_PV = model.head(x).float().cpu()
         nats.append(torch.nn.functional.cross_entropy(logits_PV, wanted, reduction="none"))
         first.append(logits_PV.argmax(-1) == wanted)
