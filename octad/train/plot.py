@@ -73,6 +73,7 @@ def _loads(panel: Any, records: Sequence[Record]) -> None:
     share = [layer["share"] for layer in records[-1]["layers"]]
     image = panel.imshow(share, aspect="auto", cmap="viridis", vmin=0, vmax=max(map(max, share)))
     panel.set(title=f"share of the choices at step {records[-1]['step']}", xlabel="expert", ylabel="layer")
+    panel.yaxis.get_major_locator().set_params(integer=True)
     panel.figure.colorbar(image, ax=panel)
     for n, layer in enumerate(records[-1]["layers"]):
         for e in layer["dead"]:
@@ -99,5 +100,6 @@ def _entropy(panel: Any, records: Sequence[Record]) -> None:
     dead = [sum(len(layer["dead"]) for layer in r["layers"]) for r in records]
     if any(dead):
         panel.plot(steps, dead, label="dead experts, all layers")
-    panel.set(title="routers, mean of layers", xlabel="step", ylim=(0, None))
+    panel.set(title="routers, mean of layers", xlabel="step")
+    panel.set_ylim(0, 1.05 * panel.get_ylim()[1])
     panel.legend(fontsize=6)
