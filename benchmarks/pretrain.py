@@ -1,13 +1,13 @@
 """From scratch: a dense model against 8 experts, top-1 and top-2, at equal active cost, three seeds each.
 
     python benchmarks/pretrain.py train  --corpora CORPORA --work WORK      # nine runs in turn; resumable
-    python benchmarks/pretrain.py time   --corpora CORPORA --work WORK      # the step time of each, on an idle machine
+    python benchmarks/pretrain.py time   --corpora CORPORA --work WORK      # the step time of each
     python benchmarks/pretrain.py report --work WORK --out benchmarks/results/pretrain.json --plot docs/pretrain.svg
 
 All runs of a seed see the same batches; the learning rate is constant after the warm-up, so that a point of a curve is
 what a run of that length reaches. The question: after how many steps has a mixture the loss that the dense twin ends
-with? Seconds are steps times the median step time, taken apart from the training, one process on one thread at a time:
-the training itself may run beside other work. Judged in bits per byte on the same held-out windows of eight domains.
+with? Seconds are steps times the median CPU time of a step on one thread, taken apart from the training: neither is then
+moved much by other work on the machine. Judged in bits per byte on the same held-out windows of eight domains.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 SEEDS = (0, 1, 2)
 ROUTING = {"balance": 2e-2, "z": 1e-3, "bias": 1e-3}
-WARM_UP, REPEATS = 3, 12
+WARM_UP, REPEATS = 1, 7
 VOCABULARY, SAMPLE = 4096, 2_000_000  # characters of each domain that the tokenizer is made from
 
 
@@ -140,7 +140,7 @@ def one_thread() -> dict[str, str]:
 
 
 def measure(corpora: Path, work: Path) -> None:
-    """The median step of each kind, taken in turn so that a change of the machine's mood meets all of them."""
+    """The median CPU seconds of a step of each kind, taken in turn so that a change of the machine meets them all."""
     import torch
 
     from octad.dist import keep_freed_memory
@@ -160,10 +160,10 @@ def measure(corpora: Path, work: Path) -> None:
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for repeat in range(WARM_UP + REPEATS):
         for kind, trainer in trainers.items():
-            started = time.perf_counter()
+            started = time.process_time()
             trainer.train_step()
             if repeat >= WARM_UP:
-                seconds[kind].append(time.perf_counter() - started)
+                seconds[kind].append(time.process_time() - started)
     for kind, found in seconds.items():
         facts[kind] |= {
             "step_seconds": round(statistics.median(found), 4),
