@@ -4,6 +4,7 @@
 import io
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -185,10 +186,15 @@ class Program:
         os.close(own)
         self.printed = ""
 
-    def wait_for(self, text: str, count: int = 1) -> None:
+    def wait_for(self, text: str, count: int = 1, keys: str = "") -> None:
+        """Until it is printed `count` times; `keys` are typed whenever the program is silent for a second, since what is
+        typed between two prompts may be lost."""
         end = time.monotonic() + 100
         while self.printed.count(text) < count:
             assert time.monotonic() < end, self.printed
+            if not select.select([self.terminal], [], [], 1.0)[0]:
+                self.type(keys)
+                continue
             try:
                 new = os.read(self.terminal, 65536).decode(errors="replace")
             except OSError:  # the other side has closed
@@ -216,8 +222,7 @@ def test_the_whole_program_in_a_terminal(mixture: Path, tmp_path: Path) -> None:
     program.wait_for("each word in the colour")
     program.type("Hi\r")
     program.wait_for("tokens/s")
-    program.type("\x03")
-    program.wait_for("Ctrl-D leaves", 2)
+    program.wait_for("Ctrl-D leaves", 2, keys="\x03")
     program.type("/quit\r")
     assert program.process.wait(60) == 0
     for code in ("\x1b[39mgeneral", "\x1b[32mfrench", "\x1b[36mmaths"):
