@@ -93,7 +93,9 @@ def test_words_in_colour_and_their_legend(session: Session, talk: Talk) -> None:
 
 
 def test_commands_that_end_in_an_answer(session: Session, talk: Talk) -> None:
-    session.params = replace(session.params, min_tokens=8)  # at this temperature an answer may end early by chance
+    session.params = replace(
+        session.params, min_tokens=8
+    )  # at this temperature an answer may end early by chance
     printed = talk("/set temperature 1.5" + ENTER, "Hi" + ENTER, "/retry" + ENTER, "/retry" + ENTER, CTRL_D)
     assert printed.count("8 tokens · ") == 3
     assert len(session.turns) == 1
