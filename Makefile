@@ -64,4 +64,4 @@ bench-engine: $(READY)
 		$(if $(LLAMA_BENCH),--llama-bench $(LLAMA_BENCH)) $(addprefix --gguf ,$(GGUF))
 
 clean:
-	rm -rf $(VENV) demo-output build *.egg-info
+	rm -rf $(VENV) demo-output demo-output-report build *.egg-info

@@ -92,14 +92,14 @@ def quantize(
 ) -> None:
     """Round a checkpoint's weights; with `data`, tell what that costs, here and in the output's model card."""
     from octad.checkpoint.load import open_source
-    from octad.evaluate.rounding import domain_texts, quantize_and_judge
-    from octad.evaluate.texts import read_domains
+    from octad.evaluate.rounding import quantize_and_judge
+    from octad.evaluate.texts import read_domains, read_texts
 
     if output is None:
         raise OutputError(f"{model}: no output given; add -o DIRECTORY")
     keep_freed_memory()
     started, source = time.monotonic(), open_source(model)
-    texts = domain_texts(source, read_domains(data), tokens=tokens, window=window) if data else {}
+    texts = read_texts(source, read_domains(data), tokens=tokens, window=window).domains if data else {}
     with terminal.progress_bar() as progress:
         path, bits = quantize_and_judge(source, output, to, texts, progress=progress, **options)
     if bits:

@@ -1,5 +1,6 @@
 """Tiny random models of every family, made and saved by transformers itself: the oracle's own files."""
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+
+from octad import cli
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 MOE = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
@@ -34,6 +37,8 @@ OWN: dict[str, dict[str, Any]] = {
 
 TinyModel = Callable[..., transformers.PreTrainedModel]
 TinyCheckpoint = Callable[..., Path]
+Outcome = tuple[int, str, str]
+Octad = Callable[..., Outcome]
 
 
 def make_model(family: str, **changes: Any) -> transformers.PreTrainedModel:
@@ -87,3 +92,33 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def octad(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Octad:
+    """octad("inspect", path) -> (exit code, stdout, stderr), through main()."""
+    torch.set_num_threads(1)
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["octad", *map(str, arguments)])
+        capsys.readouterr()
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return int(code), captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_in_training(request: pytest.FixtureRequest) -> Iterator[None]:
+    """There the models are so small that more threads only wait for each other. Here and not in a conftest of that
+    directory, which would take the name of this module, from which tests import."""
+    before = torch.get_num_threads()
+    if request.path.parent.name == "train":
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

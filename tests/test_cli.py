@@ -17,13 +17,11 @@ import transformers
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent / "combine"))
+from conftest import Octad, Outcome
 from members import adapter, edit_config, full_member, make_base, save_tokenizer, text_file
 from safetensors.torch import load_file, save_file
 
-from octad import cli, terminal
-
-Outcome = tuple[int, str, str]
-Octad = Callable[..., Outcome]
+from octad import terminal
 
 
 class World:
@@ -56,25 +54,6 @@ class World:
         experts: list[dict[str, Any]] = yaml.safe_load(self.recipe.read_text())["experts"]
         experts[place] |= changes
         return experts
-
-
-@pytest.fixture
-def octad(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Octad:
-    """octad("inspect", path) -> (exit code, stdout, stderr), through main()."""
-    torch.set_num_threads(1)
-
-    def run(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["octad", *map(str, arguments)])
-        capsys.readouterr()
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return int(code), captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

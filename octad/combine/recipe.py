@@ -14,33 +14,17 @@ and, for a misspelt key, the nearest one that exists. Imports no torch.
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from octad.checkpoint.config_file import read_mapping, unknown_key
 from octad.errors import RecipeError
 
 RouterMethod = Literal["ridge", "logistic", "prompts", "random"]
 SharedMethod = Literal["base", "mean", "linear", "ties", "dare"]
 MAX_EXPERTS = 64
-
-
-class _OnceLoader(yaml.SafeLoader):
-    """YAML in which a key that occurs twice is a mistake: the library takes the last one in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """See SafeLoader. Raises ConstructorError."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key.value!r} occurs twice", key.start_mark
-                )
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
 
 
 class Section(BaseModel):
@@ -135,18 +119,7 @@ class Recipe(Section):
     def load(cls, path: str | Path) -> Recipe:
         """Read a recipe file. Raises RecipeError with one line for whatever is wrong."""
         path = Path(path)
-        try:
-            raw = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
-        except OSError as error:
-            raise RecipeError(f"recipe {path}: cannot be read ({error.strerror})") from None
-        except UnicodeDecodeError:
-            raise RecipeError(f"recipe {path}: not UTF-8 text") from None
-        except yaml.YAMLError as error:
-            raise RecipeError(f"recipe {path}: not valid YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(raw, dict):
-            raise RecipeError(
-                f"recipe {path}: expected keys such as base and experts, found {type(raw).__name__}"
-            )
+        raw = read_mapping(path, f"recipe {path}", "base and experts")
         return cls.from_dict(raw, directory=path.parent, label=str(path))
 
     @classmethod
@@ -181,9 +154,7 @@ def _one_line(error: ValidationError) -> str:
     if problem["type"] == "extra_forbidden":
         section: type[Section] = SECTIONS.get(where[0], Recipe) if len(where) > 1 else Recipe
         keys = [k for k in section.model_fields if k != "directory"]
-        near = difflib.get_close_matches(where[-1], keys, 1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(keys)}"
-        return f"unknown key {'.'.join(where)!r}; {hint}"
+        return unknown_key(where, keys)
     if problem["type"] == "missing":
         return f"key {'.'.join(where)!r} is missing"
     if problem["type"] in ("too_short", "too_long") and where == ["experts"]:

@@ -1,6 +1,6 @@
 """What rounding costs: bits per byte of each domain's text, of one model before and after.
 
-    texts = domain_texts(source, domains, tokens=4096, window=512)
+    texts = read_texts(source, domains, tokens=4096, window=512).domains
     path, bits = quantize_and_judge(source, "mixture-int4", "int4", texts)      # bits["french"]: before, after
 
 Before: the source's weights in the machine's usual precision. After: what was written, as the engine runs it here.
@@ -8,7 +8,7 @@ Before: the source's weights in the machine's usual precision. After: what was w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,11 @@ from octad.engine.optimize import optimize
 from octad.engine.quantize import Precision
 from octad.engine.saved import load_quantized, save_quantized, write_figures
 from octad.evaluate.loss import bits_per_byte, window_nats
-from octad.evaluate.texts import read_texts
 from octad.model.transformer import Transformer
 
 Texts = Mapping[str, list[Window]]
 Bits = dict[str, tuple[float, float]]
 Progress = Callable[[str, float], None]
-
-
-def domain_texts(
-    source: TensorSource, domains: Mapping[str, Sequence[Path]], *, tokens: int, window: int
-) -> dict[str, list[Window]]:
-    """At most `tokens` tokens of each domain's files. Raises DataError naming the domain."""
-    return dict(read_texts(source, domains, tokens=tokens, window=window).domains)
 
 
 def domain_bits(

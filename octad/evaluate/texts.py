@@ -24,6 +24,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from octad.checkpoint.config_file import parse_yaml
 from octad.checkpoint.load import load_tokenizer
 from octad.checkpoint.source import TensorSource
 from octad.checkpoint.text import Window, read_windows
@@ -119,7 +120,7 @@ class Texts:
 def read_domains(path: Path) -> dict[str, list[Path]]:
     """A YAML file `domains: {name: file or [files]}`; paths are relative to it. Raises DataError with one line."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DataError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
     table = raw.get("domains") if isinstance(raw, dict) else None

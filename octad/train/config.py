@@ -16,14 +16,13 @@ nearest one that exists; `unused_keys` tells which settings the chosen mode does
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from octad.checkpoint.config_file import read_mapping, unknown_key
 from octad.errors import RecipeError
 from octad.train.sections import (
     DataSpec,
@@ -186,17 +185,7 @@ def load_branch(path: str | Path) -> BranchConfig:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise RecipeError(f"{path}: not UTF-8 text") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{path}: expected keys such as data and steps, found {type(raw).__name__}")
-    return raw
+    return read_mapping(path, str(path), "data and steps")
 
 
 def _checked(kind: type[T], raw: dict[str, Any], path: Path) -> T:
@@ -226,9 +215,7 @@ def _one_line(error: ValidationError, kind: type[BaseModel]) -> str:
     where = [str(part) for part in problem["loc"] if part not in _KINDS]
     if problem["type"] == "extra_forbidden":
         keys = [key for key in _section(kind, problem["loc"][:-1]).model_fields if key != "directory"]
-        near = difflib.get_close_matches(where[-1], keys, 1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(keys)}"
-        return f"unknown key {'.'.join(where)!r}; {hint}"
+        return unknown_key(where, keys)
     if problem["type"] == "missing":
         return f"key {'.'.join(where)!r} is missing"
     if len(where) < len(problem["loc"]):  # of a key that may be one of several kinds

@@ -22,7 +22,7 @@ from octad.engine.quantize import PackedExperts, PackedLinear
 from octad.engine.saved import load_quantized, save_quantized
 from octad.errors import CheckpointError, OctadError, OutputError, RequestError
 from octad.evaluate.loss import bits_per_byte, window_nats
-from octad.evaluate.rounding import domain_texts
+from octad.evaluate.texts import read_texts
 from octad.kernels.packed import pack
 from octad.model.transformer import Transformer
 
@@ -320,7 +320,9 @@ def test_the_command_tells_what_rounding_costs(original: Any, capsys: pytest.Cap
     output = path.with_name("out")
     commands.quantize(str(path), output, "int4", data, 200, 64, overwrite=False, max_shard_bytes=5e9)
     source = open_source(path)
-    windows = domain_texts(source, {d: [path.parent / f"{d}.txt"] for d in texts}, tokens=200, window=64)
+    windows = read_texts(
+        source, {d: [path.parent / f"{d}.txt"] for d in texts}, tokens=200, window=64
+    ).domains
     llm = LLM(output, num_blocks=50)
     assert llm.expert_names == ["a", "b", "c"]
     printed, written = capsys.readouterr().out, (output / "README.md").read_text()

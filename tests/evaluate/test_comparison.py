@@ -270,6 +270,9 @@ def test_domains(tmp_path: Path) -> None:
     path.write_text("domains: {}")
     with pytest.raises(DataError, match="expected 'domains:'"):
         read_domains(path)
+    path.write_text("domains: {a: x.txt, a: y.txt}")
+    with pytest.raises(DataError, match="key 'a' occurs twice"):
+        read_domains(path)
 
 
 def test_progress_ends_at_one(world: World) -> None:

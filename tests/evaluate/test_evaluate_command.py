@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,13 +10,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import Octad, Outcome
 from judging import World
 from safetensors.torch import load_file, save_file
-
-from octad import cli
-
-Outcome = tuple[int, str, str]
-Octad = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="module")
@@ -32,21 +27,13 @@ def mixture(world: World, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def evaluate(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Octad:
+def evaluate(world: World, octad: Octad) -> Octad:
     """evaluate(model, "--require", "mean<=soup") -> (exit code, stdout, stderr)."""
     data = world.base.parent / "domains.yaml"
     data.write_text(yaml.safe_dump({"domains": {d: [str(f) for f in fs] for d, fs in world.domains.items()}}))
 
     def run(model: Path, *options: object) -> Outcome:
-        arguments = ["evaluate", model, "--data", data, "--tokens", 100, "--window", 32, *options]
-        monkeypatch.setattr(sys, "argv", ["octad", *map(str, arguments)])
-        capsys.readouterr()
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return int(code), *capsys.readouterr()
+        return octad("evaluate", model, "--data", data, "--tokens", 100, "--window", 32, *options)
 
     return run
 

