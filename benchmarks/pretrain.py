@@ -149,7 +149,7 @@ def measure(corpora: Path, work: Path) -> None:
     from octad.train.trainer import Trainer
 
     torch.set_num_threads(1)
-    keep_freed_memory()
+    keep_freed_memory(any_size=True)
     make_tokenizer(corpora, work / "tokenizer")
     trainers, facts = {}, {}
     for kind in KINDS:

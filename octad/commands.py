@@ -236,7 +236,7 @@ def train(config: Path, output: Path | None) -> None:
     from octad.train.pretrain import pretrain_learner
     from octad.train.trainer import Outcome, Trainer
 
-    keep_freed_memory()
+    keep_freed_memory(any_size=True)
     loaded = load_config(config)
     run = _run_directory(config, output, loaded.unused_keys())
     learner = tune_learner(loaded) if isinstance(loaded, TuneConfig) else pretrain_learner(loaded)
@@ -254,7 +254,7 @@ def branch(config: Path, output: Path | None, only: str | None, *, ray: bool) ->
     from octad.train.fanout import fan_out
     from octad.train.trainer import Outcome
 
-    keep_freed_memory()
+    keep_freed_memory(any_size=True)
     loaded = load_branch(config)
     run = _run_directory(config, output, loaded.unused_keys(ray=ray))
     carry_out = fan_out if ray else in_turn

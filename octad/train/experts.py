@@ -37,7 +37,7 @@ class TrainExperts(nn.Module):
         rows = order // experts_NA.shape[1]
         weights_R = weights_NA.flatten()[order].to(x_ND.dtype)
         y_RD = _SortedExperts.apply(  # type: ignore[no-untyped-call]
-            x_ND[rows], weights_R, self.gate_up_proj, self.down_proj, counts[1:]
+            x_ND.index_select(0, rows), weights_R, self.gate_up_proj, self.down_proj, counts[1:]
         )
         return torch.zeros_like(x_ND).index_add(0, rows, cast(torch.Tensor, y_RD))
 

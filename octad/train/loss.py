@@ -76,9 +76,10 @@ class _SlicedLoss(torch.autograd.Function):
         ]
         head, losses = Head(weight, a, b, scale), x_ND.new_empty(len(x_ND), dtype=torch.float32)
         total = losses.new_zeros(())
+        room = x_ND.new_empty(min(SLICE, len(x_ND)), len(weight))
         for start in range(0, len(x_ND), SLICE):
             at = slice(start, start + SLICE)
-            logits = _logits(head, x_ND[at])
+            logits = _logits(head, x_ND[at], room)
             taught = None if teacher is None else F.linear(teacher.x[at], teacher.weight)
             losses[at], mixed = _to_gradients(logits, targets_N[at], taught, teacher)
             total += mixed
@@ -94,10 +95,11 @@ class _SlicedLoss(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
-def _logits(head: Head, x: torch.Tensor) -> torch.Tensor:
-    logits = F.linear(x, head.weight)
+def _logits(head: Head, x: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
+    """In `room`: a new tensor of this size, filled for the first time, costs as much as the product."""
+    logits = torch.mm(x, head.weight.T, out=room[: len(x)])
     if head.a is not None and head.b is not None:
-        logits = logits + head.scale * F.linear(F.linear(x, head.a), head.b)
+        logits.addmm_(F.linear(x, head.a), head.b.T, alpha=head.scale)
     return logits
 
 
