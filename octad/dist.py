@@ -30,7 +30,7 @@ def keep_freed_memory(any_size: bool = False) -> None:
 
     PyTorch allocates every activation afresh; with glibc's defaults each one of a few MB is mapped, zeroed page by page
     and unmapped again, which on virtual machines costs as much as the arithmetic. `any_size` is for work that asks for
-    the same blocks again and again, as training does: a step of `repair` takes 9 % less. Does nothing on other systems."""
+    the same blocks again and again, as training does: a step of `repair` takes 9 % less. For glibc alone."""
     if not sys.platform.startswith("linux"):
         return
     try:

@@ -103,15 +103,15 @@ def _blocks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
         yield slice(start, end), slice(first, end)
 
 
-def _probabilities(
-    q_XTK: torch.Tensor, k_XKS: torch.Tensor, block: int, window: int | None
-) -> torch.Tensor:
+def _probabilities(q_XTK: torch.Tensor, k_XKS: torch.Tensor, block: int, window: int | None) -> torch.Tensor:
     """Softmax over the keys for a block's scaled queries, which are the last of the S positions: [X, R * block, S]."""
     S = k_XKS.shape[2]
     scores = torch.bmm(q_XTK, k_XKS)
     first = 0 if window is not None else S - block  # without a window, everything before the block is seen
     hidden = ~causal_mask(block, S, window, scores.device)[:, first:]
-    bias = scores.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))  # added is faster than filled in
+    bias = scores.new_zeros(hidden.shape).masked_fill_(
+        hidden, float("-inf")
+    )  # added is faster than filled in
     scores.view(len(scores), -1, block, S)[..., first:].add_(bias)
     return scores.softmax(-1)
 
