@@ -81,9 +81,11 @@ class _SortedExperts(torch.autograd.Function):
                 dweights_R[at] = torch.linalg.vecdot(dh, h)
             if ddown is not None:
                 torch.mm((dy_RD[at] * scale).T, h, out=ddown[e])
-            dh.mul_(scale)
-            dgate = torch.ops.aten.silu_backward(dh * up, gate)
-            dhidden = torch.cat((dgate, dh.mul_(silu)), -1)
+            dhidden = torch.empty_like(hidden[at])
+            dgate, dup = dhidden.chunk(2, -1)
+            torch.mul(dh.mul_(scale), silu, out=dup)
+            torch.mul(dh, up, out=dgate)
+            torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
             if dgate_up is not None:
                 torch.mm(dhidden.T, x_RD[at], out=dgate_up[e])
             if dx_RD is not None:
