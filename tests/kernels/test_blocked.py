@@ -32,8 +32,13 @@ def reference(
 
 @pytest.mark.parametrize("window", [None, 3, 50])
 @pytest.mark.parametrize("groups", [1, 2, 6])
-def test_it_equals_the_slow_twin_segment_by_segment(monkeypatch, groups: int, window: int | None) -> None:
+@pytest.mark.parametrize("kept", [512, 5, 0])
+def test_it_equals_the_slow_twin_segment_by_segment(
+    monkeypatch, kept: int, groups: int, window: int | None
+) -> None:
+    """Whether the backward has all probabilities, those of the short segments, or none."""
     monkeypatch.setattr(blocked, "BLOCK", 4)
+    monkeypatch.setattr(blocked, "KEPT", kept)
     leaves = inputs(6, groups, torch.float32)
     dy = torch.randn(24, 6, 4)
     expected = reference(*leaves, SEGMENTS, window)
@@ -47,8 +52,10 @@ def test_it_equals_the_slow_twin_segment_by_segment(monkeypatch, groups: int, wi
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_its_gradients_equal_finite_differences(monkeypatch, window: int | None) -> None:
+@pytest.mark.parametrize("kept", [512, 0])
+def test_its_gradients_equal_finite_differences(monkeypatch, kept: int, window: int | None) -> None:
     monkeypatch.setattr(blocked, "BLOCK", 4)
+    monkeypatch.setattr(blocked, "KEPT", kept)
     torch.autograd.gradcheck(
         lambda q, k, v: blocked_attention(q, k, v, SEGMENTS, window), inputs(4, 2), atol=1e-6
     )
