@@ -49,8 +49,12 @@ def is_ffn(name: str) -> bool:
 
 def is_linear(name: str) -> bool:
     """True for the weights [O, K] that most of a model's bytes are: attention's projections and feed-forward nets."""
-    attention = ".self_attn." in name and name.endswith("_proj.weight")
-    return attention or (is_ffn(name) and name.endswith(".weight"))
+    return is_attention(name) or (is_ffn(name) and name.endswith(".weight"))
+
+
+def is_attention(name: str) -> bool:
+    """True for the weights of attention's projections."""
+    return ".self_attn." in name and name.endswith("_proj.weight")
 
 
 def dense_mlp_name(layer: int, part: Part) -> str:

@@ -9,8 +9,8 @@ each integer so that it is unsigned), X_scale (bfloat16 [O, G], one for each `gr
 `quantization_config` in config.json says so to vLLM and transformers, which read the same files. A scale may be negative:
 nothing in the layout asks for its sign, and 4 bits have one value more on one side.
 
-Source: the compressed-tensors library (compressors/pack_quantized). Only what octad writes is read: symmetric groups, one
-precision for all layers, 8 bits for a head that is not tied to the embeddings.
+Source: the compressed-tensors library (compressors/pack_quantized). Only what octad writes is read: symmetric groups; one
+scheme for all feed-forward nets and experts, one for all attention, one for a head that is not tied to the embeddings.
 
 Shapes: O outputs, K inputs, G groups.
 """
@@ -28,7 +28,7 @@ import torch
 
 from octad.checkpoint.extent import Extent
 from octad.checkpoint.hf import SafetensorsSource, one_by_one, open_weights, read_config, verify
-from octad.checkpoint.names import HEAD, is_linear, tensor_plan
+from octad.checkpoint.names import HEAD, is_attention, is_linear, tensor_plan
 from octad.checkpoint.side_files import read_json
 from octad.checkpoint.source import TensorInfo
 from octad.errors import CheckpointError
@@ -36,6 +36,8 @@ from octad.model.config import ModelConfig
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 BITS = (4, 8)
+# Fused, too, as vLLM builds it: it looks for a module's name first, then for its class, and only then for the parts'.
+ATTENTION_TARGET = r"re:.*self_attn\.(q|k|v|o|qkv)_proj$"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class Scheme:
 
     bits: int
     group: int
+
+    @property
+    def bytes(self) -> float:
+        """Of one weight, with its part of a scale."""
+        return self.bits / 8 + 2 / self.group
 
     def infos(self, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
         """By suffix, what a weight of this shape [O, K] is on disk."""
@@ -55,17 +62,36 @@ class Scheme:
         }
 
 
-def quantization_config(layers: Scheme, head: Scheme | None) -> dict[str, Any]:
-    """What config.json says of a checkpoint; `head` None: tied to the embeddings, and not on disk."""
-    groups = {"group_0": _config_group(layers, "Linear")}
+@dataclass(frozen=True)
+class Schemes:
+    """Those of a checkpoint. `head` None: tied to the embeddings, and not on disk."""
+
+    ffn: Scheme  # and experts
+    attention: Scheme
+    head: Scheme | None
+
+    def of(self, name: str) -> Scheme | None:
+        """A tensor's; None for what is not rounded."""
+        if name == HEAD:
+            return self.head
+        return (self.attention if is_attention(name) else self.ffn) if is_linear(name) else None
+
+
+def quantization_config(schemes: Schemes) -> dict[str, Any]:
+    """What config.json says of a checkpoint. Experts are found as "Linear" alone (vLLM has them stacked, under another
+    name); of several targets that match, a name wins over a class."""
+    head = schemes.head
+    groups = [_config_group(schemes.ffn, "Linear")]
+    if schemes.attention != schemes.ffn:
+        groups.append(_config_group(schemes.attention, ATTENTION_TARGET))
     if head is not None:
-        groups["group_1"] = _config_group(head, "re:.*lm_head$")
+        groups.append(_config_group(head, "re:.*lm_head$"))
     routers = [r"re:.*\.gate$", r"re:.*\.shared_expert_gate$"]
     return {
         "quant_method": METHOD,
         "format": FORMAT,
         "quantization_status": "compressed",
-        "config_groups": groups,
+        "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
         "ignore": routers if head else [*routers, "lm_head"],
         "kv_cache_scheme": None,
     }
@@ -116,7 +142,7 @@ class QuantizedSource(SafetensorsSource):
         self._files = [*weights, self.directory / "config.json"]
         self._provenance = None
         verify(self._extents, self.config, self.label, self._packed)
-        self.layers = next(scheme for name, scheme in self._packed.items() if name != HEAD)
+        self.schemes = _schemes(self._packed, self.label)
 
     def names(self) -> list[str]:
         """The tensors by the names that an unquantised checkpoint gives them."""
@@ -185,19 +211,31 @@ def _check_scheme(config: Any, label: str) -> None:
 
 
 def _packed_weights(raw: Mapping[str, Extent], config: ModelConfig, label: str) -> dict[str, Scheme]:
-    """Every quantised weight, verified. Raises CheckpointError where it is damaged, or layers differ in precision."""
+    """Every quantised weight, verified. Raises CheckpointError where one is damaged or not quantised."""
     plan = tensor_plan(config)
     found = {
         name: _scheme_of(name, raw, plan[name], label)
         for name in plan
         if f"{name}_packed" in raw and (is_linear(name) or name == HEAD)
     }
-    layers = {scheme for name, scheme in found.items() if name != HEAD}
     missing = [name for name in plan if is_linear(name) and name not in found]
-    if missing or len(layers) != 1:
-        which = f"{missing[0]} is not quantised" if missing else "its layers differ in precision"
-        raise CheckpointError(f"{label}: {which}, which octad does not read; give the unquantised model")
+    if missing:
+        raise _not_read(label, f"{missing[0]} is not quantised")
     return found
+
+
+def _schemes(packed: Mapping[str, Scheme], label: str) -> Schemes:
+    """Those that the weights have. Raises CheckpointError where two of one kind differ."""
+    attention = {scheme for name, scheme in packed.items() if is_attention(name)}
+    ffn = {scheme for name, scheme in packed.items() if name != HEAD and not is_attention(name)}
+    for kind, found in (("attention", attention), ("feed-forward nets", ffn)):
+        if len(found) != 1:
+            raise _not_read(label, f"its layers differ in the precision of {kind}")
+    return Schemes(ffn.pop(), attention.pop(), packed.get(HEAD))
+
+
+def _not_read(label: str, what: str) -> CheckpointError:
+    return CheckpointError(f"{label}: {what}, which octad does not read; give the unquantised model")
 
 
 def _scheme_of(name: str, raw: Mapping[str, Extent], shape: tuple[int, ...], label: str) -> Scheme:

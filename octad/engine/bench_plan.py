@@ -28,7 +28,8 @@ from octad.model.config import ModelConfig
 
 PEERS = ("transformers", "llama.cpp")
 QUANTIZE = ("none", "int8", "int4")
-BITS = {"none": 16.0, "int8": 8.5, "int4": 4.5}  # a weight, with its part of the scales
+# bits of a weight of feed-forward nets and experts, with its part of the scales; attention has at least int8's
+BITS = {"none": 16.0, "int8": 8.5, "int4": 4.5}
 WORKER_BYTES = 0.5e9  # what Python, torch and a cache take besides the weights
 
 
@@ -261,6 +262,8 @@ def fit_together(entries: Sequence[Entry], device: torch.device) -> bool:
 def memory_needed(entry: Entry) -> float:
     """Bytes, roughly: weights in their precision, the embeddings that a quantised model keeps, and the process."""
     plain = 4 if entry.dtype == "float32" else 2
-    each = {"int8": 1.1, "int4": 0.65}.get(entry.quantize or "", plain)
+    each, share = float(plain), entry.shape.attention_share()
+    if entry.quantize in ("int8", "int4"):
+        each = 1.1 / 8 * (BITS[entry.quantize] * (1 - share) + BITS["int8"] * share)
     embeddings = plain * entry.shape.vocab_size * entry.shape.hidden_size
     return each * entry.shape.num_parameters() + embeddings + WORKER_BYTES

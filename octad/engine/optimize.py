@@ -45,7 +45,7 @@ from octad.model.transformer import DecoderLayer, Transformer
 
 def optimize(model: Transformer, *, quantize: str | None = None, native: bool = True) -> PagedAttention:
     """Swaps modules of the model in place and returns the attention over pages to run it with. Raises RequestError
-    for an unknown `quantize`, or one that differs from what the model was saved in."""
+    for an unknown `quantize`, or one of another name than the model was saved in; what was saved is run as it is."""
     precision = _precision(model, quantize)
     kernels = native_kernels() if native and suits_native(model, precision) else None
     if kernels is None:
@@ -53,18 +53,18 @@ def optimize(model: Transformer, *, quantize: str | None = None, native: bool = 
             quantize_modules(model, precision)
         return paged_attention
     with torch.no_grad():
-        swap(model, kernels, precision or Precision(16, 16))
+        swap(model, kernels, precision or Precision(16, 16, 16))
     return native_attention(kernels)
 
 
 def _precision(model: Transformer, quantize: str | None) -> Precision | None:
     asked, held = None if quantize is None else Precision.of(quantize), held_precision(model)
-    if asked and held and asked != held:
+    if asked and held and asked.name != held.name:
         raise RequestError(
             f"quantize: found {asked.name}, but the checkpoint is {held.name} already; leave it out, or give the"
             " checkpoint that this one was made of"
         )
-    return asked or held
+    return held or asked
 
 
 def suits_native(model: Transformer, precision: Precision | None) -> bool:
@@ -111,24 +111,24 @@ def _moved(weight: Packed, panels: torch.Tensor) -> Packed:
 
 def swap(model: Transformer, kernels: NativeKernels, precision: Precision) -> None:
     """Put the native modules in the place of a model's own, layer by layer."""
-    packer, stack = Packer(precision.layers), Stack()
+    attention, ffn, stack = Packer(precision.attention), Packer(precision.ffn), Stack()
     for number, layer in enumerate(model.model.layers):
         assert isinstance(layer, DecoderLayer)
-        _swap_parts(layer, kernels, packer)
+        _swap_parts(layer, kernels, attention, ffn)
         model.model.layers[number] = NativeLayer(kernels, layer, model.config, stack)
     model.model.norm = NativeNorm(kernels, model.model.norm)  # type: ignore[assignment]
     head = model.lm_head.weight if isinstance(model.lm_head, PackedLinear) else head_weight(model)
     model.lm_head = NativeLinear(kernels, head, None, Packer(precision.head).one)
 
 
-def _swap_parts(layer: DecoderLayer, kernels: NativeKernels, packer: Packer) -> None:
+def _swap_parts(layer: DecoderLayer, kernels: NativeKernels, attention: Packer, ffn: Packer) -> None:
     layer.input_layernorm = NativeNorm(kernels, layer.input_layernorm)  # type: ignore[assignment]
     layer.post_attention_layernorm = NativeNorm(kernels, layer.post_attention_layernorm)  # type: ignore[assignment]
-    layer.self_attn = NativeAttention(kernels, layer.self_attn, packer.one)  # type: ignore[assignment]
+    layer.self_attn = NativeAttention(kernels, layer.self_attn, attention.one)  # type: ignore[assignment]
     if isinstance(layer.mlp, MoE):
-        _swap_mixture(layer.mlp, kernels, packer)
+        _swap_mixture(layer.mlp, kernels, ffn)
     elif isinstance(layer.mlp, MLP):
-        layer.mlp = _native_mlp(layer.mlp, kernels, packer)
+        layer.mlp = _native_mlp(layer.mlp, kernels, ffn)
 
 
 def _swap_mixture(moe: MoE, kernels: NativeKernels, packer: Packer) -> None:

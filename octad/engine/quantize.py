@@ -1,11 +1,12 @@
 """Weight-only quantisation by module swap: linear layers, experts and head in 8 or 4 bits, everything else as it was.
 
-    precision = Precision.of("int8")           # bits of the layers and of the head
+    precision = Precision.of("int4")           # 4 bits, but 8 for attention and head
     quantize_modules(model, precision)          # PyTorch modules that unpack on the fly: any device, less memory
 
 The embeddings stay as they are (a token reads one row of them) and give the head its quantised twin where the two are
-tied. Routers and norms are small and stay too: a router's choice is worth more than its bytes. At 4 bits the head keeps
-8: it is read whole for every token, and it is where rounding costs most.
+tied. Routers and norms are small and stay too: a router's choice is worth more than its bytes. "int4" has 4 bits in
+feed-forward nets and experts. Attention, which all experts share, and the head keep 8: of a mixture's bytes they are a
+small part, of what rounding costs a large one.
 
 A checkpoint that was saved quantised (saved.py) comes with these modules in place.
 """
@@ -28,23 +29,24 @@ from octad.model.transformer import DecoderLayer, Transformer
 
 @dataclass(frozen=True)
 class Precision:
-    """Bits of the weights in the layers and in the head."""
+    """Bits of the weights in feed-forward nets and experts, in attention, and in the head."""
 
-    layers: int
+    ffn: int
+    attention: int
     head: int
 
     @classmethod
     def of(cls, name: str) -> Precision:
         """From the name that a user gives. Raises RequestError."""
-        known = {"int8": cls(8, 8), "int4": cls(4, 8)}
+        known = {"int8": cls(8, 8, 8), "int4": cls(4, 8, 8)}
         if name not in known:
             raise RequestError(f"quantize: found {name!r}, allowed: {', '.join(known)}")
         return known[name]
 
     @property
     def name(self) -> str:
-        """What the user calls it."""
-        return f"int{self.layers}"
+        """What the user calls it, whatever bits attention has: earlier versions saved int4 with 4."""
+        return f"int{self.ffn}"
 
 
 class PackedLinear(nn.Module):
@@ -95,13 +97,13 @@ def quantize_modules(model: Transformer, precision: Precision) -> None:
     for layer in model.model.layers:
         assert isinstance(layer, DecoderLayer)
         mlp = layer.mlp
-        _swap_linears(layer.self_attn, precision.layers)
+        _swap_linears(layer.self_attn, precision.attention)
         if isinstance(mlp, MLP):
-            _swap_linears(mlp, precision.layers)
+            _swap_linears(mlp, precision.ffn)
         if isinstance(mlp, MoE) and isinstance(mlp.experts, Experts):
-            mlp.experts = PackedExperts.of(mlp.experts, precision.layers)
+            mlp.experts = PackedExperts.of(mlp.experts, precision.ffn)
         if isinstance(mlp, MoE) and mlp.shared_expert is not None:
-            _swap_linears(mlp.shared_expert, precision.layers)
+            _swap_linears(mlp.shared_expert, precision.ffn)
     if not isinstance(model.lm_head, PackedLinear):
         model.lm_head = PackedLinear(pack(head_weight(model).detach(), precision.head))
 
@@ -121,6 +123,11 @@ def head_weight(model: Transformer) -> torch.Tensor:
 
 def held_precision(model: Transformer) -> Precision | None:
     """That of a model which was loaded with packed weights, else None."""
-    bits = {m.weight.bits for m in model.model.modules() if isinstance(m, PackedLinear)}
-    bits |= {w.bits for m in model.model.modules() if isinstance(m, PackedExperts) for w in m.gate}
-    return Precision(min(bits), 8) if bits else None
+    attention: set[int] = set()
+    ffn: set[int] = set()
+    for name, module in model.model.named_modules():
+        if isinstance(module, PackedLinear):
+            (attention if ".self_attn." in name else ffn).add(module.weight.bits)
+        if isinstance(module, PackedExperts):
+            ffn |= {weight.bits for weight in module.gate}
+    return Precision(min(ffn), min(attention), 8) if ffn and attention else None

@@ -3,9 +3,10 @@
     save_quantized(source, "mixture-int4", "int4")        # any source; memory holds one weight at a time
     model = load_quantized(QuantizedSource("mixture-int4"), torch.bfloat16)
 
-The layers' products (attention, feed-forward nets, experts) and an untied head are rounded; embeddings, routers, norms
-and biases are copied. What is loaded has PackedLinear and PackedExperts in place, with the very integers and scales of
-the file, which optimize.py moves into native modules. A tied head is rounded from the embeddings on loading, as ever.
+The layers' products (attention, feed-forward nets, experts) and an untied head are rounded, each kind to the bits that
+quantize.py gives it; embeddings, routers, norms and biases are copied. What is loaded has PackedLinear and PackedExperts
+in place, with the very integers and scales of the file, which optimize.py moves into native modules. A tied head is
+rounded from the embeddings on loading, as ever.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import torch
 from torch import nn
 
 from octad.checkpoint.load import load_model, load_tokenizer
-from octad.checkpoint.names import HEAD, is_linear, parameter_sources, tensor_plan
+from octad.checkpoint.names import HEAD, is_attention, is_linear, parameter_sources, tensor_plan
 from octad.checkpoint.provenance import PROVENANCE
-from octad.checkpoint.quantized import QuantizedSource, Scheme, pack_int32, quantization_config
+from octad.checkpoint.quantized import QuantizedSource, Scheme, Schemes, pack_int32, quantization_config
 from octad.checkpoint.source import TensorInfo, TensorSource
 from octad.checkpoint.writer import CheckpointWriter
 from octad.engine.quantize import PackedExperts, PackedLinear, Precision
@@ -56,37 +57,37 @@ def save_quantized(
     with CheckpointWriter(directory, plan, max_shard_bytes=max_shard_bytes, overwrite=overwrite) as writer:
         names = list(tensor_plan(source.config))
         for done, tensor in enumerate(names, 1):
-            _write(writer, source, tensor, schemes.get(tensor))
+            _write(writer, source, tensor, schemes.of(tensor))
             progress("quantising", done / len(names))
-        layers = next(scheme for tensor, scheme in schemes.items() if tensor != HEAD)
-        said = {"quantization_config": quantization_config(layers, schemes.get(HEAD))}
+        said = {"quantization_config": quantization_config(schemes)}
         writer.add_text("config.json", json.dumps({**source.config.raw, **said}, indent=2) + "\n")
         tokenizer.save(writer)
         for file in COPIED:
             if source.directory is not None and (source.directory / file).is_file():
                 writer.copy_in(source.directory / file)
-        writer.add_text(CARD, card(source, name, layers))
+        writer.add_text(CARD, card(source, name, schemes))
         return writer.commit()
 
 
-def plan_schemes(config: ModelConfig, precision: Precision, label: str) -> dict[str, Scheme]:
-    """How each weight that is rounded is. Raises RequestError where the layout cannot hold one."""
-    shapes = {n: shape for n, shape in tensor_plan(config).items() if is_linear(n) or n == HEAD}
-    linear = {n: shape for n, shape in shapes.items() if n != HEAD}
-    layers = Scheme(precision.layers, _group(precision.layers, linear, label))
-    schemes = dict.fromkeys(linear, layers)
-    if HEAD in shapes:
-        head = {HEAD: shapes[HEAD]}
-        schemes[HEAD] = Scheme(precision.head, _group(precision.head, head, label))
-    return schemes
+def plan_schemes(config: ModelConfig, precision: Precision, label: str) -> Schemes:
+    """How the weights are rounded. Raises RequestError where the layout cannot hold one."""
+    shapes = tensor_plan(config)
+    attention = {n: shape for n, shape in shapes.items() if is_attention(n)}
+    ffn = {n: shape for n, shape in shapes.items() if is_linear(n) and n not in attention}
+    head = {n: shape for n, shape in shapes.items() if n == HEAD}
+    return Schemes(
+        _scheme(precision.ffn, ffn, label),
+        _scheme(precision.attention, attention, label),
+        _scheme(precision.head, head, label) if head else None,
+    )
 
 
-def _group(bits: int, shapes: Mapping[str, tuple[int, ...]], label: str) -> int:
-    """The usual group, or the largest half, quarter, ... of it that divides the inputs of all these weights."""
+def _scheme(bits: int, shapes: Mapping[str, tuple[int, ...]], label: str) -> Scheme:
+    """With the usual group, or the largest half, quarter, ... of it that divides the inputs of all these weights."""
     group = GROUPS[bits]
     while group >= SMALLEST_GROUP:
         if all(inputs % group == 0 for _, inputs in shapes.values()):
-            return group
+            return Scheme(bits, group)
         group //= 2
     name, inputs = next((n, shape[1]) for n, shape in shapes.items() if shape[1] % SMALLEST_GROUP)
     raise RequestError(
@@ -95,10 +96,10 @@ def _group(bits: int, shapes: Mapping[str, tuple[int, ...]], label: str) -> int:
     )
 
 
-def _plan(source: TensorSource, schemes: Mapping[str, Scheme]) -> dict[str, TensorInfo]:
+def _plan(source: TensorSource, schemes: Schemes) -> dict[str, TensorInfo]:
     plan: dict[str, TensorInfo] = {}
     for name, shape in tensor_plan(source.config).items():
-        if scheme := schemes.get(name):
+        if scheme := schemes.of(name):
             plan |= {name + suffix: info for suffix, info in scheme.infos(shape).items()}
         else:
             plan[name] = source.info(name)
@@ -119,25 +120,26 @@ def _write(writer: CheckpointWriter, source: TensorSource, name: str, scheme: Sc
 # ---- the model card ------------------------------------------------------------------------------------------
 
 
-def card(source: TensorSource, name: str, layers: Scheme, bits: Bits | None = None) -> str:
+def card(source: TensorSource, name: str, schemes: Schemes, bits: Bits | None = None) -> str:
     """README.md: what the source's says, and how this one differs; with `bits`, what that costs."""
     old = source.directory / CARD if source.directory is not None else None
     before = old.read_text(encoding="utf-8") if old is not None and old.is_file() else _front_matter(source)
     return f"""{before.rstrip()}
 
-## Rounded to {layers.bits} bits
+## Rounded to {schemes.ffn.bits} bits
 
-Made from `{Path(source.label).name}` with `octad quantize --to {name}`: attention, feed-forward nets and experts in
-{layers.bits}-bit integers, one bfloat16 scale for each {layers.group} inputs; a head of its own in 8 bits; embeddings,
-routers and norms as they were. The layout is compressed-tensors' `pack-quantized` (symmetric; scales may be negative),
-which octad runs as it is. To change an expert or fit a router, change the model that this one was made from.
+Made from `{Path(source.label).name}` with `octad quantize --to {name}`: feed-forward nets and experts in
+{schemes.ffn.bits}-bit integers, one bfloat16 scale for each {schemes.ffn.group} inputs; attention in
+{schemes.attention.bits} bits, one for each {schemes.attention.group}; a head of its own in 8; embeddings, routers and
+norms as they were. The layout is compressed-tensors' `pack-quantized` (symmetric; scales may be negative), which octad
+runs as it is. To change an expert or fit a router, change the model that this one was made from.
 {_table(bits) if bits else ""}"""
 
 
-def write_figures(directory: Path, source: TensorSource, name: str, layers: Scheme, bits: Bits) -> None:
+def write_figures(directory: Path, source: TensorSource, name: str, schemes: Schemes, bits: Bits) -> None:
     """Put what rounding costs into the card of a checkpoint that is there already."""
     new = directory / f".{CARD}.new"
-    new.write_text(card(source, name, layers, bits), encoding="utf-8")
+    new.write_text(card(source, name, schemes, bits), encoding="utf-8")
     new.replace(directory / CARD)
 
 

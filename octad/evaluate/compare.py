@@ -194,7 +194,8 @@ def _row(judge: Judge, name: str, entry: Entry, record: Record) -> Row:
     config = shape_of(judge.source, entry.who)
     source = getattr(entry.who, "source", judge.source)
     assert judge.dtype is not None
-    price = model_price(config, context, bytes_per_parameter(source, judge.dtype), record.measured)
+    each = bytes_per_parameter(source, judge.dtype, config)
+    price = model_price(config, context, each, record.measured)
     return Row(name, entry.kind, entry.note, record.nats.numpy(), price)
 
 

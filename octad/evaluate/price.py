@@ -90,11 +90,13 @@ def oracle_price(chosen: Sequence[Price]) -> Price:
     )
 
 
-def bytes_per_parameter(source: TensorSource, dtype: torch.dtype) -> float:
-    """In memory: the dtype's, or of a quantised checkpoint its integers and scales."""
-    if isinstance(source, QuantizedSource):
-        return source.layers.bits / 8 + 2 / source.layers.group
-    return float(dtype.itemsize)
+def bytes_per_parameter(source: TensorSource, dtype: torch.dtype, config: ModelConfig | None) -> float:
+    """In memory: the dtype's, or of a quantised checkpoint the integers and scales, attention's in their share of a model
+    of this shape."""
+    if not isinstance(source, QuantizedSource) or config is None:
+        return float(dtype.itemsize)
+    ffn, attention = source.schemes.ffn.bytes, source.schemes.attention.bytes
+    return ffn + config.attention_share() * (attention - ffn)
 
 
 @contextmanager

@@ -63,5 +63,5 @@ def quantize_and_judge(
     optimize(model)
     after = domain_bits(model, texts, partial(progress, "after"))
     bits = {domain: (before[domain], after[domain]) for domain in texts}
-    write_figures(path, source, name, made.layers, bits)
+    write_figures(path, source, name, made.schemes, bits)
     return path, bits

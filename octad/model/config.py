@@ -173,6 +173,10 @@ class ModelConfig:
         norms = {"none": 0, "head": 2 * self.head_dim, "full": q + kv}[self.qk_norm]
         return d * (2 * q + 2 * kv) + (q + 2 * kv if self.qkv_bias else 0) + (d if self.o_bias else 0) + norms
 
+    def attention_share(self) -> float:
+        """Of all parameters, the part that is attention's."""
+        return self.num_hidden_layers * self.attention_parameters() / self.num_parameters()
+
     def expert_parameters(self) -> int:
         """Parameters of one expert of one layer (gate, up and down projections)."""
         return 3 * self.hidden_size * self.moe_intermediate_size

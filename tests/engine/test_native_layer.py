@@ -35,7 +35,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family 
     "unnormalised qwen3_moe": ("qwen3_moe", {"norm_topk_prob": False, "attention_bias": True}),
     "clipped olmoe": ("olmoe", {"clip_qkv": 0.5}),
 }
-PRECISIONS = {"int8": Precision(8, 8), "int4": Precision(4, 8), "16 bits": Precision(16, 16)}
+PRECISIONS = {
+    "int8": Precision.of("int8"),
+    "int4": Precision.of("int4"),
+    "int4, attention too": Precision(4, 4, 8),  # as earlier versions saved it
+    "16 bits": Precision(16, 16, 16),
+}
 BLOCK = 4
 
 

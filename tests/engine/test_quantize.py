@@ -39,11 +39,12 @@ def unpacked(model: Transformer, precision: Precision) -> Transformer:
         model.lm_head.weight = model.model.embed_tokens.weight
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and not name.endswith("shared_expert_gate"):
-            module.weight = rounded(module.weight, precision.head if name == "lm_head" else precision.layers)
+            own = precision.attention if ".self_attn." in name else precision.ffn
+            module.weight = rounded(module.weight, precision.head if name == "lm_head" else own)
         if isinstance(module, Experts):
             for stack in (module.gate_up_proj, module.down_proj):
                 for weight in stack.data:
-                    weight.copy_(rounded(weight, precision.layers))
+                    weight.copy_(rounded(weight, precision.ffn))
     return model
 
 
@@ -63,15 +64,40 @@ def test_unpacking_on_the_fly_is_the_unpacked_model(
     assert all(n.endswith("shared_expert_gate") for n in left)
 
 
-def test_the_head_keeps_8_bits_and_embeddings_stay(tiny_checkpoint: TinyCheckpoint) -> None:
+def test_head_and_attention_keep_8_bits_and_embeddings_stay(tiny_checkpoint: TinyCheckpoint) -> None:
     model = load(tiny_checkpoint("qwen3"))
     before = model.model.embed_tokens.weight.clone()
     quantize_modules(model, Precision.of("int4"))
     assert isinstance(model.lm_head, PackedLinear)
     assert model.lm_head.weight.bits == 8
     assert torch.equal(model.model.embed_tokens.weight, before)
-    bits = {m.weight.bits for m in model.model.modules() if isinstance(m, PackedLinear)}
-    assert bits == {4}
+    bits = {n: m.weight.bits for n, m in model.model.named_modules() if isinstance(m, PackedLinear)}
+    parts = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), 8)
+    parts |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), 4)
+    assert {name.rpartition(".")[2]: own for name, own in bits.items()} == parts
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_4_bits_in_attention_run_as_they_were_saved(native: bool, tiny_checkpoint: TinyCheckpoint) -> None:
+    """Earlier versions' int4: asked for by name or not, its integers are kept."""
+    tokens, found = torch.randint(0, 96, (2, 11)), []
+    for quantize in (None, "int4"):
+        model = load(tiny_checkpoint("mixtral"))
+        earlier = Precision(4, 4, 8)
+        quantize_modules(model, earlier)
+        assert held_precision(model) == earlier
+        optimize(model, quantize=quantize, native=native)
+        with torch.inference_mode():
+            found.append(model(tokens))
+    twin = load(tiny_checkpoint("mixtral"))
+    quantize_modules(twin, earlier)
+    with torch.inference_mode():
+        expected = twin(tokens)
+    assert torch.equal(found[0], found[1])
+    off = (found[0] - expected).square().mean(-1).sqrt() / expected.square().mean().sqrt()
+    assert off.median() < 0.03
+    if not native:
+        assert torch.equal(found[0], expected)
 
 
 def test_quantising_twice_changes_nothing(tiny_checkpoint: TinyCheckpoint) -> None:

@@ -1,6 +1,7 @@
 """Quantised checkpoints: what is on disk by hand and by other people's code, loaded as it is, refused where damaged."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from octad import LLM, SamplingParams, commands
 from octad.checkpoint.inspect import inspect
 from octad.checkpoint.load import load_model, open_source
 from octad.checkpoint.names import is_linear, tensor_plan
-from octad.checkpoint.quantized import QuantizedSource, pack_int32, unpack_int32
+from octad.checkpoint.quantized import ATTENTION_TARGET, QuantizedSource, Scheme, pack_int32, unpack_int32
 from octad.engine.optimize import optimize
-from octad.engine.quantize import PackedExperts, PackedLinear
+from octad.engine.quantize import PackedExperts, PackedLinear, Precision, held_precision
 from octad.engine.saved import load_quantized, save_quantized
 from octad.errors import CheckpointError, OctadError, OutputError, RequestError
 from octad.evaluate.loss import bits_per_byte, window_nats
+from octad.evaluate.price import bytes_per_parameter
 from octad.evaluate.texts import read_texts
 from octad.kernels.packed import pack
 from octad.model.transformer import Transformer
@@ -95,7 +97,7 @@ def test_what_is_written(family: str, name: str, bits: int, group: int, original
     source = QuantizedSource(made)
     checked = 0
     for tensor, shape in tensor_plan(before.config).items():
-        own = 8 if tensor == "lm_head.weight" else bits
+        own = 8 if tensor == "lm_head.weight" or ".self_attn." in tensor else bits
         if is_linear(tensor) or tensor == "lm_head.weight":
             assert source.info(tensor).shape == shape
             wanted = pack(before.read(tensor), own).unpack()
@@ -112,14 +114,30 @@ def test_what_is_written(family: str, name: str, bits: int, group: int, original
     said = config.pop("quantization_config")
     assert config == json.loads((path / "config.json").read_text())
     assert said["quant_method"] == "compressed-tensors"
-    assert said["config_groups"]["group_0"]["weights"]["num_bits"] == bits
-    assert said["config_groups"]["group_0"]["weights"]["group_size"] == group
+    groups = {one["targets"][0]: one["weights"] for one in said["config_groups"].values()}
+    assert (groups["Linear"]["num_bits"], groups["Linear"]["group_size"]) == (bits, group)
+    attention = [weights for target, weights in groups.items() if "self_attn" in target]
+    assert [(own["num_bits"], own["group_size"]) for own in attention] == ([(8, 64)] if bits == 4 else [])
     assert (
-        ("group_1" in said["config_groups"])
+        ("re:.*lm_head$" in groups)
         == ("lm_head" not in said["ignore"])
         == (not before.config.tie_word_embeddings)
     )
     assert "Rounded to" in (made / "README.md").read_text()
+
+
+def test_the_attention_target_finds_attention_alone() -> None:
+    """By the names that transformers gives its modules, and vLLM, which fuses some; a regex counts from the start."""
+    found = {
+        name: re.match(ATTENTION_TARGET.removeprefix("re:"), f"model.layers.3.{name}") is not None
+        for name in (
+            *(f"self_attn.{part}_proj" for part in ("q", "k", "v", "o", "qkv")),
+            *(f"mlp.{part}_proj" for part in ("gate", "up", "down", "gate_up")),
+            *("self_attn.q_norm", "self_attn.rotary_emb", "mlp.gate", "mlp.shared_expert.up_proj"),
+            *("mlp.experts.0.up_proj", "block_sparse_moe.experts.1.w2", "block_sparse_moe.experts"),
+        )
+    }
+    assert {name for name, matches in found.items() if matches} == set(list(found)[:5])
 
 
 def test_scales_may_be_negative(original: Any) -> None:
@@ -134,7 +152,6 @@ def test_scales_may_be_negative(original: Any) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_reads_the_same_weights(family: str, original: Any) -> None:
     """Through the compressed-tensors library. It keeps experts in bfloat16, everything else exactly."""
-    pytest.importorskip("compressed_tensors")
     import transformers
 
     path = original(family)
@@ -207,7 +224,8 @@ def test_sizes_that_the_usual_group_does_not_divide(tiny_checkpoint: TinyCheckpo
     odd = Path(shutil.copytree(tiny_checkpoint("qwen3_moe"), tmp_path / "odd"))
     byte_tokenizer().save(odd)
     source = QuantizedSource(save(odd, "int8"))
-    assert source.layers.group == 8  # experts are 24 wide
+    assert source.schemes.ffn.group == 8  # experts are 24 wide
+    assert source.schemes.attention.group == 32  # heads of 16, four of them, on 32 inputs
     assert LLM(tmp_path / "odd-int8", num_blocks=20).generate([[1, 2]], GREEDY)
     worse = Path(shutil.copytree(tiny_checkpoint("llama", intermediate_size=20), tmp_path / "worse"))
     byte_tokenizer().save(worse)
@@ -229,7 +247,7 @@ def test_in_shards_and_over_an_earlier_one(original: Any) -> None:
     with pytest.raises(OutputError, match="exists"):
         save(path, "int8")
     save(path, "int4", overwrite=True)
-    assert QuantizedSource(save(path, "int4", overwrite=True)).layers.bits == 4
+    assert QuantizedSource(save(path, "int4", overwrite=True)).schemes.ffn.bits == 4
 
 
 def test_it_is_itself_quantised(original: Any) -> None:
@@ -246,14 +264,46 @@ def test_inspect_counts_what_is_on_disk(original: Any) -> None:
     path = original("mixtral")
     plain, small = (inspect(s) for s in (open_source(path), open_source(save(path, "int4"), quantised=True)))
     assert plain.parameters == small.parameters
-    linear = sum(
-        a * b
-        for n, (a, b) in ((n, s) for n, s in tensor_plan(open_source(path).config).items() if is_linear(n))
-    )
-    assert small.bytes_on_disk["int4"] == linear // 2
-    assert small.bytes_on_disk["int8"] == 96 * 64  # the head
+    linear = {n: s[0] * s[1] for n, s in tensor_plan(open_source(path).config).items() if is_linear(n)}
+    attention = sum(size for n, size in linear.items() if ".self_attn." in n)
+    assert small.bytes_on_disk["int4"] == (sum(linear.values()) - attention) // 2
+    assert small.bytes_on_disk["int8"] == attention + 96 * 64  # and the head
     assert sum(small.bytes_on_disk.values()) < 0.6 * sum(plain.bytes_on_disk.values())
     assert [r.frobenius for r in small.routers] == [r.frobenius for r in plain.routers]
+
+
+def test_4_bits_in_attention_as_earlier_versions_wrote_them(
+    original: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They load, run as they are, and answer to the name of int4."""
+    path = original("mixtral")
+    now = save(path, "int4")
+    earlier = path.with_name("earlier")
+    with monkeypatch.context() as patched:
+        patched.setattr(Precision, "of", lambda name: Precision(4, 4, 8))
+        save_quantized(open_source(path), earlier, "int4")
+    source = QuantizedSource(earlier)
+    assert source.schemes.attention == source.schemes.ffn == Scheme(4, 32)
+    assert QuantizedSource(now).schemes.attention == Scheme(8, 64)
+    model = load_quantized(source, torch.float32)
+    assert held_precision(model) == Precision(4, 4, 8)
+    for quantize in (None, "int4"):
+        assert LLM(earlier, quantize=quantize, num_blocks=20).generate([[1, 2]], GREEDY)
+    with pytest.raises(RequestError, match="found int8, but the checkpoint is int4 already"):
+        optimize(model, quantize="int8")
+
+
+def test_what_a_parameter_takes(original: Any) -> None:
+    """Attention's share of a model of the asked-for shape in its bits, the rest in the experts'."""
+    source, dense = QuantizedSource(save(original("mixtral"), "int4")), open_source(original("llama")).config
+    for config in (source.config, dense):
+        sizes = {n: torch.Size(s).numel() for n, s in tensor_plan(config).items()}
+        attention = sum(size for n, size in sizes.items() if ".self_attn." in n)
+        rest = sum(sizes.values()) - attention
+        by_hand = attention * (1 + 2 / 64) + rest * (0.5 + 2 / 32)
+        found = bytes_per_parameter(source, torch.bfloat16, config) * sum(sizes.values())
+        assert found == pytest.approx(by_hand)
+    assert bytes_per_parameter(open_source(original("qwen3")), torch.bfloat16, dense) == 2
 
 
 # ---- damage --------------------------------------------------------------------------------------------------
@@ -286,7 +336,7 @@ def test_what_octad_does_not_write_is_refused(original: Any) -> None:
         ("scale", None, "do not make a weight"),
         ("shape", None, "do not make a weight"),
         ("scale", lambda t: t.half(), "do not make a weight"),
-        ("scale", lambda t: t[:, :1].contiguous(), "differ in precision"),
+        ("scale", lambda t: t[:, :1].contiguous(), "differ in the precision of feed-forward nets"),
         ("scale", lambda t: t[1:].contiguous(), "do not make a weight"),
         ("packed", lambda t: t[:, 1:].contiguous(), "do not make a weight"),
         ("packed", lambda t: t.to(torch.int64), "do not make a weight"),
