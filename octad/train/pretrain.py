@@ -17,13 +17,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from octad.checkpoint.load import load_tokenizer, open_source, state_tensors
-from octad.checkpoint.source import TensorSource
 from octad.checkpoint.tokenizer import Tokenizer
 from octad.checkpoint.writer import CheckpointWriter
 from octad.errors import RecipeError
@@ -32,6 +32,7 @@ from octad.model.transformer import Transformer
 from octad.train.config import ArchitectureSpec, PretrainConfig
 from octad.train.export import common_files, write_new
 from octad.train.learner import TRAINING, Learner, choose, compute_settings, prepare_mixture
+from octad.train.state import FACTS, latest_state, load_facts, read_masters
 
 HEAD_DIM, DEVIATION = 64, 0.02
 
@@ -77,14 +78,14 @@ def pretrain_learner(config: PretrainConfig) -> Learner:
     """A new model. Raises RecipeError where the architecture or the run to upcycle does not fit."""
     dtype, device = compute_settings(config)
     tokenizer = _tokenizer(config.resolve(config.tokenizer))
-    dense = open_source(config.resolve(config.upcycle)) if config.upcycle else None
+    dense = open_dense(config.resolve(config.upcycle)) if config.upcycle else None
     raw = architecture(
         config.architecture,
         config.mode,
         vocab_size=tokenizer.vocab_size,
         window=config.data.window,
         top1=config.routing.top1,
-        expert_width=dense.config.intermediate_size if dense else None,
+        expert_width=dense.width if dense else None,
     )
     raw |= {"torch_dtype": str(dtype).removeprefix("torch."), "eos_token_id": list(tokenizer.eos_ids)}
     model = Transformer(ModelConfig.from_dict(raw))
@@ -111,7 +112,7 @@ def pretrain_learner(config: PretrainConfig) -> Learner:
         trainable=choose(model, ""),
         routers=routers,
         routing=config.routing,
-        identity={"files": dense.provenance().get("files") if dense else None},
+        identity={"files": dense.files if dense else None},
     )
 
 
@@ -127,14 +128,42 @@ def initialise(model: Transformer, seed: int) -> None:
             parameter.normal_(0.0, inner if "o_proj" in name or "down_proj" in name else DEVIATION)
 
 
+@dataclass(frozen=True)
+class Dense:
+    """A dense model to upcycle: its weights by parameter name, float32, and what its files say of their content."""
+
+    label: str
+    weights: Mapping[str, torch.Tensor]
+    files: Any
+
+    @property
+    def width(self) -> int | None:
+        """Its feed-forward hidden size, where it has such a network."""
+        gate = self.weights.get("model.layers.0.mlp.gate_proj.weight")
+        return None if gate is None else len(gate)
+
+
+def open_dense(reference: str) -> Dense:
+    """A finished model, or one state of a dense run that is on its way. Raises RecipeError, CheckpointError."""
+    path = Path(reference)
+    if (path / FACTS).is_file():
+        facts = load_facts(path)
+        return Dense(reference, read_masters(path), facts["files"])
+    state = latest_state(path) if path.is_dir() and not (path / "config.json").is_file() else None
+    if state is not None:
+        raise RecipeError(f"upcycle: {reference} is not finished; name one of its states, {state} say")
+    source = open_source(reference)
+    weights = state_tensors(source, source.config, dtype=torch.float32)
+    return Dense(source.label, weights, source.provenance().get("files"))
+
+
 @torch.no_grad()
-def upcycle(model: Transformer, dense: TensorSource) -> None:
+def upcycle(model: Transformer, dense: Dense) -> None:
     """Fill a mixture from a dense model; routers stay as they are. Raises RecipeError where shapes differ."""
-    found = state_tensors(dense, dense.config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if ".mlp.gate." in name:
             continue
-        value = _dense_value(name, found)
+        value = _dense_value(name, dense.weights)
         if value is None or value.shape != parameter.shape[-value.dim() :]:
             shape = "nothing" if value is None else list(value.shape)
             raise RecipeError(

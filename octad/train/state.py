@@ -136,9 +136,25 @@ def saved_names(state: Path) -> set[str]:
         raise _damaged(state, error) from None
 
 
+def read_masters(state: Path) -> dict[str, torch.Tensor]:
+    """The float32 weights of a state by parameter name, whole, whatever number of ranks wrote it. Raises CheckpointError
+    where it is damaged."""
+    try:
+        known = HuggingFaceStorageReader(str(state)).read_metadata().state_dict_metadata
+        sizes = {name: known[name].size for name in known if name.startswith("master.")}  # type: ignore[union-attr]
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _damaged(state, error) from None
+    targets = {name: torch.empty(size) for name, size in sizes.items()}
+    _load(state, targets, alone=True)
+    return {name.removeprefix("master."): value for name, value in targets.items()}
+
+
 def load_tensors(state: Path, targets: Mapping[str, torch.Tensor], world: World) -> None:
     """Fill the targets, each rank its part of the DTensors. Raises CheckpointError where it is damaged."""
-    alone = world.size == 1
+    _load(state, targets, alone=world.size == 1)
+
+
+def _load(state: Path, targets: Mapping[str, torch.Tensor], *, alone: bool) -> None:
     try:
         with _quiet():
             load(dict(targets), storage_reader=HuggingFaceStorageReader(str(state)), no_dist=alone)

@@ -9,7 +9,7 @@ import yaml
 from small import character_tokenizer, jsonl, texts
 
 from octad.checkpoint.load import load_model, open_source
-from octad.errors import RecipeError
+from octad.errors import CheckpointError, RecipeError
 from octad.model.config import ModelConfig
 from octad.train.config import ArchitectureSpec, load_config
 from octad.train.pretrain import architecture, pretrain_learner
@@ -90,3 +90,29 @@ def test_upcycling_begins_as_the_dense_model(tmp_path) -> None:
         torch.testing.assert_close(upcycled.model.eval()(tokens), expected)
     with pytest.raises(RecipeError, match=r"upcycle: .*use the architecture of the dense run"):
         learner(tmp_path, "mixture", upcycle=str(tmp_path / "dense"), architecture={"width": 64})
+
+
+def test_upcycling_midway_begins_as_the_dense_run_was(tmp_path) -> None:
+    """From a state of a run that goes on; the run itself is no model yet."""
+    run = Trainer(learner(tmp_path, "dense"), tmp_path / "dense")
+    (tmp_path / "dense").mkdir()
+    for _ in range(3):
+        run.train_step()
+        run.step += 1
+    run.save()
+    tokens = torch.randint(0, 95, (2, 20))
+    with torch.no_grad():
+        expected = run.model.eval()(tokens)
+    run.model.train()
+    run.train_step()
+    state = tmp_path / "dense" / "states" / "step-00000003"
+    upcycled = learner(tmp_path, "mixture", upcycle=str(state))
+    with torch.no_grad():
+        torch.testing.assert_close(upcycled.model.eval()(tokens), expected)
+    with pytest.raises(
+        RecipeError, match=r"dense is not finished; name one of its states, .*step-00000003 say"
+    ):
+        learner(tmp_path, "mixture", upcycle=str(tmp_path / "dense"))
+    (state / "state.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"has not the .* bytes"):
+        learner(tmp_path, "mixture", upcycle=str(state))
