@@ -103,7 +103,8 @@ def compare(ranks: int, mixture: Path, directory: Path, ways: list[str]) -> None
     pairs = [argument for way, file in files.items() for argument in (file, directory / f"{way}.many")]
     launch(ranks, *pairs, longer, directory / "one-then-many")
     for way in files:
-        rounding = 2e-2 if way == "bfloat16" else 5e-3 if "muon" in way else 1e-4
+        # in bfloat16 a token can fall to another expert once weights differ by rounding
+        rounding = 4e-2 if way == "bfloat16" else 5e-3 if "muon" in way else 1e-4
         equal(directory / f"{way}.many", directory / f"{way}.one", rounding)
     rank_worker.main([str(longer), str(directory / "both.one"), str(longer), str(directory / "both.many")])
     equal(directory / "one-then-many", directory / "both.one", 1e-4)
