@@ -44,7 +44,7 @@ def combine(recipe: Path, output: Path | None, *, dry_run: bool, overwrite: bool
     started = time.monotonic()
     with terminal.progress_bar() as progress:
         path = carry_out(plan, output, overwrite=overwrite, max_shard_bytes=shard_bytes, progress=progress)
-    terminal.out.print(f"wrote {path} in {time.monotonic() - started:.1f} s")
+    terminal.say(f"wrote {path} in {time.monotonic() - started:.1f} s")
 
 
 def edit(
@@ -62,15 +62,16 @@ def edit(
 
     started = time.monotonic()
     with terminal.progress_bar() as progress:
+        hear: dict[str, Any] = {"progress": progress, "tell": _tell}
         if verb == "remove":
-            path = room.remove_expert(mixture, name, output, base=base, progress=progress)
+            path = room.remove_expert(mixture, name, output, base=base, **hear)
         else:
             spec = ExpertSpec.checked(name, str(model), tuple(data))
             if verb == "add":
-                path = room.add_expert(mixture, spec, output, base=base, progress=progress)
+                path = room.add_expert(mixture, spec, output, base=base, **hear)
             else:
-                path = room.replace_expert(mixture, name, spec, output, base=base, progress=progress)
-    terminal.out.print(f"wrote {path} in {time.monotonic() - started:.1f} s")
+                path = room.replace_expert(mixture, name, spec, output, base=base, **hear)
+    terminal.say(f"wrote {path} in {time.monotonic() - started:.1f} s")
 
 
 def inspect(model: str, against: str | None, *, as_json: bool) -> None:
@@ -104,7 +105,7 @@ def quantize(
         path, bits = quantize_and_judge(source, output, to, texts, progress=progress, **options)
     if bits:
         terminal.show_rounding(bits)
-    terminal.out.print(f"wrote {path} in {time.monotonic() - started:.1f} s")
+    terminal.say(f"wrote {path} in {time.monotonic() - started:.1f} s")
 
 
 def structured(
@@ -288,7 +289,7 @@ def _tell_outcome(run: Path, *, stopped: bool) -> None:
     """The last line; a run that was asked to stop ends with 130, as after any interruption."""
     if not stopped:
         if _leads():
-            terminal.out.print(f"wrote {run}", soft_wrap=True)
+            terminal.say(f"wrote {run}")
         return
     _tell(f"stopped and saved; the same command goes on from {run}")
     raise SystemExit(130)

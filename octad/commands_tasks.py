@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from octad import terminal
 from octad.dist import keep_freed_memory
@@ -40,10 +41,10 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         chance = f", guessing {row['chance']:.3f}" if row["chance"] is not None else ""
         title = f"{row['name']}: {row['metric']}, {row['examples']} examples{chance}; 95 % intervals"
-        terminal.out.print(f"\n[italic]{title}[/]", soft_wrap=True)
+        terminal.out.print(Text(f"\n{title}", style="italic"), soft_wrap=True)
         terminal.out.print(_table(row))
     for name, note in (rows[0]["notes"] if rows else {}).items():
-        terminal.out.print(f"  {name}: {note}", style="dim")
+        terminal.out.print(Text(f"  {name}: {note}"), style="dim")
     for wall in dict.fromkeys(row["sandbox"] for row in rows if "sandbox" in row):
         terminal.out.print(f"\nprograms ran behind walls ({wall})", style="dim")
 
@@ -62,7 +63,7 @@ def _table(row: Mapping[str, Any]) -> Table:
         cells = [f"{score['value']:.3f}", f"{score['low']:.3f}-{score['high']:.3f}"]
         if other := differences.get(name):
             cells += [f"{other['difference']:+.3f}", f"{other['low']:+.3f} to {other['high']:+.3f}"]
-        table.add_row(name, *cells, style="cyan" if name == of else None)
+        table.add_row(Text(name), *cells, style="cyan" if name == of else None)
     return table
 
 

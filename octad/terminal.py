@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from octad.checkpoint.inspect_view import human, sparkline
 
@@ -54,16 +55,23 @@ def progress_bar(*, quiet: bool = False) -> Iterator[Callable[[str, float], None
         err.quiet = False
 
 
+def say(line: str) -> None:
+    """One line on stdout as it is: names and paths may hold brackets, and be longer than the terminal is wide."""
+    out.print(line, markup=False, soft_wrap=True)
+
+
 def show_plan(plan: Plan, seconds: float) -> None:
     """The pre-flight: members beside the base, what will be written, how long it will take."""
-    table = Table(title=f"members beside {plan.recipe.base}", title_justify="left", box=None, pad_edge=False)
+    table = Table(
+        title=Text(f"members beside {plan.recipe.base}"), title_justify="left", box=None, pad_edge=False
+    )
     for column in ("expert", "kind", "ffn distance", "by layer", "attention", "norms", "embeddings", "held"):
         table.add_column(column, no_wrap=True)
     for report in plan.reports:
         d = report.distances
         ffn = d.get("ffn", [])
         table.add_row(
-            report.name,
+            Text(report.name),
             report.kind,
             _distance(ffn),
             sparkline(ffn, max(ffn)) if ffn else "",
@@ -73,7 +81,9 @@ def show_plan(plan: Plan, seconds: float) -> None:
     out.print(table)
     for report in plan.reports:
         for note in report.notes:
-            out.print(f"  {report.name}: {note}")
+            say(f"  {report.name}: {note}")
+    for note in plan.notes:
+        say(f"  {note}")
     if margin := max(report.margin for report in plan.reports):
         out.print(
             f"  distances are from a sample of each tensor: within {margin:.1%} of the whole, 95 times in 100"

@@ -97,6 +97,20 @@ def test_dry_run_tells_and_writes_nothing(world: World, octad: Octad, tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
+def test_names_and_paths_are_printed_as_they_are(world: World, octad: Octad, tmp_path: Path) -> None:
+    """Brackets are no markup, and a path is on one line, however long."""
+    experts = [*world.experts(1, name="[bold]lora"), {"name": "last", "model": "base"}]
+    recipe = world.write(tmp_path / "r.yaml", experts=experts, router={"method": "random"}, shared="mean")
+    output = tmp_path / "[red]" / ("long-" * 30)
+    code, out, err = octad("combine", recipe, "-o", output)
+    assert code == 0, err
+    assert "\n[bold]lora " in out
+    assert f"wrote {output} in" in out
+    assert (
+        "  shared: mean changes nothing: every member's attention, norms and embeddings are the base's" in out
+    )
+
+
 def test_combine_writes_what_transformers_loads(mixture: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(mixture)
     assert model.config.num_local_experts == 3

@@ -3,7 +3,7 @@
     as_json(llm, output)                 # {"text": ..., "tokens": [...], "speakers": [...], ...}
     show(llm, output, console)           # what follows the streamed text: other answers, tables, legend
 
-Shapes: T tokens of the answer, L layers, A experts a token, E experts.
+Shapes: T tokens of the answer, L layers, A experts a token, E experts, C columns of a table.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from rich.text import Text
 
 from octad import terminal
 from octad.chat.speakers import Word, legend, visible, write
+
+MOST_EXPERTS = 12  # columns of a table that a terminal has room for; of more experts the busiest are shown
 
 if TYPE_CHECKING:
     from octad.engine.llm import LLM
@@ -49,18 +51,26 @@ def show(llm: LLM, output: RequestOutput, console: Console, *, routes: bool = Fa
 
 
 def routing_table(llm: LLM, answer: CompletionOutput) -> Table:
-    """A row a token: its speaker, and each expert's share of the routing weight over all layers, in per cent."""
+    """A row a token: its speaker, and each expert's share of the routing weight over all layers, in per cent.
+
+    Of more than MOST_EXPERTS the busiest have a column each, and the others one together."""
     table = Table(box=None, pad_edge=False, title="share of each token's routing, %", title_justify="left")
+    shares_TE = expert_shares(answer, len(llm.expert_names))
+    shown = sorted(shares_TE.sum(0).argsort(descending=True, stable=True)[:MOST_EXPERTS].tolist())
+    others_T = 1 - shares_TE[:, shown].sum(1)
     table.add_column("token", no_wrap=True)
     table.add_column("speaker", no_wrap=True)
-    for expert, name in enumerate(llm.expert_names):
-        table.add_column(name, justify="right", style=terminal.speaker_style(expert))
-    shares_TE = expert_shares(answer, len(llm.expert_names))
-    for token, speaker, shares_E in zip(answer.token_ids, answer.speakers or [], shares_TE, strict=True):
+    for expert in shown:
+        name, style = Text(llm.expert_names[expert]), terminal.speaker_style(expert)
+        table.add_column(name, justify="right", style=style, no_wrap=True)
+    if fewer := len(shown) < len(llm.expert_names):
+        table.add_column("others", justify="right")
+    columns_TC = torch.cat((shares_TE[:, shown], others_T[:, None]), 1) if fewer else shares_TE
+    for token, speaker, shares_C in zip(answer.token_ids, answer.speakers or [], columns_TC, strict=True):
         styled = Text(llm.expert_names[speaker], style=terminal.speaker_style(speaker))
-        table.add_row(_token(llm, token), styled, *_percent(shares_E))
-    if len(shares_TE):
-        table.add_row("all", "", *_percent(shares_TE.mean(0)), style="bold")
+        table.add_row(_token(llm, token), styled, *_percent(shares_C))
+    if len(columns_TC):
+        table.add_row("all", "", *_percent(columns_TC.mean(0)), style="bold")
     return table
 
 
@@ -124,5 +134,5 @@ def _shown(text: str) -> str:
     return visible(text.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")).replace(" ", "␣")
 
 
-def _percent(shares_E: torch.Tensor) -> list[str]:
-    return [f"{100 * share:.0f}" if share >= 0.005 else "·" for share in shares_E.tolist()]
+def _percent(shares_C: torch.Tensor) -> list[str]:
+    return [f"{100 * share:.0f}" if share >= 0.005 else "·" for share in shares_C.tolist()]

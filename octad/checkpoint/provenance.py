@@ -11,6 +11,7 @@ files with their digests. Only the names must be there: whoever needs more says 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,8 @@ from octad.errors import CheckpointError
 
 PROVENANCE = "octad.json"
 FORMAT = 1
+# what a comparison calls its own contestants: no expert should be called so (combine refuses it, evaluate renames it)
+TAKEN = re.compile(r"soup|ensemble|oracle|member|mixture( top-\d+)?", re.IGNORECASE)
 
 
 @dataclass

@@ -104,6 +104,8 @@ def pad(windows: Sequence[Window]) -> Batch:
 def read_documents(file: str | Path) -> Iterator[Document]:
     """The documents of a file, in order: texts, or chats as lists of messages. Raises DataError with file and line."""
     path = Path(file)
+    if path.is_dir():
+        raise DataError(f"{path}: is a directory; name the files in it")
     if not path.is_file():
         raise DataError(f"{path}: no such file; give .jsonl or plain text, either may be .gz")
     name = path.name.removesuffix(".gz")

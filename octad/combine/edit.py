@@ -12,7 +12,7 @@ fitted again from the calibration tokens that the mixture carries.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,12 @@ from octad.errors import CheckpointError, RecipeError
 from octad.model.config import ModelConfig
 
 Slots = Sequence[int | None]
+Tell = Callable[[str], None]
 EXPERT_COUNTS = ("num_local_experts", "num_experts")
+
+
+def silent(line: str) -> None:
+    """Words that nobody listens to."""
 
 
 def add_expert(
@@ -57,14 +62,18 @@ def add_expert(
     *,
     base: str | None = None,
     progress: Progress = quiet,
+    tell: Tell = silent,
 ) -> Path:
     """Add one expert, the last. `output` None changes the mixture in place, atomically; returns where the result lies.
 
-    `base`: what an adapter was made on, where the mixture does not hold its base as an expert.
+    `base`: what an adapter was made on, where the mixture does not hold its base as an expert. `tell` hears what the user
+    should know of the newcomer and the routers, a line each.
     Raises RecipeError, CheckpointError, DataError, OutputError, one line each."""
     old = EditableMixture.open(Path(directory))
     old.refuse_name(spec.name)
-    return _change(old, [*range(len(old.names)), None], spec, output, base, f"add {spec.name}", progress)
+    return _change(
+        old, [*range(len(old.names)), None], spec, output, base, f"add {spec.name}", progress, tell
+    )
 
 
 def replace_expert(
@@ -75,6 +84,7 @@ def replace_expert(
     *,
     base: str | None = None,
     progress: Progress = quiet,
+    tell: Tell = silent,
 ) -> Path:
     """Put another member in the place of expert `name`; it may keep the name. Otherwise as add_expert."""
     old = EditableMixture.open(Path(directory))
@@ -83,7 +93,7 @@ def replace_expert(
         old.refuse_name(spec.name)
     slots = [None if e == place else e for e in range(len(old.names))]
     note = f"replace {name}" + (f" with {spec.name}" if spec.name != name else "")
-    return _change(old, slots, spec, output, base, note, progress)
+    return _change(old, slots, spec, output, base, note, progress, tell)
 
 
 def remove_expert(
@@ -93,6 +103,7 @@ def remove_expert(
     *,
     base: str | None = None,
     progress: Progress = quiet,
+    tell: Tell = silent,
 ) -> Path:
     """Take expert `name` out; those after it move up. Otherwise as add_expert (`base` is not needed, nor opened)."""
     old = EditableMixture.open(Path(directory))
@@ -104,7 +115,7 @@ def remove_expert(
             f"{directory}: without {name!r} it has {left} experts, but {need}; replace it instead"
         )
     slots = [e for e in range(len(old.names)) if e != place]
-    return _change(old, slots, None, output, None, f"remove {name}", progress)
+    return _change(old, slots, None, output, None, f"remove {name}", progress, tell)
 
 
 @dataclass(frozen=True)
@@ -183,15 +194,18 @@ def _change(
     base: str | None,
     note: str,
     progress: Progress,
+    tell: Tell,
 ) -> Path:
     """Carry one edit out; `note` is what octad.json will say of it."""
     StagedDirectory(output or old.directory, overwrite=output is None).check()
     edit = Edit(old, slots, _new_recipe(old, slots, spec))
     if spec is not None:
-        edit = replace(edit, newcomer=welcome(old, edit.recipe, spec, base, progress))
+        edit = replace(edit, newcomer=welcome(old, edit.recipe, spec, base, tell))
     kept = old.foreign_files() if output is None else []
     source = edit.source()
     plan = {name: source.info(name) for name in source.names()}
+    if not edit.keeps_generalist and edit.recipe.router.method in ("ridge", "logistic"):
+        tell("the generalist changes: all routers are fitted again from the stored text")
     with CheckpointWriter(output or old.directory, plan, overwrite=output is None) as writer:
         through = WriteThrough(source, writer)
         fit = refit(edit, through, progress)
@@ -221,9 +235,7 @@ def _new_recipe(old: EditableMixture, slots: Slots, spec: ExpertSpec | None) -> 
 # ---- the newcomer ------------------------------------------------------------------------------------------
 
 
-def welcome(
-    old: EditableMixture, recipe: Recipe, spec: ExpertSpec, base: str | None, progress: Progress
-) -> Newcomer:
+def welcome(old: EditableMixture, recipe: Recipe, spec: ExpertSpec, base: str | None, tell: Tell) -> Newcomer:
     """Open and check a new member as preflight does. Raises RecipeError, CheckpointError, DataError."""
     reference = spec.model if spec.model == "base" else recipe.resolve(spec.model)
     try:
@@ -234,14 +246,22 @@ def welcome(
         raise RecipeError(f"expert {spec.name!r}: {error}") from None
     report = preflight.member_report(spec.name, spec.model, member, under, "base")
     for line in report.notes:
-        progress(f"expert {spec.name!r}: {line}", 0.0)
+        tell(f"expert {spec.name!r}: {line}")
     alone = recipe.model_copy(update={"experts": (spec,)})
     _, tokenizer = preflight.extended_vocabulary(alone, under, [member], load_tokenizer(old.source))
     text = calibration(recipe, spec, tokenizer)
     (distances,) = measure(under, [member])
     report = preflight.measured(report, distances, "base")
+    tell(f"expert {spec.name!r}: {_in_words(report)}")
     record = expert_record(spec.name, spec.model, report.kind, report.exact, text, member.provenance())
     return Newcomer(member, text, record, tokenizer)
+
+
+def _in_words(report: preflight.MemberReport) -> str:
+    """What a member is, how far from the base, and whether the mixture will hold it as it is."""
+    ffn = report.distances.get("ffn", [])
+    held = {True: "held exactly", False: "held with its feed-forward nets only", None: "not measured in full"}
+    return f"{report.kind}, {sum(ffn) / max(1, len(ffn)):.4f} from the base, {held[report.exact]}"
 
 
 # ---- the routers -------------------------------------------------------------------------------------------
@@ -252,8 +272,6 @@ def refit(edit: Edit, source: TensorSource, progress: Progress = quiet) -> Route
     old, router = edit.old, edit.recipe.router
     if old.statistics is not None and router.method == "ridge" and edit.keeps_generalist:
         return solve_ridge(_updated(edit, old.statistics, source, progress), router)
-    if not edit.keeps_generalist and router.method in ("ridge", "logistic"):
-        progress("the generalist changes: all routers are fitted again from the stored text", 0.0)
     generalist = generalist_of(edit.records)
     return fit_routers(source, router, edit.calibrations, generalist, compute_dtype(), progress)
 

@@ -21,7 +21,7 @@ from octad.checkpoint.names import EMBEDDING, HEAD
 from octad.checkpoint.provenance import PROVENANCE, Provenance
 from octad.checkpoint.source import TensorInfo, TensorSource
 from octad.combine.fit import Calibration
-from octad.combine.recipe import Recipe
+from octad.combine.recipe import Recipe, check_name
 from octad.combine.sidecars import load_statistics
 from octad.combine.statistics import Statistics
 from octad.combine.views import ExpertView, View
@@ -81,7 +81,8 @@ class EditableMixture:
         raise RecipeError(f"{self.directory}: has no expert {name!r}; {hint}")
 
     def refuse_name(self, name: str) -> None:
-        """Raises RecipeError where an expert has this name already."""
+        """Raises RecipeError where an expert has this name already, or none should have it."""
+        check_name(name)
         if name in self.names:
             raise RecipeError(
                 f"{self.directory}: has an expert {name!r} already; choose another name, or replace it"

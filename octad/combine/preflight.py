@@ -1,7 +1,7 @@
 """The pre-flight: everything that can be known, and refused, before any work is done.
 
     plan = preflight(Recipe.load("recipe.yaml"))      # opens base and members; raises RecipeError with the reason
-    plan.distances, plan.notes, plan.output_bytes     # what `octad combine --dry-run` prints
+    plan.reports, plan.notes, plan.output_bytes       # what `octad combine --dry-run` prints
 
 Each difference between a member and the base is either harmless (nothing is said), worth knowing (a note says why it is
 no problem), or fatal (refused, naming member, what, found and expected). The cheap checks come first, the output and the
@@ -11,6 +11,7 @@ text among them; then the members are measured (distances.py).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from octad.combine.distances import Distances
 from octad.combine.family import TARGETS, mixture_config
 from octad.combine.fit import Calibration
 from octad.combine.mixture import MixtureSource
-from octad.combine.recipe import Recipe
+from octad.combine.recipe import Recipe, check_name
 from octad.combine.texts import calibration, check_files
 from octad.combine.views import RememberLast
 from octad.errors import CheckpointError, ConfigError, OutputError, RecipeError
@@ -48,7 +49,12 @@ SHAPE_FIELDS = (
     "mlp_bias",
     "qk_norm",
 )
-ARITHMETIC_FIELDS = ("rope", "rms_norm_eps", "sliding_window", "sliding_layers")
+ARITHMETIC_FIELDS = {  # and what attention is trained under where they differ
+    "rope": "positions",
+    "rms_norm_eps": "norms",
+    "sliding_window": "windows",
+    "sliding_layers": "windows",
+}
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,7 @@ class Plan:
     tokenizer: Tokenizer
     reports: list[MemberReport]
     calibrations: list[Calibration]
+    notes: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -123,7 +130,18 @@ def preflight(
         plan.reports = [
             measured(r, d, recipe.shared.method) for r, d in zip(plan.reports, found, strict=True)
         ]
+        plan.notes = tuple(without_effect(recipe, found))
     return plan
+
+
+def without_effect(recipe: Recipe, found: Sequence[Distances]) -> Iterator[str]:
+    """What the recipe asks for in vain, in sentences."""
+    method = recipe.shared.method
+    if method != "base" and all(d.same_shared_part for d in found):
+        yield (
+            f"shared: {method} changes nothing: every member's attention, norms and embeddings are the base's;"
+            " with shared: base, experts can also be added, replaced and removed later"
+        )
 
 
 def check_apart(recipe: Recipe, output: Path) -> None:
@@ -137,6 +155,8 @@ def check_apart(recipe: Recipe, output: Path) -> None:
 
 def opened(recipe: Recipe) -> Plan:
     """The recipe with its base and members opened, everything checked that needs no weights, and its text read."""
+    for spec in recipe.experts:
+        check_name(spec.name)
     check_files(recipe)
     source = open_source(recipe.resolve(recipe.base))
     base = RememberLast(source)
@@ -175,7 +195,7 @@ def member_report(
     """What can be said of a member before it is measured. Raises RecipeError as check_member does."""
     notes = tuple(check_member(name, member, base, shared))
     keys = (*ARITHMETIC_FIELDS, "tie_word_embeddings")
-    other = any(getattr(member.config, key) != getattr(base.config, key) for key in keys)
+    other = any(not _same(getattr(member.config, key), getattr(base.config, key)) for key in keys)
     return MemberReport(name, reference, kind_of(member, base), notes=notes, other_arithmetic=other)
 
 
@@ -196,14 +216,14 @@ def check_member(name: str, member: TensorSource, base: TensorSource, shared: st
                 "only models of one shape can share attention"
             )
     notes = []
-    for key in ARITHMETIC_FIELDS:
-        if getattr(ours, key) == getattr(theirs, key):
+    for key, under in ARITHMETIC_FIELDS.items():
+        if _same(getattr(ours, key), getattr(theirs, key)):
             continue
         found, expected = _short(getattr(theirs, key)), _short(getattr(ours, key))
         if shared != "base":
             raise RecipeError(
                 f"expert {name!r}: {key} is {found}, the base has {expected}; attention trained under different "
-                "positions cannot be averaged (use shared: base)"
+                f"{under} cannot be averaged (use shared: base)"
             )
         notes.append(
             f"{key} is {found}, the base has {expected}: the base's is used, its attention being shared"
@@ -286,6 +306,15 @@ def measured(report: MemberReport, found: Distances, shared: str) -> MemberRepor
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.") if dtype in DTYPES.values() else "bfloat16"
+
+
+def _same(ours: object, theirs: object) -> bool:
+    """Equal, or the same number in float32: a GGUF file holds 1e-5 so, and tools write out what they read there."""
+    if isinstance(ours, float) and isinstance(theirs, float):
+        return (
+            torch.tensor(ours, dtype=torch.float32).item() == torch.tensor(theirs, dtype=torch.float32).item()
+        )
+    return ours == theirs
 
 
 def _short(value: object) -> str:

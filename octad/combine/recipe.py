@@ -17,20 +17,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from octad.checkpoint.config_file import read_mapping, unknown_key
+from octad.checkpoint.config_file import Section, one_line, read_mapping
+from octad.checkpoint.provenance import TAKEN
 from octad.errors import RecipeError
 
 RouterMethod = Literal["ridge", "logistic", "prompts", "random"]
 SharedMethod = Literal["base", "mean", "linear", "ties", "dare"]
 MAX_EXPERTS = 64
-
-
-class Section(BaseModel):
-    """A part of a recipe: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def _as_list(value: Any) -> Any:
@@ -56,7 +51,7 @@ class ExpertSpec(Section):
         try:
             return cls(name=name, model=model, data=data)
         except ValidationError as error:
-            raise RecipeError(f"expert {name!r}: {_one_line(error)}") from None
+            raise RecipeError(f"expert {name!r}: {one_line(error, cls)}") from None
 
 
 class RouterSpec(Section):
@@ -86,7 +81,7 @@ class Recipe(Section):
 
     base: str = Field(min_length=1)
     top_k: int = Field(default=2, ge=1)
-    experts: tuple[ExpertSpec, ...] = Field(min_length=2, max_length=MAX_EXPERTS)
+    experts: tuple[ExpertSpec, ...]
     router: RouterSpec = RouterSpec()
     shared: Annotated[SharedSpec, BeforeValidator(lambda v: {"method": v} if isinstance(v, str) else v)] = (
         SharedSpec()
@@ -97,6 +92,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         names = [e.name for e in self.experts]
+        if not 2 <= len(names) <= MAX_EXPERTS:
+            raise ValueError(f"experts: a mixture has 2 to {MAX_EXPERTS}, found {len(names)}")
         if twice := next((n for n in names if names.count(n) > 1), None):
             raise ValueError(f"two experts have the name {twice!r}; give each its own")
         if self.top_k > len(names):
@@ -132,7 +129,7 @@ class Recipe(Section):
         try:
             return cls.model_validate(raw | {"directory": directory})
         except ValidationError as error:
-            raise RecipeError(f"recipe {label}: {_one_line(error)}") from None
+            raise RecipeError(f"recipe {label}: {one_line(error, cls)}") from None
 
     def resolve(self, reference: str) -> str:
         """A reference as the user wrote it, made a path where a file of that name exists beside the recipe."""
@@ -144,23 +141,13 @@ class Recipe(Section):
         return self.model_dump(mode="json", exclude_defaults=True)
 
 
-SECTIONS: dict[str, type[Section]] = {"experts": ExpertSpec, "router": RouterSpec, "shared": SharedSpec}
-
-
-def _one_line(error: ValidationError) -> str:
-    """The first problem in the words of the recipe."""
-    problem = error.errors()[0]
-    where = [str(part) for part in problem["loc"]]
-    if problem["type"] == "extra_forbidden":
-        section: type[Section] = SECTIONS.get(where[0], Recipe) if len(where) > 1 else Recipe
-        keys = [k for k in section.model_fields if k != "directory"]
-        return unknown_key(where, keys)
-    if problem["type"] == "missing":
-        return f"key {'.'.join(where)!r} is missing"
-    if problem["type"] in ("too_short", "too_long") and where == ["experts"]:
-        return f"experts: a mixture has 2 to {MAX_EXPERTS}, found {len(problem['input'])}"
-    message = problem["msg"].removeprefix("Value error, ")
-    if not where:
-        return message
-    found = repr(problem["input"])
-    return f"{'.'.join(where)}: {message}, found {found if len(found) <= 80 else found[:77] + '...'}"
+def check_name(name: str) -> None:
+    """Raises RecipeError for a name that a new expert should not have; one that a mixture has already stays as it is."""
+    if TAKEN.fullmatch(name.strip()):
+        raise RecipeError(
+            f"expert {name!r}: `octad evaluate` calls a contestant of its own so; give the expert another name"
+        )
+    if not name.isprintable() or name != name.strip():
+        raise RecipeError(
+            f"expert {name!r}: a name is printable characters on one line, without spaces around it"
+        )

@@ -40,6 +40,7 @@ __all__ = ["Comparison", "Difference", "Row", "Settings", "compare", "read_domai
 
 Floats = Any  # NDArray
 MEAN = "mean"
+ELSEWHERE = "oracle chosen elsewhere\n"  # like no contestant's name: those are one line
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,7 @@ def differences(found: Comparison) -> list[Difference]:
     )
     sums = {name: [u.sums(row.nats) for u in units] for name, row in found.rows.items()}
     if found.members:
-        sums["oracle chosen elsewhere"] = _chosen_elsewhere([sums[m] for m in found.members])
+        sums[ELSEWHERE] = _chosen_elsewhere([sums[m] for m in found.members])
     mine = list(dict.fromkeys([found.own, *found.mixtures]))
     pairs = [(a, b) for a in mine for b in sums if a != b]
     if not pairs:
@@ -263,7 +264,7 @@ def _honest(intervals: Mapping[tuple[str, str], list[Interval]], a: str, b: str)
     """A pair's intervals; against the oracle with room for its choice."""
     if b != "oracle":
         return intervals[a, b]
-    both = zip(intervals[a, b], intervals[a, "oracle chosen elsewhere"], strict=True)
+    both = zip(intervals[a, b], intervals[a, ELSEWHERE], strict=True)
     return [Interval(f.value, min(f.low, e.low), max(f.high, e.high)) for f, e in both]
 
 

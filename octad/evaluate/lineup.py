@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from octad.checkpoint.load import load_tokenizer, open_source
-from octad.checkpoint.provenance import Provenance
+from octad.checkpoint.provenance import TAKEN, Provenance
 from octad.checkpoint.source import TensorSource
 from octad.errors import OctadError, RequestError
 from octad.evaluate.contestants import Contestant, Member, Original, Soup, TopK, Whole
@@ -97,8 +97,9 @@ def _mixture(source: TensorSource, texts: Texts) -> LineUp:
 
 def _add_members(found: LineUp, names: Sequence[str], made: Provenance, texts: Texts) -> None:
     originals, found.as_held = find_originals(made, texts)
-    found.inexact = [record["name"] for record in made.experts if not record.get("exact")]
-    found.bases = [record["name"] for record in made.experts if record.get("kind") == "base"]
+    records = dict(zip(names, made.experts, strict=True))
+    found.inexact = [name for name, record in records.items() if not record.get("exact")]
+    found.bases = [name for name, record in records.items() if record.get("kind") == "base"]
     for e, name in enumerate(names):
         who = Original(originals[name]) if name in originals else Member(e)
         note = "not held exactly: judged as it was" if name in originals else None
@@ -127,11 +128,22 @@ def _add_forced(found: LineUp, source: TensorSource) -> None:
 
 
 def named_experts(source: TensorSource) -> tuple[list[str], Provenance | None]:
-    """The experts' names, from octad.json where octad made the mixture (then also that), else 'expert 0', 'expert 1', ...
+    """The experts' names, from octad.json where octad made the mixture (then also that), else 'expert 0', ...
 
     Raises CheckpointError for a damaged octad.json."""
     made = Provenance.of(source) if source.config.is_moe else None
-    return (made.names if made else [f"expert {e}" for e in range(source.config.num_experts)]), made
+    names = made.names if made else [f"expert {e}" for e in range(source.config.num_experts)]
+    return contestant_names(names), made
+
+
+def contestant_names(experts: Sequence[str]) -> list[str]:
+    """What the experts of these names are called in a comparison: no two alike, and none like a contestant of its own.
+
+    octad gives no such names; a mixture that was made before it minded, or edited by hand, may have them."""
+    found: list[str] = []
+    for name in experts:
+        found.append(_free_name(f"member {name}" if TAKEN.fullmatch(name) else name, found))
+    return found
 
 
 def find_originals(made: Provenance, texts: Texts) -> tuple[dict[str, TensorSource], dict[str, str]]:
@@ -139,7 +151,7 @@ def find_originals(made: Provenance, texts: Texts) -> tuple[dict[str, TensorSour
     found: dict[str, TensorSource] = {}
     reasons: dict[str, str] = {}
     largest = max(max(window.ids) for window in texts.windows)
-    for name, record in zip(made.names, made.experts, strict=True):
+    for name, record in zip(contestant_names(made.names), made.experts, strict=True):
         if record.get("exact"):
             continue
         try:

@@ -16,6 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 Report = Mapping[str, Any]
+MOST_EXPERTS = (
+    12  # columns that a terminal has room for; of more experts those are shown that some text chooses most
+)
 ANSWERS = {"yes": "green", "no": "red", "unclear": "yellow"}
 
 
@@ -36,7 +39,7 @@ def figures(report: Report) -> Table:
     table = _table(f"bits per byte, held-out text, {_range(counts[0], counts[-1])} tokens a domain")
     table.add_column("", no_wrap=True)
     for column in (*(d["name"] for d in domains), "mean", "active", "tokens/s"):
-        table.add_column(column, justify="right")
+        table.add_column(escape(column), justify="right")
     names = [d["name"] for d in domains]
     best = {name: min(row["bits_per_byte"][name] for row in rows) for name in names}
     lowest = min(row["mean"] for row in rows)
@@ -50,13 +53,20 @@ def figures(report: Report) -> Table:
 
 
 def load(report: Report, colours: Sequence[str]) -> Table:
-    """The share of choices that each expert gets, by domain, over all layers."""
+    """The share of choices that each expert gets, by domain, over all layers; those chosen least in one column."""
+    rows, experts = report["load"], report["experts"]
+    most = [max(shares[e] for shares in rows.values()) for e in range(len(experts))]
+    shown = sorted(sorted(range(len(experts)), key=lambda e: -most[e])[:MOST_EXPERTS])
     table = _table("\nshare of choices per expert, mean over layers")
     table.add_column("text", no_wrap=True)
-    for number, name in enumerate(report["experts"]):
-        table.add_column(escape(name), justify="right", style=colours[number % len(colours)])
-    for domain, shares in report["load"].items():
-        table.add_row(escape(domain), *(f"{100 * share:.0f} %" for share in shares))
+    for e in shown:
+        table.add_column(escape(experts[e]), justify="right", style=colours[e % len(colours)], no_wrap=True)
+    if left := len(experts) - len(shown):
+        table.add_column(f"{left} others", justify="right", no_wrap=True)
+    for domain, shares in rows.items():
+        cells = [shares[e] for e in shown]
+        cells += [1 - sum(cells)] if left else []
+        table.add_row(escape(domain), *(f"{100 * share:.0f} %" for share in cells))
     return table
 
 

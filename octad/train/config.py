@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from octad.checkpoint.config_file import read_mapping, unknown_key
+from octad.checkpoint.config_file import Section, one_line, read_mapping
 from octad.errors import RecipeError
 from octad.train.sections import (
     DataSpec,
@@ -30,7 +30,6 @@ from octad.train.sections import (
     LowRankSpec,
     RoutingSpec,
     RunSpec,
-    Section,
     SourceSpec,
     StringList,
 )
@@ -160,12 +159,6 @@ class BranchConfig(RunSpec):
 
 T = TypeVar("T", bound=RunSpec)
 TrainConfig = TuneConfig | PretrainConfig
-_KINDS = (
-    "bool",
-    "constrained-int",
-    "constrained-float",
-    "literal['auto']",
-)  # how pydantic calls a union's members
 TASKS: dict[str, type[TuneConfig] | type[PretrainConfig]] = {"tune": TuneConfig, "pretrain": PretrainConfig}
 
 
@@ -194,7 +187,7 @@ def _checked(kind: type[T], raw: dict[str, Any], path: Path) -> T:
     try:
         return kind.model_validate(raw | {"directory": path.parent})
     except ValidationError as error:
-        raise RecipeError(f"{path}: {_one_line(error, kind)}") from None
+        raise RecipeError(f"{path}: {one_line(error, kind)}") from None
 
 
 def _unused_common(config: RunSpec) -> Iterator[str]:
@@ -207,29 +200,3 @@ def _unused_common(config: RunSpec) -> Iterator[str]:
         yield "schedule.final (the schedule is constant)"
     if not config.evaluate.domains and config.evaluate.model_fields_set:
         yield "evaluate (no domains are given)"
-
-
-def _one_line(error: ValidationError, kind: type[BaseModel]) -> str:
-    """The first problem in the words of the file."""
-    problem = error.errors()[0]
-    where = [str(part) for part in problem["loc"] if part not in _KINDS]
-    if problem["type"] == "extra_forbidden":
-        keys = [key for key in _section(kind, problem["loc"][:-1]).model_fields if key != "directory"]
-        return unknown_key(where, keys)
-    if problem["type"] == "missing":
-        return f"key {'.'.join(where)!r} is missing"
-    if len(where) < len(problem["loc"]):  # of a key that may be one of several kinds
-        same = [e["msg"] for e in error.errors() if e["loc"][: len(where)] == problem["loc"][: len(where)]]
-        return f"{'.'.join(where)}: {' or '.join(same)}, found {problem['input']!r:.80}"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{'.'.join(where)}: {message}, found {problem['input']!r:.80}" if where else message
-
-
-def _section(kind: type[BaseModel], place: tuple[int | str, ...]) -> type[BaseModel]:
-    """The section that a place in the file belongs to."""
-    for part in place:
-        if isinstance(part, str):
-            annotation = kind.model_fields[part].annotation
-            inner = getattr(annotation, "__args__", (annotation,))[0]
-            kind = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else kind
-    return kind

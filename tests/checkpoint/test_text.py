@@ -215,6 +215,6 @@ def test_bad_files(bytewise: Tokenizer, tmp_path: Path, name: str, content: byte
 
 
 def test_no_file(bytewise: Tokenizer, tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "none.jsonl"):
-        with pytest.raises(DataError, match="no such file"):
+    for path, message in ((tmp_path, "is a directory"), (tmp_path / "none.jsonl", "no such file")):
+        with pytest.raises(DataError, match=message):
             read_windows([path], bytewise, tokens=100, window=32)

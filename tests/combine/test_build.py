@@ -412,6 +412,35 @@ def test_other_positions_are_noted_or_refused(llama: World, tmp_path: Path) -> N
     assert "cannot be averaged" in refused(llama.base, ["base", member], shared="ties")
 
 
+def test_norms_that_differ_in_print_alone(llama: World, tmp_path: Path) -> None:
+    """A number that went through a GGUF file comes back rounded to float32; another number is another number."""
+    member = full_member(llama.base, tmp_path / "member", 1, only=".mlp.")
+    written = json.loads((member / "config.json").read_text())["rms_norm_eps"]
+    entries = [{"name": "a", "model": "base"}, {"name": "b", "model": str(member)}]
+    recipe = make_recipe(llama.base, entries, router={"method": "random"})
+    rounded = float(torch.tensor(written, dtype=torch.float32))
+    assert rounded != written
+    edit_config(member, rms_norm_eps=rounded)
+    assert (preflight(recipe).reports[1].notes, preflight(recipe).reports[1].exact) == ((), True)
+    edit_config(member, rms_norm_eps=2 * written)
+    assert f"rms_norm_eps is {2 * written}" in preflight(recipe).reports[1].notes[0]
+    assert "different norms cannot be averaged" in refused(llama.base, ["base", member], shared="mean")
+
+
+def test_a_shared_part_that_all_have_alike(llama: World, tmp_path: Path) -> None:
+    """Averaging it changes nothing, which is said, and is so; where one differs, nothing is said."""
+    models = [full_member(llama.base, tmp_path / str(n), n, only=".mlp.") for n in (1, 2)]
+    entries = [{"name": m.name, "model": str(m)} for m in models]
+    for shared in ("base", "mean"):
+        plan = preflight(make_recipe(llama.base, entries, router={"method": "random"}, shared=shared))
+        assert [note.split(":")[0] for note in plan.notes] == (["shared"] if shared == "mean" else [])
+        combine(plan, tmp_path / shared)
+    ours, theirs_ = (load_file(tmp_path / s / "model.safetensors") for s in ("base", "mean"))
+    assert all(torch.equal(ours[name], theirs_[name]) for name in ours)
+    entries.append({"name": "c", "model": str(full_member(llama.base, tmp_path / "3", 3))})
+    assert not preflight(make_recipe(llama.base, entries, router={"method": "random"}, shared="mean")).notes
+
+
 def test_references_that_lead_nowhere(llama: World, tmp_path: Path) -> None:
     assert "expert 'm1'" in refused(llama.base, ["base", tmp_path / "nowhere"])
     assert "no such" in refused(tmp_path / "nowhere", ["base", "base"], CheckpointError)

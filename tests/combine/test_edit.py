@@ -134,7 +134,7 @@ def test_removing_is_combining_the_others(sharp: World, tmp_path: Path, method: 
         sharp.mixture([0, 1, 2, 3], router=router),
         f"m{gone}",
         tmp_path / "m",
-        progress=lambda stage, done: said.append(stage),
+        tell=said.append,
     )
     assert_same_mixture(output, sharp.mixture([e for e in range(4) if e != gone], router=router))
     refitted = gone == 0 and method in ("ridge", "logistic")
@@ -284,6 +284,20 @@ def test_names(sharp: World, tmp_path: Path) -> None:
         assert re.search(r"no expert 'm9'; did you mean 'm\d'", refusal(RecipeError, call))
     assert "it has m0, m1, m2" in refusal(RecipeError, remove_expert, mixture, "zebra", out)
     assert not out.exists()
+
+
+def test_a_name_that_the_comparison_uses(sharp: World, tmp_path: Path) -> None:
+    """Refused for whoever joins, before anything is opened; whoever has it already can leave."""
+    entries = [sharp.entries[0] | {"name": "soup"}, *sharp.entries[1:3]]
+    with pytest.raises(RecipeError, match="expert 'soup': `octad evaluate`"):
+        preflight(make_recipe(tmp_path / "no base", entries))
+    mixture = shutil.copytree(sharp.mixture([0, 1, 2]), tmp_path / "mixture")
+    with pytest.raises(RecipeError, match="expert 'oracle': `octad evaluate`"):
+        add_expert(mixture, sharp.spec(3, name="oracle"))
+    text = (mixture / "octad.json").read_text()
+    (mixture / "octad.json").write_text(text.replace('"m1"', '"soup"'))
+    remove_expert(mixture, "soup")
+    assert [e["name"] for e in json.loads((mixture / "octad.json").read_text())["experts"]] == ["m0", "m2"]
 
 
 def test_too_few_left(sharp: World, tmp_path: Path) -> None:

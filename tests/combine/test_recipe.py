@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from octad.combine.recipe import Recipe
+from octad.combine.recipe import Recipe, check_name
 from octad.errors import RecipeError
 
 GOOD: dict[str, Any] = {
@@ -42,6 +42,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"top_k": 3}, ["top_k is 3", "only 2 experts"]),
     ({"experts": [FIRST]}, ["experts", "2 to 64, found 1"]),
     ({"experts": [FIRST | {"name": f"m{i}"} for i in range(65)]}, ["experts", "2 to 64, found 65"]),
+    ({"experts": ["base", FIRST]}, ["experts.0: expected keys and values, found 'base'"]),
     ({"experts": "all of them"}, ["experts", "found 'all of them'"]),
     ({"experts": [FIRST, FIRST]}, ["two experts have the name 'general'"]),
     (
@@ -128,3 +129,23 @@ def test_paths_are_relative_to_the_recipe(tmp_path: Path) -> None:
     assert recipe.resolve("specialists") == str(tmp_path / "specialists")
     assert recipe.resolve("org/name") == "org/name"
     assert recipe.resolve(str(tmp_path)) == str(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["soup", "Ensemble", "oracle", "member", "mixture", "mixture top-2"])
+def test_names_of_the_comparisons_own_contestants(name: str) -> None:
+    with pytest.raises(RecipeError, match=f"expert '{name}': `octad evaluate` calls a contestant of its own"):
+        check_name(name)
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "\x1b[31mred", " padded"])
+def test_names_that_cannot_be_shown_as_they_are(name: str) -> None:
+    with pytest.raises(RecipeError, match="on one line") as caught:
+        check_name(name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["french", "oracle sql", "soup recipes", "mixture-top-2", "Ελληνικά", "c++ [v2]"]
+)
+def test_other_names_are_free(name: str) -> None:
+    check_name(name)

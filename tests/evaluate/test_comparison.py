@@ -70,6 +70,24 @@ def copied_ffn(target: Any, source: Any) -> Any:
     return target
 
 
+def test_members_named_like_the_contestants_are_kept_apart(
+    world: World, result: Comparison, tmp_path: Path
+) -> None:
+    """The same weights under names that octad refuses today, and one name twice: all figures stay whose they were."""
+    mixture = shutil.copytree(world.mixture, tmp_path / "mixture")
+    record = json.loads((mixture / "octad.json").read_text())
+    for entry, name in zip(record["experts"], ["oracle", "soup", "twice", "twice"], strict=True):
+        entry["name"] = name
+    (mixture / "octad.json").write_text(json.dumps(record))
+    found = compare(open_source(mixture), world.domains, SETTINGS)
+    assert found.members == ["member oracle", "member soup", "twice", "twice (2)"]
+    assert found.lineup.inexact == ["twice (2)"]
+    assert found.lineup.bases == ["member oracle"]
+    assert len(found.bits) == len(result.bits)
+    for ours, theirs_was in zip(found.bits, result.bits, strict=True):
+        assert found.bits[ours] == pytest.approx(result.bits[theirs_was])
+
+
 def test_who_takes_part(result: Comparison) -> None:
     members = ["general", "lora", "full", "far"]
     assert result.members == members

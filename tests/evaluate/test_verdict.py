@@ -1,5 +1,6 @@
 """Verdicts on comparisons whose figures are set by hand: good mixtures, bad ones, and those of which nothing is known."""
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from octad.checkpoint.text import Window
 from octad.errors import OutputError
+from octad.evaluate import views
 from octad.evaluate.advice import advise
 from octad.evaluate.card import may_write, with_verdict, write_verdict
 from octad.evaluate.compare import Comparison, Row, Settings, _with_ensemble, _with_oracle, differences
@@ -195,6 +198,17 @@ def test_the_report_is_plain() -> None:
 
 def source(directory: Path | None) -> Any:
     return SimpleNamespace(directory=directory, label="m")
+
+
+def test_the_load_of_more_experts_than_a_terminal_has_room_for() -> None:
+    experts = [f"[red]e{e}" for e in range(40)]
+    shares = {"one": [1 / 40] * 40, "two": [0.0] * 39 + [1.0]}
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(views.load({"load": shares, "experts": experts}, ["red", "green"]))
+    header, one, two = console.export_text().splitlines()[2:]
+    assert header.split() == ["text", *experts[: views.MOST_EXPERTS - 1], experts[39], "28", "others"]
+    assert one.replace("%", "").split() == ["one", *["2"] * views.MOST_EXPERTS, "70"]
+    assert two.split()[-4:] == ["100", "%", "0", "%"]
 
 
 def test_the_card_holds_one_verdict(tmp_path: Path) -> None:

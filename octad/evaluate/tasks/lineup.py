@@ -24,6 +24,7 @@ from octad.dist import compute_dtype
 from octad.engine.llm import DTYPES, LLM
 from octad.errors import OctadError, RequestError
 from octad.evaluate.contestants import moe_layers, soup_mlp
+from octad.evaluate.lineup import contestant_names
 from octad.evaluate.originals import original
 
 
@@ -52,7 +53,7 @@ def lineup(ref: str | Path, *, members: bool = False, dtype: str = "auto") -> It
         return
     made = Provenance.of(source)
     apart = _originals(made)
-    for expert, member in enumerate(llm.expert_names):
+    for expert, member in enumerate(contestant_names(llm.expert_names)):
         if isinstance(apart.get(member, ""), str):
             llm.only(expert)
             yield Entrant(member, "member", llm, str(apart.get(member, "")))
@@ -69,13 +70,14 @@ def lineup(ref: str | Path, *, members: bool = False, dtype: str = "auto") -> It
 def _originals(made: Provenance | None) -> dict[str, TensorSource | str]:
     """The members that the mixture does not hold exactly: the originals, or why they are judged as it holds them."""
     found: dict[str, TensorSource | str] = {}
-    for record in made.experts if made else []:
+    if made is None:
+        return found
+    for name, record in zip(contestant_names(made.names), made.experts, strict=True):
         if not record.get("exact"):
-            assert made is not None
             try:
-                found[record["name"]] = original(made, record)
+                found[name] = original(made, record)
             except OctadError as error:
-                found[record["name"]] = f"as the mixture holds it, with its attention ({error})"
+                found[name] = f"as the mixture holds it, with its attention ({error})"
     return found
 
 
