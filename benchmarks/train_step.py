@@ -89,7 +89,7 @@ def case(system: str, mode: str, base: str, text: Path, threads: int, compiled: 
     from octad.train.telemetry import matmul_peak
 
     torch.set_num_threads(threads)
-    keep_freed_memory(any_size=True)  # for both: it helps transformers too
+    keep_freed_memory()  # for both: it helps transformers too
     if system == "peak":
         return {"flops_per_second": matmul_peak(torch.bfloat16, torch.device("cpu"), 2048)}
     if system == "octad":

@@ -38,7 +38,7 @@ def keep_freed_memory(any_size: bool = False) -> None:
     except (OSError, AttributeError):  # a C library that is not glibc
         return
     mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its largest
-    mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
+    mallopt(-1, -1 if any_size else 256 << 20)  # M_TRIM_THRESHOLD; -1: nothing goes back
     if any_size:
         mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
 
