@@ -45,7 +45,9 @@ addEventListener("load", () => {
   const wide = drawings.map((s) => s.getBoundingClientRect().width);
   const requests = performance.getEntriesByType("resource").map((r) => r.name);
   const cleared = header.getAttribute("aria-sort"), errors = window.failures;
-  const found = { steps, focused, names, cleared, colours, requests, errors,
+  const questions = document.querySelector(".questions").closest(".scroll");
+  const spill = questions.scrollWidth - questions.clientWidth;
+  const found = { spill, steps, focused, names, cleared, colours, requests, errors,
     width: innerWidth, scroll: root.scrollWidth, narrowest: Math.min(...wide) };
   parent.postMessage(found, "*");
 });
@@ -94,6 +96,11 @@ def test_nothing_fails_and_nothing_is_fetched(seen: tuple[list[dict[str, Any]], 
     assert [f["errors"] for f in found] == [[], []]
     assert [f["requests"] for f in found] == [[], []]
     assert "CONSOLE" not in log
+
+
+def test_the_verdict_fits_a_desk(seen: tuple[list[dict[str, Any]], str]) -> None:
+    """Without a bar to scroll it sideways."""
+    assert seen[0][1]["spill"] == 0
 
 
 def test_a_header_sorts_its_column(seen: tuple[list[dict[str, Any]], str]) -> None:
