@@ -185,6 +185,7 @@ def _tensor_digests(source: TensorSource) -> dict[str, str] | None:
     whole = sum(source.info(name).nbytes for name in extents) <= WHOLE_BYTES
 
     def digest(name: str) -> str:
+        """Of one tensor."""
         extent: Any = extents[name]
         found = hashlib.sha256(repr(extent.info).encode())
         with open(extent.path, "rb") as file:

@@ -109,6 +109,7 @@ class _Reader:
         return not self.text[self.place :].strip()
 
     def requirement(self) -> Requirement:
+        """The next one: left, comparison, right, and perhaps a factor."""
         start = self.place
         left = self.word("mean, every or a domain's name")
         compare = self.match(_COMPARE, "<=, <, >= or >")

@@ -54,6 +54,7 @@ class _Blocked(torch.autograd.Function):
         segments: Sequence[Segment],
         window: int | None,
     ) -> torch.Tensor:
+        """y [N, H, K] of q [N, H, K], k and v [N, G, K]."""
         y = torch.empty_like(q, memory_format=torch.contiguous_format)
         kept = []
         for segment in segments:
@@ -71,6 +72,7 @@ class _Blocked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of q, k and v from y's."""
         (dy,), (q, k, v, *saved) = grads, ctx.saved_tensors
         kept = iter(saved)
         dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
@@ -109,9 +111,8 @@ def _probabilities(q_XTK: torch.Tensor, k_XKS: torch.Tensor, block: int, window:
     scores = torch.bmm(q_XTK, k_XKS)
     first = 0 if window is not None else S - block  # without a window, everything before the block is seen
     hidden = ~causal_mask(block, S, window, scores.device)[:, first:]
-    bias = scores.new_zeros(hidden.shape).masked_fill_(
-        hidden, float("-inf")
-    )  # added is faster than filled in
+    # a sum is faster than filling in
+    bias = scores.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
     scores.view(len(scores), -1, block, S)[..., first:].add_(bias)
     return scores.softmax(-1)
 

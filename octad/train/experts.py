@@ -54,6 +54,7 @@ class _SortedExperts(torch.autograd.Function):
         down: torch.Tensor,
         counts: list[int],
     ) -> torch.Tensor:
+        """y [R, D], times each row's weight; gate_up [E, 2 F, D], down [E, D, F], counts of E."""
         hidden = x_RD.new_empty(len(x_RD), gate_up.shape[1])
         y_RD = torch.empty_like(x_RD)
         for e, at in _blocks(counts):
@@ -66,6 +67,7 @@ class _SortedExperts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients from y's; None for what is frozen."""
         x_RD, weights_R, gate_up, down, hidden = ctx.saved_tensors
         want_x, want_weights, want_gate_up, want_down, _ = ctx.needs_input_grad
         (dy_RD,) = grads

@@ -69,6 +69,7 @@ class _SlicedLoss(torch.autograd.Function):
         targets_N: torch.Tensor,
         teacher: Teacher | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum of losses and each position's nats [N]; gradients are worked out along the way."""
         wanted = ctx.needs_input_grad[:4]
         grads = [
             torch.zeros_like(t) if t is not None and w else None
@@ -91,6 +92,7 @@ class _SlicedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Those gradients, times the sum's own."""
         grads = [None if g is None else g.mul_(outer[0].to(g.dtype)) for g in ctx.saved_tensors]
         return (*grads, None, None, None)
 

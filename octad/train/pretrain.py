@@ -130,7 +130,7 @@ def initialise(model: Transformer, seed: int) -> None:
 
 @dataclass(frozen=True)
 class Dense:
-    """A dense model to upcycle: its weights by parameter name, float32, and what its files say of their content."""
+    """A dense model to upcycle: its weights by parameter name, float32, and what tells it from others."""
 
     label: str
     weights: Mapping[str, torch.Tensor]
@@ -148,7 +148,7 @@ def open_dense(reference: str) -> Dense:
     path = Path(reference)
     if (path / FACTS).is_file():
         facts = load_facts(path)
-        return Dense(reference, read_masters(path), facts["files"])
+        return Dense(reference, read_masters(path), {"step": facts["step"], **facts["files"]})
     state = latest_state(path) if path.is_dir() and not (path / "config.json").is_file() else None
     if state is not None:
         raise RecipeError(f"upcycle: {reference} is not finished; name one of its states, {state} say")

@@ -130,21 +130,14 @@ def load_facts(state: Path) -> dict[str, Any]:
 
 def saved_names(state: Path) -> set[str]:
     """The tensors of a state. Raises CheckpointError where it is damaged."""
-    try:
-        return set(HuggingFaceStorageReader(str(state)).read_metadata().state_dict_metadata)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _damaged(state, error) from None
+    return set(_metadata(state))
 
 
 def read_masters(state: Path) -> dict[str, torch.Tensor]:
     """The float32 weights of a state by parameter name, whole, whatever number of ranks wrote it. Raises CheckpointError
     where it is damaged."""
-    try:
-        known = HuggingFaceStorageReader(str(state)).read_metadata().state_dict_metadata
-        sizes = {name: known[name].size for name in known if name.startswith("master.")}  # type: ignore[union-attr]
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _damaged(state, error) from None
-    targets = {name: torch.empty(size) for name, size in sizes.items()}
+    known = _metadata(state).items()
+    targets = {name: torch.empty(about.size) for name, about in known if name.startswith("master.")}
     _load(state, targets, alone=True)
     return {name.removeprefix("master."): value for name, value in targets.items()}
 
@@ -152,6 +145,14 @@ def read_masters(state: Path) -> dict[str, torch.Tensor]:
 def load_tensors(state: Path, targets: Mapping[str, torch.Tensor], world: World) -> None:
     """Fill the targets, each rank its part of the DTensors. Raises CheckpointError where it is damaged."""
     _load(state, targets, alone=world.size == 1)
+
+
+def _metadata(state: Path) -> Mapping[str, Any]:
+    """What is known of each tensor of a state. Raises CheckpointError where it is damaged."""
+    try:
+        return HuggingFaceStorageReader(str(state)).read_metadata().state_dict_metadata
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _damaged(state, error) from None
 
 
 def _load(state: Path, targets: Mapping[str, torch.Tensor], *, alone: bool) -> None:

@@ -109,6 +109,7 @@ def test_upcycling_midway_begins_as_the_dense_run_was(tmp_path) -> None:
     upcycled = learner(tmp_path, "mixture", upcycle=str(state))
     with torch.no_grad():
         torch.testing.assert_close(upcycled.model.eval()(tokens), expected)
+    assert upcycled.identity["files"]["step"] == 3  # the states of a run are all of one size
     with pytest.raises(
         RecipeError, match=r"dense is not finished; name one of its states, .*step-00000003 say"
     ):

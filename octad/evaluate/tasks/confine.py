@@ -270,6 +270,7 @@ def watch(scratch: str) -> Callable[[str, tuple[Any, ...]], None]:
         return isinstance(path, int) or os.path.realpath(os.fsdecode(path)).startswith(scratch + os.sep)
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
+        """Raises PermissionError for what is not allowed."""
         if event == "open":
             mode, flags = str(args[1] or ""), args[2] if isinstance(args[2], int) else 0
             writes = any(c in mode for c in "wax+") or flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
