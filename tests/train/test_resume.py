@@ -224,7 +224,15 @@ def test_a_disk_that_is_really_full(mixture, tmp_path: Path, tiny_disk: Path) ->
 # ---- signals, many processes -------------------------------------------------------------------------------
 
 
-def test_one_signal_of_each_kind_is_a_wish() -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt; a shell's background jobs start with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_one_signal_of_each_kind_is_a_wish(interruptible: None) -> None:
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
