@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from octad.kernels.attention import causal_mask
+from octad.kernels.passes import quick_passes
 
 BLOCK = 128  # queries at a time; at 512 positions 3 x as fast as the fused kernel, and so are 64 and 256 within 20 %
 KEPT = 512  # tokens of a sequence up to which its probabilities are kept
@@ -62,7 +62,7 @@ class _Blocked(torch.autograd.Function):
             k_XKS, v_XSK = _keys(k, segment).transpose(1, 2), _keys(v, segment)
             for rows, seen in _blocks(segment.length, window):
                 queries, part = q_BGRSK[:, :, :, rows], y_BGRSK[:, :, :, rows]
-                p = _probabilities(_scaled(queries), k_XKS[:, :, seen], queries.shape[3], window)
+                p = _probabilities(_stacked(queries), k_XKS[:, :, seen], queries.shape[3], window)
                 part.copy_(torch.bmm(p, v_XSK[:, seen]).view(part.shape))
                 if segment.length <= KEPT:
                     kept.append(p)
@@ -74,7 +74,7 @@ class _Blocked(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of q, k and v from y's."""
         (dy,), (q, k, v, *saved) = grads, ctx.saved_tensors
-        kept = iter(saved)
+        kept, passes = iter(saved), quick_passes()
         dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
         for segment in ctx.segments:
             q_BGRSK, dy_BGRSK, dq_BGRSK = (_queries(t, k.shape[1], segment) for t in (q, dy, dq))
@@ -82,19 +82,20 @@ class _Blocked(torch.autograd.Function):
             dk_XSK, dv_XSK = (_sums(k_XSK) for _ in range(2))
             for rows, seen in _blocks(segment.length, ctx.window):
                 part = q_BGRSK[:, :, :, rows]
-                dy_XTK, q_XTK = _stacked(dy_BGRSK[:, :, :, rows]), _scaled(part)
+                dy_XTK, q_XTK, block = _stacked(dy_BGRSK[:, :, :, rows]), _stacked(part), part.shape[3]
                 if segment.length <= KEPT:
                     p = next(kept)
                 else:
-                    k_XKS = k_XSK.transpose(1, 2)[:, :, seen]
-                    p = _probabilities(q_XTK, k_XKS, part.shape[3], ctx.window)
+                    p = _probabilities(q_XTK, k_XSK.transpose(1, 2)[:, :, seen], block, ctx.window)
+                dp = torch.bmm(dy_XTK, v_XKS[:, :, seen])
+                # before anything else is done with p: it is read in order, and lies in the cache then
+                ds = passes.softmax_backward_(p, dp, block, ctx.window, q.shape[-1] ** -0.5)
                 dv_XSK[:, seen] += torch.bmm(p.transpose(1, 2), dy_XTK)
-                ds = torch._softmax_backward_data(torch.bmm(dy_XTK, v_XKS[:, :, seen]), p, -1, p.dtype)
                 dq_BGRSK[:, :, :, rows] = torch.bmm(ds, k_XSK[:, seen]).view(part.shape)
                 dk_XSK[:, seen] += torch.bmm(ds.transpose(1, 2), q_XTK)
             _put_keys(dk, segment, dk_XSK)
             _put_keys(dv, segment, dv_XSK)
-        return dq.mul_(q.shape[-1] ** -0.5), dk, dv, None, None
+        return dq, dk, dv, None, None
 
 
 def _blocks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
@@ -106,21 +107,8 @@ def _blocks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
 
 
 def _probabilities(q_XTK: torch.Tensor, k_XKS: torch.Tensor, block: int, window: int | None) -> torch.Tensor:
-    """Softmax over the keys for a block's scaled queries, which are the last of the S positions: [X, R * block, S]."""
-    S = k_XKS.shape[2]
-    scores = torch.bmm(q_XTK, k_XKS)
-    first = 0 if window is not None else S - block  # without a window, everything before the block is seen
-    hidden = ~causal_mask(block, S, window, scores.device)[:, first:]
-    # a sum is faster than filling in
-    bias = scores.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
-    scores.view(len(scores), -1, block, S)[..., first:].add_(bias)
-    return scores.softmax(-1)
-
-
-def _scaled(q_BGRTK: torch.Tensor) -> torch.Tensor:
-    """_stacked, divided by sqrt(K)."""
-    B, G, R, T, K = q_BGRTK.shape
-    return torch.mul(q_BGRTK, K**-0.5, out=q_BGRTK.new_empty(q_BGRTK.shape)).view(B * G, R * T, K)
+    """Softmax over the keys for a block's queries, which are the last of the S positions: [X, R * block, S]."""
+    return quick_passes().causal_softmax_(torch.bmm(q_XTK, k_XKS), block, window, q_XTK.shape[-1] ** -0.5)
 
 
 def _queries(x_NHK: torch.Tensor, groups: int, segment: Segment) -> torch.Tensor:

@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
+from octad.kernels.passes import quick_passes
 from octad.train.data import IGNORED
 
 SLICE = 512  # positions whose logits exist at one time
@@ -109,6 +110,9 @@ def _to_gradients(
     logits: torch.Tensor, targets: torch.Tensor, taught: torch.Tensor | None, teacher: Teacher | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits into their own gradient, in place; each position's nats, and the sum of losses. A few rows at a time."""
+    if teacher is None or taught is None:
+        losses = quick_passes().cross_entropy_(logits, targets)
+        return losses, losses.sum()
     losses = targets.new_empty(len(targets), dtype=torch.float32)
     rows = max(1, CACHED // logits.shape[1]) if logits.device.type == "cpu" else len(targets)
     total = losses.new_zeros(())
@@ -116,37 +120,25 @@ def _to_gradients(
         at = slice(start, start + rows)
         log_p, learnt = logits[at].float().log_softmax(-1), targets[at] != IGNORED
         losses[at] = F.nll_loss(log_p, targets[at], ignore_index=IGNORED, reduction="none")
-        target = None if taught is None else taught[at].float().softmax(-1)
-        total += _mixed(losses[at], log_p, learnt, teacher, target)
-        logits[at] = _logit_gradient(log_p, targets[at], learnt, teacher, target)
+        target = taught[at].float().softmax(-1)
+        total += _mixed(losses[at], log_p, learnt, teacher.share, target)
+        logits[at] = _logit_gradient(log_p, targets[at], learnt, teacher.share, target)
     return losses, total
 
 
 def _mixed(
-    losses: torch.Tensor,
-    log_p: torch.Tensor,
-    learnt: torch.Tensor,
-    teacher: Teacher | None,
-    target: torch.Tensor | None,
+    losses: torch.Tensor, log_p: torch.Tensor, learnt: torch.Tensor, share: float, target: torch.Tensor
 ) -> torch.Tensor:
-    if teacher is None or target is None:
-        return losses.sum()
-    return (1 - teacher.share) * losses.sum() - teacher.share * (target * log_p).sum(-1)[learnt].sum()
+    return (1 - share) * losses.sum() - share * (target * log_p).sum(-1)[learnt].sum()
 
 
 def _logit_gradient(
-    log_p: torch.Tensor,
-    targets: torch.Tensor,
-    learnt: torch.Tensor,
-    teacher: Teacher | None,
-    target: torch.Tensor | None,
+    log_p: torch.Tensor, targets: torch.Tensor, learnt: torch.Tensor, share: float, target: torch.Tensor
 ) -> torch.Tensor:
     """softmax - target in place of log_p; zero where nothing is learnt."""
-    share = 0.0 if teacher is None else teacher.share
     d, rows = log_p.exp_(), torch.arange(len(targets), device=targets.device)
     d[rows, targets.clamp(min=0)] -= 1 - share
-    if target is not None:
-        d -= share * target
+    d -= share * target
     return d.mul_(learnt[:, None])
 
 

@@ -32,6 +32,7 @@ from octad.train.attention import DocumentAttention
 from octad.train.compiled import compile_model
 from octad.train.corpus import open_documents
 from octad.train.data import Batch, Source, Stream
+from octad.train.dense import swap_dense
 from octad.train.distill import teach
 from octad.train.layout import Layout
 from octad.train.learner import Learner, compute_settings
@@ -77,6 +78,8 @@ class Trainer:
         self.flops = training_flops(self.model.config, learner.trainable, learner.data.window)
         self.layout = Layout.decide(self.config.parallel, self.world, self.model, self.device)
         self.layout.spread(self.model)
+        if self.device.type == "cpu":
+            swap_dense(self.model)
         if self.config.batch.checkpointing:
             checkpoint_activations(self.model)
         self._compile()

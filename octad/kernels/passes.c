@@ -1,0 +1,152 @@
+/* The passes over activations between the matrix products of training, on plain pointers, one OpenMP loop a call.
+
+   Each is one pass where PyTorch makes several, in float32 inside whatever the activations are. passes.py has the slow
+   twins. Rows are shared out among the threads and a row's sums are taken in one order, so that the bits do not depend on
+   the number of threads. dtype is F_F32 or F_BF16; functions return 0, or 1 without memory.
+
+   Letters: N rows, F feed-forward hidden, V vocabulary, S keys, T queries of a block. */
+
+#include "native_src/panels.h"
+
+/* store_row, by the processor's own rounding where it has one (which takes the smallest numbers for zero). */
+static void put_row(void *to, int64_t dtype, int64_t start, const float *from, int64_t n) {
+    int64_t i = 0;
+#if defined(__AVX512BF16__)
+    if (dtype == F_BF16)
+        for (; i + 16 <= n; i += 16)
+            _mm256_storeu_si256((__m256i *)((uint16_t *)to + start + i),
+                                (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
+#endif
+    store_row(to, dtype, start + i, from + i, n - i);
+}
+
+/* A loop over rows n < N, each with `size` floats of scratch `row` of its thread's own. */
+#define ROWS_BEGIN(N, size)                                                                                            \
+    int failed = 0;                                                                                                    \
+    _Pragma("omp parallel num_threads(threads)") {                                                                     \
+        float *row = malloc(((size) + 64) * sizeof(float));                                                            \
+        if (!row) failed = 1;                                                                                          \
+        _Pragma("omp for schedule(static)") for (int64_t n = 0; n < (N); n++) {                                        \
+            if (!row) continue;
+#define ROWS_END                                                                                                       \
+        }                                                                                                              \
+        free(row);                                                                                                     \
+    }                                                                                                                  \
+    return failed;
+
+/* ---- silu(gate) * up ------------------------------------------------------------------------------------------- */
+
+/* h [N, F] = silu(gate) * up, whose rows are `stride` apart. */
+int octad_swiglu(const void *gate, const void *up, int64_t stride, int64_t dtype, int64_t N, int64_t F, void *h,
+                 int64_t threads) {
+    ROWS_BEGIN(N, 2 * F)
+    float *u = row + F;
+    load_row(row, gate, dtype, n * stride, F);
+    load_row(u, up, dtype, n * stride, F);
+    for (int64_t i = 0; i < F; i++) row[i] = silu(row[i]) * u[i];
+    put_row(h, dtype, n * F, row, F);
+    ROWS_END
+}
+
+/* h again, and from its gradient dh [N, F] those of gate and up, into rows `stride` apart as well; dup may be dh. */
+int octad_swiglu_backward(const void *gate, const void *up, int64_t stride, const void *dh, int64_t dtype, int64_t N,
+                          int64_t F, void *h, void *dgate, void *dup, int64_t dstride, int64_t threads) {
+    ROWS_BEGIN(N, 3 * F)
+    float *u = row + F, *d = u + F;
+    load_row(row, gate, dtype, n * stride, F);
+    load_row(u, up, dtype, n * stride, F);
+    load_row(d, dh, dtype, n * F, F);
+    for (int64_t i = 0; i < F; i++) {
+        float g = row[i], s = 1.0f / (1.0f + exp_(-g)), a = g * s, du = d[i] * a;
+        row[i] = d[i] * u[i] * s * (1.0f + g * (1.0f - s));
+        u[i] *= a, d[i] = du;
+    }
+    put_row(dgate, dtype, n * dstride, row, F);
+    put_row(h, dtype, n * F, u, F);
+    put_row(dup, dtype, n * dstride, d, F);
+    ROWS_END
+}
+
+/* ---- attention's probabilities ---------------------------------------------------------------------------------- */
+
+/* Row n of a block's scores [N, S]: query n % T of T, the last of S positions, sees the keys from `from` to `to`. */
+static inline void seen(int64_t n, int64_t S, int64_t T, int64_t window, int64_t *from, int64_t *to) {
+    *to = S - T + n % T + 1;
+    *from = window && *to > window ? *to - window : 0;
+}
+
+static void store_seen(void *to, int64_t dtype, int64_t n, int64_t S, const float *row, int64_t from, int64_t end) {
+    int64_t size = dtype == F_F32 ? 4 : 2;
+    memset((char *)to + n * S * size, 0, from * size);
+    put_row(to, dtype, n * S + from, row, end - from);
+    memset((char *)to + (n * S + end) * size, 0, (S - end) * size);
+}
+
+/* Softmax of scale * scores [N, S] in place, causal within a window (0: none). */
+int octad_causal_softmax(void *scores, int64_t dtype, int64_t N, int64_t S, int64_t T, int64_t window, float scale,
+                         int64_t threads) {
+    ROWS_BEGIN(N, S)
+    int64_t from, to;
+    seen(n, S, T, window, &from, &to);
+    int64_t count = to - from;
+    load_row(row, scores, dtype, n * S + from, count);
+    float most = -INFINITY, total = 0;
+#pragma omp simd reduction(max : most)
+    for (int64_t i = 0; i < count; i++) most = row[i] > most ? row[i] : most;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < count; i++) {
+        row[i] = exp_((row[i] - most) * scale);
+        total += row[i];
+    }
+    float share = 1.0f / total;
+    for (int64_t i = 0; i < count; i++) row[i] *= share;
+    store_seen(scores, dtype, n, S, row, from, to);
+    ROWS_END
+}
+
+/* From the probabilities p and their gradient dp, both [N, S], that of the scores before scaling, in dp's place. */
+int octad_softmax_backward(const void *p, void *dp, int64_t dtype, int64_t N, int64_t S, int64_t T, int64_t window,
+                           float scale, int64_t threads) {
+    ROWS_BEGIN(N, 2 * S)
+    int64_t from, to;
+    seen(n, S, T, window, &from, &to);
+    int64_t count = to - from;
+    float *d = row + S, total = 0;
+    load_row(row, p, dtype, n * S + from, count);
+    load_row(d, dp, dtype, n * S + from, count);
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < count; i++) total += row[i] * d[i];
+    for (int64_t i = 0; i < count; i++) row[i] *= (d[i] - total) * scale;
+    store_seen(dp, dtype, n, S, row, from, to);
+    ROWS_END
+}
+
+/* ---- the loss ----------------------------------------------------------------------------------------------------- */
+
+/* Logits [N, V] into their own gradient, softmax - target, in place; losses float32 [N] are -ln p(target). Rows whose
+   target is negative are not learnt: zeros. */
+int octad_cross_entropy(void *logits, int64_t dtype, int64_t N, int64_t V, const int64_t *targets, float *losses,
+                        int64_t threads) {
+    ROWS_BEGIN(N, V)
+    int64_t target = targets[n];
+    losses[n] = 0;
+    if (target < 0) {
+        memset((char *)logits + n * V * (dtype == F_F32 ? 4 : 2), 0, V * (dtype == F_F32 ? 4 : 2));
+        continue;
+    }
+    load_row(row, logits, dtype, n * V, V);
+    float most = -INFINITY, total = 0, own = row[target];
+#pragma omp simd reduction(max : most)
+    for (int64_t i = 0; i < V; i++) most = row[i] > most ? row[i] : most;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < V; i++) {
+        row[i] = exp_(row[i] - most);
+        total += row[i];
+    }
+    losses[n] = logf(total) - (own - most);
+    float share = 1.0f / total;
+    for (int64_t i = 0; i < V; i++) row[i] *= share;
+    row[target] -= 1.0f;
+    put_row(logits, dtype, n * V, row, V);
+    ROWS_END
+}

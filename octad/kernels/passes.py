@@ -1,0 +1,212 @@
+"""The passes over activations between the matrix products of training: each one pass natively, several in PyTorch.
+
+    passes = quick_passes()                         # native where there is a compiler, else PyTorch
+    h_NF = passes.swiglu(gate_NF, up_NF)
+
+Products run at the machine's rate; what lies between them is bound by reading and writing, so that one pass in place of
+four counts. Plain functions of tensors without autograd. passes.c is the native half, Passes the slow twin that defines
+it, and what serves where there is no compiler, on other devices and in other precisions.
+
+Shapes: N rows, F feed-forward hidden, V vocabulary, X batches of R * T query rows, S keys.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from octad.kernels.attention import causal_mask
+from octad.kernels.build import BuildError, load
+
+SOURCE = Path(__file__).with_name("passes.c")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+CACHED = 1 << 19  # logits that are worked on at a time: in float32 they fit a core's cache
+_P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class Passes:
+    """In PyTorch's operations."""
+
+    def swiglu(self, gate_NF: torch.Tensor, up_NF: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up."""
+        return F.silu(gate_NF).mul_(up_NF)
+
+    def swiglu_backward(
+        self,
+        dh_NF: torch.Tensor,
+        gate_NF: torch.Tensor,
+        up_NF: torch.Tensor,
+        dgate_NF: torch.Tensor,
+        dup_NF: torch.Tensor,
+    ) -> torch.Tensor:
+        """h again; the gradients of gate and up are written to the last two, of one stride between rows."""
+        silu = F.silu(gate_NF)
+        h = silu * up_NF
+        torch.mul(dh_NF, up_NF, out=dgate_NF)
+        torch.mul(dh_NF, silu, out=dup_NF)
+        torch.ops.aten.silu_backward.grad_input(dgate_NF, gate_NF, grad_input=dgate_NF)
+        return h
+
+    def causal_softmax_(
+        self, scores_XTS: torch.Tensor, block: int, window: int | None, scale: float
+    ) -> torch.Tensor:
+        """Softmax of scale * scores in place. The rows of a batch are R times `block` queries, the last of S positions."""
+        X, rows, S = scores_XTS.shape
+        first = (
+            0 if window is not None else S - block
+        )  # without a window, everything before the block is seen
+        hidden = ~causal_mask(block, S, window, scores_XTS.device)[:, first:]
+        # a sum is faster than filling in
+        bias = scores_XTS.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+        scores_XTS.mul_(scale).view(X, -1, block, S)[..., first:].add_(bias)
+        return scores_XTS.copy_(scores_XTS.softmax(-1))
+
+    def softmax_backward_(
+        self, p_XTS: torch.Tensor, dp_XTS: torch.Tensor, block: int, window: int | None, scale: float
+    ) -> torch.Tensor:
+        """The gradient of the scores from that of the probabilities, in the latter's place."""
+        return dp_XTS.copy_(torch._softmax_backward_data(dp_XTS, p_XTS, -1, p_XTS.dtype)).mul_(scale)
+
+    def cross_entropy_(self, logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+        """-ln p(target) of each row, float32 at least; logits become their own gradient. Negative targets are not learnt."""
+        losses = logits_NV.new_empty(
+            len(logits_NV), dtype=torch.promote_types(logits_NV.dtype, torch.float32)
+        )
+        rows = max(1, CACHED // logits_NV.shape[1]) if logits_NV.device.type == "cpu" else len(losses)
+        for start in range(0, len(losses), rows):
+            at = slice(start, start + rows)
+            log_p, learnt = logits_NV[at].to(losses.dtype).log_softmax(-1), targets_N[at] >= 0
+            chosen = targets_N[at].clamp(min=0)[:, None]
+            losses[at] = -log_p.gather(1, chosen)[:, 0] * learnt
+            d = log_p.exp_().scatter_add_(1, chosen, log_p.new_full(chosen.shape, -1.0))
+            logits_NV[at] = d.mul_(learnt[:, None])
+        return losses
+
+
+class NativePasses(Passes):
+    """Through the compiled library, for float32 and bfloat16 on the CPU."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._swiglu = _typed(library.octad_swiglu, [_P, _P, _I, _I, _I, _I, _P, _I])
+        self._swiglu_backward = _typed(
+            library.octad_swiglu_backward, [_P, _P, _I, _P, _I, _I, _I, _P, _P, _P, _I, _I]
+        )
+        self._softmax = _typed(library.octad_causal_softmax, [_P, _I, _I, _I, _I, _I, _F, _I])
+        self._softmax_backward = _typed(library.octad_softmax_backward, [_P, _P, _I, _I, _I, _I, _I, _F, _I])
+        self._cross_entropy = _typed(library.octad_cross_entropy, [_P, _I, _I, _I, _P, _P, _I])
+
+    def swiglu(self, gate_NF: torch.Tensor, up_NF: torch.Tensor) -> torch.Tensor:
+        """See Passes."""
+        if not _rows(gate_NF, up_NF) or gate_NF.stride(0) != up_NF.stride(0):
+            return super().swiglu(gate_NF, up_NF)
+        h = gate_NF.new_empty(gate_NF.shape)
+        _check(
+            self._swiglu(
+                gate_NF.data_ptr(),
+                up_NF.data_ptr(),
+                gate_NF.stride(0),
+                DTYPES[h.dtype],
+                *h.shape,
+                h.data_ptr(),
+                torch.get_num_threads(),
+            )
+        )
+        return h
+
+    def swiglu_backward(
+        self,
+        dh_NF: torch.Tensor,
+        gate_NF: torch.Tensor,
+        up_NF: torch.Tensor,
+        dgate_NF: torch.Tensor,
+        dup_NF: torch.Tensor,
+    ) -> torch.Tensor:
+        """See Passes."""
+        strides = gate_NF.stride(0) == up_NF.stride(0) and dgate_NF.stride(0) == dup_NF.stride(0)
+        if not (_rows(gate_NF, up_NF, dgate_NF, dup_NF) and _rows(dh_NF, contiguous=True) and strides):
+            return super().swiglu_backward(dh_NF, gate_NF, up_NF, dgate_NF, dup_NF)
+        h = torch.empty_like(dh_NF)
+        _check(
+            self._swiglu_backward(
+                gate_NF.data_ptr(),
+                up_NF.data_ptr(),
+                gate_NF.stride(0),
+                dh_NF.data_ptr(),
+                DTYPES[h.dtype],
+                *h.shape,
+                h.data_ptr(),
+                dgate_NF.data_ptr(),
+                dup_NF.data_ptr(),
+                dgate_NF.stride(0),
+                torch.get_num_threads(),
+            )
+        )
+        return h
+
+    def causal_softmax_(
+        self, scores_XTS: torch.Tensor, block: int, window: int | None, scale: float
+    ) -> torch.Tensor:
+        """See Passes."""
+        if not _rows(scores_XTS, contiguous=True):
+            return super().causal_softmax_(scores_XTS, block, window, scale)
+        X, rows, S = scores_XTS.shape
+        about = (DTYPES[scores_XTS.dtype], X * rows, S, block, window or 0, scale, torch.get_num_threads())
+        _check(self._softmax(scores_XTS.data_ptr(), *about))
+        return scores_XTS
+
+    def softmax_backward_(
+        self, p_XTS: torch.Tensor, dp_XTS: torch.Tensor, block: int, window: int | None, scale: float
+    ) -> torch.Tensor:
+        """See Passes."""
+        if not _rows(p_XTS, dp_XTS, contiguous=True):
+            return super().softmax_backward_(p_XTS, dp_XTS, block, window, scale)
+        X, rows, S = p_XTS.shape
+        about = (DTYPES[p_XTS.dtype], X * rows, S, block, window or 0, scale, torch.get_num_threads())
+        _check(self._softmax_backward(p_XTS.data_ptr(), dp_XTS.data_ptr(), *about))
+        return dp_XTS
+
+    def cross_entropy_(self, logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+        """See Passes."""
+        if not _rows(logits_NV, contiguous=True):
+            return super().cross_entropy_(logits_NV, targets_N)
+        if len(targets_N) and int(targets_N.max()) >= logits_NV.shape[1]:
+            raise IndexError(f"target {int(targets_N.max())} is not among {logits_NV.shape[1]} logits")
+        targets, losses = targets_N.contiguous(), logits_NV.new_empty(len(logits_NV), dtype=torch.float32)
+        about = (DTYPES[logits_NV.dtype], *logits_NV.shape, targets.data_ptr(), losses.data_ptr())
+        _check(self._cross_entropy(logits_NV.data_ptr(), *about, torch.get_num_threads()))
+        return losses
+
+
+@functools.cache
+def quick_passes() -> Passes:
+    """The native ones, built at the first call of all, where that can be done here."""
+    try:
+        return NativePasses(load(source=SOURCE))
+    except BuildError:
+        return Passes()
+
+
+def _rows(*tensors: torch.Tensor, contiguous: bool = False) -> bool:
+    """True where the kernels can take them: of one known dtype, on the CPU, neighbours side by side."""
+    first = tensors[0]
+    return first.dtype in DTYPES and all(
+        t.device.type == "cpu"
+        and t.dtype == first.dtype
+        and (t.is_contiguous() if contiguous else t.stride(-1) == 1)
+        for t in tensors
+    )
+
+
+def _typed(function: Any, arguments: list[Any]) -> Any:
+    function.argtypes = arguments
+    return function
+
+
+def _check(failed: int) -> None:
+    if failed:
+        raise MemoryError("the native passes ran out of memory")

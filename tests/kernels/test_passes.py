@@ -1,0 +1,85 @@
+"""The passes between products, native against their twins, and the twins against autograd."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from octad.kernels import passes
+from octad.kernels.attention import causal_mask
+from octad.kernels.build import BuildError, load
+from octad.kernels.passes import NativePasses, Passes, quick_passes
+
+CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 1e-6}, torch.bfloat16: {"rtol": 0.02, "atol": 0.004}}
+
+
+@pytest.fixture(params=["twin", "native"])
+def mine(request: pytest.FixtureRequest) -> Passes:
+    if request.param == "twin":
+        return Passes()
+    try:
+        return NativePasses(load(source=passes.SOURCE))
+    except BuildError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    torch.manual_seed(0)
+    return request.param
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_swiglu(mine: Passes, dtype: torch.dtype, strided: bool) -> None:
+    """Also where gate and up are halves of one matrix; rows of no round length."""
+    hidden = (3 * torch.randn(9, 74)).to(dtype)
+    gate, up = hidden.chunk(2, -1) if strided else (hidden[:, :37].contiguous(), hidden[:, 37:].contiguous())
+    dh = torch.randn(9, 37).to(dtype)
+    exact = [t.float().clone().requires_grad_() for t in (gate, up)]
+    h = F.silu(exact[0]) * exact[1]
+    expected = torch.autograd.grad(h, exact, dh.float())
+    torch.testing.assert_close(mine.swiglu(gate, up).float(), h.detach(), **CLOSE[dtype])
+    dgate, dup = torch.empty_like(hidden).chunk(2, -1) if strided else (torch.empty_like(dh) for _ in "12")
+    again = mine.swiglu_backward(dh, gate, up, dgate, dup)
+    torch.testing.assert_close(again.float(), h.detach(), **CLOSE[dtype])
+    for found, true in zip((dgate, dup), expected, strict=True):
+        torch.testing.assert_close(found.float(), true, **CLOSE[dtype])
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_causal_softmax(mine: Passes, dtype: torch.dtype, window: int | None) -> None:
+    """Two heads of five queries, the last of 21 positions."""
+    scores, dp = (torch.randn(3, 10, 21).to(dtype) for _ in range(2))
+    exact = scores.float().clone().requires_grad_()
+    seen = causal_mask(5, 21, window).repeat(2, 1)
+    p = (0.5 * exact).masked_fill(~seen, float("-inf")).softmax(-1)
+    (expected,) = torch.autograd.grad(p, [exact], dp.float())
+    found = mine.causal_softmax_(scores.clone(), 5, window, 0.5)
+    torch.testing.assert_close(found.float(), p.detach(), **CLOSE[dtype])
+    ds = mine.softmax_backward_(found, dp.clone(), 5, window, 0.5)
+    torch.testing.assert_close(ds.float(), expected, **CLOSE[dtype])
+
+
+def test_cross_entropy(mine: Passes, dtype: torch.dtype) -> None:
+    logits, targets = (4 * torch.randn(7, 101)).to(dtype), torch.randint(0, 101, (7,))
+    targets[[2, 5]] = -100
+    exact = logits.float().clone().requires_grad_()
+    expected = F.cross_entropy(exact, targets, reduction="none")
+    (gradient,) = torch.autograd.grad(expected.sum(), [exact])
+    losses = mine.cross_entropy_(logits, targets)
+    torch.testing.assert_close(losses, expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits.float(), gradient, **CLOSE[dtype])
+    with pytest.raises((IndexError, RuntimeError)):
+        mine.cross_entropy_(logits, targets + 101)
+
+
+def test_double_precision_goes_through_the_twin() -> None:
+    gate, up = torch.randn(2, 5, 8, dtype=torch.float64)
+    torch.testing.assert_close(quick_passes().swiglu(gate, up), F.silu(gate) * up, rtol=1e-12, atol=1e-12)
+
+
+def test_without_a_compiler_the_twin_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(**options: object) -> None:
+        raise BuildError("no compiler")
+
+    monkeypatch.setattr(passes, "load", broken)
+    assert type(quick_passes.__wrapped__()) is Passes
