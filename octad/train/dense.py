@@ -48,7 +48,7 @@ class _Gated(torch.autograd.Function):
         gate_NF, up_NF = (x_ND.new_empty(N, len(p.weight)) for p in (gate, up))
         y_ND = x_ND.new_empty(N, len(down.weight))
         thins = []
-        for at in slices(N, len(gate.weight)):
+        for at in slices(slice(0, N), len(gate.weight)):
             x = x_ND[at]
             thins += [gate.forward(x, gate_NF[at]), up.forward(x, up_NF[at])]
             thins.append(down.forward(passes.swiglu(gate_NF[at], up_NF[at]), y_ND[at]))
@@ -66,7 +66,7 @@ class _Gated(torch.autograd.Function):
         sums = [Sums.of(p) for p in (gate, up, down)]
         dx_ND = torch.empty_like(x_ND) if want_x else None
         dgate_NF, dup_NF, h_NF = (gate_NF.new_empty(gate_NF.shape if w else (0,)) for w in want)
-        for at in slices(len(x_ND), gate_NF.shape[1]):
+        for at in slices(slice(0, len(x_ND)), gate_NF.shape[1]):
             thin = [next(thins) for _ in range(3)]
             x, dy, dx = x_ND[at], dy_ND[at], None if dx_ND is None else dx_ND[at]
             dh = gate_NF.new_empty(gate_NF[at].shape)

@@ -3,11 +3,11 @@
     layer.mlp.experts = TrainExperts(layer.mlp.experts)          # shares the weights
     add_low_rank(model, "experts$", LowRankSpec(rank=16))        # lowrank.py: each expert learns a change of its own
 
-Tokens are sorted by expert once, so that each expert multiplies one contiguous block. Three things make its backward
-cheaper than autograd through the loop: a frozen weight's gradient is never computed; nothing of the second half is kept
-(silu(gate) * up is made again, which costs no matmul); and a routing weight's gradient, dy . expert(x), is taken as
-(dy W_down) . h, which the backward has at hand anyway. One row a choice, [N * A], is what is stored, and about 3 % of
-empty rows, so that blocks have few different sizes (see sorted_choices).
+Tokens are sorted by expert once, so that each expert multiplies one contiguous block, a few hundred rows at a time (see
+products.py). Three things make its backward cheaper than autograd through the loop: a frozen weight's gradient is never
+computed; nothing of the second half is kept (silu(gate) * up is made again, which costs no matmul); and a routing
+weight's gradient, dy . expert(x), is taken as (dy W_down) . h, which the backward has at hand anyway. One row a choice,
+[N * A], is what is stored, and about 3 % of empty rows, so that blocks have few different sizes (see sorted_choices).
 
 Shapes: N tokens, D model, E experts, A experts a token, F feed-forward hidden, R = N * A choices in order of experts
 and what fills them up, L rank of a change.
@@ -15,14 +15,17 @@ and what fills them up, L rank of a change.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from octad.kernels.passes import quick_passes
 from octad.model.moe import Experts
+from octad.train.products import Product, Sums, slices
 
 PROJECTIONS = ("gate_up", "down")
 FEW = 16  # sizes of an expert's block up to the mean load
@@ -84,40 +87,6 @@ def sorted_choices(experts_NA: torch.Tensor, experts: int) -> tuple[torch.Tensor
     return padded, filled.tolist()
 
 
-class _Linear(NamedTuple):
-    """One expert's W [out, in] with its change, A [L, in] and B [out, L] or none; or the gradients of the three, None
-    for what is not wanted."""
-
-    weight: torch.Tensor | None
-    a: torch.Tensor | None = None
-    b: torch.Tensor | None = None
-
-    def forward(self, x_RD: torch.Tensor, scale: float, out: torch.Tensor) -> None:
-        """out = x W^T + scale * x A^T B^T."""
-        assert self.weight is not None
-        torch.mm(x_RD, self.weight.T, out=out)
-        if self.a is not None and self.b is not None:
-            out.addmm_(x_RD @ self.a.T, self.b.T, alpha=scale)
-
-    def backward(
-        self, dy_RD: torch.Tensor, x_RD: torch.Tensor, scale: float, grads: _Linear, dx: torch.Tensor | None
-    ) -> None:
-        """Fills the gradients that are wanted, dx among them."""
-        assert self.weight is not None
-        if grads.weight is not None:
-            torch.mm(dy_RD.T, x_RD, out=grads.weight)
-        if dx is not None:
-            torch.mm(dy_RD, self.weight, out=dx)
-        if self.a is not None and self.b is not None:
-            inner_RL = (dy_RD @ self.b).mul_(scale)
-            if dx is not None:
-                dx.addmm_(inner_RL, self.a)
-            if grads.a is not None:
-                torch.mm(inner_RL.T, x_RD, out=grads.a)
-            if grads.b is not None:
-                torch.mm(dy_RD.T, (x_RD @ self.a.T).mul_(scale), out=grads.b)
-
-
 class _SortedExperts(torch.autograd.Function):
     """weight * expert(x) for rows sorted by expert."""
 
@@ -133,46 +102,74 @@ class _SortedExperts(torch.autograd.Function):
         """y [R, D], times each row's weight; counts of E; stacks: gate_up [E, 2 F, D], down [E, D, F], and where there
         are changes A and B of the one and of the other."""
         hidden = x_RD.new_empty(len(x_RD), stacks[0].shape[1])
-        y_RD = torch.empty_like(x_RD)
-        for e, at in _blocks(counts):
-            gate_up, down = _linears(stacks, e)
-            gate_up.forward(x_RD[at], scale, hidden[at])
-            gate, up = hidden[at].chunk(2, -1)
-            down.forward(F.silu(gate).mul_(up), scale, y_RD[at])
-        ctx.save_for_backward(x_RD, weights_R, hidden, *stacks)
+        y_RD, thins = torch.empty_like(x_RD), list[torch.Tensor | None]()
+        for e, rows in _blocks(counts):
+            gate_up, down = _products(stacks, e, scale)
+            for at in slices(rows, hidden.shape[1]):
+                thins.append(gate_up.forward(x_RD[at], hidden[at]))
+                thins.append(down.forward(quick_passes().swiglu(*hidden[at].chunk(2, -1)), y_RD[at]))
+        ctx.save_for_backward(x_RD, weights_R, hidden, *stacks, *thins)
         ctx.counts, ctx.scale = counts, scale
         return y_RD.mul_(weights_R[:, None])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients from y's; None for what is frozen."""
-        x_RD, weights_R, hidden, *stacks = ctx.saved_tensors
+        """Gradients from y's; None for what is frozen. Rows are weighted where they are narrow: x, y and thin ones."""
         want_x, want_weights, _, _, *want = ctx.needs_input_grad
-        (dy_RD,), learns = grads, any(want)
+        x_RD, weights_R, hidden, *kept = ctx.saved_tensors
+        stacks, thins = kept[: len(want)], iter(kept[len(want) :])
+        dy_RD, weights_R1 = grads[0].contiguous(), weights_R[:, None]
+        weighted_RD = dy_RD * weights_R1 if any(want) else dy_RD
         dx_RD = torch.empty_like(x_RD) if want_x else None
         dweights_R = torch.empty_like(weights_R) if want_weights else None
         dstacks = [torch.zeros_like(s) if w else None for s, w in zip(stacks, want, strict=True)]
-        for e, at in _blocks(ctx.counts):
-            (gate_up, down), (dgate_up, ddown) = _linears(stacks, e), _linears(dstacks, e)
-            gate, up = hidden[at].chunk(2, -1)
-            silu, weights, dh = F.silu(gate), weights_R[at, None], torch.empty_like(gate)
-            h = silu * up
-            down.backward(dy_RD[at], h * weights if learns else h, ctx.scale, ddown, dh)
-            if dweights_R is not None:
-                dweights_R[at] = torch.linalg.vecdot(dh, h)
-            dhidden = torch.empty_like(hidden[at])
-            dgate, dup = dhidden.chunk(2, -1)
-            torch.mul(dh.mul_(weights), silu, out=dup)
-            torch.mul(dh, up, out=dgate)
-            torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
-            gate_up.backward(dhidden, x_RD[at], ctx.scale, dgate_up, None if dx_RD is None else dx_RD[at])
+        for e, rows in _blocks(ctx.counts):
+            gate_up, down = _products(stacks, e, ctx.scale)
+            sums, dhidden = [Sums.of(gate_up), Sums.of(down)], torch.empty_like(hidden[rows])
+            h_RF = hidden.new_empty(len(dhidden) if want[1] else 0, hidden.shape[1] // 2)
+            for at in slices(rows, hidden.shape[1]):
+                here = slice(at.start - rows.start, at.stop - rows.start)
+                weight, dhid = weights_R1[at], dhidden[here]
+                gate, up = hidden[at].chunk(2, -1)
+                dh = torch.empty_like(gate, memory_format=torch.contiguous_format)
+                dthin = down.to_inputs(dy_RD[at], dh)
+                h = quick_passes().swiglu_backward(dh, gate, up, *dhid.chunk(2, -1))
+                if dweights_R is not None:
+                    dweights_R[at] = torch.linalg.vecdot(dh, h)
+                if want[1]:
+                    h_RF[here] = h
+                wide, thin = next(thins), next(thins)
+                down.to_factors(_times(dthin, weight), weighted_RD[at], h, thin, sums[1])
+                dthin = gate_up.to_inputs(dhid, None if dx_RD is None else dx_RD[at])
+                gate_up.to_factors(_times(dthin, weight), dhid, x_RD[at], _times(wide, weight), sums[0])
+            for n, (out, into) in enumerate(((dhidden, x_RD[rows]), (weighted_RD[rows], h_RF))):
+                if (dstack := dstacks[n]) is not None:
+                    torch.mm(out.T, into * weights_R1[rows] if n == 0 else into, out=dstack[e])
+            _put(dstacks[2:], e, [s.gradients(p) for s, p in zip(sums, (gate_up, down), strict=True)])
+        if dx_RD is not None:
+            dx_RD.mul_(weights_R1)
         return dx_RD, dweights_R, None, None, *dstacks
 
 
-def _linears(stacks: Sequence[torch.Tensor | None], expert: int) -> tuple[_Linear, _Linear]:
+def _products(stacks: Sequence[torch.Tensor], expert: int, scale: float) -> tuple[Product, Product]:
     """One expert's part of _SortedExperts' stacks: gate_up's and down's."""
-    own = [None if stack is None else stack[expert] for stack in stacks]
-    return _Linear(own[0], *own[2:4]), _Linear(own[1], *own[4:])
+    own = [stack[expert] for stack in stacks]
+    return Product(own[0], *own[2:4], scale=scale), Product(own[1], *own[4:], scale=scale)
+
+
+def _put(
+    dstacks: Sequence[torch.Tensor | None],
+    expert: int,
+    gradients: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]],
+) -> None:
+    """One expert's gradients of A and B into those of the stacks."""
+    for stack, gradient in zip(dstacks, itertools.chain.from_iterable(gradients), strict=False):
+        if stack is not None and gradient is not None:
+            stack[expert] = gradient
+
+
+def _times(thin: torch.Tensor | None, weights: torch.Tensor) -> torch.Tensor | None:
+    return None if thin is None else thin * weights
 
 
 def _blocks(counts: list[int]) -> list[tuple[int, slice]]:

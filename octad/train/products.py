@@ -1,8 +1,8 @@
 """y = x W' and its gradients, with a low-rank change or without, on as many rows as stay in the cache.
 
-    for at in slices(len(x_NI), width=2 * I):
+    for at in slices(slice(0, N), width=2 * I):
         thin = product.forward(x_NI[at], y_NO[at])
-    for at in slices(len(x_NI), width=2 * I):
+    for at in slices(slice(0, N), width=2 * I):
         dthin = product.to_inputs(dy_NO[at], dx_NI[at])
         product.to_factors(dthin, dy_NO[at], x_NI[at], thin, sums)
 
@@ -25,6 +25,7 @@ from torch import nn
 
 CACHED = 1 << 20  # numbers a slice of rows may have at the widest place
 LEAST = 256  # rows below which a product's own rate falls
+SIZE = 32  # few sizes, see experts.sorted_choices
 
 
 class Product(NamedTuple):
@@ -96,12 +97,13 @@ class Sums(NamedTuple):
         return self.a.to(product.a.dtype), self.b.T.to(product.a.dtype)
 
 
-def slices(rows: int, width: int) -> Iterator[slice]:
-    """Parts of nearly equal size whose `width` numbers a row fit the cache."""
-    most = max(LEAST, CACHED // width)
-    size = math.ceil(rows / math.ceil(rows / most)) if rows else 1
-    for start in range(0, rows, size):
-        yield slice(start, min(rows, start + size))
+def slices(rows: slice, width: int) -> Iterator[slice]:
+    """Parts of nearly equal size, multiples of SIZE, whose `width` numbers a row fit the cache."""
+    count, most = rows.stop - rows.start, max(LEAST, CACHED // width)
+    parts = max(1, math.ceil(count / most))
+    size = SIZE * math.ceil(count / parts / SIZE)
+    for start in range(rows.start, rows.stop, max(1, size)):
+        yield slice(start, min(rows.stop, start + size))
 
 
 def parts_of(linear: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, float]:
