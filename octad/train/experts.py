@@ -153,8 +153,9 @@ class _SortedExperts(torch.autograd.Function):
 
 def _products(stacks: Sequence[torch.Tensor], expert: int, scale: float) -> tuple[Product, Product]:
     """One expert's part of _SortedExperts' stacks: gate_up's and down's."""
-    own = [stack[expert] for stack in stacks]
-    return Product(own[0], *own[2:4], scale=scale), Product(own[1], *own[4:], scale=scale)
+    gate_up, down, *factors = (stack[expert] for stack in stacks)
+    a, b, c, d = factors or [None] * 4
+    return Product(gate_up, a, b, scale), Product(down, c, d, scale)
 
 
 def _put(
