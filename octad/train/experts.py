@@ -154,7 +154,7 @@ class _SortedExperts(torch.autograd.Function):
 def _products(stacks: Sequence[torch.Tensor], expert: int, scale: float) -> tuple[Product, Product]:
     """One expert's part of _SortedExperts' stacks: gate_up's and down's."""
     gate_up, down, *factors = (stack[expert] for stack in stacks)
-    a, b, c, d = factors or [None] * 4
+    a, b, c, d = factors or (None,) * 4
     return Product(gate_up, a, b, scale), Product(down, c, d, scale)
 
 
