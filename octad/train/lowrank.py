@@ -22,6 +22,7 @@ from torch import nn
 from octad.checkpoint.lora import AdapterSource
 from octad.errors import RecipeError
 from octad.model.transformer import Transformer
+from octad.train.products import projected
 from octad.train.sections import LowRankSpec
 
 Factors = tuple[torch.Tensor, torch.Tensor, float]
@@ -39,8 +40,7 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] to [..., out]."""
-        y: torch.Tensor = self.base(x)
-        return y.add_(F.linear(F.linear(x, self.lora_A), self.lora_B), alpha=self.scale)
+        return projected(x, self)[0]
 
 
 class LowRankEmbedding(nn.Module):
