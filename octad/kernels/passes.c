@@ -1,10 +1,11 @@
 /* The passes over activations between the matrix products of training, on plain pointers, one OpenMP loop a call.
 
    Each is one pass where PyTorch makes several, in float32 inside whatever the activations are. passes.py has the slow
-   twins. Rows are shared out among the threads and a row's sums are taken in one order, so that the bits do not depend on
-   the number of threads. dtype is F_F32 or F_BF16; functions return 0, or 1 without memory.
+   twins. Rows are shared out among the threads; but for the sums over rows (a norm's weight) the bits do not depend on how
+   many there are. dtype is F_F32 or F_BF16; functions return 0, or 1 without memory.
 
-   Letters: N rows, F feed-forward hidden, V vocabulary, S keys, T queries of a block. */
+   Letters: N rows, D model, F feed-forward hidden, V vocabulary, S keys or positions, T queries of a block, H heads, K head
+   dimension. */
 
 #include "native_src/panels.h"
 
@@ -18,6 +19,35 @@ static void put_row(void *to, int64_t dtype, int64_t start, const float *from, i
                                 (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
 #endif
     store_row(to, dtype, start + i, from + i, n - i);
+}
+
+/* load_row, and the greatest of the n numbers. */
+static float load_most(float *to, const void *from, int64_t dtype, int64_t start, int64_t n) {
+    float most = -INFINITY;
+    if (dtype == F_F32) {
+        const float *p = (const float *)from + start;
+#pragma omp simd reduction(max : most)
+        for (int64_t i = 0; i < n; i++) to[i] = p[i], most = p[i] > most ? p[i] : most;
+    } else {
+        const uint16_t *p = (const uint16_t *)from + start;
+#pragma omp simd reduction(max : most)
+        for (int64_t i = 0; i < n; i++) {
+            float x = from_bf16(p[i]);
+            to[i] = x, most = x > most ? x : most;
+        }
+    }
+    return most;
+}
+
+/* row = e^((row - most) * scale), and its sum. */
+static float exp_row(float *row, int64_t n, float most, float scale) {
+    float total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < n; i++) {
+        row[i] = exp_((row[i] - most) * scale);
+        total += row[i];
+    }
+    return total;
 }
 
 /* A loop over rows n < N, each with `size` floats of scratch `row` of its thread's own. */
@@ -89,15 +119,8 @@ int octad_causal_softmax(void *scores, int64_t dtype, int64_t N, int64_t S, int6
     int64_t from, to;
     seen(n, S, T, window, &from, &to);
     int64_t count = to - from;
-    load_row(row, scores, dtype, n * S + from, count);
-    float most = -INFINITY, total = 0;
-#pragma omp simd reduction(max : most)
-    for (int64_t i = 0; i < count; i++) most = row[i] > most ? row[i] : most;
-#pragma omp simd reduction(+ : total)
-    for (int64_t i = 0; i < count; i++) {
-        row[i] = exp_((row[i] - most) * scale);
-        total += row[i];
-    }
+    float most = load_most(row, scores, dtype, n * S + from, count);
+    float total = exp_row(row, count, most, scale);
     float share = 1.0f / total;
     for (int64_t i = 0; i < count; i++) row[i] *= share;
     store_seen(scores, dtype, n, S, row, from, to);
@@ -134,19 +157,88 @@ int octad_cross_entropy(void *logits, int64_t dtype, int64_t N, int64_t V, const
         memset((char *)logits + n * V * (dtype == F_F32 ? 4 : 2), 0, V * (dtype == F_F32 ? 4 : 2));
         continue;
     }
-    load_row(row, logits, dtype, n * V, V);
-    float most = -INFINITY, total = 0, own = row[target];
-#pragma omp simd reduction(max : most)
-    for (int64_t i = 0; i < V; i++) most = row[i] > most ? row[i] : most;
-#pragma omp simd reduction(+ : total)
-    for (int64_t i = 0; i < V; i++) {
-        row[i] = exp_(row[i] - most);
-        total += row[i];
-    }
+    float most = load_most(row, logits, dtype, n * V, V), own = row[target];
+    float total = exp_row(row, V, most, 1.0f);
     losses[n] = logf(total) - (own - most);
     float share = 1.0f / total;
     for (int64_t i = 0; i < V; i++) row[i] *= share;
     row[target] -= 1.0f;
     put_row(logits, dtype, n * V, row, V);
+    ROWS_END
+}
+
+/* ---- norms and the residual stream ---------------------------------------------------------------------------------- */
+
+/* h = x + delta (where there is one), y = h / rms(h) * weight; x, delta, h, y [N, D], weight [D], inverse float32 [N]
+   keeps 1 / rms(h). */
+int octad_add_norm(const void *x, const void *delta, const void *weight, float eps, int64_t dtype, int64_t N, int64_t D,
+                   void *h, void *y, float *inverse, int64_t threads) {
+    ROWS_BEGIN(N, 2 * D)
+    float *w = row + D, sum = 0;
+    load_row(row, x, dtype, n * D, D);
+    if (delta) {
+        load_row(w, delta, dtype, n * D, D);
+        for (int64_t i = 0; i < D; i++) row[i] += w[i];
+        put_row(h, dtype, n * D, row, D);
+        load_row(row, h, dtype, n * D, D); /* as it was rounded */
+    }
+    load_row(w, weight, dtype, 0, D);
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < D; i++) sum += row[i] * row[i];
+    float scale = inverse[n] = 1.0f / sqrtf(sum / (float)D + eps);
+    for (int64_t i = 0; i < D; i++) row[i] *= scale * w[i];
+    put_row(y, dtype, n * D, row, D);
+    ROWS_END
+}
+
+/* From the gradients dh (where there is one) and dy that of x, which is delta's too, in dx; each thread adds its rows' part
+   of the weight's to its row of dweight float32 [threads, D], where there is one. */
+int octad_add_norm_backward(const void *h, const void *weight, const float *inverse, const void *dh, const void *dy,
+                            int64_t dtype, int64_t N, int64_t D, void *dx, float *dweight, int64_t threads) {
+    ROWS_BEGIN(N, 4 * D)
+    float *w = row + D, *g = w + D, *r = g + D, scale = inverse[n], sum = 0;
+    load_row(row, h, dtype, n * D, D);
+    load_row(w, weight, dtype, 0, D);
+    load_row(g, dy, dtype, n * D, D);
+#ifdef _OPENMP
+    float *mine = dweight ? dweight + omp_get_thread_num() * D : 0;
+#else
+    float *mine = dweight;
+#endif
+    if (mine)
+        for (int64_t i = 0; i < D; i++) mine[i] += g[i] * row[i] * scale;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < D; i++) {
+        g[i] *= w[i];
+        sum += g[i] * row[i];
+    }
+    float share = sum * scale * scale * scale / (float)D;
+    if (dh) load_row(r, dh, dtype, n * D, D);
+    else memset(r, 0, D * sizeof(float));
+    for (int64_t i = 0; i < D; i++) row[i] = r[i] + g[i] * scale - row[i] * share;
+    put_row(dx, dtype, n * D, row, D);
+    ROWS_END
+}
+
+/* ---- rotary positions -------------------------------------------------------------------------------------------------- */
+
+/* y = x rotated, both [N, H, K], row n to position n % S: half-split layout, cosines and sines float32 [S, K], which say
+   the same twice. `turn` is 1, or -1 for the way back. */
+int octad_rotate(const void *x, int64_t dtype, int64_t N, int64_t H, int64_t K, int64_t S, const float *cosines,
+                 const float *sines, float turn, void *y, int64_t threads) {
+    ROWS_BEGIN(N, 2 * H * K)
+    const float *c = cosines + n % S * K, *s = sines + n % S * K;
+    float *z = row + H * K;
+    int64_t half = K / 2;
+    load_row(row, x, dtype, n * H * K, H * K);
+    for (int64_t h = 0; h < H; h++) {
+        const float *a = row + h * K, *b = a + half;
+        float *to = z + h * K, *end = to + half;
+        for (int64_t i = 0; i < half; i++) {
+            to[i] = a[i] * c[i] - turn * b[i] * s[i];
+            end[i] = b[i] * c[half + i] + turn * a[i] * s[half + i];
+        }
+    }
+    put_row(y, dtype, n * H * K, z, H * K);
     ROWS_END
 }

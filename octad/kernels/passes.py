@@ -7,7 +7,8 @@ Products run at the machine's rate; what lies between them is bound by reading a
 four counts. Plain functions of tensors without autograd. passes.c is the native half, Passes the slow twin that defines
 it, and what serves where there is no compiler, on other devices and in other precisions.
 
-Shapes: N rows, F feed-forward hidden, V vocabulary, X batches of R * T query rows, S keys.
+Shapes: N rows, D model, F feed-forward hidden, V vocabulary, X batches of R * T query rows, S keys or positions, B
+sequences, H heads, K head dimension.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Passes:
         dgate_NF: torch.Tensor,
         dup_NF: torch.Tensor,
     ) -> torch.Tensor:
-        """h again; the gradients of gate and up are written to the last two, of one stride between rows."""
+        """h again; the gradients of gate and up are written to the last two, of one stride (dup may be dh)."""
         silu = F.silu(gate_NF)
         h = silu * up_NF
         torch.mul(dh_NF, up_NF, out=dgate_NF)
@@ -55,8 +56,8 @@ class Passes:
     def causal_softmax_(
         self, scores_XTS: torch.Tensor, block: int, window: int | None, scale: float
     ) -> torch.Tensor:
-        """Softmax of scale * scores in place. The rows of a batch are R times `block` queries, the last of S positions."""
-        X, rows, S = scores_XTS.shape
+        """Softmax of scale * scores in place. A batch's rows are R times `block` queries, the last of S positions."""
+        X, _, S = scores_XTS.shape
         first = (
             0 if window is not None else S - block
         )  # without a window, everything before the block is seen
@@ -73,7 +74,7 @@ class Passes:
         return dp_XTS.copy_(torch._softmax_backward_data(dp_XTS, p_XTS, -1, p_XTS.dtype)).mul_(scale)
 
     def cross_entropy_(self, logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-        """-ln p(target) of each row, float32 at least; logits become their own gradient. Negative targets are not learnt."""
+        """-ln p(target) of each row, float32 at least, 0 where the target is negative; logits become their gradient."""
         losses = logits_NV.new_empty(
             len(logits_NV), dtype=torch.promote_types(logits_NV.dtype, torch.float32)
         )
@@ -87,6 +88,41 @@ class Passes:
             logits_NV[at] = d.mul_(learnt[:, None])
         return losses
 
+    def add_norm(
+        self, x_ND: torch.Tensor, delta_ND: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """h = x + delta (x itself without one), h / rms(h) * weight, and 1 / rms(h) [N] in float32 at least."""
+        h = x_ND if delta_ND is None else x_ND + delta_ND
+        wide = h.to(torch.promote_types(h.dtype, torch.float32))
+        inverse = wide.square().mean(-1).add_(eps).rsqrt_()
+        return h, (wide * inverse[:, None] * weight).to(h.dtype), inverse
+
+    def add_norm_backward(
+        self,
+        h_ND: torch.Tensor,
+        weight: torch.Tensor,
+        inverse_N: torch.Tensor,
+        dh_ND: torch.Tensor | None,
+        dy_ND: torch.Tensor,
+        want_weight: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The gradient of x, which is delta's too, from those of h (or None) and of the norm; and the weight's."""
+        normal = h_ND * inverse_N[:, None]
+        g = dy_ND * weight.to(normal.dtype)
+        dx = (g - normal * (g * normal).mean(-1, keepdim=True)) * inverse_N[:, None]
+        dx = dx if dh_ND is None else dx + dh_ND
+        dweight = (dy_ND * normal).sum(0).to(weight.dtype) if want_weight else None
+        return dx.to(h_ND.dtype), dweight
+
+    def rotate(
+        self, x_BSHK: torch.Tensor, cos_SK: torch.Tensor, sin_SK: torch.Tensor, turn: float
+    ) -> torch.Tensor:
+        """x turned by the angles whose cosines and sines are given (half-split layout), or back for -1."""
+        wide = x_BSHK.to(torch.promote_types(x_BSHK.dtype, cos_SK.dtype))
+        first, second = wide.chunk(2, dim=-1)
+        turned = torch.cat((-second, first), dim=-1) * (turn * sin_SK[:, None])
+        return (wide * cos_SK[:, None] + turned).to(x_BSHK.dtype)
+
 
 class NativePasses(Passes):
     """Through the compiled library, for float32 and bfloat16 on the CPU."""
@@ -99,6 +135,11 @@ class NativePasses(Passes):
         self._softmax = _typed(library.octad_causal_softmax, [_P, _I, _I, _I, _I, _I, _F, _I])
         self._softmax_backward = _typed(library.octad_softmax_backward, [_P, _P, _I, _I, _I, _I, _I, _F, _I])
         self._cross_entropy = _typed(library.octad_cross_entropy, [_P, _I, _I, _I, _P, _P, _I])
+        self._add_norm = _typed(library.octad_add_norm, [_P, _P, _P, _F, _I, _I, _I, _P, _P, _P, _I])
+        self._add_norm_backward = _typed(
+            library.octad_add_norm_backward, [_P, _P, _P, _P, _P, _I, _I, _I, _P, _P, _I]
+        )
+        self._rotate = _typed(library.octad_rotate, [_P, _I, _I, _I, _I, _I, _P, _P, _F, _P, _I])
 
     def swiglu(self, gate_NF: torch.Tensor, up_NF: torch.Tensor) -> torch.Tensor:
         """See Passes."""
@@ -181,6 +222,52 @@ class NativePasses(Passes):
         _check(self._cross_entropy(logits_NV.data_ptr(), *about, torch.get_num_threads()))
         return losses
 
+    def add_norm(
+        self, x_ND: torch.Tensor, delta_ND: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See Passes."""
+        if not _rows(x_ND, x_ND if delta_ND is None else delta_ND, weight, contiguous=True):
+            return super().add_norm(x_ND, delta_ND, weight, eps)
+        h, y = x_ND if delta_ND is None else torch.empty_like(x_ND), torch.empty_like(x_ND)
+        inverse = x_ND.new_empty(len(x_ND), dtype=torch.float32)
+        given = (x_ND.data_ptr(), _place(delta_ND), weight.data_ptr(), eps, DTYPES[x_ND.dtype], *x_ND.shape)
+        _check(
+            self._add_norm(*given, h.data_ptr(), y.data_ptr(), inverse.data_ptr(), torch.get_num_threads())
+        )
+        return h, y, inverse
+
+    def add_norm_backward(
+        self,
+        h_ND: torch.Tensor,
+        weight: torch.Tensor,
+        inverse_N: torch.Tensor,
+        dh_ND: torch.Tensor | None,
+        dy_ND: torch.Tensor,
+        want_weight: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See Passes."""
+        if not _rows(h_ND, weight, dy_ND, dy_ND if dh_ND is None else dh_ND, contiguous=True):
+            return super().add_norm_backward(h_ND, weight, inverse_N, dh_ND, dy_ND, want_weight)
+        dx, threads = torch.empty_like(h_ND), torch.get_num_threads()
+        parts = inverse_N.new_zeros(threads, h_ND.shape[1]) if want_weight else None
+        given = (h_ND.data_ptr(), weight.data_ptr(), inverse_N.data_ptr(), _place(dh_ND), dy_ND.data_ptr())
+        about = (DTYPES[h_ND.dtype], *h_ND.shape)
+        _check(self._add_norm_backward(*given, *about, dx.data_ptr(), _place(parts), threads))
+        return dx, None if parts is None else parts.sum(0).to(weight.dtype)
+
+    def rotate(
+        self, x_BSHK: torch.Tensor, cos_SK: torch.Tensor, sin_SK: torch.Tensor, turn: float
+    ) -> torch.Tensor:
+        """See Passes."""
+        tables = _rows(cos_SK, sin_SK, contiguous=True) and cos_SK.dtype == torch.float32
+        if not (tables and _rows(x_BSHK, contiguous=True)):
+            return super().rotate(x_BSHK, cos_SK, sin_SK, turn)
+        y = torch.empty_like(x_BSHK)
+        B, S, H, K = x_BSHK.shape
+        about = (x_BSHK.data_ptr(), DTYPES[y.dtype], B * S, H, K, S, cos_SK.data_ptr(), sin_SK.data_ptr())
+        _check(self._rotate(*about, turn, y.data_ptr(), torch.get_num_threads()))
+        return y
+
 
 @functools.cache
 def quick_passes() -> Passes:
@@ -200,6 +287,10 @@ def _rows(*tensors: torch.Tensor, contiguous: bool = False) -> bool:
         and (t.is_contiguous() if contiguous else t.stride(-1) == 1)
         for t in tensors
     )
+
+
+def _place(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _typed(function: Any, arguments: list[Any]) -> Any:

@@ -17,6 +17,7 @@ import torch
 
 from octad.errors import RecipeError
 from octad.model.moe import MLP
+from octad.model.rope import rotated
 from octad.model.transformer import RMSNorm, Transformer
 
 Wanted = Literal["auto", True, False]
@@ -35,7 +36,8 @@ def compile_model(model: Transformer, wanted: Wanted, *, work: float, echo: Call
     for module in model.modules():
         if isinstance(module, (RMSNorm, MLP)):
             module.compile(dynamic=False)
-    model.model.rope.apply = torch.compile(model.model.rope.apply, dynamic=False)
+    if model.model.rope.apply is rotated:  # on CPUs blocks.py has put another one there
+        model.model.rope.apply = torch.compile(rotated, dynamic=False)
     echo("compiling norms, feed-forward networks and rotary positions (compile: false does without)")
     return True
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from octad.kernels.passes import quick_passes
 from octad.model.moe import MLP
-from octad.train.products import Product, Sums, parts_of, slices
+from octad.train.products import Products, parts_of, slices
 
 
 class TrainMLP(nn.Module):
@@ -32,65 +32,55 @@ class TrainMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y of the same shape as x, [..., D]."""
-        gate, up, down = (parts_of(layer) for layer in (self.gate_proj, self.up_proj, self.down_proj))
-        scales = (gate[3], up[3], down[3])
+        parts, scales = parts_of(self.gate_proj, self.up_proj, self.down_proj)
         x_ND = x.reshape(-1, x.shape[-1])
-        y_ND = _Gated.apply(x_ND, *gate[:3], *up[:3], *down[:3], scales)  # type: ignore[no-untyped-call]
+        y_ND = _Gated.apply(x_ND, scales, *parts)  # type: ignore[no-untyped-call]
         return cast(torch.Tensor, y_ND).view(x.shape)
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: torch.Tensor, *given: Any) -> torch.Tensor:
+    def forward(ctx: Any, x_ND: torch.Tensor, scales: list[float], *given: Any) -> torch.Tensor:
         """y [N, D] of x [N, D]; weight, a, b of gate, up and down; their three scales."""
-        gate, up, down = _products(given[:-1], given[-1])
+        into, down = _halves(given, scales)
         passes, N = quick_passes(), len(x_ND)
-        gate_NF, up_NF = (x_ND.new_empty(N, len(p.weight)) for p in (gate, up))
-        y_ND = x_ND.new_empty(N, len(down.weight))
+        gate_NF, up_NF = (x_ND.new_empty(N, len(weight)) for weight in into.weights)
+        y_ND = x_ND.new_empty(N, len(down.weights[0]))
         thins = []
-        for at in slices(slice(0, N), len(gate.weight)):
-            x = x_ND[at]
-            thins += [gate.forward(x, gate_NF[at]), up.forward(x, up_NF[at])]
+        for at in slices(slice(0, N), gate_NF.shape[1]):
+            thins.append(into.forward(x_ND[at], gate_NF[at], up_NF[at]))
             thins.append(down.forward(passes.swiglu(gate_NF[at], up_NF[at]), y_ND[at]))
-        ctx.save_for_backward(x_ND, gate_NF, up_NF, *thins, *given[:-1])
-        ctx.scales = given[-1]
+        ctx.save_for_backward(x_ND, gate_NF, up_NF, *given, *thins)
+        ctx.scales = scales
         return y_ND
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients from y's; None for what is frozen."""
-        (dy_ND,), (x_ND, gate_NF, up_NF, *rest) = grads, ctx.saved_tensors
-        thins, (gate, up, down) = iter(rest[:-9]), _products(rest[-9:], ctx.scales)
-        want_x, want = ctx.needs_input_grad[0], ctx.needs_input_grad[1:10:3]
-        dy_ND = dy_ND.contiguous()
-        sums = [Sums.of(p) for p in (gate, up, down)]
+        dy_ND, (x_ND, gate_NF, up_NF, *rest) = grads[0].contiguous(), ctx.saved_tensors
+        (into, down), thins = _halves(rest[:9], ctx.scales), iter(rest[9:])
+        want_x, want = ctx.needs_input_grad[0], ctx.needs_input_grad[2::3]
+        into.begin(), down.begin()
         dx_ND = torch.empty_like(x_ND) if want_x else None
         dgate_NF, dup_NF, h_NF = (gate_NF.new_empty(gate_NF.shape if w else (0,)) for w in want)
         for at in slices(slice(0, len(x_ND)), gate_NF.shape[1]):
-            thin = [next(thins) for _ in range(3)]
-            x, dy, dx = x_ND[at], dy_ND[at], None if dx_ND is None else dx_ND[at]
             dh = gate_NF.new_empty(gate_NF[at].shape)
-            dthin = down.to_inputs(dy, dh)
+            thin, dthin = (next(thins), next(thins)), down.to_inputs(dh, dy_ND[at])
             dgate = dgate_NF[at] if want[0] else torch.empty_like(dh)
-            dup = dup_NF[at] if want[1] else torch.empty_like(dh)
+            dup = dup_NF[at] if want[1] else dh
             h = quick_passes().swiglu_backward(dh, gate_NF[at], up_NF[at], dgate, dup)
             if want[2]:
                 h_NF[at] = h
-            down.to_factors(dthin, dy, h, thin[2], sums[2])
-            gate.to_factors(gate.to_inputs(dgate, dx), dgate, x, thin[0], sums[0])
-            up.to_factors(up.to_inputs(dup, dx, add=True), dup, x, thin[1], sums[1])
-        outs, ins = (dgate_NF, dup_NF, dy_ND), (x_ND, x_ND, h_NF)
-        found: list[torch.Tensor | None] = [dx_ND]
-        for n, product in enumerate((gate, up, down)):
-            found += [outs[n].T @ ins[n] if want[n] else None, *sums[n].gradients(product)]
-        return (*found, None)
+            down.to_factors(dthin, h, thin[1], dy_ND[at])
+            dthin = into.to_inputs(None if dx_ND is None else dx_ND[at], dgate, dup)
+            into.to_factors(dthin, x_ND[at], thin[0], dgate, dup)
+        first = into.gradients(want[:2], x_ND, (dgate_NF, dup_NF))
+        return dx_ND, None, *first, *down.gradients(want[2:], h_NF, [dy_ND])
 
 
-def _products(given: Sequence[Any], scales: Sequence[float]) -> list[Product]:
-    """Of gate, up and down, from the weight, a and b of each and the three scales."""
-    return [
-        Product(given[3 * n], given[3 * n + 1], given[3 * n + 2], scale) for n, scale in enumerate(scales)
-    ]
+def _halves(given: Sequence[Any], scales: Sequence[float]) -> tuple[Products, Products]:
+    """Gate and up, and down."""
+    return Products(given[:6], scales[:2]), Products(given[6:], scales[2:])
 
 
 def swap_dense(model: nn.Module) -> None:

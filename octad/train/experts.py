@@ -15,7 +15,6 @@ and what fills them up, L rank of a change.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -25,7 +24,7 @@ from torch import nn
 
 from octad.kernels.passes import quick_passes
 from octad.model.moe import Experts
-from octad.train.products import Product, Sums, slices
+from octad.train.products import Products, slices
 
 PROJECTIONS = ("gate_up", "down")
 FEW = 16  # sizes of an expert's block up to the mean load
@@ -125,48 +124,40 @@ class _SortedExperts(torch.autograd.Function):
         dstacks = [torch.zeros_like(s) if w else None for s, w in zip(stacks, want, strict=True)]
         for e, rows in _blocks(ctx.counts):
             gate_up, down = _products(stacks, e, ctx.scale)
-            sums, dhidden = [Sums.of(gate_up), Sums.of(down)], torch.empty_like(hidden[rows])
+            gate_up.begin()
+            down.begin()
+            dhidden = torch.empty_like(hidden[rows])
             h_RF = hidden.new_empty(len(dhidden) if want[1] else 0, hidden.shape[1] // 2)
             for at in slices(rows, hidden.shape[1]):
                 here = slice(at.start - rows.start, at.stop - rows.start)
-                weight, dhid = weights_R1[at], dhidden[here]
+                weight, wide, thin = weights_R1[at], next(thins), next(thins)
                 gate, up = hidden[at].chunk(2, -1)
                 dh = torch.empty_like(gate, memory_format=torch.contiguous_format)
-                dthin = down.to_inputs(dy_RD[at], dh)
-                h = quick_passes().swiglu_backward(dh, gate, up, *dhid.chunk(2, -1))
+                dthin = down.to_inputs(dh, dy_RD[at])
+                h = quick_passes().swiglu_backward(dh, gate, up, *dhidden[here].chunk(2, -1))
                 if dweights_R is not None:
                     dweights_R[at] = torch.linalg.vecdot(dh, h)
                 if want[1]:
                     h_RF[here] = h
-                wide, thin = next(thins), next(thins)
-                down.to_factors(_times(dthin, weight), weighted_RD[at], h, thin, sums[1])
-                dthin = gate_up.to_inputs(dhid, None if dx_RD is None else dx_RD[at])
-                gate_up.to_factors(_times(dthin, weight), dhid, x_RD[at], _times(wide, weight), sums[0])
-            for n, (out, into) in enumerate(((dhidden, x_RD[rows]), (weighted_RD[rows], h_RF))):
-                if (dstack := dstacks[n]) is not None:
-                    torch.mm(out.T, into * weights_R1[rows] if n == 0 else into, out=dstack[e])
-            _put(dstacks[2:], e, [s.gradients(p) for s, p in zip(sums, (gate_up, down), strict=True)])
+                down.to_factors(_times(dthin, weight), h, thin, weighted_RD[at])
+                dthin = gate_up.to_inputs(None if dx_RD is None else dx_RD[at], dhidden[here])
+                gate_up.to_factors(_times(dthin, weight), x_RD[at], _times(wide, weight), dhidden[here])
+            x = x_RD[rows] * weights_R1[rows] if want[0] else x_RD[rows]
+            dgate_up, *first = gate_up.gradients(want[:1], x, [dhidden])
+            ddown, *second = down.gradients(want[1:2], h_RF, [weighted_RD[rows]])
+            for stack, gradient in zip(dstacks, (dgate_up, ddown, *first, *second), strict=False):
+                if stack is not None and gradient is not None:
+                    stack[e] = gradient
         if dx_RD is not None:
             dx_RD.mul_(weights_R1)
         return dx_RD, dweights_R, None, None, *dstacks
 
 
-def _products(stacks: Sequence[torch.Tensor], expert: int, scale: float) -> tuple[Product, Product]:
+def _products(stacks: Sequence[torch.Tensor], expert: int, scale: float) -> tuple[Products, Products]:
     """One expert's part of _SortedExperts' stacks: gate_up's and down's."""
     gate_up, down, *factors = (stack[expert] for stack in stacks)
     a, b, c, d = factors or (None,) * 4
-    return Product(gate_up, a, b, scale), Product(down, c, d, scale)
-
-
-def _put(
-    dstacks: Sequence[torch.Tensor | None],
-    expert: int,
-    gradients: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]],
-) -> None:
-    """One expert's gradients of A and B into those of the stacks."""
-    for stack, gradient in zip(dstacks, itertools.chain.from_iterable(gradients), strict=False):
-        if stack is not None and gradient is not None:
-            stack[expert] = gradient
+    return Products([gate_up, a, b], [scale]), Products([down, c, d], [scale])
 
 
 def _times(thin: torch.Tensor | None, weights: torch.Tensor) -> torch.Tensor | None:

@@ -24,6 +24,7 @@ from octad.checkpoint.lora import AdapterSource
 from octad.errors import RecipeError
 from octad.model.transformer import Transformer
 from octad.train.experts import PROJECTIONS, TrainExperts
+from octad.train.products import projected
 from octad.train.sections import LowRankSpec
 
 Factors = tuple[torch.Tensor, torch.Tensor, float]
@@ -41,8 +42,7 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] to [..., out]."""
-        y: torch.Tensor = self.base(x)
-        return y.add_(F.linear(F.linear(x, self.lora_A), self.lora_B), alpha=self.scale)
+        return projected(x, self)[0]
 
 
 class LowRankEmbedding(nn.Module):

@@ -1,23 +1,20 @@
-"""y = x W' and its gradients, with a low-rank change or without, on as many rows as stay in the cache.
+"""Products of one input, y_i = x W_i', with low-rank changes or without: on as many rows at a time as stay in the cache.
 
-    for at in slices(slice(0, N), width=2 * I):
-        thin = product.forward(x_NI[at], y_NO[at])
-    for at in slices(slice(0, N), width=2 * I):
-        dthin = product.to_inputs(dy_NO[at], dx_NI[at])
-        product.to_factors(dthin, dy_NO[at], x_NI[at], thin, sums)
+    q, k, v = projected(x, layer.q_proj, layer.k_proj, layer.v_proj)      # nn.Linear or LowRankLinear
 
 A product whose rows have just been written runs at the machine's full rate, one whose rows come from memory at four
 fifths of it, and the thin products of a low-rank change at a third: so those who use this walk over their rows a few
-hundred at a time and do all that is to be done with them. Gradients of the factors add up in float32 at least.
+hundred at a time and do all that is to be done with them. Thin products that share their input are one. Gradients of
+the factors add up in float32 at least.
 
-Shapes: N rows, I inputs, O outputs, R rank.
+Shapes: N rows, I inputs, O outputs of one layer, R ranks of all layers together.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,73 +25,130 @@ LEAST = 256  # rows below which a product's own rate falls
 SIZE = 32  # few sizes, see experts.sorted_choices
 
 
-class Product(NamedTuple):
-    """Weight [O, I]; a [R, I] and b [O, R] of a low-rank change, or None."""
+class Products:
+    """Layers of one input: weight [O, I], a [r, I] and b [O, r] of each one after another in `given` (None for both where
+    there is no low-rank change), and their scales."""
 
-    weight: torch.Tensor
-    a: torch.Tensor | None = None
-    b: torch.Tensor | None = None
-    scale: float = 1.0
+    def __init__(self, given: Sequence[Any], scales: Sequence[float]) -> None:
+        self.weights, self.scales = list(given[0::3]), scales
+        self.factors = {n: (given[3 * n + 1], given[3 * n + 2]) for n in range(len(scales))}
+        self.factors = {n: pair for n, pair in self.factors.items() if pair[0] is not None}
+        self.columns, ranks = dict[int, slice](), 0
+        for n, (a, _) in self.factors.items():
+            self.columns[n] = slice(ranks, ranks + len(a))
+            ranks += len(a)
+        if self.factors:
+            self.a_RI = torch.cat([a for a, _ in self.factors.values()])
+            self.scaled = {n: b * scales[n] for n, (_, b) in self.factors.items()}
 
-    def forward(self, x_NI: torch.Tensor, y_NO: torch.Tensor) -> torch.Tensor | None:
-        """Fills y with x (W + scale b a)'; returns x a' [N, R] where there is a change."""
-        torch.mm(x_NI, self.weight.T, out=y_NO)
-        if self.a is None or self.b is None:
+    def forward(self, x_NI: torch.Tensor, *ys: torch.Tensor) -> torch.Tensor | None:
+        """Fills each y [N, O] with x (W + scale b a)'; returns x times all a' [N, R] where there are any."""
+        for weight, y_NO in zip(self.weights, ys, strict=True):
+            torch.mm(x_NI, weight.T, out=y_NO)
+        if not self.factors:
             return None
-        thin = F.linear(x_NI, self.a)
-        y_NO.addmm_(thin, self.b.T, alpha=self.scale)
-        return thin
+        thin_NR = F.linear(x_NI, self.a_RI)
+        for n, b in self.scaled.items():
+            ys[n].addmm_(thin_NR[:, self.columns[n]], b.T)
+        return thin_NR
 
-    def to_inputs(
-        self, dy_NO: torch.Tensor, dx_NI: torch.Tensor | None, *, add: bool = False
-    ) -> torch.Tensor | None:
-        """Writes, or with `add` adds, x's gradient to dx, where there is one; returns that of x a' where that exists."""
-        if dx_NI is not None:
-            if add:
-                dx_NI.addmm_(dy_NO, self.weight)
+    def to_inputs(self, dx_NI: torch.Tensor | None, *dys: torch.Tensor) -> torch.Tensor | None:
+        """Writes x's gradient to dx, where there is one; returns that of forward's result where that exists."""
+        for n, (weight, dy_NO) in enumerate(zip(self.weights, dys, strict=True)):
+            if dx_NI is None:
+                break
+            if n:
+                dx_NI.addmm_(dy_NO, weight)
             else:
-                torch.mm(dy_NO, self.weight, out=dx_NI)
-        if self.a is None or self.b is None:
+                torch.mm(dy_NO, weight, out=dx_NI)
+        if not self.factors:
             return None
-        dthin = torch.mm(dy_NO, self.b).mul_(self.scale)
+        dthin_NR = dys[0].new_empty(len(dys[0]), len(self.a_RI))
+        for n, b in self.scaled.items():
+            torch.mm(dys[n], b, out=dthin_NR[:, self.columns[n]])
         if dx_NI is not None:
-            dx_NI.addmm_(dthin, self.a)
-        return dthin
+            dx_NI.addmm_(dthin_NR, self.a_RI)
+        return dthin_NR
+
+    def begin(self) -> None:
+        """Zeros to add up the gradients of the factors in."""
+        self.sums = dict[int, torch.Tensor]()
+        if self.factors:
+            wide = torch.promote_types(self.a_RI.dtype, torch.float32)
+            self.sum_a = torch.zeros_like(self.a_RI, dtype=wide)
+            self.sums = {n: b.new_zeros(b.T.shape, dtype=wide) for n, b in self.scaled.items()}
 
     def to_factors(
         self,
-        dthin: torch.Tensor | None,
-        dy_NO: torch.Tensor,
+        dthin_NR: torch.Tensor | None,
         x_NI: torch.Tensor,
-        thin: torch.Tensor | None,
-        sums: Sums,
+        thin_NR: torch.Tensor | None,
+        *dys: torch.Tensor,
     ) -> None:
-        """Adds the gradients of a and b to `sums`."""
-        if dthin is not None and thin is not None:
-            sums.a.add_(torch.mm(dthin.T, x_NI))
-            sums.b.add_(torch.mm(thin.T, dy_NO), alpha=self.scale)
+        """Adds up the gradients of the factors; the first from to_inputs, thin from forward."""
+        if dthin_NR is not None and thin_NR is not None:
+            self.sum_a.add_(torch.mm(dthin_NR.T, x_NI))
+            for n, total in self.sums.items():
+                total.add_(torch.mm(thin_NR[:, self.columns[n]].T, dys[n]))
+
+    def gradients(
+        self, wanted: Sequence[bool], xs: torch.Tensor, dys: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor | None]:
+        """Of weight, a and b of each, in their order: a weight's, if `wanted`, from all rows at once."""
+        found = list[torch.Tensor | None]()
+        for n in range(len(self.weights)):
+            found.append(dys[n].T @ xs if wanted[n] else None)
+            if n in self.factors:
+                a, b = self.factors[n]
+                found.append(self.sum_a[self.columns[n]].to(a.dtype))
+                found.append(self.sums[n].T.mul(self.scales[n]).to(b.dtype))
+            else:
+                found += [None, None]
+        return found
 
 
-class Sums(NamedTuple):
-    """Where the gradients of a [R, I] and b (transposed, [R, O]) add up."""
+def projected(x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
+    """Each layer's output of the same x [..., I]: nn.Linear or LowRankLinear."""
+    parts, scales = parts_of(*layers)
+    x_NI = x.reshape(-1, x.shape[-1])
+    outputs = cast(
+        tuple[torch.Tensor, ...],
+        _Projected.apply(x_NI, scales, *parts),  # type: ignore[no-untyped-call]
+    )
+    biases = [getattr(layer, "base", layer).bias for layer in layers]
+    pairs = zip(outputs, biases, strict=True)
+    return [(y if bias is None else y + bias).view(*x.shape[:-1], -1) for y, bias in pairs]
 
-    a: torch.Tensor
-    b: torch.Tensor
 
-    @classmethod
-    def of(cls, product: Product) -> Sums:
-        """Zeros for a product; empty ones where it has no low-rank change."""
-        a, b = product.a, product.b
-        if a is None or b is None:
-            return cls(product.weight.new_empty(0), product.weight.new_empty(0))
-        wide = torch.promote_types(a.dtype, torch.float32)
-        return cls(torch.zeros_like(a, dtype=wide), b.new_zeros(b.T.shape, dtype=wide))
+class _Projected(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_NI: torch.Tensor, scales: list[float], *given: Any) -> tuple[torch.Tensor, ...]:
+        """One y [N, O] for the weight, a and b of each layer."""
+        products = Products(given, scales)
+        ys = [x_NI.new_empty(len(x_NI), len(weight)) for weight in products.weights]
+        parts = slices(slice(0, len(x_NI)), x_NI.shape[1])
+        thins = [products.forward(x_NI[at], *(y[at] for y in ys)) for at in parts]
+        ctx.save_for_backward(x_NI, *given, *thins)
+        ctx.scales = scales
+        return tuple(ys)
 
-    def gradients(self, product: Product) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Of a and b, in their dtype."""
-        if product.a is None:
-            return None, None
-        return self.a.to(product.a.dtype), self.b.T.to(product.a.dtype)
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients from all y's; None for what is frozen."""
+        x_NI, *rest = ctx.saved_tensors
+        count = 3 * len(grads)
+        products, thins, dys = (
+            Products(rest[:count], ctx.scales),
+            rest[count:],
+            [g.contiguous() for g in grads],
+        )
+        products.begin()
+        dx_NI = torch.empty_like(x_NI) if ctx.needs_input_grad[0] else None
+        for at, thin in zip(slices(slice(0, len(x_NI)), x_NI.shape[1]), thins, strict=True):
+            part = [dy[at] for dy in dys]
+            dthin = products.to_inputs(None if dx_NI is None else dx_NI[at], *part)
+            products.to_factors(dthin, x_NI[at], thin, *part)
+        return dx_NI, None, *products.gradients(ctx.needs_input_grad[2::3], x_NI, dys)
 
 
 def slices(rows: slice, width: int) -> Iterator[slice]:
@@ -106,10 +160,14 @@ def slices(rows: slice, width: int) -> Iterator[slice]:
         yield slice(start, min(rows.stop, start + size))
 
 
-def parts_of(linear: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, float]:
-    """A linear layer's Product, low-rank or plain."""
-    if isinstance(linear, nn.Linear):
-        return linear.weight, None, None, 1.0
-    base, a, b, scale = linear.base, linear.lora_A, linear.lora_B, linear.scale
-    assert isinstance(base, nn.Linear)
-    return base.weight, a, b, scale  # type: ignore[return-value]
+def parts_of(*layers: nn.Module) -> tuple[list[torch.Tensor | None], list[float]]:
+    """Weight, a and b of each layer, nn.Linear or LowRankLinear, one after another; and their scales."""
+    parts, scales = list[Any](), list[float]()
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            parts += [layer.weight, None, None]
+            scales.append(1.0)
+        else:
+            parts += [cast(nn.Linear, layer.base).weight, layer.lora_A, layer.lora_B]
+            scales.append(cast(float, layer.scale))
+    return parts, scales

@@ -29,10 +29,10 @@ from octad.errors import CheckpointError, OctadError, OutputError, RecipeError
 from octad.evaluate.loss import bits_per_byte, window_nats
 from octad.model.balance import LoadStatistics
 from octad.train.attention import DocumentAttention
+from octad.train.blocks import quicken
 from octad.train.compiled import compile_model
 from octad.train.corpus import open_documents
 from octad.train.data import Batch, Source, Stream
-from octad.train.dense import swap_dense
 from octad.train.distill import teach
 from octad.train.layout import Layout
 from octad.train.learner import Learner, compute_settings
@@ -79,7 +79,7 @@ class Trainer:
         self.layout = Layout.decide(self.config.parallel, self.world, self.model, self.device)
         self.layout.spread(self.model)
         if self.device.type == "cpu":
-            swap_dense(self.model)
+            quicken(self.model)
         if self.config.batch.checkpointing:
             checkpoint_activations(self.model)
         self._compile()

@@ -8,6 +8,7 @@ from octad.kernels import passes
 from octad.kernels.attention import causal_mask
 from octad.kernels.build import BuildError, load
 from octad.kernels.passes import NativePasses, Passes, quick_passes
+from octad.model.rope import rotated
 
 CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 1e-6}, torch.bfloat16: {"rtol": 0.02, "atol": 0.004}}
 
@@ -83,3 +84,36 @@ def test_without_a_compiler_the_twin_serves(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(passes, "load", broken)
     assert type(quick_passes.__wrapped__()) is Passes
+
+
+@pytest.mark.parametrize("summed", [True, False])
+def test_add_norm(mine: Passes, dtype: torch.dtype, summed: bool) -> None:
+    """Against PyTorch's norm, with the gradient of the sum itself or without."""
+    x, delta, dh, dy = (torch.randn(9, 37).to(dtype) for _ in range(4))
+    weight = torch.randn(37).to(dtype)
+    exact = [t.float().clone().requires_grad_() for t in (x, delta, weight)]
+    h = exact[0] + exact[1] if summed else exact[0] + 0
+    y = F.rms_norm(h, (37,), exact[2], 1e-5)
+    found_h, found_y, inverse = mine.add_norm(x, delta if summed else None, weight, 1e-5)
+    torch.testing.assert_close(found_h.float(), h.detach(), **CLOSE[dtype])
+    torch.testing.assert_close(
+        found_y.float(), y.detach(), rtol=3e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2
+    )
+    outer = dh.float() if summed else torch.zeros(9, 37)
+    dx, _, dweight = torch.autograd.grad((h, y), exact, (outer, dy.float()), allow_unused=True)
+    mine_x, mine_weight = mine.add_norm_backward(
+        found_h, weight, inverse, dh if summed else None, dy, want_weight=True
+    )
+    size = {"rtol": 0.02, "atol": 0.03} if dtype == torch.bfloat16 else CLOSE[dtype]
+    torch.testing.assert_close(mine_x.float(), dx, **size)
+    torch.testing.assert_close(mine_weight.float(), dweight, **size)
+    assert mine.add_norm_backward(found_h, weight, inverse, None, dy, want_weight=False)[1] is None
+
+
+def test_rotation(mine: Passes, dtype: torch.dtype) -> None:
+    """The model's own rotation, and the way back to where it began."""
+    x, angles = torch.randn(2, 5, 3, 8).to(dtype), torch.randn(5, 4).repeat(1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    there = mine.rotate(x, cos, sin, 1.0)
+    torch.testing.assert_close(there, rotated(x, cos[:, None], sin[:, None]), **CLOSE[dtype])
+    torch.testing.assert_close(mine.rotate(there, cos, sin, -1.0), x, rtol=0.02, atol=0.02)
