@@ -6,6 +6,7 @@
    per group of inputs. packed.py holds the formats and the slow twin; build.py compiles this file with -march=native, so
    that `#ifdef __AVX512...` is the dispatch, and the plain loops serve every other machine.
 
+   native_src/rows.h     numbers, and rows of activations
    native_src/panels.h   16 outputs times a few rows: where the time goes
    native_src/parts.h    the decoder's operations inside one parallel region
    native_src/attention.h  queries over pages of keys and values
@@ -13,6 +14,7 @@
    here                  what Python calls. dtype is F_F32 or F_BF16; functions return 0, 1 without memory,
                           or 2 for an expert that is not there. */
 
+#include "native_src/rows.h"
 #include "native_src/panels.h"
 #include "native_src/parts.h"
 #include "native_src/attention.h"
@@ -56,7 +58,7 @@ int octad_experts(const Weight *gate, const Weight *up, const Weight *down, int6
             Team team = team_of(&meeting, 0);
             rows_part(&team, &in, x, dtype, N, sum);
             for (int64_t n = team.first; n < N; n += team.step) memset(sum + n * D, 0, D * sizeof(float));
-            experts_part(&team, gate, up, down, E, &in, &s, pairs, h, &mid, sum);
+            experts_part(&team, gate, up, down, &in, &s, pairs, h, &mid, sum);
             meet(&team);
             for (int64_t n = team.first; n < N; n += team.step) store_row(y, dtype, n * D, sum + n * D, D);
         }

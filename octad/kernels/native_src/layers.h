@@ -159,7 +159,7 @@ static void layer_part(const Block *b, const Step *s, const Team *t, Work *w, Ow
         memcpy(experts, own->experts, N * A * sizeof(int64_t));
     }
     slots_fill(&mine->slots, s->given ? experts : own->experts, s->given ? weights : own->weights, N, A, b->E);
-    experts_part(t, b->gate, b->up, b->down, b->E, &own->post, &mine->slots, N * A, w->hidden, &own->mid, w->sum);
+    experts_part(t, b->gate, b->up, b->down, &own->post, &mine->slots, N * A, w->hidden, &w->own[0].mid, w->sum);
     if (t->alone && next) fetch_part(t, next->qkv, 3);
     meet(t);
     for (int64_t n = t->first; n < N; n += t->step) add_row(own->h + n * D, w->sum + n * D, s->dtype, D);
