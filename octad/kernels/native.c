@@ -125,17 +125,19 @@ int octad_paged_attention(const void *q, const void *keys, const void *values, i
     Pages pages = {keys, values, dtype, block_size, G, K, window};
     int64_t longest = 1, failed = 0;
     for (int64_t r = 0; r < R; r++) longest = lengths[r] > longest ? lengths[r] : longest;
+    int64_t at_once = groups_at_once(R, H, G, longest, threads), parts = G / at_once;
     float *sum = malloc((R * H * K + 16) * sizeof(float));
     if (!sum) return 1;
 #pragma omp parallel num_threads(threads) if (R * H * longest * K > 65536)
     {
-        float *scores = malloc((GROUP * (longest + K) + 16) * sizeof(float));
+        float *scores = malloc(attention_scratch(H, G, longest, at_once) * sizeof(float));
         if (!scores) failed = 1;
 #pragma omp barrier
         if (!failed) {
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t task = 0; task < R * G; task++)
-                attend_group(&pages, q, task / G, task % G, H, lengths, tables, width, scale, longest, scores, sum);
+            for (int64_t task = 0; task < R * parts; task++)
+                attend_groups(&pages, q, task / parts, task % parts * at_once, at_once, H, lengths, tables, width, scale,
+                              scores, sum);
 #pragma omp for schedule(static) nowait
             for (int64_t r = 0; r < R; r++) store_row(y, dtype, r * H * K, sum + r * H * K, H * K);
         }

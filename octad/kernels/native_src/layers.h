@@ -37,7 +37,7 @@ typedef struct { /* one thread's */
 
 typedef struct { /* what the threads make together */
     float *memory, *attended, *part, *sum, *q, *k, *v, *hidden;
-    int64_t longest;
+    int64_t longest, groups; /* of the contexts; that attention takes at once */
     Own *own;
 } Work;
 
@@ -45,7 +45,8 @@ static int work_alloc(Work *w, const Block *b, const Step *s, int64_t A, int64_t
     int64_t N = s->R, D = b->D, HK = b->H * b->K, GK = b->G * b->K, F = b->gate->outputs, pairs = N * A;
     w->longest = 1;
     for (int64_t r = 0; r < N; r++) w->longest = s->lengths[r] > w->longest ? s->lengths[r] : w->longest;
-    int64_t scores = GROUP * (w->longest + b->K) + 16, each = N * D + D + HK + scores + pairs + 64;
+    w->groups = groups_at_once(N, b->H, b->G, w->longest, threads);
+    int64_t scores = attention_scratch(b->H, b->G, w->longest, w->groups), each = N * D + D + HK + scores + pairs + 64;
     w->own = calloc(threads, sizeof(Own));
     w->memory = malloc((N * 2 * (D + HK + GK) + pairs * F + threads * each + 64) * sizeof(float));
     if (!w->own || !w->memory) return 1;
@@ -103,13 +104,15 @@ static void place_group(const Block *b, const Step *s, int64_t n, int64_t g, con
 /* attended [R, H, K] of the q, k and v in w. */
 static void attention_part(const Block *b, const Step *s, const Team *t, Work *w, Own *mine, void *keys, void *values) {
     Pages pages = {keys, values, s->dtype, s->block_size, b->G, b->K, b->window};
-#pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t task = 0; task < s->R * b->G; task++) {
-        place_group(b, s, task / b->G, task % b->G, w, keys, values, mine->row);
-        attend_group(&pages, w->q, task / b->G, task % b->G, b->H, s->lengths, s->tables, s->width, b->scale, w->longest,
-                     mine->scores, w->attended);
+    int64_t parts = b->G / w->groups, total = s->R * parts, end = share(t, t->thread + 1, total);
+    for (int64_t task = share(t, t->thread, total); task < end; task++) {
+        int64_t n = task / parts, g = task % parts * w->groups;
+        if (task + 1 < end) fetch_pages(&pages, s->tables + (task + 1) / parts * s->width, s->slots[(task + 1) / parts]);
+        for (int64_t i = g; i < g + w->groups; i++) place_group(b, s, n, i, w, keys, values, mine->row);
+        attend_groups(&pages, w->q, n, g, w->groups, b->H, s->lengths, s->tables, s->width, b->scale, mine->scores,
+                      w->attended);
     }
-    if (t->alone) fetch_part(t, b->o, 1);
+    if (s->R <= SHARED) fetch_part(t, b->o, 1);
     meet(t);
 }
 
@@ -160,7 +163,7 @@ static void layer_part(const Block *b, const Step *s, const Team *t, Work *w, Ow
     }
     slots_fill(&mine->slots, s->given ? experts : own->experts, s->given ? weights : own->weights, N, A, b->E);
     experts_part(t, b->gate, b->up, b->down, &own->post, &mine->slots, N * A, w->hidden, &w->own[0].mid, w->sum);
-    if (t->alone && next) fetch_part(t, next->qkv, 3);
+    if (N <= SHARED && next) fetch_part(t, next->qkv, 3);
     meet(t);
     for (int64_t n = t->first; n < N; n += t->step) add_row(own->h + n * D, w->sum + n * D, s->dtype, D);
 }

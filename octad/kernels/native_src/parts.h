@@ -200,16 +200,16 @@ static void hidden_task(const Weight *gate, const Weight *up, int64_t task, int6
         rows_set_part(mid, slot, start, n, h + slot * F + start);
 }
 
-/* Panels p and p + 1 of the outputs, of one expert's tokens. */
-static void output_pair(const Weight *down, int64_t p, const Rows *h, const Slots *s, int64_t first, int64_t last, float *y,
-                        int64_t D) {
+/* Panels p and p + 1 of the outputs, of one expert's tokens. next: the panel that comes behind. */
+static void output_pair(const Weight *down, int64_t p, const uint8_t *next, const Rows *h, const Slots *s, int64_t first,
+                        int64_t last, float *y, int64_t D) {
     int P = p + 1 < panel_count(down) ? 2 : 1;
     int outs[2] = {panel_outputs(down, p), panel_outputs(down, p + P - 1)};
     const uint8_t *data[2] = {panel_at(down, p), panel_at(down, p + P - 1)};
     float out[2 * ROWS * PANEL];
     for (int64_t slot = first; slot < last; slot += ROWS) {
         int n = (int)min64(ROWS, last - slot);
-        panels(down, data, outs, P, slot > first ? 0 : 2 * down->step, h->rows + slot, n, out);
+        panels(down, data, outs, P, slot > first ? 0 : next - data[0], h->rows + slot, n, out);
         for (int i = 0; i < P; i++)
             for (int r = 0; r < n; r++) {
                 float *to = y + s->token[slot + r] * D + (p + i) * PANEL, *o = out + (i * ROWS + r) * PANEL;
@@ -220,9 +220,12 @@ static void output_pair(const Weight *down, int64_t p, const Rows *h, const Slot
 
 /* The pairs first .. last of output panels, expert by expert: each one's panels lie in one piece. */
 static void output_pairs(const Weight *down, int64_t first, int64_t last, const Rows *h, const Slots *s, float *y, int64_t D) {
-    for (int64_t a = 0; a < s->count; a++) {
-        int64_t e = s->active[a];
-        for (int64_t p = first; p < last; p++) output_pair(&down[e], 2 * p, h, s, s->start[e], s->start[e + 1], y, D);
+    for (int64_t a = 0; a < s->count && first < last; a++) {
+        int64_t e = s->active[a], then = a + 1 < s->count ? s->active[a + 1] : e;
+        for (int64_t p = first; p < last; p++) {
+            const uint8_t *next = p + 1 < last ? panel_at(&down[e], 2 * p + 2) : panel_at(&down[then], 2 * first);
+            output_pair(&down[e], 2 * p, next, h, s, s->start[e], s->start[e + 1], y, D);
+        }
     }
 }
 
@@ -266,15 +269,14 @@ ONE void norm_row(const float *x, int64_t n, const void *weight, int64_t dtype, 
 }
 
 /* heads x K values rotated in place, the half-split layout; c and s are this position's rows of the tables. */
-static void rope_row(void *x, int64_t dtype, int64_t start, int64_t heads, int64_t K, const float *c, const float *s) {
+ONE void rope_row(void *x, int64_t dtype, int64_t start, int64_t heads, int64_t K, const float *c, const float *s) {
     int64_t half = K / 2;
-    for (int64_t h = 0; h < heads; h++) {
-        int64_t at = start + h * K;
-        for (int64_t i = 0; i < half; i++) {
-            float a = load1(x, dtype, at + i), b = load1(x, dtype, at + half + i);
-            store1(x, dtype, at + i, a * c[i] - b * s[i]);
-            store1(x, dtype, at + half + i, b * c[half + i] + a * s[half + i]);
-        }
+    float from[K], to[K];
+    for (int64_t at = start; at < start + heads * K; at += K) {
+        load_row(from, x, dtype, at, K);
+        for (int64_t i = 0; i < half; i++) to[i] = from[i] * c[i] - from[half + i] * s[i];
+        for (int64_t i = 0; i < half; i++) to[half + i] = from[half + i] * c[half + i] + from[i] * s[half + i];
+        store_row(x, dtype, at, to, K);
     }
 }
 

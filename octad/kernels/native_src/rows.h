@@ -51,15 +51,6 @@ static inline uint16_t to_bf16(float f) { /* round to nearest even; NaN stays Na
     return (u & 0x7fffffff) > 0x7f800000 ? (uint16_t)((u >> 16) | 0x40) : (uint16_t)rounded;
 }
 
-static inline float load1(const void *p, int64_t dtype, int64_t i) {
-    return dtype == F_F32 ? ((const float *)p)[i] : from_bf16(((const uint16_t *)p)[i]);
-}
-
-static inline void store1(void *p, int64_t dtype, int64_t i, float v) {
-    if (dtype == F_F32) ((float *)p)[i] = v;
-    else ((uint16_t *)p)[i] = to_bf16(v);
-}
-
 /* What sums floats in an order that the compiler chooses stays one function, so that every caller gets the same bits. */
 #define ONE static __attribute__((noinline))
 
