@@ -30,6 +30,7 @@ static void find_places(const Pages *p, const int32_t *blocks, int64_t first, in
 
 #define GROUP 4  /* heads that share one reading of keys and values */
 #define BLOCK 16 /* positions that are handled together: a vector of scores */
+#define AHEAD 16 /* positions that are asked for before they are needed */
 
 typedef struct { /* up to GROUP heads of one group */
     const void *q;   /* [n, K], of the pages' dtype */
@@ -106,7 +107,7 @@ INLINE void score_bf16(const Pages *p, const Span *s, const Heads *heads, const 
     __m512 sums[GROUP][BLOCK];
     for (int j = 0; j < BLOCK; j++) {
         const uint16_t *key = (const uint16_t *)p->keys + place(p, s, heads, min64(t + j, end - 1));
-        const uint16_t *later = (const uint16_t *)p->keys + place(p, s, heads, min64(t + j + 2 * BLOCK, s->T - 1));
+        const uint16_t *later = (const uint16_t *)p->keys + place(p, s, heads, min64(t + j + AHEAD, s->T - 1));
         for (int i = 0; i < parts; i++) __builtin_prefetch(later + 32 * i);
         for (int h = 0; h < n; h++) sums[h][j] = _mm512_setzero_ps();
         for (int i = 0; i < parts; i++) {
@@ -126,11 +127,12 @@ INLINE void value_bf16(const Pages *p, const Span *s, const Heads *heads, const 
     for (int h = 0; h < n; h++)
         for (int i = 0; i < parts; i++) {
             const float *from = heads->out + h * p->K + 32 * i;
-            a[h][i] = t ? _mm512_loadu_ps(from) : _mm512_setzero_ps(), b[h][i] = t ? _mm512_loadu_ps(from + 16) : _mm512_setzero_ps();
+            a[h][i] = t ? _mm512_loadu_ps(from) : _mm512_setzero_ps();
+            b[h][i] = t ? _mm512_loadu_ps(from + 16) : _mm512_setzero_ps();
         }
     for (; t < end; t++) {
         const uint16_t *value = (const uint16_t *)p->values + place(p, s, heads, t);
-        const uint16_t *later = (const uint16_t *)p->values + place(p, s, heads, min64(t + 2 * BLOCK, s->T - 1));
+        const uint16_t *later = (const uint16_t *)p->values + place(p, s, heads, min64(t + AHEAD, s->T - 1));
         for (int i = 0; i < parts; i++) __builtin_prefetch(later + 32 * i);
         for (int i = 0; i < parts; i++) {
             __m512i x = _mm512_loadu_si512(value + 32 * i);
@@ -151,7 +153,8 @@ static void finish_bf16(const Pages *p, const Heads *h, const float *factors) {
     const __m512i front = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     const __m512i back = _mm512_add_epi32(front, _mm512_set1_epi32(8));
     for (int64_t i = 0; i < h->n * p->K; i += 32) {
-        __m512 a = _mm512_loadu_ps(h->out + i), b = _mm512_loadu_ps(h->out + i + 16), factor = _mm512_set1_ps(factors[i / p->K]);
+        __m512 a = _mm512_loadu_ps(h->out + i), b = _mm512_loadu_ps(h->out + i + 16);
+        __m512 factor = _mm512_set1_ps(factors[i / p->K]);
         _mm512_storeu_ps(h->out + i, _mm512_mul_ps(_mm512_permutex2var_ps(a, front, b), factor));
         _mm512_storeu_ps(h->out + i + 16, _mm512_mul_ps(_mm512_permutex2var_ps(a, back, b), factor));
     }
@@ -197,20 +200,31 @@ static int64_t attention_scratch(int64_t H, int64_t G, int64_t longest, int64_t 
     return (H / G * at_once + 1) * longest + 16;
 }
 
-/* Ask for what a sequence begins with: its first block of keys, and where its new token goes. */
-static void fetch_pages(const Pages *p, const int32_t *blocks, int64_t slot) {
-    int64_t size = p->dtype == F_F32 ? 4 : 2, row = p->G * p->K * size;
-    const char *first = (const char *)p->keys + blocks[0] * p->block_size * row;
-    for (int64_t at = 0; at < min64(p->block_size, 2 * BLOCK) * row; at += 64) __builtin_prefetch(first + at);
-    for (int64_t at = 0; at < row; at += 64)
-        __builtin_prefetch((const char *)p->keys + slot * row + at), __builtin_prefetch((const char *)p->values + slot * row + at);
+/* Where sequence r's attention begins. */
+static int64_t first_seen(const Pages *p, int64_t length) {
+    return p->window && length > p->window ? length - p->window : 0;
+}
+
+/* Ask for the keys or values of the first of these places: the loops over positions ask for those further on. */
+static void fetch_rows(const Pages *p, const void *rows, const int32_t *places, int64_t n) {
+    int64_t size = p->G * p->K * (p->dtype == F_F32 ? 4 : 2);
+    for (int64_t t = 0; t < min64(n, AHEAD); t++)
+        for (int64_t i = 0; i < size; i += 64) __builtin_prefetch((const char *)rows + places[t] * size + i);
+}
+
+/* Ask for what sequence r begins with: its first keys, and where its new token's go. */
+static void fetch_sequence(const Pages *p, const int32_t *blocks, int64_t length, int64_t slot) {
+    int32_t places[AHEAD], last = (int32_t)slot;
+    int64_t first = first_seen(p, length), n = min64(AHEAD, length - first);
+    find_places(p, blocks, first, first + n, places);
+    fetch_rows(p, p->keys, places, n), fetch_rows(p, p->keys, &last, 1), fetch_rows(p, p->values, &last, 1);
 }
 
 /* y [R, H, K] (float32) of sequence r's query (one token) for the heads of `count` groups from g on. */
 static void attend_groups(const Pages *p, const void *q, int64_t r, int64_t g, int64_t count, int64_t H,
                           const int32_t *lengths, const int32_t *tables, int64_t width, float scale, float *scratch,
                           float *y) {
-    int64_t each = H / p->G, all = lengths[r], first = p->window && all > p->window ? all - p->window : 0;
+    int64_t each = H / p->G, all = lengths[r], first = first_seen(p, all);
     int64_t T = all - first, n = 0;
     int32_t *places = (int32_t *)scratch;
     Span span = {places, T, scale};
@@ -224,6 +238,7 @@ static void attend_groups(const Pages *p, const void *q, int64_t r, int64_t g, i
         }
     for (int64_t t = 0; t < T; t += BLOCK)
         for (int64_t i = 0; i < n; i++) score_block(p, &span, &heads[i], t, min64(t + BLOCK, T));
+    fetch_rows(p, p->values, places, T);
     float factors[count * each], *factor = factors;
     for (int64_t h = 0; h < count * each; h++) factors[h] = softmax_(scratch + (1 + h) * T, T);
     for (int64_t t = 0; t < T; t += BLOCK)
