@@ -3,8 +3,8 @@
     compile_model(model, "auto", work=1e15, echo=print)      # before the first step; True where it was done
 
 Norms, dense feed-forward networks and the rotation of queries and keys are compiled; the products themselves are the
-library's either way, and attention, experts and loss have backwards of their own. SmolLM2's step takes 12 % less CPU
-time, for half a minute of compiling. "auto" compiles where that pays and PyTorch can (a C++ compiler on CPUs, Triton on
+library's either way, and attention, experts and loss have backwards of their own. On CPUs blocks.py has done most of it
+before, without a compiler's half minute: what is left there are norms of heads and networks with biases. "auto" compiles where that pays and PyTorch can (a C++ compiler on CPUs, Triton on
 GPUs). Shapes are static, so that a resumed run computes the same bits; judging runs uncompiled.
 """
 
