@@ -119,8 +119,9 @@ int octad_causal_softmax(void *scores, int64_t dtype, int64_t N, int64_t S, int6
     load_row(row, scores, dtype, n * S + from, min64(padded(count), S - from));
     fill(row, count, padded(count), -INFINITY);
     float most = most_of(row, padded(count)), total = exp_row(row, padded(count), most, scale);
-    for (int64_t i = 0; i < padded(count); i++) row[i] *= 1.0f / total;
     fill(row, count, padded(count), 0); /* e^-87 so far, which took no part in a sum of at least 1 */
+    float share = 1.0f / total;
+    for (int64_t i = 0; i < padded(count); i++) row[i] *= share;
     store_seen(scores, dtype, n, S, row, from, to);
     ROWS_END
 }

@@ -4,8 +4,9 @@
 
 Norms, dense feed-forward networks and the rotation of queries and keys are compiled; the products themselves are the
 library's either way, and attention, experts and loss have backwards of their own. On CPUs blocks.py has done most of it
-before, without a compiler's half minute: what is left there are norms of heads and networks with biases. "auto" compiles where that pays and PyTorch can (a C++ compiler on CPUs, Triton on
-GPUs). Shapes are static, so that a resumed run computes the same bits; judging runs uncompiled.
+before, without a compiler's half minute: what is left there are norms of heads and networks with biases. "auto" compiles
+where that pays and PyTorch can (a C++ compiler on CPUs, Triton on GPUs). Shapes are static, so that a resumed run
+computes the same bits; judging runs uncompiled.
 """
 
 from __future__ import annotations
