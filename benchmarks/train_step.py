@@ -4,9 +4,10 @@
 
 4 windows of 512 tokens, bfloat16, AdamW, clipping. Three tasks: low-rank changes of the feed-forward networks, those
 networks themselves, everything. transformers trains as fast as it can: bfloat16 throughout, its optimiser without
-float32 masters, adapters not cast up; octad keeps masters. Each case is a process of its own; its peak memory is that
-of the steps, not of loading. MFU is by octad's count of operations (octad.train.telemetry.training_flops: no gradient
-for frozen weights, no recomputation), for both, as a share of a 2048 x 2048 product's rate measured before and after.
+float32 masters, adapters not cast up; octad keeps masters. Each case is a process of its own, and the two of a task take
+their steps in turn, so that what else the machine does meets both; peak memory is that of the steps, not of loading.
+MFU is by octad's count of operations (octad.train.telemetry.training_flops: no gradient for frozen weights, no
+recomputation), for both, as a share of a 2048 x 2048 product's rate measured before and after.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from measure import command_line, hardware, save
 MODES = ("ffn-adapter", "ffn", "full")
 SYSTEMS = ("octad", "transformers")
 WINDOWS, WINDOW, RANK, ALPHA, RATE = 4, 512, 16, 32.0, 1e-4
-WARM_UP, STEPS = 2, 4
+WARM_UP, STEPS = 2, 5
 
 
 def main() -> None:
@@ -44,17 +45,17 @@ def main() -> None:
     given = parser.parse_args()
     text = given.corpora / "french" / "train.jsonl.gz"
     if given.case:
-        print(json.dumps(case(*given.case, given.base, text, given.threads, not given.eager)))
+        case(*given.case, given.base, text, given.threads, not given.eager)
         return
-    peaks = [float(child(given, "peak", "none")["flops_per_second"])]
+    peaks = [float(in_turn(given, "none", ["peak"])["peak"]["flops_per_second"])]
     found: dict[str, Any] = {}
     for mode in given.modes:
-        found[mode] = {system: child(given, system, mode) for system in SYSTEMS}
+        found[mode] = in_turn(given, mode, SYSTEMS)
         ours, theirs = (found[mode][system] for system in SYSTEMS)
         found[mode]["speed_ratio"] = round(ours["tokens_per_second"] / theirs["tokens_per_second"], 3)
         found[mode]["memory_ratio"] = round(ours["peak_bytes"] / theirs["peak_bytes"], 3)
         print(json.dumps({mode: found[mode]}), flush=True)
-    peaks.append(float(child(given, "peak", "none")["flops_per_second"]))
+    peaks.append(float(in_turn(given, "none", ["peak"])["peak"]["flops_per_second"]))
     peak = max(peaks)
     for mode in given.modes:
         for system in SYSTEMS:
@@ -65,24 +66,41 @@ def main() -> None:
     save(given.out, facts | about | {"results": found})
 
 
-def child(given: argparse.Namespace, system: str, mode: str) -> dict[str, Any]:
-    """One case in a process of its own; what it prints last."""
+def in_turn(given: argparse.Namespace, mode: str, systems: Sequence[str]) -> dict[str, Any]:
+    """Each system in a process of its own; a step of each after the other; what each tells last."""
     command = [sys.executable, __file__, "--base", given.base, "--corpora", str(given.corpora)]
-    command += [
-        "--threads",
-        str(given.threads),
-        *(["--eager"] if given.eager else []),
-        "--case",
-        system,
-        mode,
-    ]
+    command += ["--threads", str(given.threads), *(["--eager"] if given.eager else [])]
     environment = os.environ | {"OMP_NUM_THREADS": str(given.threads)}
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    running = {}
+    for system in systems:
+        running[system] = subprocess.Popen(
+            [*command, "--case", system, mode],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        told(running[system])  # that it is ready
+    found: dict[str, Any] = {}
+    for _ in range(STEPS + 1):
+        for system, process in running.items():
+            print(file=process.stdin, flush=True)
+            found[system] = told(process)
+    for process in running.values():
+        process.communicate()
+    return found
 
 
-def case(system: str, mode: str, base: str, text: Path, threads: int, compiled: bool) -> dict[str, Any]:
-    """Step seconds, tokens a second and peak memory."""
+def told(process: subprocess.Popen[str]) -> Any:
+    """The next line of JSON that a process prints, past what libraries may print."""
+    for line in process.stdout or ():
+        if line.startswith("{"):
+            return json.loads(line)
+    raise SystemExit("a case ended before its time")
+
+
+def case(system: str, mode: str, base: str, text: Path, threads: int, compiled: bool) -> None:
+    """A step for each line of the input but the last, which asks for step seconds, tokens a second and peak memory."""
     import torch
 
     from octad.dist import keep_freed_memory
@@ -90,25 +108,32 @@ def case(system: str, mode: str, base: str, text: Path, threads: int, compiled: 
 
     torch.set_num_threads(threads)
     keep_freed_memory()  # for both: it helps transformers too
+    facts: dict[str, Any] = {}
     if system == "peak":
-        return {"flops_per_second": matmul_peak(torch.bfloat16, torch.device("cpu"), 2048)}
-    if system == "octad":
+        facts["flops_per_second"] = matmul_peak(torch.bfloat16, torch.device("cpu"), 2048)
+        step = float
+    elif system == "octad":
         step, facts = octad_step(mode, base, text, compiled)
     else:
         step, facts = transformers_step(mode, base, text)
     for _ in range(WARM_UP):
         step()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    seconds, losses, begun = [], [], time.process_time()
+    print("{}", flush=True)
+    seconds, losses, used = [], [], 0.0
     for _ in range(STEPS):
-        started = time.perf_counter()
+        sys.stdin.readline()
+        started, begun = time.perf_counter(), time.process_time()
         losses.append(step())
         seconds.append(time.perf_counter() - started)
-    used = time.process_time() - begun
+        used += time.process_time() - begun
+        print("{}", flush=True)
+    sys.stdin.readline()
     rate = WINDOWS * WINDOW / statistics.median(seconds)
-    told = {"seconds": [round(s, 3) for s in seconds], "losses": [round(x, 4) for x in losses]}
-    told["cpu_seconds_a_step"] = round(used / STEPS, 3)  # says how far other work on the machine disturbed
-    return {"tokens_per_second": round(rate, 1), "peak_bytes": peak_bytes()} | told | facts
+    about = {"seconds": [round(s, 3) for s in seconds], "losses": [round(x, 4) for x in losses]}
+    about["cpu_seconds_a_step"] = round(used / STEPS, 3)  # says how far other work on the machine disturbed
+    figures = {"tokens_per_second": round(rate, 1), "peak_bytes": peak_bytes()}
+    print(json.dumps(figures | about | facts), flush=True)
 
 
 def octad_step(

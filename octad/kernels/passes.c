@@ -21,21 +21,10 @@ static void put_row(void *to, int64_t dtype, int64_t start, const float *from, i
     store_row(to, dtype, start + i, from + i, n - i);
 }
 
-/* load_row, and the greatest of the n numbers. */
-static float load_most(float *to, const void *from, int64_t dtype, int64_t start, int64_t n) {
+static float most_of(const float *row, int64_t n) {
     float most = -INFINITY;
-    if (dtype == F_F32) {
-        const float *p = (const float *)from + start;
 #pragma omp simd reduction(max : most)
-        for (int64_t i = 0; i < n; i++) to[i] = p[i], most = p[i] > most ? p[i] : most;
-    } else {
-        const uint16_t *p = (const uint16_t *)from + start;
-#pragma omp simd reduction(max : most)
-        for (int64_t i = 0; i < n; i++) {
-            float x = from_bf16(p[i]);
-            to[i] = x, most = x > most ? x : most;
-        }
-    }
+    for (int64_t i = 0; i < n; i++) most = row[i] > most ? row[i] : most;
     return most;
 }
 
@@ -105,24 +94,34 @@ static inline void seen(int64_t n, int64_t S, int64_t T, int64_t window, int64_t
     *from = window && *to > window ? *to - window : 0;
 }
 
+/* Work goes on to a multiple of 32 numbers (the scratch has room), since loops that end in between cost as much again. */
+static inline int64_t padded(int64_t count) { return round_up(count, 32); }
+
+static void fill(float *row, int64_t from, int64_t to, float value) {
+    for (int64_t i = from; i < to; i++) row[i] = value;
+}
+
+/* The row's numbers of the keys seen, and zeros for the others; the padding of `row` is zero. */
 static void store_seen(void *to, int64_t dtype, int64_t n, int64_t S, const float *row, int64_t from, int64_t end) {
-    int64_t size = dtype == F_F32 ? 4 : 2;
+    int64_t size = dtype == F_F32 ? 4 : 2, count = min64(padded(end - from), S - from);
     memset((char *)to + n * S * size, 0, from * size);
-    put_row(to, dtype, n * S + from, row, end - from);
-    memset((char *)to + (n * S + end) * size, 0, (S - end) * size);
+    put_row(to, dtype, n * S + from, row, count);
+    memset((char *)to + (n * S + from + count) * size, 0, (S - from - count) * size);
 }
 
 /* Softmax of scale * scores [N, S] in place, causal within a window (0: none). */
 int octad_causal_softmax(void *scores, int64_t dtype, int64_t N, int64_t S, int64_t T, int64_t window, float scale,
                          int64_t threads) {
-    ROWS_BEGIN(N, S)
+    ROWS_BEGIN(N, padded(S))
     int64_t from, to;
     seen(n, S, T, window, &from, &to);
     int64_t count = to - from;
-    float most = load_most(row, scores, dtype, n * S + from, count);
-    float total = exp_row(row, count, most, scale);
+    load_row(row, scores, dtype, n * S + from, min64(padded(count), S - from));
+    fill(row, count, padded(count), -INFINITY);
+    float most = most_of(row, padded(count)), total = exp_row(row, padded(count), most, scale);
+    fill(row, count, padded(count), 0); /* e^-87 so far, which took no part in a sum of at least 1 */
     float share = 1.0f / total;
-    for (int64_t i = 0; i < count; i++) row[i] *= share;
+    for (int64_t i = 0; i < padded(count); i++) row[i] *= share;
     store_seen(scores, dtype, n, S, row, from, to);
     ROWS_END
 }
@@ -130,13 +129,14 @@ int octad_causal_softmax(void *scores, int64_t dtype, int64_t N, int64_t S, int6
 /* From the probabilities p and their gradient dp, both [N, S], that of the scores before scaling, in dp's place. */
 int octad_softmax_backward(const void *p, void *dp, int64_t dtype, int64_t N, int64_t S, int64_t T, int64_t window,
                            float scale, int64_t threads) {
-    ROWS_BEGIN(N, 2 * S)
+    ROWS_BEGIN(N, 2 * padded(S))
     int64_t from, to;
     seen(n, S, T, window, &from, &to);
-    int64_t count = to - from;
-    float *d = row + S, total = 0;
-    load_row(row, p, dtype, n * S + from, count);
-    load_row(d, dp, dtype, n * S + from, count);
+    int64_t count = padded(to - from), there = min64(count, S - from);
+    float *d = row + padded(S), total = 0;
+    load_row(row, p, dtype, n * S + from, there); /* zeros from `to` on */
+    load_row(d, dp, dtype, n * S + from, there);
+    fill(row, to - from, count, 0), fill(d, to - from, count, 0);
 #pragma omp simd reduction(+ : total)
     for (int64_t i = 0; i < count; i++) total += row[i] * d[i];
     for (int64_t i = 0; i < count; i++) row[i] *= (d[i] - total) * scale;
@@ -157,7 +157,8 @@ int octad_cross_entropy(void *logits, int64_t dtype, int64_t N, int64_t V, const
         memset((char *)logits + n * V * (dtype == F_F32 ? 4 : 2), 0, V * (dtype == F_F32 ? 4 : 2));
         continue;
     }
-    float most = load_most(row, logits, dtype, n * V, V), own = row[target];
+    load_row(row, logits, dtype, n * V, V);
+    float most = most_of(row, V), own = row[target];
     float total = exp_row(row, V, most, 1.0f);
     losses[n] = logf(total) - (own - most);
     float share = 1.0f / total;

@@ -64,9 +64,9 @@ def add_norm(
     )
 
 
-def rotated(x_BSHK: torch.Tensor, cos_S1K: torch.Tensor, sin_S1K: torch.Tensor) -> torch.Tensor:
-    """octad.model.rope.rotated."""
-    return cast(torch.Tensor, _Rotated.apply(x_BSHK, cos_S1K[:, 0], sin_S1K[:, 0]))  # type: ignore[no-untyped-call]
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """octad.model.rope.rotated: x [B, S, H, K], cos and sin [S, 1, K]."""
+    return cast(torch.Tensor, _Rotated.apply(x, cos[:, 0], sin[:, 0]))  # type: ignore[no-untyped-call]
 
 
 class _AddNorm(torch.autograd.Function):
@@ -106,4 +106,5 @@ class _Rotated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The gradient turned back."""
-        return quick_passes().rotate(grads[0], *ctx.saved_tensors, -1.0), None, None
+        cos, sin = ctx.saved_tensors
+        return quick_passes().rotate(grads[0], cos, sin, -1.0), None, None

@@ -3,9 +3,10 @@
     compile_model(model, "auto", work=1e15, echo=print)      # before the first step; True where it was done
 
 Norms, dense feed-forward networks and the rotation of queries and keys are compiled; the products themselves are the
-library's either way, and attention, experts and loss have backwards of their own. SmolLM2's step takes 12 % less CPU
-time, for half a minute of compiling. "auto" compiles where that pays and PyTorch can (a C++ compiler on CPUs, Triton on
-GPUs). Shapes are static, so that a resumed run computes the same bits; judging runs uncompiled.
+library's either way, and attention, experts and loss have backwards of their own. On CPUs blocks.py has done most of it
+before, without a compiler's half minute: what is left there are norms of heads and networks with biases. "auto" compiles
+on GPUs, where the run is long enough to win that back and PyTorch can (Triton). Shapes are static, so that a resumed run
+computes the same bits; judging runs uncompiled.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ from octad.model.rope import rotated
 from octad.model.transformer import RMSNorm, Transformer
 
 Wanted = Literal["auto", True, False]
+AUTO = ("cuda",)  # where much is left to compile
 ENOUGH = 1e14  # operations of a whole run from which the seconds saved are more than those of compiling
 
 
 def compile_model(model: Transformer, wanted: Wanted, *, work: float, echo: Callable[[str], None]) -> bool:
     """Compile the model's small parts in place. Raises RecipeError where it is asked for and cannot be done."""
-    if wanted is False or (wanted == "auto" and work < ENOUGH):
+    device = next(model.parameters()).device
+    if wanted is False or (wanted == "auto" and (device.type not in AUTO or work < ENOUGH)):
         return False
-    if reason := cannot_compile(next(model.parameters()).device):
+    if reason := cannot_compile(device):
         if wanted is True:
             raise RecipeError(f"compile: PyTorch cannot compile here ({reason}); set compile: auto or false")
         echo(f"not compiled: PyTorch cannot compile here ({reason})")

@@ -60,7 +60,8 @@ class _Gated(torch.autograd.Function):
         dy_ND, (x_ND, gate_NF, up_NF, *rest) = grads[0].contiguous(), ctx.saved_tensors
         (into, down), thins = _halves(rest[:9], ctx.scales), iter(rest[9:])
         want_x, want = ctx.needs_input_grad[0], ctx.needs_input_grad[2::3]
-        into.begin(), down.begin()
+        into.begin()
+        down.begin()
         dx_ND = torch.empty_like(x_ND) if want_x else None
         dgate_NF, dup_NF, h_NF = (gate_NF.new_empty(gate_NF.shape if w else (0,)) for w in want)
         for at in slices(slice(0, len(x_ND)), gate_NF.shape[1]):

@@ -115,7 +115,7 @@ def projected(x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
         tuple[torch.Tensor, ...],
         _Projected.apply(x_NI, scales, *parts),  # type: ignore[no-untyped-call]
     )
-    biases = [getattr(layer, "base", layer).bias for layer in layers]
+    biases = [cast(torch.Tensor | None, getattr(layer, "base", layer).bias) for layer in layers]
     pairs = zip(outputs, biases, strict=True)
     return [(y if bias is None else y + bias).view(*x.shape[:-1], -1) for y, bias in pairs]
 

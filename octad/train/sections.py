@@ -143,7 +143,7 @@ class ParallelSpec(Section):
 
 class RunSpec(Section):
     """What every task has. `spike`: stop where a step's loss is this many times the running mean (0: never). `compile`:
-    torch.compile for the small operations; auto: where the run is long enough and it can be done."""
+    torch.compile for the small operations; auto: on GPUs, where the run is long enough and it can be done."""
 
     steps: int = Field(ge=1)
     batch: BatchSpec = BatchSpec()

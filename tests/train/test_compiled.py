@@ -43,7 +43,12 @@ def test_a_compiled_step_is_the_same_and_judging_stays_eager(mixture, tmp_path) 
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
-def test_short_runs_are_not_compiled(mixture, tmp_path) -> None:
+@pytest.mark.parametrize(("devices", "enough"), [(("cpu",), 1e14), (("cuda",), 0.0)])
+def test_short_runs_and_those_on_cpus_are_not_compiled(
+    mixture, tmp_path, monkeypatch, devices, enough
+) -> None:
+    monkeypatch.setattr(compiled, "AUTO", devices)
+    monkeypatch.setattr(compiled, "ENOUGH", enough)
     told: list[str] = []
     trainer(tmp_path, mixture, told)
     assert told == []
@@ -55,6 +60,7 @@ def test_where_it_cannot_be_done_it_goes_on_or_says_so(mixture, tmp_path, monkey
 
     monkeypatch.setattr(torch, "compile", broken)
     monkeypatch.setattr(compiled, "ENOUGH", 0.0)
+    monkeypatch.setattr(compiled, "AUTO", ("cpu",))
     told: list[str] = []
     trainer(tmp_path, mixture, told)
     assert told == ["not compiled: PyTorch cannot compile here (RuntimeError: no C++ compiler found)"]
