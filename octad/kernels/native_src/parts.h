@@ -50,13 +50,9 @@ static void meet(const Team *t) {
 /* Where this thread's part of `total` tasks begins; the next one's beginning is its end. */
 static inline int64_t share(const Team *t, int64_t thread, int64_t total) { return total * thread / t->threads; }
 
-/* How many neighbouring panels a thread takes at a time. With few rows the weights come from memory, and long runs keep
-   the prefetcher going (runs of 9 kB read at a third of the bandwidth of runs of 150 kB); with many rows, arithmetic
-   counts, and small pieces share it out evenly. */
-static int64_t chunk_size(int64_t panels, int64_t rows, int64_t threads) {
-    int64_t pieces = threads * (rows <= 4 ? 1 : (rows <= 64 ? 4 : 16));
-    return panels > pieces ? (panels + pieces - 1) / pieces : 1;
-}
+/* How many neighbouring panels a thread takes at a time where arithmetic counts: small pieces share it out evenly. (With few
+   rows the weights come from memory, and runs of 9 kB read at a third of the bandwidth of runs of 150 kB.) */
+static int64_t chunk_size(int64_t panels, int64_t threads) { return (panels + 16 * threads - 1) / (16 * threads); }
 
 /* Ask for the beginning of this thread's part of the weights that come next (few rows: each thread has one run of panels),
    so that memory has something to do while threads wait for each other. */
@@ -109,7 +105,7 @@ static void linear_part(const Team *t, const Weight *w, int64_t count, const Row
         for (int64_t task = share(t, t->thread, total); task < share(t, t->thread + 1, total); task++)
             linear_task(w, task, x, N, y, dtype, biases);
     } else {
-        int64_t chunk = chunk_size(total, N, t->threads);
+        int64_t chunk = chunk_size(total, t->threads);
 #pragma omp for schedule(dynamic, chunk) nowait
         for (int64_t task = 0; task < total; task++) linear_task(w, task, x, N, y, dtype, biases);
     }
@@ -240,7 +236,7 @@ static void experts_part(const Team *t, const Weight *gate, const Weight *up, co
             hidden_task(gate, up, task, each, size, x, s, h, mid);
         for (int64_t i = 0; i < s->count; i++) fetch_part(t, &down[s->active[i]], 1);
     } else {
-        int64_t chunk = chunk_size(total, pairs, t->threads);
+        int64_t chunk = chunk_size(total, t->threads);
 #pragma omp for schedule(dynamic, chunk) nowait
         for (int64_t task = 0; task < total; task++) hidden_task(gate, up, task, each, size, x, s, h, mid);
     }
@@ -248,7 +244,7 @@ static void experts_part(const Team *t, const Weight *gate, const Weight *up, co
     if (pairs <= SHARED) {
         output_pairs(down, share(t, t->thread, outs), share(t, t->thread + 1, outs), mid, s, y, D);
     } else {
-        int64_t chunk = chunk_size(outs, pairs, t->threads);
+        int64_t chunk = chunk_size(outs, t->threads);
 #pragma omp for schedule(dynamic, chunk) nowait
         for (int64_t p = 0; p < outs; p++) output_pairs(down, p, p + 1, mid, s, y, D);
     }
