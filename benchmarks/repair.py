@@ -6,7 +6,8 @@
 A corpus is a directory with <domain>/train.jsonl.gz and valid.jsonl.gz for the seven domains and `dictionary`. Training
 reads `train`; of `valid`, even documents calibrate the routers where no --mixture is given, odd ones judge. Judged,
 before and after, in bits per byte on the same windows: the mixture at its own top-k, and each domain's own specialist
-as the mixture held it before, whose mean is the oracle's. Seconds are the training command's, start to end.
+as the mixture held it before, whose mean is the oracle's; with 95 % intervals of the differences over documents. Seconds
+are the training command's, start to end.
 """
 
 from __future__ import annotations
@@ -35,12 +36,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--specialists", type=Path, default=ROOT / "octad" / "demo" / "specialists")
     parser.add_argument("--tokens", type=int, default=8192, help="calibration tokens per expert")
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--windows", type=int, default=8, help="a step")
-    parser.add_argument("--window", type=int, default=256, help="tokens of a training window")
+    parser.add_argument("--windows", type=int, default=4, help="a step")
+    parser.add_argument("--window", type=int, default=512, help="tokens of a training window")
+    parser.add_argument(
+        "--dictionary", type=float, default=0.25, help="how often `dictionary` is drawn, of a domain"
+    )
+    parser.add_argument(
+        "--experts", action=argparse.BooleanOptionalAction, default=True, help="change them too"
+    )
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--router-lr", type=float, default=3e-4)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--judge-tokens", type=int, default=4096)
+    parser.add_argument("--judge-tokens", type=int, default=8192)
     parser.add_argument("--judge-window", type=int, default=512)
     parser.add_argument("--keep", type=Path, help="where the repaired mixture stays")
     parser.add_argument("--out", type=Path, default=OUT)
@@ -49,7 +56,9 @@ def arguments() -> argparse.Namespace:
 
 def write_config(options: argparse.Namespace, mixture: Path, work: Path) -> Path:
     """tune.yaml over the corpora's train parts."""
-    sources = [{"name": d, "files": str(options.corpora.resolve() / d / "train.jsonl.gz")} for d in TEXTS]
+    files = {d: str(options.corpora.resolve() / d / "train.jsonl.gz") for d in TEXTS}
+    sources: list[dict[str, Any]] = [{"name": d, "files": file} for d, file in files.items()]
+    sources[-1]["weight"] = options.dictionary
     config = {
         "task": "tune",
         "model": str(mixture.resolve()),
@@ -58,7 +67,7 @@ def write_config(options: argparse.Namespace, mixture: Path, work: Path) -> Path
         "batch": {"windows": options.windows, "micro": options.windows},
         "optimizer": {"lr": options.lr, "router_lr": options.router_lr},
         "schedule": {"name": "linear", "warmup": max(1, options.steps // 20), "final": 0.05},
-        "low_rank": {"rank": options.rank, "alpha": 2 * options.rank},
+        "low_rank": {"rank": options.rank, "alpha": 2 * options.rank, "experts": options.experts},
         "data": {"window": options.window, "cache": str(work / "cache"), "sources": sources},
         "save": {"every": max(1, options.steps)},
     }
@@ -68,45 +77,61 @@ def write_config(options: argparse.Namespace, mixture: Path, work: Path) -> Path
 
 
 def judge(mixture: Path, work: Path, options: argparse.Namespace, *, members: bool) -> dict[str, Any]:
-    """Bits per byte by domain: the mixture, and where wanted each domain's own specialist in it; windows' nats too."""
-    from octad.checkpoint.load import load_model, load_tokenizer, open_source
+    """By contestant and domain, each document's nats and bytes: the mixture, and where wanted each domain's specialist
+    as the mixture holds it."""
+    import numpy as np
+
+    from octad.checkpoint.load import load_tokenizer, open_source
     from octad.checkpoint.text import read_windows
-    from octad.dist import compute_dtype
-    from octad.evaluate.contestants import Member, contestant
+    from octad.evaluate.contestants import Member, contestant, fast_model
     from octad.evaluate.loss import window_nats
 
     source = open_source(mixture)
-    model, tokenizer = load_model(source, compute_dtype()), load_tokenizer(source)
+    model, tokenizer = fast_model(source), load_tokenizer(source)
     names = [e["name"] for e in json.loads((mixture / "octad.json").read_text(encoding="utf-8"))["experts"]]
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"mixture": {}} | ({"specialist": {}} if members else {})
     for domain in TEXTS:
         file = work / "judge" / f"{domain}.jsonl"
         windows = read_windows([file], tokenizer, tokens=options.judge_tokens, window=options.judge_window)
+        documents = np.array([w.document for w in windows])
+        by_document = documents == np.unique(documents)[:, None]
+        size = by_document @ np.array([float(w.predicted_bytes) for w in windows])
         own = Member(names.index(domain if domain in names else "general"))
-        for who, contender in {"mixture": None, **({"specialist": own} if members else {})}.items():
-            with contestant(model, contender) as judged:
-                nats = window_nats(judged, windows)
-            bits = [n / math.log(2) for n in nats]
-            found.setdefault(who, {})[domain] = sum(bits) / sum(w.predicted_bytes for w in windows)
+        for who in found:
+            with contestant(model, own if who == "specialist" else None) as judged:
+                found[who][domain] = by_document @ np.array(window_nats(judged, windows), dtype=float), size
         tell(f"judged {domain}")
     return found
 
 
+def bits(judged: dict[str, Any]) -> dict[str, float]:
+    """Bits per byte by domain."""
+    return {domain: float(nats.sum() / math.log(2) / size.sum()) for domain, (nats, size) in judged.items()}
+
+
+def beside(mixture: dict[str, Any], oracle: dict[str, Any], domains: tuple[str, ...]) -> dict[str, Any]:
+    """The mean over domains as a share of the oracle's, and the difference in bits per byte with its interval."""
+    from octad.evaluate.bootstrap import Draws
+
+    draws = Draws([mixture[d][1] for d in domains])
+    *_, mean = draws.differences([(mixture[d][0] - oracle[d][0])[None] for d in domains])[0]
+    whole = sum(bits(oracle)[d] for d in domains) / len(domains)
+    return {"share": mean.value / whole, "interval": [mean.low / whole, mean.high / whole]}
+
+
 def figures(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """Means over the seven domains as shares of the oracle's, and the worst domain."""
-    oracle = sum(before["specialist"][d] for d in DOMAINS) / len(DOMAINS)
-
-    def over(judged: dict[str, float]) -> float:
-        return sum(judged[d] for d in DOMAINS) / len(DOMAINS) / oracle - 1
-
-    by_domain = {d: after["mixture"][d] / before["specialist"][d] - 1 for d in TEXTS}
-    worst = max(DOMAINS, key=by_domain.__getitem__)
+    """Shares of the oracle's mean: over the seven domains that have a specialist, and with `dictionary`, which the base
+    stands for; and each domain beside its own specialist."""
+    oracle, tuned = before["specialist"], after["mixture"]
+    by_domain = {d: beside(tuned, oracle, (d,)) for d in TEXTS}
+    worst = max(DOMAINS, key=lambda d: by_domain[d]["share"])
     return {
-        "oracle_bits_per_byte": oracle,
-        "before_over_oracle": over(before["mixture"]),
-        "after_over_oracle": over(after["mixture"]),
+        "before_over_oracle": beside(before["mixture"], oracle, tuple(DOMAINS)),
+        "after_over_oracle": beside(tuned, oracle, tuple(DOMAINS)),
+        "after_over_oracle_with_dictionary": beside(tuned, oracle, TEXTS),
+        "after_over_before": beside(tuned, before["mixture"], tuple(DOMAINS)),
         "after_over_own_specialist": by_domain,
-        "worst_domain": [worst, by_domain[worst]],
+        "worst_domain": [worst, by_domain[worst]["share"]],
     }
 
 
@@ -132,8 +157,8 @@ def main() -> None:
         "command": command_line(),
         "settings": settings,
         "training": cost | {"tokens": options.steps * options.windows * options.window},
-        "before": before,
-        "after": after,
+        "before": {who: bits(judged) for who, judged in before.items()},
+        "after": {who: bits(judged) for who, judged in after.items()},
         "figures": figures(before, after),
         "hardware": hardware(),
     }

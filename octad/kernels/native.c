@@ -6,6 +6,7 @@
    per group of inputs. packed.py holds the formats and the slow twin; build.py compiles this file with -march=native, so
    that `#ifdef __AVX512...` is the dispatch, and the plain loops serve every other machine.
 
+   native_src/rows.h     numbers, and rows of activations
    native_src/panels.h   16 outputs times a few rows: where the time goes
    native_src/parts.h    the decoder's operations inside one parallel region
    native_src/attention.h  queries over pages of keys and values
@@ -13,6 +14,7 @@
    here                  what Python calls. dtype is F_F32 or F_BF16; functions return 0, 1 without memory,
                           or 2 for an expert that is not there. */
 
+#include "native_src/rows.h"
 #include "native_src/panels.h"
 #include "native_src/parts.h"
 #include "native_src/attention.h"
@@ -56,7 +58,7 @@ int octad_experts(const Weight *gate, const Weight *up, const Weight *down, int6
             Team team = team_of(&meeting, 0);
             rows_part(&team, &in, x, dtype, N, sum);
             for (int64_t n = team.first; n < N; n += team.step) memset(sum + n * D, 0, D * sizeof(float));
-            experts_part(&team, gate, up, down, E, &in, &s, pairs, h, &mid, sum);
+            experts_part(&team, gate, up, down, &in, &s, pairs, h, &mid, sum);
             meet(&team);
             for (int64_t n = team.first; n < N; n += team.step) store_row(y, dtype, n * D, sum + n * D, D);
         }
@@ -123,17 +125,19 @@ int octad_paged_attention(const void *q, const void *keys, const void *values, i
     Pages pages = {keys, values, dtype, block_size, G, K, window};
     int64_t longest = 1, failed = 0;
     for (int64_t r = 0; r < R; r++) longest = lengths[r] > longest ? lengths[r] : longest;
+    int64_t at_once = groups_at_once(R, H, G, longest, threads), parts = G / at_once;
     float *sum = malloc((R * H * K + 16) * sizeof(float));
     if (!sum) return 1;
 #pragma omp parallel num_threads(threads) if (R * H * longest * K > 65536)
     {
-        float *scores = malloc((GROUP * (longest + K) + 16) * sizeof(float));
+        float *scores = malloc(attention_scratch(H, G, longest, at_once) * sizeof(float));
         if (!scores) failed = 1;
 #pragma omp barrier
         if (!failed) {
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t task = 0; task < R * G; task++)
-                attend_group(&pages, q, task / G, task % G, H, lengths, tables, width, scale, longest, scores, sum);
+            for (int64_t task = 0; task < R * parts; task++)
+                attend_groups(&pages, q, task / parts, task % parts * at_once, at_once, H, lengths, tables, width, scale,
+                              scores, sum);
 #pragma omp for schedule(static) nowait
             for (int64_t r = 0; r < R; r++) store_row(y, dtype, r * H * K, sum + r * H * K, H * K);
         }

@@ -28,6 +28,7 @@ from octad.train.sections import (
     DataSpec,
     EvaluateSpec,
     LowRankSpec,
+    RepairSpec,
     RoutingSpec,
     RunSpec,
     SourceSpec,
@@ -46,7 +47,7 @@ class TuneConfig(RunSpec):
     mode: TuneMode = "repair"
     data: DataSpec
     routing: RoutingSpec = RoutingSpec()
-    low_rank: LowRankSpec = LowRankSpec()
+    low_rank: RepairSpec = RepairSpec()
     distill: float = Field(default=0.0, ge=0, le=1)
 
     def unused_keys(self) -> Iterator[str]:

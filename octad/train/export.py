@@ -129,9 +129,12 @@ def _changed(source: TensorSource, changes: Changes) -> Iterator[tuple[str, torc
     for parameter, value in changes.values.items():
         yield from hub_tensors(source.config, parameter, value)
     for parameter, (a, b, scale) in changes.deltas.items():
-        (name,) = parameter_sources(source.config)[parameter]
-        original = source.read(name).float()
-        yield name, original.addmm_(b.cpu(), a.cpu(), alpha=scale)
+        parts = list(hub_tensors(source.config, parameter, b))
+        for number, (name, rows) in enumerate(parts):
+            into = (
+                a[number * len(a) // len(parts)] if a.dim() == 3 else a
+            )  # gate_0, up_0, gate_1, ...: an expert's
+            yield name, source.read(name).float().addmm_(rows.cpu(), into.cpu(), alpha=scale)
 
 
 def _move_in(run: Path, last: str = "config.json") -> Path:

@@ -41,6 +41,7 @@ from octad.train.sections import DataSpec, EvaluateSpec, RoutingSpec, RunSpec
 TRAINING = "training.json"
 ATTENTION = r"self_attn\.[qkvo]_proj$"
 SHARED = rf"{ATTENTION}|embed_tokens$|lm_head$"
+EXPERTS = r"mlp\.experts$"
 NORM = r"norm\.weight$"
 
 
@@ -94,7 +95,7 @@ def tune_learner(config: TuneConfig) -> Learner:
     routers = prepare_mixture(model, config.routing)
     torch.manual_seed(config.seed)
     if config.mode == "repair":
-        add_low_rank(model, SHARED, config.low_rank)
+        add_low_rank(model, rf"{SHARED}|{EXPERTS}" if config.low_rank.experts else SHARED, config.low_rank)
     learner = Learner(
         model=model,
         tokenizer=load_tokenizer(source),

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from torch import nn
 from octad.checkpoint.lora import AdapterSource
 from octad.errors import RecipeError
 from octad.model.transformer import Transformer
+from octad.train.experts import PROJECTIONS, TrainExperts
 from octad.train.products import projected
 from octad.train.sections import LowRankSpec
 
@@ -35,7 +37,7 @@ class LowRankLinear(nn.Module):
         super().__init__()
         self.base, self.scale = base, spec.alpha / spec.rank
         out, into = base.weight.shape
-        self.lora_A = nn.Parameter(_first(spec.rank, into, base.weight))
+        self.lora_A = nn.Parameter(_first(base.weight, spec.rank, into))
         self.lora_B = nn.Parameter(base.weight.new_zeros(out, spec.rank))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -50,7 +52,7 @@ class LowRankEmbedding(nn.Module):
         super().__init__()
         self.base, self.scale = base, spec.alpha / spec.rank
         V, D = base.weight.shape
-        self.lora_A = nn.Parameter(_first(spec.rank, D, base.weight))
+        self.lora_A = nn.Parameter(_first(base.weight, spec.rank, D))
         self.lora_B = nn.Parameter(base.weight.new_zeros(V, spec.rank))
 
     @property
@@ -65,26 +67,39 @@ class LowRankEmbedding(nn.Module):
 
 
 def add_low_rank(model: Transformer, pattern: str, spec: LowRankSpec) -> list[str]:
-    """Wrap every linear layer and embedding whose name the pattern is found in; returns their names."""
+    """Change every linear layer, embedding and stack of experts whose name the pattern is found in; returns their
+    names."""
     wrappers = {nn.Linear: LowRankLinear, nn.Embedding: LowRankEmbedding}
-    wrapped = []
+    changed = []
     for name, module in list(model.named_modules()):
-        if type(module) in wrappers and re.search(pattern, name):
+        if not re.search(pattern, name):
+            continue
+        if isinstance(module, TrainExperts):
+            _change_experts(module, spec)
+        elif type(module) in wrappers:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, wrappers[type(module)](module, spec))
-            wrapped.append(name)
-    return wrapped
+        else:
+            continue
+        changed.append(name)
+    return changed
 
 
-def low_rank_deltas(model: nn.Module, values: dict[str, torch.Tensor] | None = None) -> dict[str, Factors]:
-    """The changed parameters' names, and A [R, in], B [out, R], scale of each; from `values` by the factors' names
-    (the float32 masters) where given."""
+def low_rank_deltas(model: nn.Module, values: Mapping[str, torch.Tensor] | None = None) -> dict[str, Factors]:
+    """The changed parameters' names, and A [R, in], B [out, R], scale of each (of stacked experts [E, R, in] and
+    [E, out, R]); from `values` by the factors' names (the float32 masters) where given."""
     found: dict[str, Factors] = {}
+
+    def factor(name: str) -> torch.Tensor:
+        value = model.get_parameter(name) if values is None else values[name]
+        return value.detach().float()
+
     for name, module in model.named_modules():
         if isinstance(module, (LowRankLinear, LowRankEmbedding)):
-            a = module.lora_A if values is None else values[f"{name}.lora_A"]
-            b = module.lora_B if values is None else values[f"{name}.lora_B"]
-            found[f"{name}.weight"] = (a.detach().float(), b.detach().float(), module.scale)
+            found[f"{name}.weight"] = factor(f"{name}.lora_A"), factor(f"{name}.lora_B"), module.scale
+        elif isinstance(module, TrainExperts) and module.scale:
+            for stack in (f"{name}.{projection}" for projection in PROJECTIONS):
+                found[f"{stack}_proj"] = factor(f"{stack}_lora_A"), factor(f"{stack}_lora_B"), module.scale
     return found
 
 
@@ -114,7 +129,16 @@ def start_from(model: nn.Module, adapter: AdapterSource) -> None:
         module.lora_B.copy_(b * (scale / module.scale))
 
 
-def _first(rank: int, into: int, like: torch.Tensor) -> torch.Tensor:
+def _change_experts(experts: TrainExperts, spec: LowRankSpec) -> None:
+    factors = {}
+    for projection in PROJECTIONS:
+        weight = experts.get_parameter(f"{projection}_proj")
+        E, out, into = weight.shape
+        factors[projection] = (_first(weight, E, spec.rank, into), weight.new_zeros(E, out, spec.rank))
+    experts.change(factors, spec.alpha / spec.rank)
+
+
+def _first(like: torch.Tensor, *shape: int) -> torch.Tensor:
     """A's first values, as PEFT draws them: uniform within 1 / sqrt(in)."""
-    bound = 1 / math.sqrt(into)
-    return torch.empty(rank, into, dtype=torch.float32).uniform_(-bound, bound).to(like)
+    bound = 1 / math.sqrt(shape[-1])
+    return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound).to(like)

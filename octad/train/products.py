@@ -22,6 +22,7 @@ from torch import nn
 
 CACHED = 1 << 20  # numbers a slice of rows may have at the widest place
 LEAST = 256  # rows below which a product's own rate falls
+SIZE = 32  # few sizes, see experts.sorted_choices
 
 
 class Products:
@@ -125,7 +126,7 @@ class _Projected(torch.autograd.Function):
         """One y [N, O] for the weight, a and b of each layer."""
         products = Products(given, scales)
         ys = [x_NI.new_empty(len(x_NI), len(weight)) for weight in products.weights]
-        parts = slices(len(x_NI), x_NI.shape[1])
+        parts = slices(slice(0, len(x_NI)), x_NI.shape[1])
         thins = [products.forward(x_NI[at], *(y[at] for y in ys)) for at in parts]
         ctx.save_for_backward(x_NI, *given, *thins)
         ctx.scales = scales
@@ -143,19 +144,20 @@ class _Projected(torch.autograd.Function):
         )
         products.begin()
         dx_NI = torch.empty_like(x_NI) if ctx.needs_input_grad[0] else None
-        for at, thin in zip(slices(len(x_NI), x_NI.shape[1]), thins, strict=True):
+        for at, thin in zip(slices(slice(0, len(x_NI)), x_NI.shape[1]), thins, strict=True):
             part = [dy[at] for dy in dys]
             dthin = products.to_inputs(None if dx_NI is None else dx_NI[at], *part)
             products.to_factors(dthin, x_NI[at], thin, *part)
         return dx_NI, None, *products.gradients(ctx.needs_input_grad[2::3], x_NI, dys)
 
 
-def slices(rows: int, width: int) -> Iterator[slice]:
-    """Parts of nearly equal size whose `width` numbers a row fit the cache."""
-    most = max(LEAST, CACHED // width)
-    size = math.ceil(rows / math.ceil(rows / most)) if rows else 1
-    for start in range(0, rows, size):
-        yield slice(start, min(rows, start + size))
+def slices(rows: slice, width: int) -> Iterator[slice]:
+    """Parts of nearly equal size, multiples of SIZE, whose `width` numbers a row fit the cache."""
+    count, most = rows.stop - rows.start, max(LEAST, CACHED // width)
+    parts = max(1, math.ceil(count / most))
+    size = SIZE * math.ceil(count / parts / SIZE)
+    for start in range(rows.start, rows.stop, max(1, size)):
+        yield slice(start, min(rows.stop, start + size))
 
 
 def parts_of(*layers: nn.Module) -> tuple[list[torch.Tensor | None], list[float]]:

@@ -107,6 +107,12 @@ class LowRankSpec(Section):
     alpha: float = Field(default=32.0, gt=0)
 
 
+class RepairSpec(LowRankSpec):
+    """What `repair` changes besides routers and norms; `experts`: each expert's own networks too, by the same rank."""
+
+    experts: bool = True
+
+
 class EvaluateSpec(Section):
     """Held-out text, what a source's files can be: `tokens` of each domain every `every` steps and at the end."""
 

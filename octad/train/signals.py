@@ -3,8 +3,8 @@
     with StopRequest() as stop:
         while not stop.requested: ...
 
-The second signal of a kind has its usual effect, for whoever cannot wait. One of each is one wish: torchrun answers a
-Ctrl-C, which its processes have already got from the terminal, with a SIGTERM to each of them.
+The second signal of a kind has its usual effect, for whoever cannot wait. One of each is one wish: a launcher may answer
+a Ctrl-C, which its processes have got from the terminal too, with a SIGTERM. (torchrun hands on what it gets itself.)
 """
 
 from __future__ import annotations

@@ -147,7 +147,9 @@ def test_a_row_does_not_depend_on_its_company(kernels: NativeKernels, bits: int)
 # ---- experts -------------------------------------------------------------------------------------------------
 
 
-def make_experts(bits: int | None) -> tuple[Experts, list[list[Packed | torch.Tensor]]]:
+def make_experts(
+    bits: int | None, group: int | None = None
+) -> tuple[Experts, list[list[Packed | torch.Tensor]]]:
     """The model room's module with random weights, and the same weights gate, up, down for the kernel."""
     module = Experts(config())
     for parameter in module.parameters():
@@ -155,7 +157,7 @@ def make_experts(bits: int | None) -> tuple[Experts, list[list[Packed | torch.Te
         parameter.requires_grad_(False)
     halves = [w.chunk(2) for w in module.gate_up_proj]
     lists = [[g.clone() for g, _ in halves], [u.clone() for _, u in halves], list(module.down_proj)]
-    return module, [[w if bits is None else pack(w, bits) for w in part] for part in lists]
+    return module, [[w if bits is None else pack(w, bits, group) for w in part] for part in lists]
 
 
 def routing(rows: int, experts: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,11 +176,14 @@ def test_experts_of_plain_weights_are_the_model_rooms(kernels: NativeKernels) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", [16, 8, 4])
-def test_experts_are_their_slow_twin(kernels: NativeKernels, bits: int, dtype: torch.dtype) -> None:
-    """Composed of linear_reference. Hidden values are rounded too, and one on the border between two steps may fall to
-    either side: hence the bound of one 8-bit step of a hidden value in the sum (a layout's mistake is off by 1)."""
-    _, (gates, ups, downs) = make_experts(bits)
+@pytest.mark.parametrize(("bits", "group"), [(16, None), (8, None), (4, None), (8, 24), (4, 8)])
+def test_experts_are_their_slow_twin(
+    kernels: NativeKernels, bits: int, group: int | None, dtype: torch.dtype
+) -> None:
+    """Composed of linear_reference, also in groups that end inside a panel. Hidden values are rounded too, and one on the
+    border between two steps may fall to either side: hence the bound of one 8-bit step of a hidden value in the sum (a
+    layout's mistake is off by 1)."""
+    _, (gates, ups, downs) = make_experts(bits, group)
     gate, up, down = map(describe, (gates, ups, downs))
     for rows in ROWS:
         x, (weights, chosen) = torch.randn(rows, 40).to(dtype), routing(rows, 5, 2)

@@ -3,11 +3,12 @@
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -241,10 +242,12 @@ def test_one_signal_of_each_kind_is_a_wish(interruptible: None) -> None:
             signal.raise_signal(signal.SIGINT)
 
 
-def start(ranks: int, file: Path, run: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+def start(
+    ranks: int, file: Path, run: Path, launch: Sequence[str] = ("--standalone",), **how: Any
+) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", *launch, f"--nproc-per-node={ranks}"]
     command += [rank_worker.__file__, str(file), str(run)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **how)
 
 
 def until(process: subprocess.Popen[str], beginning: str) -> None:
@@ -283,16 +286,43 @@ def test_two_ranks_killed_and_resumed_bit_for_bit(mixture, tmp_path: Path, behin
 
 
 @pytest.mark.slow
-def test_sigterm_stops_all_ranks_and_one_process_goes_on(mixture, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by", ["sigterm", "ctrl-c"])
+def test_a_wish_stops_all_ranks_and_one_process_goes_on(mixture, tmp_path: Path, by: str) -> None:
+    """SIGTERM to torchrun; Ctrl-C as a terminal gives it, to torchrun and to each of its processes."""
     settings = SETTINGS | {"batch": {"windows": 4, "micro": 2}, "parallel": {"shard": True}, "log_every": 1}
     file = tune_file(tmp_path, mixture, **settings | {"steps": 100000, "save": {"every": 100000}})
-    process = start(2, file, tmp_path / "run")
+    process = start(2, file, tmp_path / "run", start_new_session=True, preexec_fn=listen)
     until(process, "step 3/")
-    process.terminate()
-    assert process.stdout is not None
-    assert process.stdout.read().count("stopped\n") == 2
-    process.wait()
+    if by == "ctrl-c":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.terminate()
+    told = process.communicate()[0]
+    assert told.count("stopped") == 2, told
     step = load_facts(latest_state(tmp_path / "run"))["step"]
     assert step >= 3
     last = fit(tune_file(tmp_path, mixture, **settings | {"steps": max(12, step + 1)}), tmp_path / "run")
     assert last.finished
+
+
+def listen() -> None:
+    """In a child: SIGINT has its usual effect, whatever this process was started with."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.mark.slow
+def test_two_machines_of_one_process_each_are_one_run(mixture, tmp_path: Path) -> None:
+    """Two launchers that meet at an address, as on two machines, give the bits of one launcher's two processes."""
+    settings = SETTINGS | {"batch": {"windows": 4, "micro": 2}, "parallel": {"shard": True, "expert": 2}}
+    file = tune_file(tmp_path, mixture, **settings)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        meeting = f"--rdzv-endpoint=127.0.0.1:{free.getsockname()[1]}"
+    machines = [
+        start(1, file, tmp_path / "two", launch=["--nnodes=2", "--rdzv-backend=c10d", meeting])
+        for _ in range(2)
+    ]
+    told = [process.communicate()[0] for process in machines]
+    assert [process.returncode for process in machines] == [0, 0], told
+    assert start(2, file, tmp_path / "one").wait() == 0
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("two", "one")]
+    assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[1])

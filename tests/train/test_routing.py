@@ -19,7 +19,7 @@ from octad.model.config import ModelConfig
 from octad.model.moe import Experts, Router
 from octad.model.transformer import Transformer
 from octad.train.data import IGNORED
-from octad.train.experts import TrainExperts
+from octad.train.experts import TrainExperts, sorted_choices
 from octad.train.loss import Head, Teacher, next_token_loss
 from octad.train.router import TrainRouter, swap_routers
 from octad.train.sections import RoutingSpec
@@ -171,6 +171,64 @@ def test_experts_equal_the_loop_and_finite_differences() -> None:
     torch.autograd.gradcheck(run, (x, weights, loop.gate_up_proj, loop.down_proj))
     dropped = mine(x, weights, experts.clone().fill_(-1))
     assert (dropped == 0).all()
+
+
+def test_filled_blocks_hold_every_choice_once_and_change_nothing() -> None:
+    """300 choices of 4 experts, a third of one token's dropped: blocks of multiples of 4."""
+    torch.manual_seed(0)
+    loop = Experts(config())
+    for p in loop.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    experts = torch.rand(150, 4).argsort(1)[:, :2]
+    experts[::3, 1] = -1
+    order, counts = sorted_choices(experts, 4)
+    assert all(count % 4 == 0 for count in counts)
+    owners = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))
+    real = order < 300
+    assert sorted(order[real].tolist()) == (experts.flatten() >= 0).nonzero().flatten().tolist()
+    assert (experts.flatten()[order[real]] == owners[real]).all()
+    assert 0 < len(order) - int(real.sum()) <= 4 * 3
+    x, weights = torch.randn(150, 6, requires_grad=True), torch.rand(150, 2, requires_grad=True)
+    mine = TrainExperts(loop)(x, weights, experts)
+    kept = weights * (experts >= 0)
+    theirs = loop(x, kept, experts.clamp_min(0))
+    torch.testing.assert_close(mine, theirs)
+    leaves = [x, weights, *loop.parameters()]
+    seed = torch.randn_like(mine)
+    for a, b in zip(
+        torch.autograd.grad(mine, leaves, seed), torch.autograd.grad(theirs, leaves, seed), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_changed_experts_equal_the_loop_over_their_sum_and_finite_differences() -> None:
+    """W + scale * B A, by hand; the frozen W gets no gradient."""
+    torch.manual_seed(0)
+    loop = Experts(config()).double().requires_grad_(False)
+    for p in loop.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    mine = TrainExperts(loop)
+    stacks = {"gate_up": loop.gate_up_proj, "down": loop.down_proj}
+    sizes = {name: ((4, 2, w.shape[2]), (4, w.shape[1], 2)) for name, w in stacks.items()}
+    factors = {name: [torch.randn(*s, dtype=torch.float64) for s in pair] for name, pair in sizes.items()}
+    mine.change({name: (a, b) for name, (a, b) in factors.items()}, 0.7)
+    names = [f"{name}_lora_{letter}" for name in factors for letter in "AB"]
+    x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(7, 2, dtype=torch.float64, requires_grad=True)
+    experts = torch.tensor([[0, 1], [1, 3], [3, 0], [0, -1], [1, 0], [3, 1], [0, 1]])
+
+    def run(x, weights, *values):
+        return torch.func.functional_call(mine, dict(zip(names, values, strict=True)), (x, weights, experts))
+
+    values = [part.clone().requires_grad_() for pair in factors.values() for part in pair]
+    torch.autograd.gradcheck(run, (x, weights, *values))
+    found = run(x, weights, *values)
+    found.sum().backward()
+    assert mine.gate_up_proj.grad is None
+    for name, (a, b) in factors.items():
+        stacks[name] += 0.7 * b @ a
+    kept = weights.detach() * (experts >= 0)
+    torch.testing.assert_close(found, loop(x, kept, experts.clamp_min(0)))
 
 
 def test_frozen_experts_get_no_gradient_but_pass_one_on() -> None:

@@ -38,16 +38,19 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "model.safetensors")
 
 
-@pytest.mark.parametrize("mode", ["router", "repair", "all"])
-def test_only_what_the_mode_names_changes_and_the_result_loads(mixture, tmp_path, mode) -> None:
+@pytest.mark.parametrize(
+    ("mode", "experts"), [("router", True), ("repair", True), ("repair", False), ("all", True)]
+)
+def test_only_what_the_mode_names_changes_and_the_result_loads(mixture, tmp_path, mode, experts) -> None:
     out = tmp_path / "tuned"
-    file = tune_file(tmp_path, mixture, mode=mode, optimizer={"lr": 0.01})
+    low_rank = {"low_rank": {"experts": experts}} if mode == "repair" else {}
+    file = tune_file(tmp_path, mixture, mode=mode, optimizer={"lr": 0.01}, **low_rank)
     assert trainer(file, out).fit() is Outcome.FINISHED
     before, after = weights(mixture), weights(out)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     kinds = {
         "router": {name for name in before if name.endswith("block_sparse_moe.gate.weight")},
-        "repair": {name for name in before if ".experts." not in name},
+        "repair": {name for name in before if experts or ".experts." not in name},
         "all": set(before),
     }
     assert changed == kinds[mode]

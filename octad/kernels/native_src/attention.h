@@ -5,8 +5,8 @@ typedef struct {
     int64_t dtype, block_size, G, K, window; /* window 0: none */
 } Pages;
 
-/* Softmax of n scores in place. */
-ONE void softmax_(float *scores, int64_t n) {
+/* n scores in place to e^(score - the largest); returns the factor that makes them sum to 1. */
+ONE float softmax_(float *scores, int64_t n) {
     float most = -INFINITY, total = 0;
 #pragma omp simd reduction(max : most)
     for (int64_t t = 0; t < n; t++) most = scores[t] > most ? scores[t] : most;
@@ -15,139 +15,235 @@ ONE void softmax_(float *scores, int64_t n) {
         scores[t] = exp_(scores[t] - most);
         total += scores[t];
     }
-    for (int64_t t = 0; t < n; t++) scores[t] /= total;
+    return 1.0f / total;
 }
 
-static inline int64_t page_offset(const Pages *p, const int32_t *blocks, int64_t t, int64_t g) {
-    return (((int64_t)blocks[t / p->block_size] * p->block_size + t % p->block_size) * p->G + g) * p->K;
+/* The slots of positions first .. T, counted from the first: the pool's position of each, so that no loop divides. */
+static void find_places(const Pages *p, const int32_t *blocks, int64_t first, int64_t T, int32_t *places) {
+    for (int64_t t = first; t < T;) {
+        int64_t within = t % p->block_size, n = min64(p->block_size - within, T - t);
+        int32_t slot = (int32_t)(blocks[t / p->block_size] * p->block_size + within);
+        for (int64_t i = 0; i < n; i++) places[t - first + i] = slot + (int32_t)i;
+        t += n;
+    }
 }
 
-/* The heads of one group (n of them, n <= GROUP) over the T positions of one sequence; keys and values are read once for
-   all. q [n, K], scaled; scores [n, T]; out [n, K]. */
-#define GROUP 4
+#define GROUP 4  /* heads that share one reading of keys and values */
+#define BLOCK 16 /* positions that are handled together: a vector of scores */
+#define AHEAD 16 /* positions that are asked for before they are needed */
 
-ONE void attend_plain(const Pages *p, const float *q, int n, const int32_t *blocks, int64_t first, int64_t T, int64_t g,
-                      float *scores, float *out) {
-    for (int64_t t = first; t < T; t++) {
-        int64_t at = page_offset(p, blocks, t, g);
-        for (int h = 0; h < n; h++) {
+typedef struct { /* up to GROUP heads of one group */
+    const void *q;   /* [n, K], of the pages' dtype */
+    float *scores;   /* [n, T] */
+    float *out;      /* [n, K]; for bf16 pages, until finish_heads, split in even and odd places */
+    int64_t n, g;
+} Heads;
+
+typedef struct { /* one sequence's positions */
+    const int32_t *places;
+    int64_t T;
+    float scale;
+} Span;
+
+static inline int64_t place(const Pages *p, const Span *s, const Heads *h, int64_t t) {
+    return ((int64_t)s->places[t] * p->G + h->g) * p->K;
+}
+
+ONE void score_plain(const Pages *p, const Span *s, const Heads *h, int64_t t, int64_t end) {
+    float query[GROUP * p->K], key[p->K];
+    load_row(query, h->q, p->dtype, 0, h->n * p->K);
+    for (; t < end; t++) {
+        load_row(key, p->keys, p->dtype, place(p, s, h, t), p->K);
+        for (int64_t n = 0; n < h->n; n++) {
             float sum = 0;
-            const float *qh = q + h * p->K, *k = (const float *)p->keys + at;
-            const uint16_t *k16 = (const uint16_t *)p->keys + at;
-            if (p->dtype == F_F32) {
 #pragma omp simd reduction(+ : sum)
-                for (int64_t i = 0; i < p->K; i++) sum += qh[i] * k[i];
-            } else {
-#pragma omp simd reduction(+ : sum)
-                for (int64_t i = 0; i < p->K; i++) sum += qh[i] * from_bf16(k16[i]);
-            }
-            scores[h * T + t] = sum;
-        }
-    }
-    for (int h = 0; h < n; h++) softmax_(scores + h * T + first, T - first);
-    memset(out, 0, n * p->K * sizeof(float));
-    for (int64_t t = first; t < T; t++) {
-        int64_t at = page_offset(p, blocks, t, g);
-        for (int h = 0; h < n; h++) {
-            float weight = scores[h * T + t], *to = out + h * p->K;
-            if (p->dtype == F_F32)
-                for (int64_t i = 0; i < p->K; i++) to[i] += weight * ((const float *)p->values)[at + i];
-            else
-                for (int64_t i = 0; i < p->K; i++) to[i] += weight * from_bf16(((const uint16_t *)p->values)[at + i]);
+            for (int64_t i = 0; i < p->K; i++) sum += query[n * p->K + i] * key[i];
+            h->scores[n * s->T + t] = sum * s->scale;
         }
     }
 }
 
-#if defined(__AVX512F__)
+ONE void value_plain(const Pages *p, const Span *s, const Heads *h, int64_t t, int64_t end) {
+    float value[p->K];
+    if (t == 0) memset(h->out, 0, h->n * p->K * sizeof(float));
+    for (; t < end; t++) {
+        load_row(value, p->values, p->dtype, place(p, s, h, t), p->K);
+        for (int64_t n = 0; n < h->n; n++)
+            for (int64_t i = 0; i < p->K; i++) h->out[n * p->K + i] += h->scores[n * s->T + t] * value[i];
+    }
+}
+
+ONE void finish_plain(const Pages *p, const Heads *h, const float *factors) {
+    for (int64_t n = 0; n < h->n; n++)
+        for (int64_t i = 0; i < p->K; i++) h->out[n * p->K + i] *= factors[n];
+}
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+
+#define INLINE static inline __attribute__((always_inline))
 
 /* 32 bf16 numbers as two float vectors: those at even places, those at odd ones. */
-static inline __m512 evens(__m512i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
+INLINE __m512 evens(__m512i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
 
-static inline __m512 odds(__m512i x) { return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(0xffff0000))); }
+INLINE __m512 odds(__m512i x) { return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(0xffff0000))); }
 
-/* Ask for the key some positions ahead, and for this position's value, which the second pass needs: they lie in short
-   pieces, which the hardware does not foresee. */
-static inline __attribute__((always_inline)) void fetch_ahead(const Pages *p, const int32_t *blocks, int64_t t, int64_t T,
-                                                              int64_t g, const int parts) {
-    const uint16_t *k = (const uint16_t *)p->keys + page_offset(p, blocks, min64(t + 16, T - 1), g);
-    const uint16_t *v = (const uint16_t *)p->values + page_offset(p, blocks, t, g);
-    for (int i = 0; i < parts; i++) __builtin_prefetch(k + 32 * i), __builtin_prefetch(v + 32 * i);
+/* The sums of 16 vectors, as one vector: four steps, each adding halves of neighbours. */
+INLINE __m512 sums16(__m512 *v) {
+    for (int i = 0; i < 16; i += 2)
+        v[i / 2] = _mm512_add_ps(_mm512_unpacklo_ps(v[i], v[i + 1]), _mm512_unpackhi_ps(v[i], v[i + 1]));
+    for (int i = 0; i < 8; i += 2) {
+        __m512d a = _mm512_castps_pd(v[i]), b = _mm512_castps_pd(v[i + 1]);
+        v[i / 2] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    for (int n = 4; n > 1; n /= 2)
+        for (int i = 0; i < n; i += 2)
+            v[i / 2] = _mm512_add_ps(_mm512_shuffle_f32x4(v[i], v[i + 1], 0x88), _mm512_shuffle_f32x4(v[i], v[i + 1], 0xdd));
+    return v[0];
 }
 
-/* attend_plain for bf16 pages and K = 32 parts, with everything but keys and values in registers. */
-static inline __attribute__((always_inline)) void attend_bf16(const Pages *p, const float *q, const int n, const int parts,
-                                                              const int32_t *blocks, int64_t first, int64_t T, int64_t g,
-                                                              float *scores, float *out) {
-    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-    const __m512i front = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    const __m512i back = _mm512_add_epi32(front, _mm512_set1_epi32(8));
-    __m512 a[GROUP][8], b[GROUP][8]; /* the query, then the sums, split in even and odd places */
+/* score_plain for bf16 pages and K = 32 parts: one sum across the vectors for 16 positions. */
+INLINE void score_bf16(const Pages *p, const Span *s, const Heads *heads, const int n, const int parts, int64_t t,
+                       int64_t end) {
+    __m512 sums[GROUP][BLOCK];
+    for (int j = 0; j < BLOCK; j++) {
+        const uint16_t *key = (const uint16_t *)p->keys + place(p, s, heads, min64(t + j, end - 1));
+        const uint16_t *later = (const uint16_t *)p->keys + place(p, s, heads, min64(t + j + AHEAD, s->T - 1));
+        for (int i = 0; i < parts; i++) __builtin_prefetch(later + 32 * i);
+        for (int h = 0; h < n; h++) sums[h][j] = _mm512_setzero_ps();
+        for (int i = 0; i < parts; i++) {
+            __m512i x = _mm512_loadu_si512(key + 32 * i);
+            for (int h = 0; h < n; h++)
+                sums[h][j] = dot2(sums[h][j], x, _mm512_loadu_si512((const uint16_t *)heads->q + h * p->K + 32 * i));
+        }
+    }
+    for (int h = 0; h < n; h++)
+        _mm512_mask_storeu_ps(heads->scores + h * s->T + t, (__mmask16)((1 << (end - t)) - 1),
+                              _mm512_mul_ps(sums16(sums[h]), _mm512_set1_ps(s->scale)));
+}
+
+INLINE void value_bf16(const Pages *p, const Span *s, const Heads *heads, const int n, const int parts, int64_t t,
+                       int64_t end) {
+    __m512 a[GROUP][4], b[GROUP][4]; /* the sums at even places, at odd places */
     for (int h = 0; h < n; h++)
         for (int i = 0; i < parts; i++) {
-            __m512 low = _mm512_loadu_ps(q + h * p->K + 32 * i), high = _mm512_loadu_ps(q + h * p->K + 32 * i + 16);
-            a[h][i] = _mm512_permutex2var_ps(low, even, high), b[h][i] = _mm512_permutex2var_ps(low, odd, high);
+            const float *from = heads->out + h * p->K + 32 * i;
+            a[h][i] = t ? _mm512_loadu_ps(from) : _mm512_setzero_ps();
+            b[h][i] = t ? _mm512_loadu_ps(from + 16) : _mm512_setzero_ps();
         }
-    for (int64_t t = first; t < T; t++) {
-        const uint16_t *k = (const uint16_t *)p->keys + page_offset(p, blocks, t, g);
-        fetch_ahead(p, blocks, t, T, g, parts);
-        __m512 sum[GROUP];
-        for (int h = 0; h < n; h++) sum[h] = _mm512_setzero_ps();
+    for (; t < end; t++) {
+        const uint16_t *value = (const uint16_t *)p->values + place(p, s, heads, t);
+        const uint16_t *later = (const uint16_t *)p->values + place(p, s, heads, min64(t + AHEAD, s->T - 1));
+        for (int i = 0; i < parts; i++) __builtin_prefetch(later + 32 * i);
         for (int i = 0; i < parts; i++) {
-            __m512i x = _mm512_loadu_si512(k + 32 * i);
-            for (int h = 0; h < n; h++)
-                sum[h] = _mm512_fmadd_ps(odds(x), b[h][i], _mm512_fmadd_ps(evens(x), a[h][i], sum[h]));
-        }
-        for (int h = 0; h < n; h++) scores[h * T + t] = _mm512_reduce_add_ps(sum[h]);
-    }
-    for (int h = 0; h < n; h++) {
-        softmax_(scores + h * T + first, T - first);
-        for (int i = 0; i < parts; i++) a[h][i] = b[h][i] = _mm512_setzero_ps();
-    }
-    for (int64_t t = first; t < T; t++) {
-        const uint16_t *v = (const uint16_t *)p->values + page_offset(p, blocks, t, g);
-        for (int i = 0; i < parts; i++) {
-            __m512i x = _mm512_loadu_si512(v + 32 * i);
+            __m512i x = _mm512_loadu_si512(value + 32 * i);
             for (int h = 0; h < n; h++) {
-                __m512 weight = _mm512_set1_ps(scores[h * T + t]);
+                __m512 weight = _mm512_set1_ps(heads->scores[h * s->T + t]);
                 a[h][i] = _mm512_fmadd_ps(evens(x), weight, a[h][i]), b[h][i] = _mm512_fmadd_ps(odds(x), weight, b[h][i]);
             }
         }
     }
     for (int h = 0; h < n; h++)
         for (int i = 0; i < parts; i++) {
-            _mm512_storeu_ps(out + h * p->K + 32 * i, _mm512_permutex2var_ps(a[h][i], front, b[h][i]));
-            _mm512_storeu_ps(out + h * p->K + 32 * i + 16, _mm512_permutex2var_ps(a[h][i], back, b[h][i]));
+            float *to = heads->out + h * p->K + 32 * i;
+            _mm512_storeu_ps(to, a[h][i]), _mm512_storeu_ps(to + 16, b[h][i]);
         }
 }
 
-#endif
-
-ONE void attend_heads(const Pages *p, const float *q, int n, const int32_t *blocks, int64_t T, int64_t g, float *scores,
-                      float *out) {
-    int64_t first = p->window && T > p->window ? T - p->window : 0;
-#if defined(__AVX512F__)
-#define HEADS(n_, parts_)                                                                                              \
-    if (n == n_ && p->K == 32 * parts_ && p->dtype == F_BF16) {                                                        \
-        attend_bf16(p, q, n_, parts_, blocks, first, T, g, scores, out);                                               \
-        return;                                                                                                        \
+static void finish_bf16(const Pages *p, const Heads *h, const float *factors) {
+    const __m512i front = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i back = _mm512_add_epi32(front, _mm512_set1_epi32(8));
+    for (int64_t i = 0; i < h->n * p->K; i += 32) {
+        __m512 a = _mm512_loadu_ps(h->out + i), b = _mm512_loadu_ps(h->out + i + 16);
+        __m512 factor = _mm512_set1_ps(factors[i / p->K]);
+        _mm512_storeu_ps(h->out + i, _mm512_mul_ps(_mm512_permutex2var_ps(a, front, b), factor));
+        _mm512_storeu_ps(h->out + i + 16, _mm512_mul_ps(_mm512_permutex2var_ps(a, back, b), factor));
     }
-    HEADS(1, 2) HEADS(2, 2) HEADS(3, 2) HEADS(4, 2) HEADS(1, 4) HEADS(2, 4) HEADS(3, 4) HEADS(4, 4)
-#endif
-    attend_plain(p, q, n, blocks, first, T, g, scores, out);
 }
 
-/* y [R, H, K] (float32) of sequence r's query (one token) for the heads that share group g. scores: scratch of this
-   thread, GROUP (longest + K). */
-static void attend_group(const Pages *p, const void *q, int64_t r, int64_t g, int64_t H, const int32_t *lengths,
-                         const int32_t *tables, int64_t width, float scale, int64_t longest, float *scores, float *y) {
-    int64_t each = H / p->G;
-    for (int64_t first = 0; first < each; first += GROUP) {
-        int n = (int)min64(GROUP, each - first);
-        int64_t at = (r * H + g * each + first) * p->K;
-        float *query = scores + GROUP * longest;
-        load_row(query, q, p->dtype, at, n * p->K);
-        for (int64_t i = 0; i < n * p->K; i++) query[i] *= scale;
-        attend_heads(p, query, n, tables + r * width, lengths[r], g, scores, y + at);
+static int is_vector(const Pages *p) { return p->dtype == F_BF16 && (p->K == 64 || p->K == 128); }
+
+/* `work` (score_bf16 or value_bf16) for what is known when it is compiled. */
+#define HEADS(work, n_, parts_)                                                                                        \
+    case n_ * 256 + 32 * parts_: work(p, s, h, n_, parts_, t, end); return;
+#define EACH(work)                                                                                                     \
+    switch (is_vector(p) ? h->n * 256 + p->K : 0) {                                                                    \
+        HEADS(work, 1, 2) HEADS(work, 2, 2) HEADS(work, 3, 2) HEADS(work, 4, 2)                                        \
+        HEADS(work, 1, 4) HEADS(work, 2, 4) HEADS(work, 3, 4) HEADS(work, 4, 4)                                        \
     }
+#else
+static int is_vector(const Pages *p) { return p == 0; }
+static void finish_bf16(const Pages *p, const Heads *h, const float *factors) { finish_plain(p, h, factors); }
+#define EACH(work)
+#endif
+
+static void score_block(const Pages *p, const Span *s, const Heads *h, int64_t t, int64_t end) {
+    EACH(score_bf16)
+    score_plain(p, s, h, t, end);
+}
+
+static void value_block(const Pages *p, const Span *s, const Heads *h, int64_t t, int64_t end) {
+    EACH(value_bf16)
+    value_plain(p, s, h, t, end);
+}
+
+/* ---- a task: some groups of one sequence's query ----------------------------------------------------------------- */
+
+/* Groups that one thread takes together. All of them, where there are enough sequences for all threads: then keys and
+   values are read as they lie, one position behind the other, which is twice as quick as each group's pieces alone. But the
+   scores must stay in the cache. */
+static int64_t groups_at_once(int64_t R, int64_t H, int64_t G, int64_t longest, int64_t threads) {
+    return R >= 2 * threads && H * longest <= 1 << 16 ? G : 1;
+}
+
+/* Floats of scratch that a thread needs for contexts up to `longest`: scores, and the places (int32). */
+static int64_t attention_scratch(int64_t H, int64_t G, int64_t longest, int64_t at_once) {
+    return (H / G * at_once + 1) * longest + 16;
+}
+
+/* Where sequence r's attention begins. */
+static int64_t first_seen(const Pages *p, int64_t length) {
+    return p->window && length > p->window ? length - p->window : 0;
+}
+
+/* Ask for the keys or values of the first of these places: the loops over positions ask for those further on. */
+static void fetch_rows(const Pages *p, const void *rows, const int32_t *places, int64_t n) {
+    int64_t size = p->G * p->K * (p->dtype == F_F32 ? 4 : 2);
+    for (int64_t t = 0; t < min64(n, AHEAD); t++)
+        for (int64_t i = 0; i < size; i += 64) __builtin_prefetch((const char *)rows + places[t] * size + i);
+}
+
+/* Ask for what sequence r begins with: its first keys, and where its new token's go. */
+static void fetch_sequence(const Pages *p, const int32_t *blocks, int64_t length, int64_t slot) {
+    int32_t places[AHEAD], last = (int32_t)slot;
+    int64_t first = first_seen(p, length), n = min64(AHEAD, length - first);
+    find_places(p, blocks, first, first + n, places);
+    fetch_rows(p, p->keys, places, n), fetch_rows(p, p->keys, &last, 1), fetch_rows(p, p->values, &last, 1);
+}
+
+/* y [R, H, K] (float32) of sequence r's query (one token) for the heads of `count` groups from g on. */
+static void attend_groups(const Pages *p, const void *q, int64_t r, int64_t g, int64_t count, int64_t H,
+                          const int32_t *lengths, const int32_t *tables, int64_t width, float scale, float *scratch,
+                          float *y) {
+    int64_t each = H / p->G, all = lengths[r], first = first_seen(p, all);
+    int64_t T = all - first, n = 0;
+    int32_t *places = (int32_t *)scratch;
+    Span span = {places, T, scale};
+    Heads heads[count * ((each + GROUP - 1) / GROUP)];
+    find_places(p, tables + r * width, first, all, places);
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t h = 0; h < each; h += GROUP) {
+            int64_t at = (r * H + (g + i) * each + h) * p->K;
+            heads[n++] = (Heads){(const char *)q + at * (p->dtype == F_F32 ? 4 : 2), scratch + (1 + i * each + h) * T, y + at,
+                                 min64(GROUP, each - h), g + i};
+        }
+    for (int64_t t = 0; t < T; t += BLOCK)
+        for (int64_t i = 0; i < n; i++) score_block(p, &span, &heads[i], t, min64(t + BLOCK, T));
+    fetch_rows(p, p->values, places, T);
+    float factors[count * each], *factor = factors;
+    for (int64_t h = 0; h < count * each; h++) factors[h] = softmax_(scratch + (1 + h) * T, T);
+    for (int64_t t = 0; t < T; t += BLOCK)
+        for (int64_t i = 0; i < n; i++) value_block(p, &span, &heads[i], t, min64(t + BLOCK, T));
+    for (int64_t i = 0; i < n; factor += heads[i++].n)
+        if (is_vector(p)) finish_bf16(p, &heads[i], factor);
+        else finish_plain(p, &heads[i], factor);
 }

@@ -31,13 +31,14 @@ typedef struct { /* one thread's */
     float *h, *row, *scores;       /* h [R, D]: what runs through the layers */
     float *weights;                /* [R, A], how the rows are routed; and experts */
     int64_t *experts;
-    Rows in, mixed, post, mid;     /* prepared for qkv, o, the experts, and their second half */
+    Rows in, mixed, post;          /* prepared for qkv, o, and the experts */
     Slots slots;
 } Own;
 
 typedef struct { /* what the threads make together */
     float *memory, *attended, *part, *sum, *q, *k, *v, *hidden;
-    int64_t longest;
+    int64_t longest, groups; /* of the contexts; that attention takes at once */
+    Rows mid;                /* prepared for the experts' second half */
     Own *own;
 } Work;
 
@@ -45,7 +46,8 @@ static int work_alloc(Work *w, const Block *b, const Step *s, int64_t A, int64_t
     int64_t N = s->R, D = b->D, HK = b->H * b->K, GK = b->G * b->K, F = b->gate->outputs, pairs = N * A;
     w->longest = 1;
     for (int64_t r = 0; r < N; r++) w->longest = s->lengths[r] > w->longest ? s->lengths[r] : w->longest;
-    int64_t scores = GROUP * (w->longest + b->K) + 16, each = N * D + D + HK + scores + pairs + 64;
+    w->groups = groups_at_once(N, b->H, b->G, w->longest, threads);
+    int64_t scores = attention_scratch(b->H, b->G, w->longest, w->groups), each = N * D + D + HK + scores + pairs + 64;
     w->own = calloc(threads, sizeof(Own));
     w->memory = malloc((N * 2 * (D + HK + GK) + pairs * F + threads * each + 64) * sizeof(float));
     if (!w->own || !w->memory) return 1;
@@ -59,20 +61,19 @@ static int work_alloc(Work *w, const Block *b, const Step *s, int64_t A, int64_t
         if (!own->experts) return 1;
         if (slots_alloc(&own->slots, pairs, b->E)) return 1;
         if (t > 0 && N > FEW) continue; /* the first one's rows are everybody's */
-        if (rows_alloc(&own->in, N, b->qkv) || rows_alloc(&own->mixed, N, b->o) || rows_alloc(&own->post, N, b->gate) ||
-            rows_alloc(&own->mid, pairs, b->down))
+        if (rows_alloc(&own->in, N, b->qkv) || rows_alloc(&own->mixed, N, b->o) || rows_alloc(&own->post, N, b->gate))
             return 1;
     }
-    return 0;
+    return rows_alloc(&w->mid, pairs, b->down);
 }
 
 static void work_free(Work *w, int64_t threads) {
     for (int64_t t = 0; w->own && t < threads; t++) {
         Own *own = &w->own[t];
-        rows_free(&own->in), rows_free(&own->mixed), rows_free(&own->post), rows_free(&own->mid);
+        rows_free(&own->in), rows_free(&own->mixed), rows_free(&own->post);
         slots_free(&own->slots), free(own->experts);
     }
-    free(w->own), free(w->memory);
+    rows_free(&w->mid), free(w->own), free(w->memory);
 }
 
 /* ---- a layer --------------------------------------------------------------------------------------------------- */
@@ -100,16 +101,27 @@ static void place_group(const Block *b, const Step *s, int64_t n, int64_t g, con
     memcpy((char *)values + slot * K * size, (const char *)w->v + k * K * size, K * size);
 }
 
+/* Where this thread's part of attention begins: tasks of some groups of one sequence, shared out by positions to read. */
+static int64_t share_positions(const Team *t, int64_t thread, const Step *s, int64_t parts) {
+    int64_t total = 0, done = 0, task = 0;
+    for (int64_t r = 0; r < s->R; r++) total += s->lengths[r] * parts;
+    while (task < s->R * parts && done * t->threads < total * thread) done += s->lengths[task++ / parts];
+    return task;
+}
+
 /* attended [R, H, K] of the q, k and v in w. */
 static void attention_part(const Block *b, const Step *s, const Team *t, Work *w, Own *mine, void *keys, void *values) {
     Pages pages = {keys, values, s->dtype, s->block_size, b->G, b->K, b->window};
-#pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t task = 0; task < s->R * b->G; task++) {
-        place_group(b, s, task / b->G, task % b->G, w, keys, values, mine->row);
-        attend_group(&pages, w->q, task / b->G, task % b->G, b->H, s->lengths, s->tables, s->width, b->scale, w->longest,
-                     mine->scores, w->attended);
+    int64_t parts = b->G / w->groups, end = share_positions(t, t->thread + 1, s, parts);
+    for (int64_t task = share_positions(t, t->thread, s, parts); task < end; task++) {
+        int64_t n = task / parts, g = task % parts * w->groups;
+        int64_t then = (task + 1) / parts; /* the next one's sequence */
+        if (task + 1 < end) fetch_sequence(&pages, s->tables + then * s->width, s->lengths[then], s->slots[then]);
+        for (int64_t i = g; i < g + w->groups; i++) place_group(b, s, n, i, w, keys, values, mine->row);
+        attend_groups(&pages, w->q, n, g, w->groups, b->H, s->lengths, s->tables, s->width, b->scale, mine->scores,
+                      w->attended);
     }
-    if (t->alone) fetch_part(t, b->o, 1);
+    if (s->R <= SHARED) fetch_part(t, b->o, 1);
     meet(t);
 }
 
@@ -159,8 +171,8 @@ static void layer_part(const Block *b, const Step *s, const Team *t, Work *w, Ow
         memcpy(experts, own->experts, N * A * sizeof(int64_t));
     }
     slots_fill(&mine->slots, s->given ? experts : own->experts, s->given ? weights : own->weights, N, A, b->E);
-    experts_part(t, b->gate, b->up, b->down, b->E, &own->post, &mine->slots, N * A, w->hidden, &own->mid, w->sum);
-    if (t->alone && next) fetch_part(t, next->qkv, 3);
+    experts_part(t, b->gate, b->up, b->down, &own->post, &mine->slots, N * A, w->hidden, &w->mid, w->sum);
+    if (N <= SHARED && next) fetch_part(t, next->qkv, 3);
     meet(t);
     for (int64_t n = t->first; n < N; n += t->step) add_row(own->h + n * D, w->sum + n * D, s->dtype, D);
 }

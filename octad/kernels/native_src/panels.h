@@ -1,4 +1,4 @@
-/* Numbers, rows of activations, and panels of weights: 16 outputs times a few rows. Part of native.c.
+/* Panels of weights: 16 outputs times a few rows, where the time goes. Part of native.c.
 
    A weight W [O, K] is stored in panels of 16 outputs, one after another (O and K padded with zeros):
      F_P16   bf16 [K/2][16][2]
@@ -12,190 +12,7 @@
 
    Letters: N tokens, O outputs, K inputs, G inputs a group. */
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-#if defined(__unix__) || defined(__APPLE__)
-#include <sched.h>
-#endif
-
-enum { F_F32 = 0, F_BF16 = 1, F_P16 = 2, F_Q8 = 3, F_Q4 = 4 };
-#define PANEL 16
-#define ROWS 6 /* rows of x that share one load of the weights: 2 panels x 6 rows x 2 sums fit 32 registers */
-
-typedef struct {
-    const uint8_t *data;
-    int64_t outputs, inputs, format;
-    int64_t group; /* inputs that share a scale; K is padded to a multiple of it */
-    int64_t step;  /* bytes from one panel to the next; gate and up panels lie alternately, so that one stream reads both */
-} Weight;
-
-/* One row of x in the form that a weight format multiplies. */
-typedef struct {
-    const void *x;        /* int8, bf16 or float */
-    const float *scale;   /* per group */
-    const int32_t *sum;   /* per group, sum of the int8 values */
-} Row;
-
-/* ---- numbers ------------------------------------------------------------------------------------------------- */
-
-static inline float from_bf16(uint16_t v) {
-    uint32_t u = (uint32_t)v << 16;
-    float f;
-    memcpy(&f, &u, 4);
-    return f;
-}
-
-static inline uint16_t to_bf16(float f) { /* round to nearest even; NaN stays NaN */
-    uint32_t u;
-    memcpy(&u, &f, 4);
-    uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    return (u & 0x7fffffff) > 0x7f800000 ? (uint16_t)((u >> 16) | 0x40) : (uint16_t)rounded;
-}
-
-static inline float load1(const void *p, int64_t dtype, int64_t i) {
-    return dtype == F_F32 ? ((const float *)p)[i] : from_bf16(((const uint16_t *)p)[i]);
-}
-
-static inline void store1(void *p, int64_t dtype, int64_t i, float v) {
-    if (dtype == F_F32) ((float *)p)[i] = v;
-    else ((uint16_t *)p)[i] = to_bf16(v);
-}
-
-/* What sums floats in an order that the compiler chooses stays one function, so that every caller gets the same bits. */
-#define ONE static __attribute__((noinline))
-
-static void load_row(float *to, const void *from, int64_t dtype, int64_t start, int64_t n) {
-    if (dtype == F_F32) {
-        memcpy(to, (const float *)from + start, n * sizeof(float));
-        return;
-    }
-    const uint16_t *p = (const uint16_t *)from + start;
-    for (int64_t i = 0; i < n; i++) to[i] = from_bf16(p[i]);
-}
-
-static void store_row(void *to, int64_t dtype, int64_t start, const float *from, int64_t n) {
-    if (dtype == F_F32) {
-        memcpy((float *)to + start, from, n * sizeof(float));
-        return;
-    }
-    uint16_t *p = (uint16_t *)to + start;
-    for (int64_t i = 0; i < n; i++) p[i] = to_bf16(from[i]);
-}
-
-/* As if stored in `dtype` and loaded again. */
-static void round_row(float *x, int64_t dtype, int64_t n) {
-    if (dtype == F_BF16)
-        for (int64_t i = 0; i < n; i++) x[i] = from_bf16(to_bf16(x[i]));
-}
-
-/* e^x in float32, relative error about 2e-7, written so that compilers vectorise it (Cephes' polynomial). */
-static inline float exp_(float x) {
-    x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
-    float n = rintf(x * 1.44269504f);
-    float r = fmaf(n, -0.693359375f, x);
-    r = fmaf(n, 2.12194440e-4f, r);
-    float p = 1.9875691500e-4f;
-    p = fmaf(p, r, 1.3981999507e-3f);
-    p = fmaf(p, r, 8.3334519073e-3f);
-    p = fmaf(p, r, 4.1665795894e-2f);
-    p = fmaf(p, r, 1.6666665459e-1f);
-    p = fmaf(p, r, 5.0000001201e-1f);
-    p = fmaf(p, r * r, r) + 1.0f;
-    uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
-    float two_n;
-    memcpy(&two_n, &bits, 4);
-    return x == x ? p * two_n : x;
-}
-
-static inline float silu(float x) { return x / (1.0f + exp_(-x)); }
-
-static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-
-/* ---- rows of activations ------------------------------------------------------------------------------------- */
-
-typedef struct { /* N rows prepared for one weight format, and the memory behind them */
-    Row *rows;
-    char *memory;
-    int64_t inputs, padded, group, groups, format, stride; /* stride: bytes a row */
-} Rows;
-
-static int rows_alloc(Rows *r, int64_t n, const Weight *w) {
-    r->inputs = w->inputs, r->format = w->format, r->group = w->group;
-    int quantised = w->format >= F_Q8;
-    r->padded = round_up(w->inputs, w->group);
-    r->groups = quantised ? r->padded / w->group : 0;
-    int64_t size = quantised ? 1 : (w->format == F_F32 ? 4 : 2);
-    r->stride = round_up(r->padded * size + r->groups * 8, 64);
-    r->rows = malloc(n * sizeof(Row) + 64);
-    r->memory = malloc(n * r->stride + 64);
-    if (!r->rows || !r->memory) return 1;
-    char *base = (char *)(((uintptr_t)r->memory + 63) & ~(uintptr_t)63);
-    for (int64_t i = 0; i < n; i++) {
-        char *p = base + i * r->stride;
-        r->rows[i].x = p;
-        r->rows[i].scale = (const float *)(p + r->padded * size);
-        r->rows[i].sum = (const int32_t *)(p + r->padded * size + r->groups * 4);
-    }
-    return 0;
-}
-
-static void rows_free(Rows *r) {
-    free(r->rows);
-    free(r->memory);
-}
-
-/* n values in symmetric 8 bits. One that is not a number, or infinite, makes the whole group not a number. */
-static void quantise_group(const float *x, int64_t n, int64_t group, int8_t *q, float *scale, int32_t *sum) {
-    int32_t bits = 0; /* of the largest magnitude: as integers, floats keep their order and NaN is above all */
-#pragma omp simd reduction(max : bits)
-    for (int64_t i = 0; i < n; i++) {
-        int32_t b;
-        memcpy(&b, x + i, 4);
-        b &= 0x7fffffff;
-        bits = b > bits ? b : bits;
-    }
-    float most;
-    memcpy(&most, &bits, 4);
-    int32_t total = 0;
-    memset(q, 0, group);
-    if (most > 1e-30f && most <= 3.4e38f) {
-        float inverse = 127.0f / most;
-#pragma omp simd reduction(+ : total)
-        for (int64_t i = 0; i < n; i++) {
-            int32_t v = (int32_t)rintf(x[i] * inverse);
-            q[i] = (int8_t)v;
-            total += v;
-        }
-    } else if (!(most <= 3.4e38f)) most = NAN;
-    *scale = most / 127.0f, *sum = total;
-}
-
-/* x (float, `inputs` values) into row i. */
-static void rows_set(Rows *r, int64_t i, const float *x) {
-    Row *row = &r->rows[i];
-    if (r->format == F_F32) memcpy((void *)row->x, x, r->inputs * 4);
-    else if (r->format <= F_P16) {
-        store_row((void *)row->x, F_BF16, 0, x, r->inputs);
-        for (int64_t k = r->inputs; k < r->padded; k++) ((uint16_t *)row->x)[k] = 0;
-    } else
-        for (int64_t g = 0; g < r->groups; g++) {
-            int64_t start = g * r->group;
-            quantise_group(x + start, min64(r->group, r->inputs - start), r->group, (int8_t *)row->x + start,
-                           (float *)row->scale + g, (int32_t *)row->sum + g);
-        }
-}
-
-/* ---- panels: 16 outputs x up to 8 rows ----------------------------------------------------------------------- */
+/* ---- integers ------------------------------------------------------------------------- */
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 
@@ -210,8 +27,16 @@ static inline __m512i broadcast4(const int8_t *q) {
     return _mm512_set1_epi32(v);
 }
 
-/* One or two panels (P) at once: with two, each broadcast of x serves twice. Where that leaves fewer than four sums in
-   flight, two take turns (b), so that they do not wait for the instruction's latency. */
+/* sum += the products of w (unsigned) and x (signed), four by four. As instructions of their own, the two products here and
+   below stay in their registers: given the compiler's builtin, GCC 12 copies sums and loads the weights again for each row. */
+static inline __m512i dot4(__m512i sum, __m512i w, __m512i x) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+    return sum;
+}
+
+/* One or two panels (P) at once: with two, each broadcast of x serves twice, and the loads no longer outnumber the
+   products. Where that leaves fewer than four sums in flight, two take turns (b), so that they do not wait for the
+   instruction's latency. */
 static inline __attribute__((always_inline)) void panel_int(const uint8_t *const *data, const int P, const int bits,
                                                             int64_t groups, int64_t group, int64_t ahead,
                                                             const Row *x, const int n, float *out) {
@@ -225,7 +50,7 @@ static inline __attribute__((always_inline)) void panel_int(const uint8_t *const
         for (int p = 0; p < P; p++) {
             if (g % 2 == 0) scales[p] = w[p], w[p] += 64;
             for (int r = 0; r < n; r++) {
-                a[p][r] = _mm512_set1_epi32(-(1 << (bits - 1)) * x[r].sum[g]);
+                a[p][r] = _mm512_set1_epi32(x[r].start[g]);
                 b[p][r] = _mm512_setzero_si512();
             }
         }
@@ -240,9 +65,9 @@ static inline __attribute__((always_inline)) void panel_int(const uint8_t *const
             for (int r = 0; r < n; r++) {
                 __m512i x0 = broadcast4((const int8_t *)x[r].x + k), x1 = broadcast4((const int8_t *)x[r].x + k + 4);
                 for (int p = 0; p < P; p++) {
-                    a[p][r] = _mm512_dpbusd_epi32(a[p][r], w0[p], x0);
-                    if (P * n < 4) b[p][r] = _mm512_dpbusd_epi32(b[p][r], w1[p], x1);
-                    else a[p][r] = _mm512_dpbusd_epi32(a[p][r], w1[p], x1);
+                    a[p][r] = dot4(a[p][r], w0[p], x0);
+                    if (P * n < 4) b[p][r] = dot4(b[p][r], w1[p], x1);
+                    else a[p][r] = dot4(a[p][r], w1[p], x1);
                 }
             }
         }
@@ -274,7 +99,7 @@ static void panel_int(const uint8_t *const *data, int P, int bits, int64_t group
         for (int64_t g = 0; g < groups; g++) {
             int32_t acc[PANEL];
             if (g % 2 == 0) s = (const uint16_t *)p, p += 64;
-            for (int o = 0; o < PANEL; o++) acc[o] = -(1 << (bits - 1)) * x[r].sum[g];
+            for (int o = 0; o < PANEL; o++) acc[o] = x[r].start[g];
             for (int64_t k = g * group; k < (g + 1) * group; k += 8)
                 for (int half = 0; half < 2; half++) {
                     const int8_t *xq = q + k + 4 * half;
@@ -317,6 +142,11 @@ ONE void panel_bf16(const uint16_t *w, int64_t K, int outs, const Row *x, int n,
 
 #if defined(__AVX512BF16__)
 
+static inline __m512 dot2(__m512 sum, __m512i w, __m512i x) {
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+    return sum;
+}
+
 static inline __attribute__((always_inline)) void panel_p16(const uint8_t *const *data, const int P, int64_t K,
                                                             int64_t ahead, const Row *x, const int n, float *out) {
     const uint8_t *w[2] = {data[0], data[P - 1]};
@@ -324,17 +154,17 @@ static inline __attribute__((always_inline)) void panel_p16(const uint8_t *const
     for (int p = 0; p < P; p++)
         for (int r = 0; r < n; r++) a[p][r] = b[p][r] = _mm512_setzero_ps();
     for (int64_t k = 0; k < K; k += 4) {
-        __m512bh w0[2], w1[2];
+        __m512i w0[2], w1[2];
         for (int p = 0; p < P; p++, w[p - 1] += 128) {
-            w0[p] = (__m512bh)_mm512_loadu_si512(w[p]), w1[p] = (__m512bh)_mm512_loadu_si512(w[p] + 64);
+            w0[p] = _mm512_loadu_si512(w[p]), w1[p] = _mm512_loadu_si512(w[p] + 64);
             __builtin_prefetch(w[p] + ahead, 0, 2), __builtin_prefetch(w[p] + ahead + 64, 0, 2);
         }
         for (int r = 0; r < n; r++) {
             const int8_t *at = (const int8_t *)x[r].x + 2 * k;
-            __m512bh x0 = (__m512bh)broadcast4(at), x1 = (__m512bh)broadcast4(at + 4);
+            __m512i x0 = broadcast4(at), x1 = broadcast4(at + 4);
             for (int p = 0; p < P; p++) {
-                a[p][r] = _mm512_dpbf16_ps(a[p][r], w0[p], x0);
-                b[p][r] = _mm512_dpbf16_ps(b[p][r], w1[p], x1); /* always: a row's sum must not depend on its company */
+                a[p][r] = dot2(a[p][r], w0[p], x0);
+                b[p][r] = dot2(b[p][r], w1[p], x1); /* always: a row's sum must not depend on its company */
             }
         }
     }
@@ -358,9 +188,6 @@ static void panel_p16(const uint8_t *const *data, int P, int64_t K, int64_t ahea
 
 #endif
 
-/* Rows a step: as many as the registers hold beside the weights. */
-static inline int64_t rows_at_once(const Weight *w) { return w->format == F_Q4 ? 4 : ROWS; }
-
 static inline const uint8_t *panel_at(const Weight *w, int64_t p) { return w->data + p * w->step; }
 
 static inline int panel_outputs(const Weight *w, int64_t p) { return (int)min64(PANEL, w->outputs - p * PANEL); }
@@ -368,8 +195,9 @@ static inline int panel_outputs(const Weight *w, int64_t p) { return (int)min64(
 static inline int64_t panel_count(const Weight *w) { return (w->outputs + PANEL - 1) / PANEL; }
 
 /* out[i][r][0..15] = rows x[r] times panel data[i], for P <= 2 panels of the shape of w and n <= ROWS rows. What lies
-   `ahead` bytes behind is fetched meanwhile: the weights that come next, or nothing new (0). The hardware foresees one
-   stream at a time, and none beyond a page. */
+   `ahead` bytes behind is fetched meanwhile: the weights that come next. 0 says that these panels have just been read, for
+   other rows. From memory one panel at a time is quickest, whatever the number of rows: two streams that lie so near each
+   other reach two thirds of its bandwidth. From the cache it is both at once, which share the loads of x. */
 static void panels(const Weight *w, const uint8_t *const *data, const int *outs, int P, int64_t ahead, const Row *x, int n,
                    float *out) {
     if (w->format <= F_BF16) {
@@ -379,7 +207,7 @@ static void panels(const Weight *w, const uint8_t *const *data, const int *outs,
         }
         return;
     }
-    if (P == 2 && n < rows_at_once(w)) { /* few rows are bound by memory: one stream at a time */
+    if (P == 2 && ahead) {
         panels(w, data, outs, 1, ahead, x, n, out);
         panels(w, data + 1, outs + 1, 1, ahead, x, n, out + ROWS * PANEL);
         return;
@@ -393,6 +221,6 @@ static void panels(const Weight *w, const uint8_t *const *data, const int *outs,
         break;
     switch (P * 16 + n) {
         CASE(1, 1) CASE(1, 2) CASE(1, 3) CASE(1, 4) CASE(1, 5) CASE(1, 6)
-        CASE(2, 4) CASE(2, 6) /* full steps only */
+        CASE(2, 1) CASE(2, 2) CASE(2, 3) CASE(2, 4) CASE(2, 5) CASE(2, 6)
     }
 }

@@ -8,6 +8,8 @@
 
 #define FEW 2 /* rows that each thread prepares for itself, which is quicker than waiting for another */
 
+#define SHARED 64 /* rows up to which each thread has its fixed part of the weights: one run, that memory reads quickest */
+
 typedef struct { int64_t arrived, turn; } Meeting;
 
 /* alone: the small operations between the weights are done by every thread, each into memory of its own. */
@@ -78,8 +80,8 @@ static void linear_pair(const Weight *w, int64_t p, const Rows *x, int64_t N, vo
     const uint8_t *data[2] = {panel_at(w, p), panel_at(w, p + P - 1)};
     int outs[2] = {panel_outputs(w, p), panel_outputs(w, p + P - 1)};
     float out[2 * ROWS * PANEL];
-    for (int64_t n = 0; n < N; n += rows_at_once(w)) {
-        int count = (int)min64(rows_at_once(w), N - n);
+    for (int64_t n = 0; n < N; n += ROWS) {
+        int count = (int)min64(ROWS, N - n);
         panels(w, data, outs, P, n ? 0 : 2 * w->step, x->rows + n, count, out);
         for (int i = 0; i < P; i++)
             for (int r = 0; r < count; r++) {
@@ -103,7 +105,7 @@ static void linear_part(const Team *t, const Weight *w, int64_t count, const Row
                         const float *const *biases) {
     int64_t total = 0; /* tasks of two panels */
     for (int64_t i = 0; i < count; i++) total += (panel_count(&w[i]) + 1) / 2;
-    if (N <= FEW) {
+    if (N <= SHARED) {
         for (int64_t task = share(t, t->thread, total); task < share(t, t->thread + 1, total); task++)
             linear_task(w, task, x, N, y, dtype, biases);
     } else {
@@ -162,15 +164,15 @@ static void slots_fill(Slots *s, const int64_t *experts, const float *weights, i
         if (s->start[e + 1] > s->start[e]) s->active[s->count++] = e;
 }
 
-/* One task of the first half: 16 hidden values of one expert, for all tokens that chose it. */
+/* 16 hidden values of one expert, for the pairs first .. last that chose it; h [pairs, F]. */
 static void hidden_panel(const Weight *gate, const Weight *up, int64_t p, const Rows *x, const Slots *s, int64_t first,
                          int64_t last, float *h, int64_t F) {
     const uint8_t *data[2] = {panel_at(gate, p), panel_at(up, p)};
     int outs[2] = {panel_outputs(gate, p), panel_outputs(up, p)};
     float gu[2 * ROWS * PANEL], *u = gu + ROWS * PANEL;
-    for (int64_t slot = first; slot < last; slot += rows_at_once(gate)) {
+    for (int64_t slot = first; slot < last; slot += ROWS) {
         Row rows[ROWS];
-        int n = (int)min64(rows_at_once(gate), last - slot);
+        int n = (int)min64(ROWS, last - slot);
         for (int r = 0; r < n; r++) rows[r] = x->rows[s->token[slot + r]];
         panels(gate, data, outs, 2, slot > first ? 0 : gate->step, rows, n, gu);
         for (int r = 0; r < n; r++) {
@@ -180,56 +182,75 @@ static void hidden_panel(const Weight *gate, const Weight *up, int64_t p, const 
     }
 }
 
-/* One task of the second half: panels p and p + 1 of the outputs, of every expert's tokens in turn. */
-static void output_pair(const Weight *down, int64_t E, int64_t p, const Rows *h, const Slots *s, float *y, int64_t D) {
+/* Panels whose hidden values are whole groups of the second half's inputs. */
+static int64_t panels_a_group(const Weight *down) {
+    int64_t panels = 1;
+    while (panels * PANEL % down->group) panels++;
+    return panels;
+}
+
+/* One task of the first half: the hidden values of a few panels, left in mid as the second half takes them. Who made them
+   rounds them, while they are in its cache. */
+static void hidden_task(const Weight *gate, const Weight *up, int64_t task, int64_t each, int64_t size, const Rows *x,
+                        const Slots *s, float *h, Rows *mid) {
+    int64_t e = s->active[task / each], F = gate->outputs, p = task % each * size, last = min64(p + size, panel_count(gate));
+    int64_t start = p * PANEL, n = min64(last * PANEL, F) - start;
+    for (; p < last; p++) hidden_panel(&gate[e], &up[e], p, x, s, s->start[e], s->start[e + 1], h, F);
+    for (int64_t slot = s->start[e]; slot < s->start[e + 1]; slot++)
+        rows_set_part(mid, slot, start, n, h + slot * F + start);
+}
+
+/* Panels p and p + 1 of the outputs, of one expert's tokens. next: the panel that comes behind. */
+static void output_pair(const Weight *down, int64_t p, const uint8_t *next, const Rows *h, const Slots *s, int64_t first,
+                        int64_t last, float *y, int64_t D) {
     int P = p + 1 < panel_count(down) ? 2 : 1;
     int outs[2] = {panel_outputs(down, p), panel_outputs(down, p + P - 1)};
+    const uint8_t *data[2] = {panel_at(down, p), panel_at(down, p + P - 1)};
     float out[2 * ROWS * PANEL];
-    for (int64_t e = 0; e < E; e++) {
-        const uint8_t *data[2] = {panel_at(&down[e], p), panel_at(&down[e], p + P - 1)};
-        for (int64_t slot = s->start[e]; slot < s->start[e + 1]; slot += rows_at_once(down)) {
-            int n = (int)min64(rows_at_once(down), s->start[e + 1] - slot);
-            panels(&down[e], data, outs, P, slot > s->start[e] ? 0 : 2 * down->step, h->rows + slot, n, out);
-            for (int i = 0; i < P; i++)
-                for (int r = 0; r < n; r++) {
-                    float *to = y + s->token[slot + r] * D + (p + i) * PANEL, *o = out + (i * ROWS + r) * PANEL;
-                    for (int j = 0; j < outs[i]; j++) to[j] += s->weight[slot + r] * o[j];
-                }
+    for (int64_t slot = first; slot < last; slot += ROWS) {
+        int n = (int)min64(ROWS, last - slot);
+        panels(down, data, outs, P, slot > first ? 0 : next - data[0], h->rows + slot, n, out);
+        for (int i = 0; i < P; i++)
+            for (int r = 0; r < n; r++) {
+                float *to = y + s->token[slot + r] * D + (p + i) * PANEL, *o = out + (i * ROWS + r) * PANEL;
+                for (int j = 0; j < outs[i]; j++) to[j] += s->weight[slot + r] * o[j];
+            }
+    }
+}
+
+/* The pairs first .. last of output panels, expert by expert: each one's panels lie in one piece. */
+static void output_pairs(const Weight *down, int64_t first, int64_t last, const Rows *h, const Slots *s, float *y, int64_t D) {
+    for (int64_t a = 0; a < s->count && first < last; a++) {
+        int64_t e = s->active[a], then = a + 1 < s->count ? s->active[a + 1] : e;
+        for (int64_t p = first; p < last; p++) {
+            const uint8_t *next = p + 1 < last ? panel_at(&down[e], 2 * p + 2) : panel_at(&down[then], 2 * first);
+            output_pair(&down[e], 2 * p, next, h, s, s->start[e], s->start[e + 1], y, D);
         }
     }
 }
 
-static void hidden_task(const Weight *gate, const Weight *up, int64_t task, int64_t each, const Rows *x, const Slots *s,
-                        float *h, int64_t F) {
-    int64_t e = s->active[task / each];
-    hidden_panel(&gate[e], &up[e], task % each, x, s, s->start[e], s->start[e + 1], h, F);
-}
-
-/* y [N, D] (float32) += the weighted experts of the rows x; h [pairs, F] and mid are scratch. x, s and mid are the
-   thread's own where the team is alone. The caller waits for the others. */
-static void experts_part(const Team *t, const Weight *gate, const Weight *up, const Weight *down, int64_t E, const Rows *x,
+/* y [N, D] (float32) += the weighted experts of the rows x; h [pairs, F] and mid are scratch that all threads share. x and
+   s are the thread's own where the team is alone. The caller waits for the others. */
+static void experts_part(const Team *t, const Weight *gate, const Weight *up, const Weight *down, const Rows *x,
                          const Slots *s, int64_t pairs, float *h, Rows *mid, float *y) {
-    int64_t D = gate->inputs, F = gate->outputs, each = panel_count(gate), outs = (panel_count(down) + 1) / 2;
-    int64_t total = s->count * each;
-    if (pairs <= 2 * FEW) {
+    int64_t size = panels_a_group(down), each = (panel_count(gate) + size - 1) / size, total = s->count * each;
+    int64_t D = gate->inputs, outs = (panel_count(down) + 1) / 2;
+    if (pairs <= SHARED) {
         for (int64_t task = share(t, t->thread, total); task < share(t, t->thread + 1, total); task++)
-            hidden_task(gate, up, task, each, x, s, h, F);
+            hidden_task(gate, up, task, each, size, x, s, h, mid);
         for (int64_t i = 0; i < s->count; i++) fetch_part(t, &down[s->active[i]], 1);
     } else {
         int64_t chunk = chunk_size(total, pairs, t->threads);
 #pragma omp for schedule(dynamic, chunk) nowait
-        for (int64_t task = 0; task < total; task++) hidden_task(gate, up, task, each, x, s, h, F);
+        for (int64_t task = 0; task < total; task++) hidden_task(gate, up, task, each, size, x, s, h, mid);
     }
     meet(t);
-    for (int64_t slot = t->first; slot < pairs; slot += t->step) rows_set(mid, slot, h + slot * F);
-    if (!t->alone) meet(t);
-    if (pairs <= 2 * FEW) {
-        for (int64_t p = share(t, t->thread, outs); p < share(t, t->thread + 1, outs); p++)
-            output_pair(down, E, 2 * p, mid, s, y, D);
+    if (pairs <= SHARED) {
+        output_pairs(down, share(t, t->thread, outs), share(t, t->thread + 1, outs), mid, s, y, D);
     } else {
         int64_t chunk = chunk_size(outs, pairs, t->threads);
 #pragma omp for schedule(dynamic, chunk) nowait
-        for (int64_t p = 0; p < outs; p++) output_pair(down, E, 2 * p, mid, s, y, D);
+        for (int64_t p = 0; p < outs; p++) output_pairs(down, p, p + 1, mid, s, y, D);
     }
 }
 
@@ -248,15 +269,14 @@ ONE void norm_row(const float *x, int64_t n, const void *weight, int64_t dtype, 
 }
 
 /* heads x K values rotated in place, the half-split layout; c and s are this position's rows of the tables. */
-static void rope_row(void *x, int64_t dtype, int64_t start, int64_t heads, int64_t K, const float *c, const float *s) {
+ONE void rope_row(void *x, int64_t dtype, int64_t start, int64_t heads, int64_t K, const float *c, const float *s) {
     int64_t half = K / 2;
-    for (int64_t h = 0; h < heads; h++) {
-        int64_t at = start + h * K;
-        for (int64_t i = 0; i < half; i++) {
-            float a = load1(x, dtype, at + i), b = load1(x, dtype, at + half + i);
-            store1(x, dtype, at + i, a * c[i] - b * s[i]);
-            store1(x, dtype, at + half + i, b * c[half + i] + a * s[half + i]);
-        }
+    float from[K], to[K];
+    for (int64_t at = start; at < start + heads * K; at += K) {
+        load_row(from, x, dtype, at, K);
+        for (int64_t i = 0; i < half; i++) to[i] = from[i] * c[i] - from[half + i] * s[i];
+        for (int64_t i = 0; i < half; i++) to[half + i] = from[half + i] * c[half + i] + from[i] * s[half + i];
+        store_row(x, dtype, at, to, K);
     }
 }
 

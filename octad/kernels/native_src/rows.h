@@ -1,0 +1,221 @@
+/* Numbers, weights as they lie in memory, and rows of activations in the form that a weight's format multiplies. Part of
+   native.c; panels.h has the formats.
+
+   Letters: N rows, K inputs, G inputs a group. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <sched.h>
+#endif
+
+enum { F_F32 = 0, F_BF16 = 1, F_P16 = 2, F_Q8 = 3, F_Q4 = 4 };
+#define PANEL 16
+#define ROWS 6 /* rows of x that share one load of the weights: 2 panels x 6 rows x 2 sums fit 32 registers */
+
+typedef struct {
+    const uint8_t *data;
+    int64_t outputs, inputs, format;
+    int64_t group; /* inputs that share a scale; K is padded to a multiple of it */
+    int64_t step;  /* bytes from one panel to the next; gate and up panels lie alternately, so that one stream reads both */
+} Weight;
+
+/* One row of x in the form that a weight format multiplies. */
+typedef struct {
+    const void *x;        /* int8, bf16 or float */
+    const float *scale;   /* per group */
+    const int32_t *start; /* per group, what the sum of the products starts at: -offset * sum of the int8 values */
+} Row;
+
+/* ---- numbers ------------------------------------------------------------------------------------------------- */
+
+static inline float from_bf16(uint16_t v) {
+    uint32_t u = (uint32_t)v << 16;
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+
+static inline uint16_t to_bf16(float f) { /* round to nearest even; NaN stays NaN */
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    return (u & 0x7fffffff) > 0x7f800000 ? (uint16_t)((u >> 16) | 0x40) : (uint16_t)rounded;
+}
+
+/* What sums floats in an order that the compiler chooses stays one function, so that every caller gets the same bits. */
+#define ONE static __attribute__((noinline))
+
+static void load_row(float *to, const void *from, int64_t dtype, int64_t start, int64_t n) {
+    if (dtype == F_F32) {
+        memcpy(to, (const float *)from + start, n * sizeof(float));
+        return;
+    }
+    const uint16_t *p = (const uint16_t *)from + start;
+    for (int64_t i = 0; i < n; i++) to[i] = from_bf16(p[i]);
+}
+
+static void store_row(void *to, int64_t dtype, int64_t start, const float *from, int64_t n) {
+    if (dtype == F_F32) {
+        memcpy((float *)to + start, from, n * sizeof(float));
+        return;
+    }
+    uint16_t *p = (uint16_t *)to + start;
+    for (int64_t i = 0; i < n; i++) p[i] = to_bf16(from[i]);
+}
+
+/* As if stored in `dtype` and loaded again. */
+static void round_row(float *x, int64_t dtype, int64_t n) {
+    if (dtype == F_BF16)
+        for (int64_t i = 0; i < n; i++) x[i] = from_bf16(to_bf16(x[i]));
+}
+
+/* e^x in float32, relative error about 2e-7, written so that compilers vectorise it (Cephes' polynomial). */
+static inline float exp_(float x) {
+    x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
+    float n = rintf(x * 1.44269504f);
+    float r = fmaf(n, -0.693359375f, x);
+    r = fmaf(n, 2.12194440e-4f, r);
+    float p = 1.9875691500e-4f;
+    p = fmaf(p, r, 1.3981999507e-3f);
+    p = fmaf(p, r, 8.3334519073e-3f);
+    p = fmaf(p, r, 4.1665795894e-2f);
+    p = fmaf(p, r, 1.6666665459e-1f);
+    p = fmaf(p, r, 5.0000001201e-1f);
+    p = fmaf(p, r * r, r) + 1.0f;
+    uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
+    float two_n;
+    memcpy(&two_n, &bits, 4);
+    return x == x ? p * two_n : x;
+}
+
+static inline float silu(float x) { return x / (1.0f + exp_(-x)); }
+
+static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* ---- rows of activations ------------------------------------------------------------------------------------- */
+
+typedef struct { /* N rows prepared for one weight format, and the memory behind them */
+    Row *rows;
+    char *memory;
+    int64_t inputs, padded, group, groups, format, stride; /* stride: bytes a row */
+} Rows;
+
+static int rows_alloc(Rows *r, int64_t n, const Weight *w) {
+    r->inputs = w->inputs, r->format = w->format, r->group = w->group;
+    int quantised = w->format >= F_Q8;
+    r->padded = round_up(w->inputs, w->group);
+    r->groups = quantised ? r->padded / w->group : 0;
+    int64_t size = quantised ? 1 : (w->format == F_F32 ? 4 : 2);
+    r->stride = round_up(r->padded * size + r->groups * 8, 64);
+    r->rows = malloc(n * sizeof(Row) + 64);
+    r->memory = malloc(n * r->stride + 64);
+    if (!r->rows || !r->memory) return 1;
+    char *base = (char *)(((uintptr_t)r->memory + 63) & ~(uintptr_t)63);
+    for (int64_t i = 0; i < n; i++) {
+        char *p = base + i * r->stride;
+        r->rows[i].x = p;
+        r->rows[i].scale = (const float *)(p + r->padded * size);
+        r->rows[i].start = (const int32_t *)(p + r->padded * size + r->groups * 4);
+    }
+    return 0;
+}
+
+static void rows_free(Rows *r) {
+    free(r->rows);
+    free(r->memory);
+}
+
+/* A group's values, as integers: the bits of the largest magnitude (floats keep their order so, and NaN is above all),
+   and x * inverse rounded to q, with its sum. */
+#if defined(__AVX512F__)
+static inline int32_t largest_bits(const float *x, int64_t n) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    __m512i most = _mm512_setzero_si512();
+    for (int64_t i = 0; i < n; i += 16) {
+        __mmask16 there = (__mmask16)(n - i >= 16 ? 0xffff : (1 << (n - i)) - 1);
+        most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_maskz_loadu_epi32(there, x + i), magnitude));
+    }
+    return _mm512_reduce_max_epi32(most);
+}
+
+static inline int32_t round_group(const float *x, int64_t n, float inverse, int8_t *q) {
+    __m512i total = _mm512_setzero_si512();
+    for (int64_t i = 0; i < n; i += 16) {
+        __mmask16 there = (__mmask16)(n - i >= 16 ? 0xffff : (1 << (n - i)) - 1);
+        __m512 product = _mm512_mul_ps(_mm512_maskz_loadu_ps(there, x + i), _mm512_set1_ps(inverse));
+        __m512i v = _mm512_cvtps_epi32(product);
+        _mm512_mask_cvtepi32_storeu_epi8(q + i, there, v);
+        total = _mm512_add_epi32(total, v);
+    }
+    return _mm512_reduce_add_epi32(total);
+}
+#else
+static int32_t largest_bits(const float *x, int64_t n) {
+    int32_t bits = 0;
+#pragma omp simd reduction(max : bits)
+    for (int64_t i = 0; i < n; i++) {
+        int32_t b;
+        memcpy(&b, x + i, 4);
+        b &= 0x7fffffff;
+        bits = b > bits ? b : bits;
+    }
+    return bits;
+}
+
+static int32_t round_group(const float *x, int64_t n, float inverse, int8_t *q) {
+    int32_t total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < n; i++) {
+        int32_t v = (int32_t)rintf(x[i] * inverse);
+        q[i] = (int8_t)v;
+        total += v;
+    }
+    return total;
+}
+#endif
+
+/* n values in symmetric 8 bits; returns their sum. One that is not a number, or infinite, makes the whole group not a
+   number. */
+static inline int32_t quantise_group(const float *x, int64_t n, int64_t group, int8_t *q, float *scale) {
+    int32_t bits = largest_bits(x, n), total = 0;
+    float most;
+    memcpy(&most, &bits, 4);
+    int usable = most > 1e-30f && most <= 3.4e38f;
+    if (!usable || n < group) memset(q, 0, group);
+    if (usable) total = round_group(x, n, 127.0f / most, q);
+    else if (!(most <= 3.4e38f)) most = NAN;
+    *scale = most / 127.0f;
+    return total;
+}
+
+/* The values start .. start + n of x (a float row of `inputs`) into row i, from the beginning of a group to the end of one,
+   or to the end of the row. */
+static void rows_set_part(Rows *r, int64_t i, int64_t start, int64_t n, const float *x) {
+    Row *row = &r->rows[i];
+    int64_t end = start + n, padded = end == r->inputs ? r->padded : end;
+    if (r->format == F_F32) memcpy((float *)row->x + start, x, n * sizeof(float));
+    else if (r->format <= F_P16) {
+        store_row((void *)row->x, F_BF16, start, x, n);
+        for (int64_t k = end; k < padded; k++) ((uint16_t *)row->x)[k] = 0;
+    } else
+        for (int64_t k = start; k < end; k += r->group) {
+            int64_t g = k / r->group;
+            int32_t sum = quantise_group(x + k - start, min64(r->group, end - k), r->group, (int8_t *)row->x + k,
+                                         (float *)row->scale + g);
+            ((int32_t *)row->start)[g] = -(r->format == F_Q8 ? 128 : 8) * sum;
+        }
+}
+
+/* x (float, `inputs` values) into row i. */
+static inline void rows_set(Rows *r, int64_t i, const float *x) { rows_set_part(r, i, 0, r->inputs, x); }
