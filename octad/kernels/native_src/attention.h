@@ -189,8 +189,7 @@ static void value_block(const Pages *p, const Span *s, const Heads *h, int64_t t
 /* ---- a task: some groups of one sequence's query ----------------------------------------------------------------- */
 
 /* Groups that one thread takes together. All of them, where there are enough sequences for all threads: then keys and
-   values are read as they lie, one position behind the other, which is twice as quick as each group's pieces alone. But the
-   scores must stay in the cache. */
+   values are read as they lie, one position behind the other. But the scores must stay in the cache. */
 static int64_t groups_at_once(int64_t R, int64_t H, int64_t G, int64_t longest, int64_t threads) {
     return R >= 2 * threads && H * longest <= 1 << 16 ? G : 1;
 }
