@@ -15,7 +15,7 @@ and what fills them up, L rank of a change.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -104,7 +104,7 @@ class _SortedExperts(torch.autograd.Function):
         y_RD, thins = torch.empty_like(x_RD), list[torch.Tensor | None]()
         for e, rows in _blocks(counts):
             gate_up, down = _products(stacks, e, scale)
-            for at in slices(rows, hidden.shape[1]):
+            for at in _parts(rows, hidden):
                 thins.append(gate_up.forward(x_RD[at], hidden[at]))
                 thins.append(down.forward(quick_passes().swiglu(*hidden[at].chunk(2, -1)), y_RD[at]))
         ctx.save_for_backward(x_RD, weights_R, hidden, *stacks, *thins)
@@ -128,7 +128,7 @@ class _SortedExperts(torch.autograd.Function):
             down.begin()
             dhidden = torch.empty_like(hidden[rows])
             h_RF = hidden.new_empty(len(dhidden) if want[1] else 0, hidden.shape[1] // 2)
-            for at in slices(rows, hidden.shape[1]):
+            for at in _parts(rows, hidden):
                 here = slice(at.start - rows.start, at.stop - rows.start)
                 weight, wide, thin = weights_R1[at], next(thins), next(thins)
                 gate, up = hidden[at].chunk(2, -1)
@@ -158,6 +158,11 @@ def _products(stacks: Sequence[torch.Tensor], expert: int, scale: float) -> tupl
     gate_up, down, *factors = (stack[expert] for stack in stacks)
     a, b, c, d = factors or (None,) * 4
     return Products([gate_up, a, b], [scale]), Products([down, c, d], [scale])
+
+
+def _parts(rows: slice, hidden: torch.Tensor) -> Iterable[slice]:
+    """What of an expert's rows is done at one time: what stays in a CPU's cache, on a GPU all."""
+    return slices(rows, hidden.shape[1]) if hidden.device.type == "cpu" else [rows]
 
 
 def _times(thin: torch.Tensor | None, weights: torch.Tensor) -> torch.Tensor | None:
