@@ -270,12 +270,21 @@ class NativePasses(Passes):
 
 
 @functools.cache
+def _built() -> tuple[Passes, str]:
+    try:
+        return NativePasses(load(source=SOURCE)), ""
+    except BuildError as error:
+        return Passes(), str(error)
+
+
 def quick_passes() -> Passes:
     """The native ones, built at the first call of all, where that can be done here."""
-    try:
-        return NativePasses(load(source=SOURCE))
-    except BuildError:
-        return Passes()
+    return _built()[0]
+
+
+def not_native() -> str:
+    """Why quick_passes gives PyTorch's, in one line; nothing where it does not."""
+    return _built()[1]
 
 
 def _rows(*tensors: torch.Tensor, contiguous: bool = False) -> bool:

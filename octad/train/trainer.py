@@ -27,6 +27,7 @@ from octad.checkpoint.staging import explained
 from octad.checkpoint.text import Window, windows_of
 from octad.errors import CheckpointError, OctadError, OutputError, RecipeError
 from octad.evaluate.loss import bits_per_byte, window_nats
+from octad.kernels.passes import not_native
 from octad.model.balance import LoadStatistics
 from octad.train.attention import DocumentAttention
 from octad.train.blocks import quicken
@@ -80,6 +81,8 @@ class Trainer:
         self.layout.spread(self.model)
         if self.device.type == "cpu":
             quicken(self.model)
+            if reason := not_native():
+                self.echo(f"steps take a fourth longer without native passes: {reason}")
         if self.config.batch.checkpointing:
             checkpoint_activations(self.model)
         self._compile()

@@ -66,3 +66,10 @@ def test_where_it_cannot_be_done_it_goes_on_or_says_so(mixture, tmp_path, monkey
     assert told == ["not compiled: PyTorch cannot compile here (RuntimeError: no C++ compiler found)"]
     with pytest.raises(RecipeError, match="compile: PyTorch cannot compile here"):
         trainer(tmp_path, mixture, told, compile=True)
+
+
+def test_steps_without_native_passes_say_so(mixture, tmp_path, monkeypatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("octad.train.trainer.not_native", lambda: "no C compiler found")
+    trainer(tmp_path, mixture, told)
+    assert told == ["steps take a fourth longer without native passes: no C compiler found"]
