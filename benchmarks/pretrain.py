@@ -254,6 +254,7 @@ def draw(curves: Mapping[tuple[str, int], list[tuple[int, float]]], tokens: int,
     """Held-out bits per byte over the steps, every seed a line."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     with mpl.rc_context({"svg.hashsalt": "octad", "font.size": 9}):
         figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -266,6 +267,8 @@ def draw(curves: Mapping[tuple[str, int], list[tuple[int, float]]], tokens: int,
         panel.set(
             xlabel=f"step ({tokens} tokens)", ylabel="held-out bits per byte, mean of 8 domains", yscale="log"
         )
+        for which in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+            which(ScalarFormatter())
         panel.legend()
         figure.savefig(plot, metadata={"Date": None})
 
