@@ -215,9 +215,14 @@ class NativePasses(Passes):
         """See Passes."""
         if not _rows(logits_NV, contiguous=True):
             return super().cross_entropy_(logits_NV, targets_N)
+        if len(targets_N) != len(logits_NV):
+            raise IndexError(f"{len(targets_N)} targets for {len(logits_NV)} rows of logits")
         if len(targets_N) and int(targets_N.max()) >= logits_NV.shape[1]:
             raise IndexError(f"target {int(targets_N.max())} is not among {logits_NV.shape[1]} logits")
-        targets, losses = targets_N.contiguous(), logits_NV.new_empty(len(logits_NV), dtype=torch.float32)
+        targets, losses = (
+            targets_N.to(torch.int64).contiguous(),
+            logits_NV.new_empty(len(logits_NV), dtype=torch.float32),
+        )
         about = (DTYPES[logits_NV.dtype], *logits_NV.shape, targets.data_ptr(), losses.data_ptr())
         _check(self._cross_entropy(logits_NV.data_ptr(), *about, torch.get_num_threads()))
         return losses

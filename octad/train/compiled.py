@@ -41,7 +41,7 @@ def compile_model(model: Transformer, wanted: Wanted, *, work: float, echo: Call
             module.compile(dynamic=False)
     if model.model.rope.apply is rotated:  # on CPUs blocks.py has put another one there
         model.model.rope.apply = torch.compile(rotated, dynamic=False)
-    echo("compiling norms, feed-forward networks and rotary positions (compile: false does without)")
+    echo("compiling what lies between the products (compile: false does without)")
     return True
 
 

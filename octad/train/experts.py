@@ -70,8 +70,8 @@ class TrainExperts(nn.Module):
 def sorted_choices(experts_NA: torch.Tensor, experts: int) -> tuple[torch.Tensor, list[int]]:
     """Choices [N * A] in order of experts, without dropped ones, and how many rows each expert has.
 
-    Each expert's rows are filled up, by the choice N * A that does not exist, to a multiple of a sixteenth of the mean
-    load: a library that makes a kernel for every new number of rows then sees few of them."""
+    Each expert's rows are filled up, by the choice N * A that does not exist, to multiples of a power of two, about a
+    twentieth of the mean load: a library that makes a kernel for every new number of rows then sees few of them."""
     flat = experts_NA.flatten()
     order = torch.argsort(flat, stable=True)
     counts = torch.bincount(flat + 1, minlength=experts + 1)

@@ -49,7 +49,7 @@ def hub_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """A parameter as the hub's tensors: itself, or stacked experts [E, rows, D] taken apart."""
     names, shapes = parameter_sources(config)[parameter], tensor_plan(config)
-    if len(names) == 1:
+    if value.dim() < 3:
         yield names[0], value
         return
     heights = [shapes[name][0] for name in names]

@@ -117,7 +117,7 @@ def projected(x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
     )
     biases = [cast(torch.Tensor | None, getattr(layer, "base", layer).bias) for layer in layers]
     pairs = zip(outputs, biases, strict=True)
-    return [(y if bias is None else y + bias).view(*x.shape[:-1], -1) for y, bias in pairs]
+    return [(y if bias is None else y + bias).view(*x.shape[:-1], y.shape[-1]) for y, bias in pairs]
 
 
 class _Projected(torch.autograd.Function):
