@@ -29,6 +29,16 @@ def run(command: Sequence[str | Path], **environment: str) -> dict[str, float]:
         return dict(json.load(report))
 
 
+def by_document(values: Sequence[float], windows: Sequence[Any]) -> Any:
+    """Sums of windows' values over each document, float64 [documents], in the documents' order."""
+    import numpy as np
+
+    documents = np.array([w.document for w in windows])
+    return np.array(
+        [np.asarray(values, dtype=np.float64)[documents == d].sum() for d in np.unique(documents)]
+    )
+
+
 def starter(report: str, command: Sequence[str]) -> int:
     """Start, wait, write down; returns the command's exit status."""
     begun = time.perf_counter()

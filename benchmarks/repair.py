@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 from combine import DOMAINS, halves, octad_run, write_recipe
-from measure import command_line, hardware, run, save, tell
+from measure import by_document, command_line, hardware, run, save, tell
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "results" / "repair.json"
@@ -79,8 +79,6 @@ def write_config(options: argparse.Namespace, mixture: Path, work: Path) -> Path
 def judge(mixture: Path, work: Path, options: argparse.Namespace, *, members: bool) -> dict[str, Any]:
     """By contestant and domain, each document's nats and bytes: the mixture, and where wanted each domain's specialist
     as the mixture holds it."""
-    import numpy as np
-
     from octad.checkpoint.load import load_tokenizer, open_source
     from octad.checkpoint.text import read_windows
     from octad.evaluate.contestants import Member, contestant, fast_model
@@ -93,13 +91,11 @@ def judge(mixture: Path, work: Path, options: argparse.Namespace, *, members: bo
     for domain in TEXTS:
         file = work / "judge" / f"{domain}.jsonl"
         windows = read_windows([file], tokenizer, tokens=options.judge_tokens, window=options.judge_window)
-        documents = np.array([w.document for w in windows])
-        by_document = documents == np.unique(documents)[:, None]
-        size = by_document @ np.array([float(w.predicted_bytes) for w in windows])
+        size = by_document([w.predicted_bytes for w in windows], windows)
         own = Member(names.index(domain if domain in names else "general"))
         for who in found:
             with contestant(model, own if who == "specialist" else None) as judged:
-                found[who][domain] = by_document @ np.array(window_nats(judged, windows), dtype=float), size
+                found[who][domain] = by_document(window_nats(judged, windows), windows), size
         tell(f"judged {domain}")
     return found
 

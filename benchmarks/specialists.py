@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from combine import BASE, DOMAINS, ROOT, halves
-from measure import command_line, hardware, save, tell
+from measure import by_document, command_line, hardware, save, tell
 
 OUT = ROOT / "benchmarks" / "results" / "specialists.json"
 
@@ -34,8 +34,6 @@ def arguments() -> argparse.Namespace:
 
 def judge(domain: str, file: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Bits per byte of the base and both adapters on one domain, and the interval of after minus before."""
-    import numpy as np
-
     from octad.checkpoint.load import load_tokenizer, open_member, open_source
     from octad.checkpoint.text import read_windows
     from octad.evaluate.bootstrap import Draws
@@ -44,26 +42,20 @@ def judge(domain: str, file: Path, options: argparse.Namespace) -> dict[str, Any
 
     base = open_source(BASE)
     windows = read_windows([file], load_tokenizer(base), tokens=options.judge_tokens, window=options.window)
-    documents = np.array([w.document for w in windows])
-    known = np.unique(documents)
-
-    def by_document(values: Any) -> Any:
-        return np.array([np.asarray(values, dtype=np.float64)[documents == d].sum() for d in known])
-
     sources = {"base": base} | {
         when: open_member(getattr(options, when) / domain, base) for when in ("before", "after")
     }
     nats = {who: window_nats(fast_model(source), windows) for who, source in sources.items()}
     bits = {who: bits_per_byte(found, windows) for who, found in nats.items()}
-    gained = by_document(nats["after"]) - by_document(nats["before"])
-    draws = Draws([by_document([w.predicted_bytes for w in windows])])
+    gained = by_document(nats["after"], windows) - by_document(nats["before"], windows)
+    draws = Draws([by_document([w.predicted_bytes for w in windows], windows)])
     interval = draws.differences([gained[None]])[0][0]
     share = bits["after"] / bits["before"] - 1
     return {
         "bits_per_byte": {who: round(b, 4) for who, b in bits.items()},
         "after_minus_before": [round(v, 4) for v in (interval.value, interval.low, interval.high)],
         "share": round(share, 4),
-        "documents": len(known),
+        "documents": len(gained),
     }
 
 

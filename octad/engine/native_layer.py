@@ -24,7 +24,8 @@ from torch import nn
 
 from octad.engine.native_modules import NativeAttention, NativeExperts, NativeMLP, NativeRouter
 from octad.engine.paged_cache import BlockPool, PagedCache
-from octad.kernels.native import DTYPES, BlockStruct, LayerArray, NativeKernels, StepStruct
+from octad.kernels.calls import DTYPES
+from octad.kernels.native import BlockStruct, LayerArray, NativeKernels, StepStruct
 from octad.model.cache import KVCache
 from octad.model.config import ModelConfig
 from octad.model.moe import FixedRouter, MoE

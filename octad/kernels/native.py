@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 
+from octad.kernels.calls import DTYPES, check, typed
+from octad.kernels.calls import FLOAT as _F
+from octad.kernels.calls import INT as _I
+from octad.kernels.calls import POINTER as _P
 from octad.kernels.packed import Packed
 
-FLOAT, BF16 = 0, 1
 PACKED = {16: 2, 8: 3, 4: 4}  # bits -> format
-DTYPES = {torch.float32: FLOAT, torch.bfloat16: BF16}
-_P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 class _Weight(ctypes.Structure):
@@ -116,16 +117,16 @@ class NativeKernels:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.features = int(library.octad_features())
-        self._linear = _typed(library.octad_linear, [_P, _I, _P, _I, _I, _P, _P, _I])
-        self._experts = _typed(library.octad_experts, [_P, _P, _P, _I, _P, _I, _I, _P, _P, _I, _P, _I])
-        self._norm = _typed(library.octad_rms_norm, [_P, _I, _I, _I, _P, _F, _P, _I])
-        self._rope = _typed(library.octad_rope, [_P, _I, _I, _I, _I, _P, _I, _P, _P, _I])
-        self._route = _typed(library.octad_route, [_P, _I, _I, _I, _P, _I, _I, _I, _P, _P, _I])
-        self._attend = _typed(
+        self._linear = typed(library.octad_linear, [_P, _I, _P, _I, _I, _P, _P, _I])
+        self._experts = typed(library.octad_experts, [_P, _P, _P, _I, _P, _I, _I, _P, _P, _I, _P, _I])
+        self._norm = typed(library.octad_rms_norm, [_P, _I, _I, _I, _P, _F, _P, _I])
+        self._rope = typed(library.octad_rope, [_P, _I, _I, _I, _I, _P, _I, _P, _P, _I])
+        self._route = typed(library.octad_route, [_P, _I, _I, _I, _P, _I, _I, _I, _P, _P, _I])
+        self._attend = typed(
             library.octad_paged_attention,
             [_P, _P, _P, _I, _P, _P, _I, _I, _I, _I, _I, _I, _I, _F, _P, _I],
         )
-        self._layers = _typed(library.octad_layers, [_P, _I, _P, _P, _P, _P, _P, _P, _P, _I, _I])
+        self._layers = typed(library.octad_layers, [_P, _I, _P, _P, _P, _P, _P, _P, _P, _I, _I])
 
     @property
     def integer_dot(self) -> bool:
@@ -149,7 +150,7 @@ class NativeKernels:
         if biases is not None:
             extra = (_P * count)(*[None if b is None else b.data_ptr() for b in biases])
         threads = torch.get_num_threads()
-        _check(
+        check(
             self._linear(
                 weights.address, count, x_NK.data_ptr(), DTYPES[x_NK.dtype], N, places, extra, threads
             )
@@ -169,7 +170,7 @@ class NativeKernels:
         for an expert that is not there."""
         y = torch.empty_like(x_ND)
         N, A = experts_NA.shape
-        _check(
+        check(
             self._experts(
                 gate.address,
                 up.address,
@@ -201,7 +202,7 @@ class NativeKernels:
             y.data_ptr(),
             torch.get_num_threads(),
         )
-        _check(failed)
+        check(failed)
         return y
 
     def rope_(
@@ -244,7 +245,7 @@ class NativeKernels:
             experts.data_ptr(),
             torch.get_num_threads(),
         )
-        _check(failed)
+        check(failed)
         return weights, experts
 
     def paged_attention(
@@ -260,7 +261,7 @@ class NativeKernels:
         """kernels/paged.py's paged_attention for sequences with one new token each; lengths and tables int32."""
         y = torch.empty_like(q_RHK)
         R, H, K = q_RHK.shape
-        _check(
+        check(
             self._attend(
                 q_RHK.data_ptr(),
                 keys.data_ptr(),
@@ -293,7 +294,7 @@ class NativeKernels:
         """Whole decoder layers, one after another, for sequences with one new token each; `step` is the address of a
         StepStruct. The routing is written to (or, where given, read from) the last two."""
         y = torch.empty_like(x)
-        _check(
+        check(
             self._layers(
                 layers.blocks,
                 len(layers.blocks),
@@ -309,15 +310,3 @@ class NativeKernels:
             )
         )
         return y
-
-
-def _typed(function: Any, arguments: list[Any]) -> Any:
-    function.argtypes = arguments
-    return function
-
-
-def _check(failed: int) -> None:
-    if failed == 2:
-        raise IndexError("a token was sent to an expert that is not there")
-    if failed:
-        raise MemoryError("the native kernels ran out of memory")

@@ -16,18 +16,19 @@ from __future__ import annotations
 import ctypes
 import functools
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from octad.kernels.attention import causal_mask
 from octad.kernels.build import BuildError, load
+from octad.kernels.calls import DTYPES, check, typed
+from octad.kernels.calls import FLOAT as _F
+from octad.kernels.calls import INT as _I
+from octad.kernels.calls import POINTER as _P
 
 SOURCE = Path(__file__).with_name("passes.c")
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 CACHED = 1 << 19  # logits that are worked on at a time: in float32 they fit a core's cache
-_P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 class Passes:
@@ -58,9 +59,8 @@ class Passes:
     ) -> torch.Tensor:
         """Softmax of scale * scores in place. A batch's rows are R times `block` queries, the last of S positions."""
         X, _, S = scores_XTS.shape
-        first = (
-            0 if window is not None else S - block
-        )  # without a window, everything before the block is seen
+        # without a window, everything before the block is seen
+        first = 0 if window is not None else S - block
         hidden = ~causal_mask(block, S, window, scores_XTS.device)[:, first:]
         # a sum is faster than filling in
         bias = scores_XTS.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
@@ -128,25 +128,25 @@ class NativePasses(Passes):
     """Through the compiled library, for float32 and bfloat16 on the CPU."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._swiglu = _typed(library.octad_swiglu, [_P, _P, _I, _I, _I, _I, _P, _I])
-        self._swiglu_backward = _typed(
+        self._swiglu = typed(library.octad_swiglu, [_P, _P, _I, _I, _I, _I, _P, _I])
+        self._swiglu_backward = typed(
             library.octad_swiglu_backward, [_P, _P, _I, _P, _I, _I, _I, _P, _P, _P, _I, _I]
         )
-        self._softmax = _typed(library.octad_causal_softmax, [_P, _I, _I, _I, _I, _I, _F, _I])
-        self._softmax_backward = _typed(library.octad_softmax_backward, [_P, _P, _I, _I, _I, _I, _I, _F, _I])
-        self._cross_entropy = _typed(library.octad_cross_entropy, [_P, _I, _I, _I, _P, _P, _I])
-        self._add_norm = _typed(library.octad_add_norm, [_P, _P, _P, _F, _I, _I, _I, _P, _P, _P, _I])
-        self._add_norm_backward = _typed(
+        self._softmax = typed(library.octad_causal_softmax, [_P, _I, _I, _I, _I, _I, _F, _I])
+        self._softmax_backward = typed(library.octad_softmax_backward, [_P, _P, _I, _I, _I, _I, _I, _F, _I])
+        self._cross_entropy = typed(library.octad_cross_entropy, [_P, _I, _I, _I, _P, _P, _I])
+        self._add_norm = typed(library.octad_add_norm, [_P, _P, _P, _F, _I, _I, _I, _P, _P, _P, _I])
+        self._add_norm_backward = typed(
             library.octad_add_norm_backward, [_P, _P, _P, _P, _P, _I, _I, _I, _P, _P, _I]
         )
-        self._rotate = _typed(library.octad_rotate, [_P, _I, _I, _I, _I, _I, _P, _P, _F, _P, _I])
+        self._rotate = typed(library.octad_rotate, [_P, _I, _I, _I, _I, _I, _P, _P, _F, _P, _I])
 
     def swiglu(self, gate_NF: torch.Tensor, up_NF: torch.Tensor) -> torch.Tensor:
         """See Passes."""
         if not _rows(gate_NF, up_NF) or gate_NF.stride(0) != up_NF.stride(0):
             return super().swiglu(gate_NF, up_NF)
         h = gate_NF.new_empty(gate_NF.shape)
-        _check(
+        check(
             self._swiglu(
                 gate_NF.data_ptr(),
                 up_NF.data_ptr(),
@@ -172,7 +172,7 @@ class NativePasses(Passes):
         if not (_rows(gate_NF, up_NF, dgate_NF, dup_NF) and _rows(dh_NF, contiguous=True) and strides):
             return super().swiglu_backward(dh_NF, gate_NF, up_NF, dgate_NF, dup_NF)
         h = torch.empty_like(dh_NF)
-        _check(
+        check(
             self._swiglu_backward(
                 gate_NF.data_ptr(),
                 up_NF.data_ptr(),
@@ -197,7 +197,7 @@ class NativePasses(Passes):
             return super().causal_softmax_(scores_XTS, block, window, scale)
         X, rows, S = scores_XTS.shape
         about = (DTYPES[scores_XTS.dtype], X * rows, S, block, window or 0, scale, torch.get_num_threads())
-        _check(self._softmax(scores_XTS.data_ptr(), *about))
+        check(self._softmax(scores_XTS.data_ptr(), *about))
         return scores_XTS
 
     def softmax_backward_(
@@ -208,7 +208,7 @@ class NativePasses(Passes):
             return super().softmax_backward_(p_XTS, dp_XTS, block, window, scale)
         X, rows, S = p_XTS.shape
         about = (DTYPES[p_XTS.dtype], X * rows, S, block, window or 0, scale, torch.get_num_threads())
-        _check(self._softmax_backward(p_XTS.data_ptr(), dp_XTS.data_ptr(), *about))
+        check(self._softmax_backward(p_XTS.data_ptr(), dp_XTS.data_ptr(), *about))
         return dp_XTS
 
     def cross_entropy_(self, logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
@@ -224,7 +224,7 @@ class NativePasses(Passes):
             logits_NV.new_empty(len(logits_NV), dtype=torch.float32),
         )
         about = (DTYPES[logits_NV.dtype], *logits_NV.shape, targets.data_ptr(), losses.data_ptr())
-        _check(self._cross_entropy(logits_NV.data_ptr(), *about, torch.get_num_threads()))
+        check(self._cross_entropy(logits_NV.data_ptr(), *about, torch.get_num_threads()))
         return losses
 
     def add_norm(
@@ -236,9 +236,7 @@ class NativePasses(Passes):
         h, y = x_ND if delta_ND is None else torch.empty_like(x_ND), torch.empty_like(x_ND)
         inverse = x_ND.new_empty(len(x_ND), dtype=torch.float32)
         given = (x_ND.data_ptr(), _place(delta_ND), weight.data_ptr(), eps, DTYPES[x_ND.dtype], *x_ND.shape)
-        _check(
-            self._add_norm(*given, h.data_ptr(), y.data_ptr(), inverse.data_ptr(), torch.get_num_threads())
-        )
+        check(self._add_norm(*given, h.data_ptr(), y.data_ptr(), inverse.data_ptr(), torch.get_num_threads()))
         return h, y, inverse
 
     def add_norm_backward(
@@ -257,7 +255,7 @@ class NativePasses(Passes):
         parts = inverse_N.new_zeros(threads, h_ND.shape[1]) if want_weight else None
         given = (h_ND.data_ptr(), weight.data_ptr(), inverse_N.data_ptr(), _place(dh_ND), dy_ND.data_ptr())
         about = (DTYPES[h_ND.dtype], *h_ND.shape)
-        _check(self._add_norm_backward(*given, *about, dx.data_ptr(), _place(parts), threads))
+        check(self._add_norm_backward(*given, *about, dx.data_ptr(), _place(parts), threads))
         return dx, None if parts is None else parts.sum(0).to(weight.dtype)
 
     def rotate(
@@ -270,7 +268,7 @@ class NativePasses(Passes):
         y = torch.empty_like(x_BSHK)
         B, S, H, K = x_BSHK.shape
         about = (x_BSHK.data_ptr(), DTYPES[y.dtype], B * S, H, K, S, cos_SK.data_ptr(), sin_SK.data_ptr())
-        _check(self._rotate(*about, turn, y.data_ptr(), torch.get_num_threads()))
+        check(self._rotate(*about, turn, y.data_ptr(), torch.get_num_threads()))
         return y
 
 
@@ -305,13 +303,3 @@ def _rows(*tensors: torch.Tensor, contiguous: bool = False) -> bool:
 
 def _place(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
-
-
-def _typed(function: Any, arguments: list[Any]) -> Any:
-    function.argtypes = arguments
-    return function
-
-
-def _check(failed: int) -> None:
-    if failed:
-        raise MemoryError("the native passes ran out of memory")

@@ -47,7 +47,7 @@ class _Gated(torch.autograd.Function):
         gate_NF, up_NF = (x_ND.new_empty(N, len(weight)) for weight in into.weights)
         y_ND = x_ND.new_empty(N, len(down.weights[0]))
         thins = []
-        for at in slices(slice(0, N), gate_NF.shape[1]):
+        for at in slices(slice(0, N), gate_NF):
             thins.append(into.forward(x_ND[at], gate_NF[at], up_NF[at]))
             thins.append(down.forward(passes.swiglu(gate_NF[at], up_NF[at]), y_ND[at]))
         ctx.save_for_backward(x_ND, gate_NF, up_NF, *given, *thins)
@@ -64,7 +64,7 @@ class _Gated(torch.autograd.Function):
         down.begin()
         dx_ND = torch.empty_like(x_ND) if want_x else None
         dgate_NF, dup_NF, h_NF = (gate_NF.new_empty(gate_NF.shape if w else (0,)) for w in want)
-        for at in slices(slice(0, len(x_ND)), gate_NF.shape[1]):
+        for at in slices(slice(0, len(x_ND)), gate_NF):
             dh = gate_NF.new_empty(gate_NF[at].shape)
             thin, dthin = (next(thins), next(thins)), down.to_inputs(dh, dy_ND[at])
             dgate = dgate_NF[at] if want[0] else torch.empty_like(dh)

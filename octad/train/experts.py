@@ -15,7 +15,7 @@ and what fills them up, L rank of a change.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -73,17 +73,14 @@ def sorted_choices(experts_NA: torch.Tensor, experts: int) -> tuple[torch.Tensor
     Each expert's rows are filled up, by the choice N * A that does not exist, to multiples of a power of two, about a
     twentieth of the mean load: a library that makes a kernel for every new number of rows then sees few of them."""
     flat = experts_NA.flatten()
-    order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat + 1, minlength=experts + 1)
-    dropped, counts = int(counts[0]), counts[1:]
     multiple = 1 << max(0, (len(flat) // (FEW * experts)).bit_length() - 1)
-    if multiple == 1:
-        return order[dropped:], counts.tolist()
-    filled = -(counts // -multiple) * multiple
-    shift = torch.repeat_interleave((filled - counts).cumsum(0) - (filled - counts), counts)
-    padded = order.new_full((int(filled.sum()),), len(flat))
-    padded[torch.arange(len(shift), device=shift.device) + shift] = order[dropped:]
-    return padded, filled.tolist()
+    dropped, *counts = torch.bincount(flat + 1, minlength=experts + 1).tolist()
+    filled = [-(count // -multiple) * multiple for count in counts]
+    order = flat.new_full((sum(filled),), len(flat))
+    chosen = torch.argsort(flat, stable=True)[dropped:]
+    for block, own in zip(torch.split(order, filled), torch.split(chosen, counts), strict=True):
+        block[: len(own)] = own
+    return order, filled
 
 
 class _SortedExperts(torch.autograd.Function):
@@ -104,7 +101,7 @@ class _SortedExperts(torch.autograd.Function):
         y_RD, thins = torch.empty_like(x_RD), list[torch.Tensor | None]()
         for e, rows in _blocks(counts):
             gate_up, down = _products(stacks, e, scale)
-            for at in _parts(rows, hidden):
+            for at in slices(rows, hidden):
                 thins.append(gate_up.forward(x_RD[at], hidden[at]))
                 thins.append(down.forward(quick_passes().swiglu(*hidden[at].chunk(2, -1)), y_RD[at]))
         ctx.save_for_backward(x_RD, weights_R, hidden, *stacks, *thins)
@@ -128,7 +125,7 @@ class _SortedExperts(torch.autograd.Function):
             down.begin()
             dhidden = torch.empty_like(hidden[rows])
             h_RF = hidden.new_empty(len(dhidden) if want[1] else 0, hidden.shape[1] // 2)
-            for at in _parts(rows, hidden):
+            for at in slices(rows, hidden):
                 here = slice(at.start - rows.start, at.stop - rows.start)
                 weight, wide, thin = weights_R1[at], next(thins), next(thins)
                 gate, up = hidden[at].chunk(2, -1)
@@ -158,11 +155,6 @@ def _products(stacks: Sequence[torch.Tensor], expert: int, scale: float) -> tupl
     gate_up, down, *factors = (stack[expert] for stack in stacks)
     a, b, c, d = factors or (None,) * 4
     return Products([gate_up, a, b], [scale]), Products([down, c, d], [scale])
-
-
-def _parts(rows: slice, hidden: torch.Tensor) -> Iterable[slice]:
-    """What of an expert's rows is done at one time: what stays in a CPU's cache, on a GPU all."""
-    return slices(rows, hidden.shape[1]) if hidden.device.type == "cpu" else [rows]
 
 
 def _times(thin: torch.Tensor | None, weights: torch.Tensor) -> torch.Tensor | None:

@@ -18,13 +18,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
-from octad.kernels.passes import quick_passes
+from octad.kernels.passes import CACHED, quick_passes
 from octad.train.data import IGNORED
 
 SLICE = 512  # positions whose logits exist at one time
-CACHED = (
-    1 << 19
-)  # logits that are worked on at a time: in float32 they fit a core's cache, so that passes cost little
 
 
 @dataclass(frozen=True)

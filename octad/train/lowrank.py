@@ -41,7 +41,8 @@ class LowRankLinear(nn.Module):
         self.lora_B = nn.Parameter(base.weight.new_zeros(out, spec.rank))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in] to [..., out]; on CPUs a few hundred rows at a time."""
+        """[..., in] to [..., out]; on CPUs a few hundred rows at a time, elsewhere plain
+        products, which torch.compile takes whole."""
         if x.device.type == "cpu":
             return projected(x, self)[0]
         y: torch.Tensor = self.base(x)

@@ -31,8 +31,8 @@ class Products:
 
     def __init__(self, given: Sequence[Any], scales: Sequence[float]) -> None:
         self.weights, self.scales = list(given[0::3]), scales
-        self.factors = {n: (given[3 * n + 1], given[3 * n + 2]) for n in range(len(scales))}
-        self.factors = {n: pair for n, pair in self.factors.items() if pair[0] is not None}
+        pairs = enumerate(zip(given[1::3], given[2::3], strict=True))
+        self.factors = {n: (a, b) for n, (a, b) in pairs if a is not None}
         self.columns, ranks = dict[int, slice](), 0
         for n, (a, _) in self.factors.items():
             self.columns[n] = slice(ranks, ranks + len(a))
@@ -126,7 +126,7 @@ class _Projected(torch.autograd.Function):
         """One y [N, O] for the weight, a and b of each layer."""
         products = Products(given, scales)
         ys = [x_NI.new_empty(len(x_NI), len(weight)) for weight in products.weights]
-        parts = slices(slice(0, len(x_NI)), x_NI.shape[1])
+        parts = slices(slice(0, len(x_NI)), x_NI)
         thins = [products.forward(x_NI[at], *(y[at] for y in ys)) for at in parts]
         ctx.save_for_backward(x_NI, *given, *thins)
         ctx.scales = scales
@@ -144,18 +144,20 @@ class _Projected(torch.autograd.Function):
         )
         products.begin()
         dx_NI = torch.empty_like(x_NI) if ctx.needs_input_grad[0] else None
-        for at, thin in zip(slices(slice(0, len(x_NI)), x_NI.shape[1]), thins, strict=True):
+        for at, thin in zip(slices(slice(0, len(x_NI)), x_NI), thins, strict=True):
             part = [dy[at] for dy in dys]
             dthin = products.to_inputs(None if dx_NI is None else dx_NI[at], *part)
             products.to_factors(dthin, x_NI[at], thin, *part)
         return dx_NI, None, *products.gradients(ctx.needs_input_grad[2::3], x_NI, dys)
 
 
-def slices(rows: slice, width: int) -> Iterator[slice]:
-    """Parts of nearly equal size, multiples of SIZE, whose `width` numbers a row fit the cache."""
-    count, most = rows.stop - rows.start, max(LEAST, CACHED // width)
-    parts = max(1, math.ceil(count / most))
-    size = SIZE * math.ceil(count / parts / SIZE)
+def slices(rows: slice, widest: torch.Tensor) -> Iterator[slice]:
+    """What of the rows is done at one time: on a CPU parts of nearly equal size, multiples of SIZE, that fit the cache
+    where they are as wide as `widest` [N, ...]; elsewhere all."""
+    count = size = rows.stop - rows.start
+    if widest.device.type == "cpu":
+        parts = max(1, math.ceil(count / max(LEAST, CACHED // widest.shape[1])))
+        size = SIZE * math.ceil(count / parts / SIZE)
     for start in range(rows.start, rows.stop, max(1, size)):
         yield slice(start, min(rows.stop, start + size))
 

@@ -29,7 +29,10 @@ def main(arguments: list[str]) -> None:
         trainer = Trainer(learner, Path(run), lambda line: print(line, flush=True))
         outcome = trainer.fit()
         (Path(run) / f"memory.{os.environ.get('RANK', '0')}").write_text(str(held(trainer)))
-        print(outcome.value, flush=True)
+        sys.stdout.write(
+            f"{outcome.value}\n"
+        )  # at once: print's newline would come after another rank's word
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
