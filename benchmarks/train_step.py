@@ -103,14 +103,13 @@ def case(system: str, mode: str, base: str, text: Path, threads: int, compiled: 
     """A step for each line of the input but the last, which asks for step seconds, tokens a second and peak memory."""
     import torch
 
-    from octad.dist import keep_freed_memory
-    from octad.train.telemetry import matmul_peak
+    from octad.dist import keep_freed_memory, product_rate
 
     torch.set_num_threads(threads)
     keep_freed_memory()  # for both: it helps transformers too
     facts: dict[str, Any] = {}
     if system == "peak":
-        facts["flops_per_second"] = matmul_peak(torch.bfloat16, torch.device("cpu"), 2048)
+        facts["flops_per_second"] = product_rate(torch.bfloat16, seconds=2.0, side=2048)
         step = float
     elif system == "octad":
         step, facts = octad_step(mode, base, text, compiled)

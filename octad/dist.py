@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import math
+import platform
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -21,8 +24,50 @@ def compute_dtype(device: torch.device | str = "cpu") -> torch.dtype:
 
 def cpu_has_bfloat16() -> bool:
     """True where the CPU has bfloat16 dot products (AVX512_BF16 or AMX)."""
+    return _cpu_has("avx512_bf16", "amx_bf16")
+
+
+def _cpu_has(*names: str) -> bool:
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return any(capabilities.get(name) for name in names)
+
+
+def emulation(dtype: torch.dtype, device: torch.device | str = "cpu") -> str | None:
+    """One line for the user where PyTorch multiplies in `dtype` on an x86 CPU that has no instructions for it, by
+    converting; None where it has them, or where nobody knows. Native kernels that widen by themselves are not meant."""
+    if torch.device(device).type != "cpu" or platform.machine().lower() not in ("x86_64", "amd64"):
+        return None
+    native = {torch.bfloat16: cpu_has_bfloat16(), torch.float16: _cpu_has("avx512_fp16", "amx_fp16")}
+    if native.get(dtype, True):
+        return None
+    name = str(dtype).removeprefix("torch.")
+    return f"{name} is emulated on this CPU, which has no instructions for it: float32 is many times faster"
+
+
+def product_rate(
+    dtype: torch.dtype, device: torch.device | str = "cpu", seconds: float = 0.15, side: int = 1024
+) -> float:
+    """The best rate of square matrix products here and now, FLOP/s, measured in about `seconds` on any machine.
+
+    The sides double from 64 to `side` while the time lasts: a CPU that emulates the dtype gets no further than small
+    ones, a fast one is judged by large ones. The second factor is transposed, as in a linear layer. No random number is
+    drawn: a resumed run counts them."""
+    best, size, until = 0.0, 64, time.perf_counter() + seconds
+    while True:
+        a = torch.full((size, size), 0.5, dtype=dtype, device=device)
+        took = math.inf
+        for _ in range(3):  # the first also pays for getting ready
+            begun = time.perf_counter()
+            float((a @ a.T)[0, 0])  # reading a value waits for the device
+            took = min(took, time.perf_counter() - begun)
+            if time.perf_counter() + took > until:
+                break
+        best = max(best, 2 * size**3 / took)
+        left = until - time.perf_counter()
+        if size < side and 10 * took < left:  # eight times the work, and some for getting ready
+            size *= 2
+        elif took > left:
+            return best
 
 
 def keep_freed_memory(any_size: bool = False) -> None:

@@ -10,13 +10,10 @@ interrupted run leaves nothing that loads. Peak memory is one layer of one membe
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from octad.checkpoint.names import router_name
 from octad.checkpoint.provenance import PROVENANCE, Provenance
@@ -29,7 +26,7 @@ from octad.combine.preflight import Plan
 from octad.combine.recipe import Recipe
 from octad.combine.sidecars import CARD, STATISTICS, model_card, save_statistics
 from octad.combine.views import WriteThrough
-from octad.dist import compute_dtype
+from octad.dist import compute_dtype, product_rate
 from octad.model.config import ModelConfig
 
 DEFAULT_SHARD_BYTES = 5e9
@@ -60,14 +57,7 @@ def combine(
 
 def expected_seconds(plan: Plan) -> float:
     """A rough forecast: calibration at this machine's matrix-product rate (measured for a moment), and half a GB/s."""
-    dtype = compute_dtype()
-    a = torch.ones(1024, 1024, dtype=dtype)
-    seconds = []
-    for _ in range(5):  # the quickest: the first one warms up, and another program may hold the core
-        started = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - started)
-    rate = 2 * 1024**3 / min(seconds)
+    rate = product_rate(compute_dtype(), seconds=0.05)
     fitted = plan.recipe.router.method in ("ridge", "logistic")
     tokens = plan.recipe.router.tokens * len(plan.members) if fitted else 0
     layers = dense_config(plan.config).num_parameters() - plan.config.vocab_size * plan.config.hidden_size

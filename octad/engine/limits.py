@@ -21,9 +21,12 @@ from typing import Any
 
 import torch
 
+from octad.dist import product_rate
+
 READ_BYTES = 256 << 20  # far more than any last-level cache of a small machine
 READ_BYTES_CUDA = 2 << 30
-SIDE, SIDE_CUDA = 2048, 8192  # of the square matrices; an accelerator needs larger ones to be busy
+SIDE, SIDE_CUDA = 2048, 8192  # of the square matrices, at most; an accelerator needs larger ones to be busy
+PROBE_SECONDS = 0.5  # for products of one dtype: a CPU that emulates it gets no further than small matrices
 ALL = slice(None)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 INSTRUCTION_SETS = (
@@ -51,14 +54,14 @@ class Limits:
         self.matmul: dict[str, list[float]] = {name: [] for name in DTYPES}
 
     def probe(self, repeats: int = 3) -> None:
-        """Measure each limit `repeats` times after one warm-up, and let go of the memory that it took."""
+        """Measure each limit `repeats` times, and let go of the memory that it took."""
         array = torch.ones(self.read_bytes // 4, device=self.device)
         self.read += [self.read_bytes / s for s in self._seconds(array.sum, repeats)]
         del array
         for name, dtype in DTYPES.items():
-            a = torch.randn(self.side, self.side, device=self.device).to(dtype)
-            times = self._seconds(lambda a=a: a @ a, repeats)  # type: ignore[misc]
-            self.matmul[name] += [2 * self.side**3 / s for s in times]
+            self.matmul[name] += [
+                product_rate(dtype, self.device, PROBE_SECONDS, self.side) for _ in range(repeats)
+            ]
 
     def read_now(self) -> float:
         """The read bandwidth at this moment, bytes/s; not one of the probes."""

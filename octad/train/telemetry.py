@@ -153,19 +153,6 @@ def training_flops(config: ModelConfig, trainable: Mapping[str, nn.Parameter], w
     return 2 * forward + 2 * learning
 
 
-def matmul_peak(dtype: torch.dtype, device: torch.device, size: int = 1024, repeats: int = 20) -> float:
-    """The best rate of a square matrix product here and now, FLOPs a second."""
-    a = b = torch.full(
-        (size, size), 0.5, dtype=dtype, device=device
-    )  # no random numbers: resuming counts them
-    best = math.inf
-    for _ in range(repeats):
-        started = time.perf_counter()
-        float((a @ b)[0, 0])  # reading a value waits for the device
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
-
-
 def _tensorboard(run: Path) -> Any:
     """A SummaryWriter, or None where TensorBoard is not installed: the JSONL file has it all."""
     try:

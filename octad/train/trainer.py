@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from octad.checkpoint.staging import explained
 from octad.checkpoint.text import Window, windows_of
+from octad.dist import emulation, product_rate
 from octad.errors import CheckpointError, OctadError, OutputError, RecipeError
 from octad.evaluate.loss import bits_per_byte, window_nats
 from octad.kernels.passes import not_native
@@ -44,7 +45,7 @@ from octad.train.parallel import World
 from octad.train.shards import open_shard
 from octad.train.signals import StopRequest
 from octad.train.state import Saver, check_resumable, latest_state, load_facts, load_tensors, saved_names
-from octad.train.telemetry import Telemetry, matmul_peak, training_flops
+from octad.train.telemetry import Telemetry, training_flops
 
 FADE = 0.1  # the last part of the steps, over which router biases go to zero
 MEMORY = 0.95  # of the running mean of losses that a spike is measured by
@@ -72,6 +73,8 @@ class Trainer:
         self.progress: Callable[[float], None] = lambda done: None  # gets the share of the steps done
         self.model = learner.model.train()
         self.dtype, self.device = compute_settings(self.config)
+        if slow := emulation(self.dtype, self.device):
+            self.echo(slow)
         check_fit(learner)
         self.stream, self.held_out = self.world.leader_first(
             lambda: (open_stream(learner), open_held_out(learner))
@@ -281,7 +284,7 @@ class Trainer:
 
     def _telemetry(self) -> Telemetry:
         lengths = self.learner.tokenizer.byte_lengths
-        peak = self.world.size * matmul_peak(self.dtype, self.device)
+        peak = self.world.size * product_rate(self.dtype, self.device)
         return Telemetry(self.run, lengths, self.echo, self.flops, peak, self.world)
 
 
