@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octad import commands_tasks, terminal
-from octad.dist import keep_freed_memory
+from octad.dist import World, keep_freed_memory
 
 if TYPE_CHECKING:
     from octad.checkpoint.source import TensorSource
@@ -46,7 +46,6 @@ def evaluate(
     from octad.checkpoint.load import open_source
     from octad.evaluate.cache import Cache, default_directory
     from octad.evaluate.compare import compare
-    from octad.evaluate.ranks import Ranks
     from octad.evaluate.requirements import parse
     from octad.evaluate.texts import read_domains
 
@@ -59,18 +58,19 @@ def evaluate(
 
     keep_freed_memory()
     source = open_source(model, quantised=True)
-    with Ranks.joined() as ranks, terminal.progress_bar(quiet=not ranks.first) as progress:
+    world = World.join()
+    with terminal.progress_bar(quiet=not world.leads) as progress:
         found = compare(
             source,
             domains,
             settings,
             dense=dense,
             cache=kept,
-            ranks=ranks,
+            world=world,
             progress=progress,
             ready=check,
         )
-        if not ranks.first:
+        if not world.leads:
             raise SystemExit(0)
         routing = _routing(source, found, kept, progress) if outputs.report else None
     checked = [requirement.check(found) for requirement in wanted]

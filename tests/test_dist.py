@@ -56,3 +56,11 @@ def test_a_dtype_without_instructions_is_said_in_one_line(monkeypatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     monkeypatch.setattr(dist.platform, "machine", lambda: "aarch64")
     assert dist.emulation(torch.bfloat16) is None
+
+
+def test_a_world_of_one(monkeypatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    world = dist.World.join()
+    assert (world.rank, world.size, world.leads) == (0, 1, True)
+    assert world.by_leader(lambda: {"a": 1}) == {"a": 1}
+    assert world.largest(2.5) == 2.5

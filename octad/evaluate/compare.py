@@ -27,13 +27,13 @@ import numpy as np
 import torch
 
 from octad.checkpoint.source import TensorSource
+from octad.dist import World
 from octad.evaluate.bootstrap import Draws, Interval
 from octad.evaluate.cache import Cache, Record
 from octad.evaluate.ensemble import ensemble_nats
 from octad.evaluate.judge import Judge, Progress, quiet, shape_of
 from octad.evaluate.lineup import Entry, LineUp, line_up
 from octad.evaluate.price import Price, bytes_per_parameter, ensemble_price, model_price, oracle_price
-from octad.evaluate.ranks import Ranks
 from octad.evaluate.texts import Domains, Texts, read_domains, read_texts
 
 __all__ = ["Comparison", "Difference", "Row", "Settings", "compare", "read_domains"]
@@ -160,7 +160,7 @@ def compare(
     dense: Sequence[str] = (),
     ready: Callable[[Texts, LineUp], None] = lambda texts, field: None,
     cache: Cache | None = None,
-    ranks: Ranks | None = None,
+    world: World | None = None,
     progress: Progress = quiet,
 ) -> Comparison:
     """Judge a mixture and its parts, or a dense model alone. Raises OctadError for text that cannot be read, a damaged
@@ -169,7 +169,7 @@ def compare(
     texts = read_texts(source, domains, tokens=settings.tokens, window=settings.window)
     lineup = line_up(source, texts, dense)
     ready(texts, lineup)
-    judge = Judge(source, texts, cache or Cache(None), ranks or Ranks(), progress)
+    judge = Judge(source, texts, cache or Cache(None), world or World(), progress)
     records = judge.run({name: entry.who for name, entry in lineup.entries.items()})
     rows = {name: _row(judge, name, entry, records[name]) for name, entry in lineup.entries.items()}
     rows, chosen = _with_oracle(_with_ensemble(rows, texts), texts)

@@ -22,7 +22,7 @@ import torch
 
 from octad.checkpoint.source import TensorSource
 from octad.checkpoint.text import Batch
-from octad.dist import compute_dtype
+from octad.dist import World, compute_dtype, own_device
 from octad.engine.limits import hardware
 from octad.engine.variants import dense_config
 from octad.errors import OctadError
@@ -40,7 +40,6 @@ from octad.evaluate.contestants import (
 )
 from octad.evaluate.loss import TOKENS_PER_BATCH, token_nats
 from octad.evaluate.price import measuring
-from octad.evaluate.ranks import Ranks
 from octad.evaluate.texts import Texts
 from octad.model.config import ModelConfig
 from octad.model.transformer import Transformer
@@ -60,39 +59,42 @@ class Judge:
     source: TensorSource
     texts: Texts
     cache: Cache = field(default_factory=lambda: Cache(None))
-    ranks: Ranks = field(default_factory=Ranks)
+    world: World = field(default_factory=World)
     progress: Progress = quiet
     dtype: torch.dtype | None = None
     computed: list[str] = field(default_factory=list)  # whom the cache did not know
     _model: Transformer | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        self.device = self.ranks.device()
+        self.device = own_device()
         self.dtype = self.dtype or compute_dtype(self.device)
         self.content = Content(self.source)
 
     def run(self, who: Mapping[str, Contestant]) -> dict[str, Record]:
         """A record of each; the same on every rank."""
         keys = {name: self.key(contestant) for name, contestant in who.items()}
-        found = {name: self.cache.get(key) for name, key in keys.items()} if self.ranks.first else {}
-        found = self.ranks.from_first({name: record for name, record in found.items() if record is not None})
+        found = self.world.by_leader(lambda: self._cached(keys))
         self.computed = [name for name in who if name not in found]
         steps = _Steps(self, {name: who[name] for name in self.computed})
         for name in self.computed:
             found[name] = self.judge(who[name], steps.tick)
-            if self.ranks.first:
+            if self.world.leads:
                 self.cache.put(keys[name], found[name])
         return {name: found[name] for name in who}
+
+    def _cached(self, keys: Mapping[str, str]) -> dict[str, Record]:
+        found = {name: self.cache.get(key) for name, key in keys.items()}
+        return {name: record for name, record in found.items() if record is not None}
 
     def key(self, who: Contestant) -> str:
         """Of everything that its record depends on."""
         machine = {k: v for k, v in hardware(self.device).items() if k in ("cpu", "gpu", "threads")}
         windows = [self.texts.digest, *map(len, self.texts.domains.values())]
-        return key_of(self.content.of(who), windows, str(self.dtype), machine, self.ranks.size)
+        return key_of(self.content.of(who), windows, str(self.dtype), machine, self.world.size)
 
     def judge(self, who: Contestant, tick: Callable[[int], None]) -> Record:
         """Run one contestant over the windows of this rank, and put together what all ranks found."""
-        mine = range(self.ranks.rank, len(self.texts.windows), self.ranks.size)
+        mine = range(self.world.rank, len(self.texts.windows), self.world.size)
         windows = [self.texts.windows[i] for i in mine]
         batch = CUDA_TOKENS_PER_BATCH if self.device.type == "cuda" else TOKENS_PER_BATCH
         counting = isinstance(who, TopK) and who.k == self.source.config.num_experts_per_tok
@@ -103,14 +105,17 @@ class Judge:
         whole = np.zeros(self.texts.total, dtype=np.float32)
         for i, part in zip(mine, nats, strict=True):
             whole[self.texts.starts[i] :][: len(part)] = part
-        counts = self.ranks.sum(torch.stack(load.counts)) if load else None
-        return Record(self.ranks.sum(torch.from_numpy(whole)), self._facts(measured), counts)
+        counts = torch.stack(load.counts) if load else None
+        self.world.add_up(
+            t for t in (counts, torch.from_numpy(whole)) if t is not None
+        )  # which shares its memory
+        return Record(torch.from_numpy(whole), self._facts(measured), counts)
 
     def _facts(self, measured: Mapping[str, float]) -> dict[str, float]:
         read = sum(len(w.ids) for w in self.texts.windows)
-        facts = {"tokens_per_second": read / self.ranks.largest(measured["seconds"])}
+        facts = {"tokens_per_second": read / self.world.largest(measured["seconds"])}
         if "working_bytes" in measured:
-            facts["working_bytes"] = self.ranks.largest(measured["working_bytes"])
+            facts["working_bytes"] = self.world.largest(measured["working_bytes"])
         return facts
 
     @contextmanager
@@ -154,7 +159,7 @@ class _Steps:
 
     def __init__(self, judge: Judge, who: Mapping[str, Contestant]) -> None:
         self.progress = judge.progress
-        read = sum(len(w.ids) for w in judge.texts.windows[judge.ranks.rank :: judge.ranks.size])
+        read = sum(len(w.ids) for w in judge.texts.windows[judge.world.rank :: judge.world.size])
         self.costs = [(_flops(judge.source, contestant), read) for contestant in who.values()]
         self.total, self.done, self.left = sum(c * n for c, n in self.costs), 0.0, read
 

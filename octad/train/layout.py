@@ -28,11 +28,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from octad.dist import World
 from octad.errors import RecipeError
 from octad.model.moe import MoE
 from octad.model.transformer import Transformer
 from octad.train.expert_parallel import experts_of, spread_experts
-from octad.train.parallel import World
 from octad.train.pieces import Piece
 from octad.train.sections import ParallelSpec
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from octad.checkpoint.provenance import PROVENANCE, Provenance
 from octad.checkpoint.source import TensorSource
 from octad.checkpoint.tokenizer import Tokenizer
 from octad.checkpoint.writer import CheckpointWriter
-from octad.dist import compute_dtype
+from octad.dist import compute_dtype, own_device
 from octad.errors import RecipeError
 from octad.model.moe import Experts, MoE
 from octad.model.transformer import Transformer
@@ -69,11 +68,9 @@ class Learner:
 def compute_settings(config: RunSpec) -> tuple[torch.dtype, torch.device]:
     """Where and in which precision the model computes: of torchrun's processes, each on a GPU of its own. Raises
     RecipeError for a GPU that is not there."""
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(auto if config.device == "auto" else config.device)
-    if device == torch.device("cuda"):
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    if device.type == "cuda" and auto == "cpu":
+    own = own_device()
+    device = own if config.device in ("auto", own.type) else torch.device(config.device)
+    if device.type == "cuda" and own.type == "cpu":
         raise RecipeError(f"device: {config.device} is asked for, but PyTorch sees no GPU here")
     dtype = compute_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     return dtype, device

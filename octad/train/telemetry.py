@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from octad.dist import World
 from octad.model.balance import LoadStatistics
 from octad.model.config import ModelConfig
 from octad.train.data import IGNORED, Batch
-from octad.train.parallel import World
 
 LOG = "log.jsonl"
 

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from octad.checkpoint.staging import explained
 from octad.checkpoint.text import Window, windows_of
-from octad.dist import emulation, product_rate
+from octad.dist import World, emulation, product_rate
 from octad.errors import CheckpointError, OctadError, OutputError, RecipeError
 from octad.evaluate.loss import bits_per_byte, window_nats
 from octad.kernels.passes import not_native
@@ -41,7 +41,6 @@ from octad.train.learner import Learner, compute_settings
 from octad.train.loss import Head, next_token_loss
 from octad.train.lowrank import LowRankEmbedding, LowRankLinear
 from octad.train.optim import Optimizer, learning_rate
-from octad.train.parallel import World
 from octad.train.shards import open_shard
 from octad.train.signals import StopRequest
 from octad.train.state import Saver, check_resumable, latest_state, load_facts, load_tensors, saved_names

@@ -15,7 +15,6 @@ from judging import World
 
 from octad.checkpoint.load import open_source
 from octad.evaluate.compare import Settings, compare
-from octad.evaluate.ranks import Ranks
 
 
 def evaluated_by_two(world: World, directory: Path) -> dict[str, Any]:
@@ -52,11 +51,3 @@ def test_two_ranks_give_the_numbers_of_one(tmp_path: Path) -> None:
     for domain, shares in together["load"].items():
         assert shares == pytest.approx(alone.shares(domain), abs=2e-2)
     assert len(list((tmp_path / "cache" / "evaluate").iterdir())) == 8  # each contestant once
-
-
-def test_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with Ranks.joined() as ranks:
-        assert (ranks.rank, ranks.size, ranks.first) == (0, 1, True)
-        assert ranks.from_first({"a": 1}) == {"a": 1}
-        assert ranks.largest(2.5) == 2.5

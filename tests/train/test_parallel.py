@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from small import checkpoint, tune_file
 
 from octad.checkpoint.load import load_model, open_source
+from octad.dist import World
 from octad.errors import OctadError, RecipeError
 from octad.model.config import ModelConfig
 from octad.model.transformer import Transformer
 from octad.train.layout import Layout
-from octad.train.parallel import World
 from octad.train.sections import ParallelSpec
 
 SETTINGS: dict[str, Any] = {

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from small import checkpoint, tune_file
 
 from octad.checkpoint.staging import StagedDirectory
+from octad.dist import World
 from octad.errors import CheckpointError, OutputError
 from octad.train import state
 from octad.train.config import load_config
 from octad.train.learner import tune_learner
-from octad.train.parallel import World
 from octad.train.signals import StopRequest
 from octad.train.state import Saver, latest_state, load_facts, load_tensors, saved_names
 from octad.train.trainer import Trainer
