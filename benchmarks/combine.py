@@ -158,9 +158,9 @@ def judge_mixture(
 ) -> Judged:
     """A mixture of anyone's, on the windows that judge_parts takes."""
     from octad.checkpoint.load import load_model, load_tokenizer, open_source
-    from octad.checkpoint.text import read_windows
     from octad.dist import compute_dtype
-    from octad.evaluate.loss import bits_per_byte, nats_per_token, window_nats
+    from octad.evaluate.nats import bits_per_byte, nats_per_token, window_nats
+    from octad.text.windows import read_windows
 
     source = open_source(mixture)
     model, tokenizer = load_model(source, compute_dtype()), load_tokenizer(source)
@@ -206,11 +206,11 @@ def calibration_cost(recipe_path: Path) -> dict[str, float]:
     import torch
 
     from octad.checkpoint.load import load_model
-    from octad.checkpoint.text import batches
     from octad.combine.fit import fit_routers, runs_of
     from octad.combine.preflight import preflight
     from octad.combine.recipe import Recipe
     from octad.dist import compute_dtype
+    from octad.text.windows import batches
 
     recipe = Recipe.load(recipe_path)
     plan = preflight(recipe, measure=False)

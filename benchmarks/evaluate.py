@@ -63,9 +63,9 @@ def rates(options: argparse.Namespace, domains: Path) -> dict[str, Any]:
     """Tokens a second of judging and of reading, for the mixture and for one member alone."""
     from octad import LLM, SamplingParams
     from octad.checkpoint.load import open_source
-    from octad.checkpoint.text import read_windows
     from octad.evaluate.contestants import Member, contestant, fast_model
-    from octad.evaluate.loss import token_nats
+    from octad.evaluate.nats import token_nats
+    from octad.text.windows import read_windows
 
     llm = LLM(options.mixture, enable_prefix_caching=False)
     model = fast_model(open_source(options.mixture))

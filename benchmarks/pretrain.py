@@ -144,8 +144,8 @@ def measure(corpora: Path, work: Path) -> None:
     import torch
 
     from octad.dist import keep_freed_memory
-    from octad.train.config import load_config
     from octad.train.pretrain import pretrain_learner
+    from octad.train.run_config import load_config
     from octad.train.trainer import Trainer
 
     torch.set_num_threads(1)

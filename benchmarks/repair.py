@@ -80,9 +80,9 @@ def judge(mixture: Path, work: Path, options: argparse.Namespace, *, members: bo
     """By contestant and domain, each document's nats and bytes: the mixture, and where wanted each domain's specialist
     as the mixture holds it."""
     from octad.checkpoint.load import load_tokenizer, open_source
-    from octad.checkpoint.text import read_windows
     from octad.evaluate.contestants import Member, contestant, fast_model
-    from octad.evaluate.loss import window_nats
+    from octad.evaluate.nats import window_nats
+    from octad.text.windows import read_windows
 
     source = open_source(mixture)
     model, tokenizer = fast_model(source), load_tokenizer(source)

@@ -35,10 +35,10 @@ def arguments() -> argparse.Namespace:
 def judge(domain: str, file: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Bits per byte of the base and both adapters on one domain, and the interval of after minus before."""
     from octad.checkpoint.load import load_tokenizer, open_member, open_source
-    from octad.checkpoint.text import read_windows
     from octad.evaluate.bootstrap import Draws
     from octad.evaluate.contestants import fast_model
-    from octad.evaluate.loss import bits_per_byte, window_nats
+    from octad.evaluate.nats import bits_per_byte, window_nats
+    from octad.text.windows import read_windows
 
     base = open_source(BASE)
     windows = read_windows([file], load_tokenizer(base), tokens=options.judge_tokens, window=options.window)

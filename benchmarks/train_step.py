@@ -141,7 +141,7 @@ def octad_step(
     import yaml
 
     from octad.train.branch import branch_learner
-    from octad.train.config import load_branch
+    from octad.train.run_config import load_branch
     from octad.train.telemetry import training_flops
     from octad.train.trainer import Trainer
 

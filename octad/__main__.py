@@ -1,5 +1,5 @@
 """`python -m octad`, and so `torchrun -m octad train ...`: the same as the command `octad`."""
 
-from octad.cli import main
+from octad.cli.main import main
 
 main()

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from octad import cli
+from octad.cli.main import main as cli
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 MOE = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
@@ -104,7 +104,7 @@ def octad(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         capsys.readouterr()
         code: Any = 0
         try:
-            cli.main()
+            cli()
         except SystemExit as stop:
             code = stop.code or 0
         captured = capsys.readouterr()

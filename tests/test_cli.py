@@ -15,13 +15,11 @@ import pytest
 import torch
 import transformers
 import yaml
-
-sys.path.insert(0, str(Path(__file__).parent / "combine"))
 from conftest import Octad, Outcome
 from members import adapter, edit_config, full_member, make_base, save_tokenizer, text_file
 from safetensors.torch import load_file, save_file
 
-from octad import terminal
+from octad.report import terminal
 
 
 class World:
@@ -476,7 +474,7 @@ def test_in_a_process_of_its_own(world: World, mixture: Path, tmp_path: Path) ->
 
 
 def test_a_bug_keeps_its_traceback(octad: Octad, monkeypatch: pytest.MonkeyPatch, world: World) -> None:
-    from octad import commands
+    from octad.cli import commands
 
     def broken(*args: object, **kwargs: object) -> None:
         raise ZeroDivisionError
@@ -498,7 +496,7 @@ def test_a_bar_shows_only_work_that_succeeds(capsys: pytest.CaptureFixture[str])
 
 
 def test_an_interruption(octad: Octad, monkeypatch: pytest.MonkeyPatch, world: World) -> None:
-    from octad import commands
+    from octad.cli import commands
 
     def stopped(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt

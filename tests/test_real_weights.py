@@ -74,7 +74,7 @@ def test_forced_expert_is_the_member(mixture: Path) -> None:
 
 @pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="LLAMA_CPP does not name a llama.cpp source tree")
 def test_llama_cpp_converter_accepts_the_mixture(mixture: Path, tmp_path: Path) -> None:
-    from octad.checkpoint.gguf import GGUFSource
+    from octad.checkpoint.gguf.reader import GGUFSource
 
     back, written = GGUFSource(converted(mixture, tmp_path)), open_source(mixture)
     for name in (

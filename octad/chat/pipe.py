@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from octad.chat import commands
-from octad.chat.record import check_text
+from octad.chat import slash as commands
 from octad.chat.session import Session
 from octad.chat.speakers import Word, write
+from octad.chat.transcript import check_text
 from octad.errors import DataError
 
 if TYPE_CHECKING:

@@ -28,8 +28,9 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from rich.console import Console
 from rich.text import Text
 
-from octad.chat import commands, speakers
-from octad.chat.markdown import GrowingMarkdown
+from octad.chat import slash as commands
+from octad.chat import speakers
+from octad.chat.growing_markdown import GrowingMarkdown
 from octad.chat.session import Session
 from octad.errors import OctadError
 

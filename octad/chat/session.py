@@ -20,16 +20,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from octad.chat import record
-from octad.chat.record import Turn, check_text
+from octad.chat import transcript as record
 from octad.chat.speakers import choose_expert, listening
+from octad.chat.transcript import Turn, check_text
 from octad.errors import CheckpointError, DataError, RequestError
 
 if TYPE_CHECKING:
-    from octad.checkpoint.tokenizer import Tokenizer
     from octad.engine.llm import LLM
     from octad.engine.outputs import Delta
     from octad.engine.params import SamplingParams
+    from octad.text.tokenizer import Tokenizer
 
 
 @dataclass

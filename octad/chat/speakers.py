@@ -25,10 +25,10 @@ from rich.segment import Segment, Segments
 from rich.style import Style
 from rich.text import Text
 
-from octad import terminal
-from octad.engine.trace import recording, stack
-from octad.engine.trace import speakers as who_spoke
 from octad.errors import RequestError
+from octad.model.observe import recording, stack
+from octad.model.observe import speakers as who_spoke
+from octad.report import terminal
 
 if TYPE_CHECKING:
     from octad.engine.llm import LLM

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from octad.checkpoint.compare import Comparison, Progress, check_comparable, compare, compared_layers
+from octad.checkpoint.distance import Comparison, Progress, check_comparable, compare, compared_layers
 from octad.checkpoint.load import content_names
 from octad.checkpoint.names import router_name
 from octad.checkpoint.provenance import Provenance
@@ -29,7 +29,7 @@ from octad.checkpoint.quantized import QuantizedSource
 from octad.checkpoint.source import TensorSource
 
 if TYPE_CHECKING:
-    from octad.checkpoint.gguf import GGUFSource
+    from octad.checkpoint.gguf.reader import GGUFSource
 
 SHORT_CONTEXT = 512  # tokens, or the whole context where that is shorter
 
@@ -136,7 +136,7 @@ def inspect(
 def bytes_by_dtype(source: TensorSource) -> dict[str, int]:
     """Bytes of the weights by dtype, most first: safetensors' by torch's name, a GGUF's by its own (Q8_0, ...), quantised
     ones by their bits (int4)."""
-    from octad.checkpoint.gguf import GGUFSource
+    from octad.checkpoint.gguf.reader import GGUFSource
 
     if isinstance(source, QuantizedSource):
         return dict(source.bytes_by_kind())

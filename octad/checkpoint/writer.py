@@ -34,8 +34,8 @@ from octad.checkpoint.extent import byte_view, write_all
 from octad.checkpoint.hf import INDEX, SINGLE
 from octad.checkpoint.shard import encode_header
 from octad.checkpoint.source import TensorInfo, TensorSource
-from octad.checkpoint.staging import StagedDirectory, explained, space
 from octad.errors import CheckpointError, OutputError
+from octad.staging import StagedDirectory, explained, space
 
 COPIERS = 4  # files that are copied into at the same time, at most; one file takes one write at a time
 

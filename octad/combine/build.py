@@ -17,7 +17,6 @@ from typing import Any
 
 from octad.checkpoint.names import router_name
 from octad.checkpoint.provenance import PROVENANCE, Provenance
-from octad.checkpoint.tokenizer import Tokenizer
 from octad.checkpoint.writer import CheckpointWriter
 from octad.combine.calibrate import dense_config
 from octad.combine.fit import Calibration, Progress, RouterFit, fit_routers, quiet
@@ -28,6 +27,7 @@ from octad.combine.sidecars import CARD, STATISTICS, model_card, save_statistics
 from octad.combine.views import WriteThrough
 from octad.dist import compute_dtype, product_rate
 from octad.model.config import ModelConfig
+from octad.text.tokenizer import Tokenizer
 
 DEFAULT_SHARD_BYTES = 5e9
 

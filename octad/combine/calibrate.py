@@ -23,13 +23,13 @@ import torch
 
 from octad.checkpoint.names import EMBEDDING, expert_name
 from octad.checkpoint.source import TensorSource
-from octad.checkpoint.text import Batch, Window, batches
 from octad.combine.states import States
 from octad.errors import CheckpointError
 from octad.model.config import ModelConfig
 from octad.model.moe import MLP
 from octad.model.rope import Rope
 from octad.model.transformer import DecoderLayer
+from octad.text.windows import Batch, Window, batches
 
 BATCH_TOKENS = 512  # more are no faster; fewer windows differ less in length: less padding
 

@@ -20,11 +20,10 @@ from typing import Any
 from octad.checkpoint.load import load_tokenizer, needs_base, open_member
 from octad.checkpoint.names import EMBEDDING
 from octad.checkpoint.source import TensorSource
-from octad.checkpoint.staging import StagedDirectory
-from octad.checkpoint.tokenizer import Tokenizer
 from octad.checkpoint.writer import CheckpointWriter
 from octad.combine import preflight
 from octad.combine.build import expert_record, recipe_record, write_sidecars, write_weights
+from octad.combine.calibration import calibration
 from octad.combine.distances import measure
 from octad.combine.editable import EditableMixture, generalist_of
 from octad.combine.fit import (
@@ -40,11 +39,12 @@ from octad.combine.fit import (
 from octad.combine.mixture import MixtureSource
 from octad.combine.recipe import ExpertSpec, Recipe, SharedSpec
 from octad.combine.statistics import Statistics
-from octad.combine.texts import calibration
 from octad.combine.views import ExpertView, WriteThrough
 from octad.dist import compute_dtype
 from octad.errors import CheckpointError, RecipeError
 from octad.model.config import ModelConfig
+from octad.staging import StagedDirectory
+from octad.text.tokenizer import Tokenizer
 
 Slots = Sequence[int | None]
 Tell = Callable[[str], None]

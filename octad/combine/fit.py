@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from octad.checkpoint.source import TensorSource
-from octad.checkpoint.text import Window
 from octad.combine import router
 from octad.combine.calibrate import Run, gate_inputs
 from octad.combine.recipe import RouterSpec
 from octad.combine.statistics import Statistics
+from octad.text.windows import Window
 
 Progress = Callable[[str, float], None]
 LOGISTIC_TOKENS = 65536  # of all runs together, that the logistic fit looks at in each layer

@@ -22,19 +22,19 @@ from octad.checkpoint.load import load_tokenizer, open_member, open_source
 from octad.checkpoint.lora import AdapterSource
 from octad.checkpoint.names import EMBEDDING, tensor_plan
 from octad.checkpoint.source import TensorInfo, TensorSource
-from octad.checkpoint.staging import StagedDirectory
-from octad.checkpoint.tokenizer import Tokenizer
 from octad.checkpoint.writer import CheckpointWriter
 from octad.combine import distances
+from octad.combine.calibration import calibration, check_files
 from octad.combine.distances import Distances
 from octad.combine.family import TARGETS, mixture_config
 from octad.combine.fit import Calibration
 from octad.combine.mixture import MixtureSource
 from octad.combine.recipe import Recipe, check_name
-from octad.combine.texts import calibration, check_files
 from octad.combine.views import RememberLast
 from octad.errors import CheckpointError, ConfigError, OutputError, RecipeError
 from octad.model.config import ModelConfig, RopeConfig
+from octad.staging import StagedDirectory
+from octad.text.tokenizer import Tokenizer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SHAPE_FIELDS = (

@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from octad.checkpoint.provenance import PROVENANCE, Provenance
-from octad.checkpoint.text import Window
 from octad.combine.fit import Calibration
 from octad.combine.statistics import Statistics, pack, unpack
 from octad.errors import CheckpointError
+from octad.text.windows import Window
 
 STATISTICS, CARD = "router_statistics.safetensors", "README.md"
 

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 from octad.engine.detokenize import Detokenizer
 from octad.engine.outputs import CompletionOutput, Delta, FinishReason, TokenLogprobs
-from octad.engine.trace import Trace, speakers
+from octad.model.observe import Trace, speakers
 
 if TYPE_CHECKING:
     import torch
 
-    from octad.checkpoint.tokenizer import Tokenizer
     from octad.engine.sampling import Sampled, SamplingState
     from octad.engine.sequence import Sequence
+    from octad.text.tokenizer import Tokenizer
 
 
 class Answer:

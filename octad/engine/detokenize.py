@@ -20,8 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from octad.checkpoint.tokenizer import Tokenizer
 from octad.engine.params import SamplingParams
+from octad.text.tokenizer import Tokenizer
 
 UNDECODED = "\ufffd"
 HELD = 3  # bytes of an unfinished character at most, and so the U+FFFD that stand for one

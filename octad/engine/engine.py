@@ -24,20 +24,20 @@ from octad.engine.block_manager import BlockManager
 from octad.engine.detokenize import token_text
 from octad.engine.model_runner import ModelRunner, Stacked
 from octad.engine.outputs import Delta, RequestMetrics, RequestOutput
-from octad.engine.paged_cache import affordable_blocks
 from octad.engine.sampling import Sampler, SamplingState
 from octad.engine.scheduler import Piece, Scheduler
 from octad.engine.sequence import Request
 from octad.engine.sequence import Sequence as Sequence_
 from octad.engine.structured import GrammarCompiler
-from octad.engine.trace import mixtures, speakers
 from octad.errors import RequestError
 from octad.kernels.paged import PagedAttention, paged_attention
+from octad.model.observe import mixtures, speakers
+from octad.model.paged_cache import affordable_blocks
 
 if TYPE_CHECKING:
-    from octad.checkpoint.tokenizer import Tokenizer
     from octad.engine.params import SamplingParams
     from octad.model.transformer import Transformer
+    from octad.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

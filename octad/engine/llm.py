@@ -27,14 +27,14 @@ from octad.dist import compute_dtype, keep_freed_memory
 from octad.engine.engine import Engine, EngineConfig
 from octad.engine.outputs import Delta, RequestOutput
 from octad.engine.params import SamplingParams
-from octad.engine.trace import mixtures
 from octad.errors import CheckpointError, RequestError
 from octad.model.moe import FixedRouter
+from octad.model.observe import mixtures
 
 if TYPE_CHECKING:
-    from octad.checkpoint.tokenizer import Message, Tokenizer
     from octad.model.config import ModelConfig
     from octad.model.transformer import Transformer
+    from octad.text.tokenizer import Message, Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -63,7 +63,7 @@ class LLM:
         engine: EngineConfig | None = None,
         **engine_options: Any,
     ) -> None:
-        from octad.engine.optimize import optimize
+        from octad.fast.optimize import optimize
 
         keep_freed_memory()
         settings = replace(engine or EngineConfig(), **engine_options)
@@ -218,7 +218,7 @@ def _load(model: str | Path, dtype: str, device: str) -> tuple[Transformer, Toke
     """The model in the wanted dtype on the wanted device, its tokenizer, and where its side files lie."""
     from octad.checkpoint.load import load_model, load_tokenizer, open_source
     from octad.checkpoint.quantized import QuantizedSource
-    from octad.engine.saved import load_quantized
+    from octad.fast.saved import load_quantized
 
     if dtype not in ("auto", *DTYPES):
         raise RequestError(f"dtype: found {dtype!r}, allowed: auto, {', '.join(DTYPES)}")

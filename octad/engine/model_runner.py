@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from octad.engine.paged_cache import BlockPool, PagedCache
 from octad.engine.scheduler import Piece
-from octad.engine.trace import recording, stack
 from octad.kernels.paged import PagedAttention, PagedBatch, paged_attention
+from octad.model.observe import recording, stack
+from octad.model.paged_cache import BlockPool, PagedCache
 from octad.model.transformer import Transformer
 
 Stacked = tuple[torch.Tensor, torch.Tensor]  # experts_NLA, weights_NLA

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from octad.checkpoint.tokenizer import Tokenizer
 from octad.engine.params import StructuredOutput
 from octad.errors import RequestError
+from octad.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer

@@ -16,8 +16,8 @@ from typing import Any
 
 from octad.checkpoint.provenance import PROVENANCE
 from octad.checkpoint.source import TensorSource
-from octad.checkpoint.staging import explained
 from octad.errors import OutputError
+from octad.staging import explained
 
 CARD = "README.md"
 BEGIN, END = "<!-- octad verdict: {tokens} tokens -->", "<!-- end of octad verdict -->"

@@ -29,12 +29,12 @@ import torch
 from octad.checkpoint.source import TensorSource
 from octad.dist import World
 from octad.evaluate.bootstrap import Draws, Interval
-from octad.evaluate.cache import Cache, Record
 from octad.evaluate.ensemble import ensemble_nats
+from octad.evaluate.heldout import Domains, Texts, read_domains, read_texts
 from octad.evaluate.judge import Judge, Progress, quiet, shape_of
 from octad.evaluate.lineup import Entry, LineUp, line_up
 from octad.evaluate.price import Price, bytes_per_parameter, ensemble_price, model_price, oracle_price
-from octad.evaluate.texts import Domains, Texts, read_domains, read_texts
+from octad.evaluate.results import Cache, Record
 
 __all__ = ["Comparison", "Difference", "Row", "Settings", "compare", "read_domains"]
 

@@ -25,10 +25,10 @@ from octad.checkpoint.load import load_model
 from octad.checkpoint.quantized import QuantizedSource
 from octad.checkpoint.source import TensorSource
 from octad.dist import compute_dtype
-from octad.engine.native_modules import NativeExperts, NativeMLP
-from octad.engine.optimize import Packer, optimize
-from octad.engine.quantize import PackedExperts
-from octad.engine.saved import load_quantized
+from octad.fast.native_modules import NativeExperts, NativeMLP
+from octad.fast.optimize import Packer, optimize
+from octad.fast.quantize import PackedExperts
+from octad.fast.saved import load_quantized
 from octad.kernels.native import WeightArray
 from octad.kernels.packed import Packed
 from octad.model.moe import MLP, Experts, FixedRouter, MoE

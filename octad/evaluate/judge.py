@@ -21,12 +21,8 @@ import numpy as np
 import torch
 
 from octad.checkpoint.source import TensorSource
-from octad.checkpoint.text import Batch
 from octad.dist import World, compute_dtype, own_device
-from octad.engine.limits import hardware
-from octad.engine.variants import dense_config
 from octad.errors import OctadError
-from octad.evaluate.cache import Cache, Content, Record, key_of
 from octad.evaluate.contestants import (
     Contestant,
     Load,
@@ -38,11 +34,15 @@ from octad.evaluate.contestants import (
     counted_load,
     fast_model,
 )
-from octad.evaluate.loss import TOKENS_PER_BATCH, token_nats
+from octad.evaluate.heldout import Texts
+from octad.evaluate.nats import TOKENS_PER_BATCH, token_nats
 from octad.evaluate.price import measuring
-from octad.evaluate.texts import Texts
+from octad.evaluate.results import Cache, Content, Record, key_of
+from octad.fast.variants import dense_config
+from octad.machine import hardware
 from octad.model.config import ModelConfig
 from octad.model.transformer import Transformer
+from octad.text.windows import Batch
 
 Progress = Callable[[str, float], None]
 CUDA_TOKENS_PER_BATCH = 32768

@@ -19,8 +19,8 @@ from octad.checkpoint.provenance import TAKEN, Provenance
 from octad.checkpoint.source import TensorSource
 from octad.errors import OctadError, RequestError
 from octad.evaluate.contestants import Contestant, Member, Original, Soup, TopK, Whole
+from octad.evaluate.heldout import Texts
 from octad.evaluate.originals import original
-from octad.evaluate.texts import Texts
 
 MOST_EXPERTS = 16  # judged one by one, and all at once
 FORCED = "every token through this one expert: what it was before is not known"

@@ -22,7 +22,7 @@ import torch
 
 from octad.checkpoint.quantized import QuantizedSource
 from octad.checkpoint.source import TensorSource
-from octad.engine.limits import memory_of
+from octad.machine import memory_of
 from octad.model.config import ModelConfig
 
 

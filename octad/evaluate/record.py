@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from octad.engine.limits import hardware
 from octad.evaluate.compare import Comparison, Difference, Row
 from octad.evaluate.verdict import make_verdict
+from octad.machine import hardware
 
 
 def make_report(

@@ -16,13 +16,13 @@ from typing import Any
 from octad.checkpoint.load import load_model
 from octad.checkpoint.quantized import QuantizedSource
 from octad.checkpoint.source import TensorSource
-from octad.checkpoint.text import Window
 from octad.dist import compute_dtype
-from octad.engine.optimize import optimize
-from octad.engine.quantize import Precision
-from octad.engine.saved import load_quantized, save_quantized, write_figures
-from octad.evaluate.loss import bits_per_byte, window_nats
+from octad.evaluate.nats import bits_per_byte, window_nats
+from octad.fast.optimize import optimize
+from octad.fast.quantize import Precision
+from octad.fast.saved import load_quantized, save_quantized, write_figures
 from octad.model.transformer import Transformer
+from octad.text.windows import Window
 
 Texts = Mapping[str, list[Window]]
 Bits = dict[str, tuple[float, float]]

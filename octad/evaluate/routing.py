@@ -30,12 +30,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from octad.checkpoint.text import Window, batches
-from octad.checkpoint.tokenizer import Tokenizer
 from octad.engine.detokenize import TokenWindow, token_text
-from octad.engine.trace import mixtures
 from octad.evaluate.twins import find_twins
+from octad.model.observe import mixtures
 from octad.model.transformer import Transformer
+from octad.text.tokenizer import Tokenizer
+from octad.text.windows import Window, batches
 
 Progress = Callable[[int], None]
 TOP_TOKENS = 16  # of each expert

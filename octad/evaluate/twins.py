@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from octad.checkpoint.compare import NEAR_COPY
-from octad.engine.quantize import PackedExperts
+from octad.checkpoint.distance import NEAR_COPY
+from octad.fast.quantize import PackedExperts
 from octad.model.moe import Experts
 
 TWINS = 0.9  # mean cosine from which two experts are called twins

@@ -23,10 +23,10 @@ from octad.checkpoint.source import TensorSource
 from octad.checkpoint.writer import CheckpointWriter
 from octad.errors import OctadError, RecipeError
 from octad.model.transformer import Transformer
-from octad.train.config import BranchConfig, SpecialistSpec
 from octad.train.export import common_files, write_adapter, write_trained
 from octad.train.learner import Learner, changes_of, choose, compute_settings
 from octad.train.lowrank import add_low_rank, low_rank_deltas, start_from
+from octad.train.run_config import BranchConfig, SpecialistSpec
 from octad.train.trainer import Outcome, Trainer, TrainingStopped
 
 FFN_TARGETS = tuple(f"{part}_proj" for part in PARTS)

@@ -26,10 +26,10 @@ from octad.checkpoint.load import content_names
 from octad.checkpoint.lora import CONFIG_FILE, WEIGHTS_FILE
 from octad.checkpoint.names import parameter_sources, tensor_plan
 from octad.checkpoint.source import TensorInfo, TensorSource
-from octad.checkpoint.staging import StagedDirectory, explained
-from octad.checkpoint.tokenizer import Tokenizer
 from octad.checkpoint.writer import CheckpointWriter
 from octad.model.config import ModelConfig
+from octad.staging import StagedDirectory, explained
+from octad.text.tokenizer import Tokenizer
 from octad.train.lowrank import Factors
 from octad.train.sections import LowRankSpec
 

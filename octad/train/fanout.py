@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from octad.errors import OctadError, RecipeError
+from octad.text.documents import optional
 from octad.train.branch import Progress, chosen, raise_failed, train_specialist
-from octad.train.config import BranchConfig, RaySpec, SpecialistSpec
-from octad.train.documents import optional
+from octad.train.run_config import BranchConfig, RaySpec, SpecialistSpec
 from octad.train.signals import StopRequest
 from octad.train.trainer import Outcome, TrainingStopped
 

@@ -24,17 +24,17 @@ from torch import nn
 from octad.checkpoint.load import load_model, load_tokenizer, open_source
 from octad.checkpoint.provenance import PROVENANCE, Provenance
 from octad.checkpoint.source import TensorSource
-from octad.checkpoint.tokenizer import Tokenizer
 from octad.checkpoint.writer import CheckpointWriter
 from octad.dist import compute_dtype, own_device
 from octad.errors import RecipeError
+from octad.fast.training_experts import TrainExperts
 from octad.model.moe import Experts, MoE
 from octad.model.transformer import Transformer
-from octad.train.config import TuneConfig
-from octad.train.experts import TrainExperts
+from octad.text.tokenizer import Tokenizer
 from octad.train.export import Changes, common_files, write_trained
 from octad.train.lowrank import add_low_rank, low_rank_deltas
-from octad.train.router import TrainRouter, swap_routers
+from octad.train.routers import TrainRouter, swap_routers
+from octad.train.run_config import TuneConfig
 from octad.train.sections import DataSpec, EvaluateSpec, RoutingSpec, RunSpec
 
 TRAINING = "training.json"

@@ -22,9 +22,9 @@ from torch import nn
 
 from octad.checkpoint.lora import AdapterSource
 from octad.errors import RecipeError
+from octad.fast.products import projected
+from octad.fast.training_experts import PROJECTIONS, TrainExperts
 from octad.model.transformer import Transformer
-from octad.train.experts import PROJECTIONS, TrainExperts
-from octad.train.products import projected
 from octad.train.sections import LowRankSpec
 
 Factors = tuple[torch.Tensor, torch.Tensor, float]

@@ -24,14 +24,14 @@ from typing import Any
 import torch
 
 from octad.checkpoint.load import load_tokenizer, open_source, state_tensors
-from octad.checkpoint.tokenizer import Tokenizer
 from octad.checkpoint.writer import CheckpointWriter
 from octad.errors import RecipeError
 from octad.model.config import ModelConfig
 from octad.model.transformer import Transformer
-from octad.train.config import ArchitectureSpec, PretrainConfig
+from octad.text.tokenizer import Tokenizer
 from octad.train.export import common_files, write_new
 from octad.train.learner import TRAINING, Learner, choose, compute_settings, prepare_mixture
+from octad.train.run_config import ArchitectureSpec, PretrainConfig
 from octad.train.state import FACTS, latest_state, load_facts, read_masters
 
 HEAD_DIM, DEVIATION = 64, 0.02

@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from octad.checkpoint.staging import StagedDirectory, explained
-from octad.checkpoint.tokenizer import Tokenizer
 from octad.errors import DataError, OutputError
-from octad.train.corpus import Documents, open_documents
+from octad.staging import StagedDirectory, explained
+from octad.text.corpus import Documents, open_documents
+from octad.text.tokenizer import Tokenizer
 
 FORMAT = 1
 BATCH = 256  # documents tokenised at a time, in the library's threads

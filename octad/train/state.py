@@ -36,9 +36,9 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from octad.checkpoint.staging import StagedDirectory, explained, space
 from octad.dist import World
 from octad.errors import CheckpointError, OutputError
+from octad.staging import StagedDirectory, explained, space
 
 TENSORS, FACTS, FORMAT = "state.safetensors", "state.json", 2
 # What may differ between the run that saved and the one that resumes; anything else would make another model of it.

@@ -23,17 +23,17 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from octad.checkpoint.staging import explained
-from octad.checkpoint.text import Window, windows_of
 from octad.dist import World, emulation, product_rate
 from octad.errors import CheckpointError, OctadError, OutputError, RecipeError
-from octad.evaluate.loss import bits_per_byte, window_nats
+from octad.evaluate.nats import bits_per_byte, window_nats
+from octad.fast.document_attention import DocumentAttention
+from octad.fast.training_blocks import quicken
 from octad.kernels.passes import not_native
 from octad.model.balance import LoadStatistics
-from octad.train.attention import DocumentAttention
-from octad.train.blocks import quicken
+from octad.staging import explained
+from octad.text.corpus import open_documents
+from octad.text.windows import Window, windows_of
 from octad.train.compiled import compile_model
-from octad.train.corpus import open_documents
 from octad.train.data import Batch, Source, Stream
 from octad.train.distill import teach
 from octad.train.layout import Layout

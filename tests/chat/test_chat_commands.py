@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from tiny_chat import NAMES, llm, mixture, untaught
 
-from octad.chat.commands import COMMANDS, SETTINGS, as_message, is_command, run
 from octad.chat.session import Session, Turn
+from octad.chat.slash import COMMANDS, SETTINGS, as_message, is_command, run
 from octad.engine.llm import LLM
 from octad.engine.params import SamplingParams
 from octad.errors import OctadError

@@ -16,12 +16,14 @@ import transformers
 from rich.console import Console
 from tiny_chat import NAMES, llm, mixture, untaught
 
-from octad import cli, commands, terminal
 from octad.chat import pipe
 from octad.chat.pipe import messages
+from octad.cli import commands
+from octad.cli.main import main as cli
 from octad.engine.llm import LLM
 from octad.engine.params import SamplingParams
 from octad.errors import RequestError
+from octad.report import terminal
 
 Outcome = tuple[int, str, str]
 Octad = Callable[..., Outcome]
@@ -39,7 +41,7 @@ def octad(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         capsys.readouterr()
         code = 0
         try:
-            cli.main()
+            cli()
         except SystemExit as stop:
             code = int(stop.code or 0)
         captured = capsys.readouterr()

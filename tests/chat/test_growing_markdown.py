@@ -7,8 +7,8 @@ import pyte
 import pytest
 from rich.console import Console
 
-from octad.chat import markdown
-from octad.chat.markdown import GrowingMarkdown, render_lines, split_finished
+from octad.chat import growing_markdown as markdown
+from octad.chat.growing_markdown import GrowingMarkdown, render_lines, split_finished
 
 TEXT = """# Title
 

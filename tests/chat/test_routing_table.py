@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from octad.chat.report import MOST_EXPERTS, routing_table
+from octad.chat.answer_view import MOST_EXPERTS, routing_table
 
 
 def shown(experts: int, chosen: list[list[int]]) -> list[list[str]]:

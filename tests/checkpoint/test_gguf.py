@@ -13,8 +13,8 @@ from bundled import smollm2_path
 from gguf.quants import dequantize, quantize
 from safetensors.torch import save_file
 
-from octad.checkpoint.gguf import GGUFSource
-from octad.checkpoint.gguf_header import GGUFHeader
+from octad.checkpoint.gguf.header import GGUFHeader
+from octad.checkpoint.gguf.reader import GGUFSource
 from octad.checkpoint.names import tensor_plan
 from octad.errors import CheckpointError, OctadError
 

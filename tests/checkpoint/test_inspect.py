@@ -17,12 +17,13 @@ from conftest import FAMILIES, MOE, TinyCheckpoint
 from rich.console import Console
 from upcycled import Recording, Upcycle, upcycled
 
-from octad.checkpoint.gguf import GGUFSource
+from octad.checkpoint.gguf.reader import GGUFSource
 from octad.checkpoint.hf import SafetensorsSource
 from octad.checkpoint.inspect import inspect
-from octad.checkpoint.inspect_view import digits, human, render, sparkline
 from octad.checkpoint.names import router_name
+from octad.cli.inspect_view import render
 from octad.errors import CheckpointError
+from octad.report.figures import digits, human, sparkline
 
 E, L, D = 3, 2, 32
 

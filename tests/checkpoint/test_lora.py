@@ -355,7 +355,7 @@ def test_a_bundled_specialist_fits_the_bundled_base():
     from bundled import smollm2_path
 
     import octad
-    from octad.checkpoint.gguf import GGUFSource
+    from octad.checkpoint.gguf.reader import GGUFSource
 
     directory = Path(octad.__file__).parent / "demo" / "specialists" / "french"
     base = GGUFSource(smollm2_path(), dtype=torch.float32)

@@ -24,9 +24,9 @@ from octad.checkpoint.hf import INDEX, SINGLE, SafetensorsSource
 from octad.checkpoint.load import content_names
 from octad.checkpoint.shard import DTYPE_NAMES, read_header
 from octad.checkpoint.source import TensorInfo
-from octad.checkpoint.staging import StagedDirectory
 from octad.checkpoint.writer import CheckpointWriter
 from octad.errors import CheckpointError, OutputError
+from octad.staging import StagedDirectory
 
 PLAN = {f"t{i}": TensorInfo((4, 8), torch.float32) for i in range(4)}
 

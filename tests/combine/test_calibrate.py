@@ -8,12 +8,12 @@ import transformers
 from members import DENSE, full_member, make_base, make_recipe
 
 from octad.checkpoint.load import load_model, open_source
-from octad.checkpoint.text import Window, batches
 from octad.combine import fit
 from octad.combine.calibrate import Run, gate_inputs
 from octad.combine.fit import GENERALIST_WEIGHT, PIECE, Calibration, cut, observe, runs_of
 from octad.combine.preflight import preflight
 from octad.combine.statistics import Statistics
+from octad.text.windows import Window, batches
 
 LENGTHS = (50, 7, 33, 32, 20)
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from members import full_member, make_base, make_recipe, text_file
 
-from octad.checkpoint.text import Window
 from octad.combine import states
 from octad.combine.build import combine
 from octad.combine.calibrate import Run, gate_inputs
 from octad.combine.preflight import preflight
 from octad.combine.states import States
 from octad.errors import OutputError
+from octad.text.windows import Window
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import pytest
 from vocabularies import TEXTS, sentencepiece, smollm2
 
-from octad.checkpoint.tokenizer import Tokenizer
 from octad.engine.detokenize import Detokenizer, token_text
 from octad.engine.params import SamplingParams
+from octad.text.tokenizer import Tokenizer
 
 MAKERS = {"bytes": smollm2, "sentencepiece": sentencepiece}
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from vocabularies import sentencepiece, smollm2
 
-from octad.checkpoint.tokenizer import Tokenizer
 from octad.engine.detokenize import Detokenizer
 from octad.engine.params import SamplingParams, StructuredOutput
 from octad.engine.sampling import Sampler, SamplingState
 from octad.engine.structured import KEPT_GRAMMARS, GrammarCompiler
 from octad.errors import RequestError
+from octad.text.tokenizer import Tokenizer
 
 MAKERS = {"bytes": smollm2, "sentencepiece": sentencepiece}
 PERSON = {

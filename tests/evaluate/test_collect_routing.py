@@ -1,7 +1,6 @@
 """Routing against arithmetic by hand, and against the router logits of transformers."""
 
 import math
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,14 @@ import tokenizers
 import torch
 import transformers
 from conftest import MOE, TinyCheckpoint
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 from tiny import byte_tokenizer, load
 
-from octad.checkpoint.text import Window
-from octad.checkpoint.tokenizer import Tokenizer
 from octad.evaluate.routing import collect_routing, typical_tokens
 from octad.model.config import ModelConfig
 from octad.model.moe import FixedRouter
 from octad.model.transformer import Transformer
+from octad.text.tokenizer import Tokenizer
+from octad.text.windows import Window
 
 # p[token][expert] of the first layer; the second has the experts the other way round
 PROBABILITIES = [[0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [0.8, 0.15, 0.05], [0.25, 0.7, 0.05]]

@@ -15,7 +15,6 @@ from members import edit_config, make_recipe, save_tokenizer
 from peft import PeftModel
 
 from octad.checkpoint.load import load_model, load_tokenizer, open_source
-from octad.checkpoint.text import Window, read_windows
 from octad.combine import build
 from octad.combine.preflight import preflight
 from octad.errors import CheckpointError, DataError
@@ -23,6 +22,7 @@ from octad.evaluate import judge as room
 from octad.evaluate.compare import Comparison, Settings, compare, read_domains
 from octad.evaluate.contestants import Member, Soup, TopK, contestant, counted_load, moe_layers
 from octad.model.moe import Router
+from octad.text.windows import Window, read_windows
 
 TOKENS, WINDOW = 150, 48
 SETTINGS = Settings(TOKENS, WINDOW, resamples=200)

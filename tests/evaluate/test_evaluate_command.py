@@ -116,7 +116,7 @@ def test_the_report_gets_the_dict_and_the_routing(
 ) -> None:
     """The call sites alone: stand-ins for the page and for the routing."""
     written: list[dict[str, Any]] = []
-    page, routing = ModuleType("octad.evaluate.report"), ModuleType("octad.evaluate.routing")
+    page, routing = ModuleType("octad.report.files"), ModuleType("octad.evaluate.routing")
 
     def write_report(report: dict[str, Any], directory: Path) -> Path:
         written.append(report)
@@ -128,7 +128,7 @@ def test_the_report_gets_the_dict_and_the_routing(
         return {"experts": list(names)}
 
     page.write_report, routing.collect_routing = write_report, collect_routing  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "octad.evaluate.report", page)
+    monkeypatch.setitem(sys.modules, "octad.report.files", page)
     monkeypatch.setitem(sys.modules, "octad.evaluate.routing", routing)
     code, out, _ = evaluate(mixture, "--report", tmp_path / "report")
     assert code == 0

@@ -14,9 +14,6 @@ from judging import their_nats
 
 import octad
 from octad.checkpoint.load import load_model, load_tokenizer, open_source
-from octad.checkpoint.text import Window, read_windows
-from octad.engine.native_modules import NativeExperts
-from octad.engine.optimize import native_kernels
 from octad.evaluate.contestants import (
     Contestant,
     Member,
@@ -27,7 +24,10 @@ from octad.evaluate.contestants import (
     fast_model,
     moe_layers,
 )
-from octad.evaluate.loss import bits_per_byte, token_nats, window_nats
+from octad.evaluate.nats import bits_per_byte, token_nats, window_nats
+from octad.fast.native_modules import NativeExperts
+from octad.fast.optimize import native_kernels
+from octad.text.windows import Window, read_windows
 
 DEMO = Path(octad.__file__).parent / "demo"
 

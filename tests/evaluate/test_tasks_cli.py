@@ -1,18 +1,15 @@
 """`octad evaluate --tasks` through main(): tables, JSON, and every mistake as one line with exit code 2."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "combine"))
 from conftest import Octad
 from judging import World
 
 from octad.errors import SandboxError
-from octad.evaluate.tasks.sandbox import Sandbox
+from octad.sandbox.run import Sandbox
 
 CODE = {"task_id": "t/0", "prompt": "def f():\n", "test": "def check(f):\n    assert f()", "entry_point": "f"}
 

@@ -13,9 +13,9 @@ from octad.errors import DataError, RequestError, SandboxError
 from octad.evaluate.tasks import catalogue, humaneval
 from octad.evaluate.tasks.catalogue import find_task
 from octad.evaluate.tasks.humaneval import check_solutions, compose
-from octad.evaluate.tasks.run import read_tasks
-from octad.evaluate.tasks.sandbox import Sandbox
+from octad.evaluate.tasks.run_tasks import read_tasks
 from octad.evaluate.tasks.task import ChoiceTask, CodeTask, ContinuationTask, GenerateTask, Problem, read_task
+from octad.sandbox.run import Sandbox
 
 CODE = {"task_id": "t/0", "prompt": "def f():\n", "test": "def check(f):\n    assert f()", "entry_point": "f"}
 CHOICE = {"question": "1 + 1 =", "choices": ["2", "3"], "answer": 0}

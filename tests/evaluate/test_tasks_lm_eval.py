@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "combine"))
 from members import make_base
 
 from octad.engine.llm import LLM
 from octad.errors import DataError
 from octad.evaluate.tasks.harness import HarnessTask
-from octad.evaluate.tasks.run import run_tasks
+from octad.evaluate.tasks.run_tasks import run_tasks
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed; pip install 'octad[eval]'")
 

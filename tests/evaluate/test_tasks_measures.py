@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,8 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "combine"))
 from judging import World, theirs
 from members import make_base
 from peft import PeftModel
@@ -30,8 +27,7 @@ from octad.evaluate.tasks.choice import measure_choice
 from octad.evaluate.tasks.humaneval import measure_code
 from octad.evaluate.tasks.likelihood import begin_ids, encode_pair, log_likelihoods
 from octad.evaluate.tasks.lineup import lineup
-from octad.evaluate.tasks.run import run_tasks
-from octad.evaluate.tasks.sandbox import Outcome, Sandbox
+from octad.evaluate.tasks.run_tasks import run_tasks
 from octad.evaluate.tasks.task import (
     ChoiceTask,
     CodeTask,
@@ -44,6 +40,7 @@ from octad.evaluate.tasks.task import (
 )
 from octad.evaluate.tasks.work import Work
 from octad.evaluate.tasks.writing import Cut, choose_candidates, cut_passages, diversity, measure_continuation
+from octad.sandbox.run import Outcome, Sandbox
 
 WORDS = (
     "the old man went down to the river and " * 8 + "a cat sat there. ",
@@ -414,7 +411,7 @@ def test_mistakes_come_before_the_weights_are_read(
     def refuse(**options: Any) -> Sandbox:
         raise SandboxError("this kernel cannot confine programs")
 
-    monkeypatch.setattr("octad.evaluate.tasks.run.Sandbox", refuse)
+    monkeypatch.setattr("octad.evaluate.tasks.run_tasks.Sandbox", refuse)
     with pytest.raises(SandboxError):
         run_tasks(tmp_path / "no-model", ["octad-code"])
 

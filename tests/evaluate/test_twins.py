@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from octad.engine.quantize import PackedExperts
 from octad.evaluate import twins
 from octad.evaluate.twins import cosines_of, find_twins
+from octad.fast.quantize import PackedExperts
 from octad.model.config import ModelConfig
 from octad.model.moe import Experts
 

@@ -12,17 +12,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from octad.checkpoint.text import Window
 from octad.errors import OutputError
-from octad.evaluate import views
 from octad.evaluate.advice import advise
 from octad.evaluate.card import may_write, with_verdict, write_verdict
 from octad.evaluate.compare import Comparison, Row, Settings, _with_ensemble, _with_oracle, differences
+from octad.evaluate.heldout import Texts
 from octad.evaluate.lineup import LineUp
 from octad.evaluate.price import Price
 from octad.evaluate.record import make_report, plain
-from octad.evaluate.texts import Texts
 from octad.evaluate.verdict import make_verdict
+from octad.report import verdict_table as views
+from octad.text.windows import Window
 
 DOMAINS = ["python", "french", "maths"]
 DOCUMENTS, TOKENS = 30, 40

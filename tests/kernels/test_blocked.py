@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from octad.fast.document_attention import DocumentAttention, fused_attention
 from octad.kernels import blocked
 from octad.kernels.attention import causal_attention_reference
 from octad.kernels.blocked import Segment, blocked_attention
 from octad.model.config import ModelConfig
-from octad.train.attention import DocumentAttention, fused_attention
 
 SEGMENTS = [Segment(0, 1, 5), Segment(5, 2, 9), Segment(23, 1, 1)]
 

@@ -13,7 +13,7 @@ from small import checkpoint, jsonl, texts
 from octad.checkpoint.load import load_model, open_member, open_source
 from octad.errors import RecipeError
 from octad.train.branch import branch, branch_learner
-from octad.train.config import BranchConfig, load_branch
+from octad.train.run_config import BranchConfig, load_branch
 from octad.train.trainer import Outcome, Trainer, TrainingStopped
 
 

@@ -8,8 +8,8 @@ from small import checkpoint, tune_file
 
 from octad.errors import RecipeError
 from octad.train import compiled
-from octad.train.config import load_config
 from octad.train.learner import tune_learner
+from octad.train.run_config import load_config
 from octad.train.trainer import Trainer
 
 

@@ -11,10 +11,10 @@ import torch
 from small import character_tokenizer, jsonl, texts
 
 from octad.errors import DataError
+from octad.fast.document_attention import DocumentAttention
 from octad.model.config import ModelConfig
-from octad.train.attention import DocumentAttention
+from octad.text.documents import read_documents
 from octad.train.data import IGNORED, Source, Stream
-from octad.train.documents import read_documents
 from octad.train.shards import Shard, encode_answers, open_shard
 
 TOKENIZER = character_tokenizer()

@@ -14,8 +14,8 @@ from test_branch import config
 
 from octad.errors import DataError, RecipeError
 from octad.train.branch import branch
-from octad.train.config import RaySpec
 from octad.train.fanout import Board, fan_out
+from octad.train.run_config import RaySpec
 from octad.train.state import latest_state
 from octad.train.trainer import Outcome, TrainingStopped
 

@@ -14,12 +14,12 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from octad.model.config import ModelConfig
 from octad.model.moe import Router
 from octad.model.transformer import Transformer
-from octad.train.config import load_config
 from octad.train.data import IGNORED
 from octad.train.learner import tune_learner
 from octad.train.loss import next_token_loss
 from octad.train.lowrank import LowRankEmbedding, LowRankLinear
-from octad.train.router import TrainRouter, swap_routers
+from octad.train.routers import TrainRouter, swap_routers
+from octad.train.run_config import load_config
 from octad.train.sections import LowRankSpec, RoutingSpec
 from octad.train.trainer import Trainer, head_of
 

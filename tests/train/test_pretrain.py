@@ -11,8 +11,8 @@ from small import character_tokenizer, jsonl, texts
 from octad.checkpoint.load import load_model, open_source
 from octad.errors import CheckpointError, RecipeError
 from octad.model.config import ModelConfig
-from octad.train.config import ArchitectureSpec, load_config
 from octad.train.pretrain import architecture, pretrain_learner
+from octad.train.run_config import ArchitectureSpec, load_config
 from octad.train.trainer import Trainer
 
 TINY = {"size": 2, "width": 32, "heads": 2, "feed_forward": 48, "num_experts": 4}

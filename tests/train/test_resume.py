@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import load_file
 from small import checkpoint, tune_file
 
-from octad.checkpoint.staging import StagedDirectory
 from octad.dist import World
 from octad.errors import CheckpointError, OutputError
+from octad.staging import StagedDirectory
 from octad.train import state
-from octad.train.config import load_config
 from octad.train.learner import tune_learner
+from octad.train.run_config import load_config
 from octad.train.signals import StopRequest
 from octad.train.state import Saver, latest_state, load_facts, load_tensors, saved_names
 from octad.train.trainer import Trainer
@@ -36,7 +36,7 @@ SETTINGS |= {"optimizer": {"name": "muon", "lr": 0.01}, "dtype": "bfloat16"}
 @pytest.fixture(autouse=True)
 def _no_fsync(monkeypatch) -> None:
     """A killed process loses nothing that it has written; waiting for the disk is for power cuts."""
-    monkeypatch.setattr("octad.checkpoint.staging._fsync", lambda path: None)
+    monkeypatch.setattr("octad.staging._fsync", lambda path: None)
 
 
 @pytest.fixture

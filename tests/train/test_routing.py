@@ -7,6 +7,7 @@ import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from octad.errors import RecipeError
+from octad.fast.training_experts import TrainExperts, sorted_choices
 from octad.model.balance import (
     LoadStatistics,
     expert_load,
@@ -19,9 +20,8 @@ from octad.model.config import ModelConfig
 from octad.model.moe import Experts, Router
 from octad.model.transformer import Transformer
 from octad.train.data import IGNORED
-from octad.train.experts import TrainExperts, sorted_choices
 from octad.train.loss import Head, Teacher, next_token_loss
-from octad.train.router import TrainRouter, swap_routers
+from octad.train.routers import TrainRouter, swap_routers
 from octad.train.sections import RoutingSpec
 
 
@@ -177,7 +177,7 @@ def test_experts_equal_the_loop_and_finite_differences() -> None:
 def test_filled_blocks_hold_every_choice_once_and_change_nothing(changed: bool, monkeypatch) -> None:
     """300 choices of 4 experts, a third of one token's dropped: blocks of multiples of 4, computed in several slices."""
     for name, value in {"CACHED": 200, "LEAST": 1, "SIZE": 4}.items():
-        monkeypatch.setattr(f"octad.train.products.{name}", value)
+        monkeypatch.setattr(f"octad.fast.products.{name}", value)
     torch.manual_seed(0)
     loop = Experts(config())
     for p in loop.parameters():

@@ -16,9 +16,9 @@ from small import checkpoint, tune_file
 from octad.checkpoint.load import load_model, open_source
 from octad.errors import CheckpointError, OutputError, RecipeError
 from octad.model.moe import FixedRouter
-from octad.train.config import load_config
 from octad.train.distill import teach
 from octad.train.learner import tune_learner
+from octad.train.run_config import load_config
 from octad.train.state import latest_state
 from octad.train.trainer import Outcome, Trainer, TrainingStopped
 
@@ -127,7 +127,7 @@ def yaml_data(directory: Path, name: str) -> dict[str, object]:
 def spawn(file: Path, run: Path) -> subprocess.Popen[str]:
     code = (
         "import sys, torch; torch.set_num_threads(1); from pathlib import Path\n"
-        "from octad.train.config import load_config; from octad.train.learner import tune_learner\n"
+        "from octad.train.run_config import load_config; from octad.train.learner import tune_learner\n"
         "from octad.train.trainer import Trainer\n"
         "run = Trainer(tune_learner(load_config(sys.argv[1])), Path(sys.argv[2]), lambda s: print(s, flush=True))\n"
         "print(run.fit().value, flush=True)"

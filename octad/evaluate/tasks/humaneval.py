@@ -22,10 +22,10 @@ from octad.engine.llm import LLM
 from octad.engine.params import SamplingParams
 from octad.errors import DataError
 from octad.evaluate.tasks.answers import write
-from octad.evaluate.tasks.sandbox import Outcome, Sandbox
 from octad.evaluate.tasks.scores import Measured
 from octad.evaluate.tasks.task import CodeTask, Problem, Task, read_task
 from octad.evaluate.tasks.work import Work
+from octad.sandbox.run import Outcome, Sandbox
 
 PASS_AT = (1, 10, 100)  # the k of the paper's tables
 

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 
 import torch
 
-from octad.checkpoint.text import Window, batches
-from octad.checkpoint.tokenizer import Tokenizer
-from octad.evaluate.loss import head_rows
+from octad.evaluate.nats import head_rows
 from octad.model.transformer import Transformer
+from octad.text.tokenizer import Tokenizer
+from octad.text.windows import Window, batches
 
 Pair = tuple[Sequence[int], Sequence[int]]  # the context's ids (one at least), the continuation's
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from octad.evaluate.tasks.sandbox import Sandbox
+from octad.sandbox.run import Sandbox
 
 
 def _nobody(done: float) -> None:

@@ -1,0 +1,269 @@
+"""What a benchmark measures, and who takes part.
+
+    options = BenchOptions(model="mixture/", quantize=("none", "int8"), peers=("transformers",))
+    entries, notes = line_up(options, open_source(options.model), torch.device("cpu"))
+
+A cell is one thing to measure: reading a prompt of some length, or writing with some number of users behind some context.
+An entry is a contestant and what was found of it: octad in each quantisation; the same with fewer experts a token and as
+one dense member, which shows the price of the mixture; the peers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from octad.bench.peers import Contestant, LlamaBench, Unmeasured, Worker, find_llama_bench
+from octad.bench.worker import answer_room
+from octad.checkpoint.source import TensorSource
+from octad.dist import compute_dtype
+from octad.errors import OctadError, RequestError
+from octad.fast.variants import dense_config
+from octad.machine import ALL, available_memory
+from octad.model.config import ModelConfig
+
+PEERS = ("transformers", "llama.cpp")
+QUANTIZE = ("none", "int8", "int4")
+# bits of a weight of feed-forward nets and experts, with its part of the scales; attention has at least int8's
+BITS = {"none": 16.0, "int8": 8.5, "int4": 4.5}
+WORKER_BYTES = 0.5e9  # what Python, torch and a cache take besides the weights
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to measure; lengths in tokens. Raises RequestError for what makes no sense.
+
+    One user behind the first context is always measured: ratios and the price of the mixture are taken there."""
+
+    model: str
+    peers: tuple[str, ...] = ()
+    llama_bench: str | None = None
+    gguf: tuple[Path, ...] = ()
+    quantize: tuple[str, ...] = ("none",)
+    prompt_lengths: tuple[int, ...] = (128, 512)
+    contexts: tuple[int, ...] = (128, 1024)
+    batch_sizes: tuple[int, ...] = (1, 4, 16)
+    decode_tokens: int = 64
+    repeat: int = 5
+    text: Path | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, known in (("peers", PEERS), ("quantize", QUANTIZE)):
+            for value in getattr(self, name):
+                if value not in known:
+                    option = "--" + name.removesuffix("s")
+                    raise RequestError(f"{option} {value}: not known; give one of {', '.join(known)}")
+        for name in ("prompt_lengths", "contexts", "batch_sizes"):
+            values = getattr(self, name)
+            if not values or min(values) < 1:
+                option = "--" + name.replace("_", "-")
+                raise RequestError(f"{option}: give whole numbers above 0, such as 128,512; found {values}")
+        if self.decode_tokens < 1 or self.repeat < 1:
+            raise RequestError("--decode-tokens and --repeat must be at least 1")
+        if not self.quantize:
+            raise RequestError(f"--quantize: give at least one of {', '.join(QUANTIZE)}")
+
+    def cells(self) -> list[Cell]:
+        """Everything to measure, in order."""
+        users = sorted({1, *self.batch_sizes})
+        prefill = [Cell("prefill", length, 1) for length in sorted(set(self.prompt_lengths))]
+        return prefill + [Cell("decode", c, u) for c in dict.fromkeys(self.contexts) for u in users]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One thing to measure: reading a prompt of `length` tokens, or `users` writing behind contexts of that length."""
+
+    measure: str
+    length: int
+    users: int
+
+    def __str__(self) -> str:
+        if self.measure == "prefill":
+            return f"reading {self.length} tokens"
+        return f"writing behind {self.length} tokens, {self.users} user{'s' * (self.users > 1)}"
+
+
+@dataclass
+class Entry:
+    """A contestant with what was found; `reason` once it is out."""
+
+    contestant: Contestant
+    config: ModelConfig
+    role: str  # "model", "price" or "peer"
+    quantize: str | None = None
+    variant: str | None = None
+    dtype: str | None = None  # what it multiplies in
+    reason: str | None = None
+    found: dict[Cell, list[dict[str, Any]]] = field(default_factory=dict)
+    warm: dict[Cell, dict[str, Any]] = field(default_factory=dict)
+    failed: dict[Cell, str] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    probes: slice = field(
+        default_factory=lambda: ALL
+    )  # of the machine's limits, those taken while it was measured
+
+    def wants(self, cell: Cell, options: BenchOptions) -> bool:
+        """Whether this cell is for it: what shows the price is measured for one user behind the first context alone."""
+        only_there = Cell("decode", options.contexts[0], 1)
+        return self.role != "price" or cell.measure == "prefill" or cell == only_there
+
+    @property
+    def shape(self) -> ModelConfig:
+        """The shape that this contestant really runs."""
+        if self.variant == "dense":
+            return dense_config(self.config)
+        if self.variant and self.variant.startswith("top-"):
+            return replace(self.config, num_experts_per_tok=int(self.variant.removeprefix("top-")))
+        return self.config
+
+
+def whole_numbers(name: str, text: str) -> tuple[int, ...]:
+    """ "128,512" as numbers. Raises RequestError with the option's name."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        option = "--" + name.replace("_", "-")
+        raise RequestError(f"{option}: give whole numbers such as 128,512; found {text!r}") from None
+
+
+# ---- who takes part ----------------------------------------------------------------------------------------------
+
+
+def line_up(
+    options: BenchOptions, source: TensorSource, device: torch.device
+) -> tuple[list[Entry], list[str]]:
+    """All contestants, not yet started, and notes on those that cannot even be tried."""
+    threads, config = torch.get_num_threads(), source.config
+    place = str(
+        getattr(source, "path", None) or source.directory or source.label
+    )  # a hub id is found only once
+    entries, notes = _octad(options, place, config, threads, device), []
+    if config.is_moe and "dense" not in price_variants(config):
+        notes.append("no dense member to compare: layers with and without experts differ in width")
+    if "transformers" in options.peers:
+        settings = {"system": "transformers", "model": place, "device": str(device)}
+        worker = Worker("transformers bf16", settings, threads)
+        entries.append(Entry(worker, config, "peer", dtype="bfloat16"))
+    if "llama.cpp" in options.peers or options.gguf:
+        try:
+            entries += _llama(options, config, threads, device)
+            notes.append("llama-bench reads random ids of its own, not the texts")
+        except Unmeasured as error:
+            notes.append(f"llama.cpp: not measured: {error}")
+    return entries, notes
+
+
+def _octad(
+    options: BenchOptions, place: str, config: ModelConfig, threads: int, device: torch.device
+) -> list[Entry]:
+    dtype = str(compute_dtype(device)).removeprefix("torch.")
+    longest = max(*options.prompt_lengths, max(options.contexts) + room(options)) + 1
+    settings = {"system": "octad", "model": place, "device": str(device), "longest": longest}
+    settings |= {"users": max(1, *options.batch_sizes)}
+    entries = []
+    for variant in ("as made", *price_variants(config)):
+        for quantize in dict.fromkeys(options.quantize):
+            own = {"variant": variant, "quantize": None if quantize == "none" else quantize}
+            precision = {"bfloat16": "bf16", "float32": "fp32"}[dtype] if quantize == "none" else quantize
+            name = f"octad {precision}{'' if variant == 'as made' else ' ' + variant}"
+            role = "model" if variant == "as made" else "price"
+            worker = Worker(name, settings | own, threads)
+            entries.append(Entry(worker, config, role, quantize, variant, dtype))
+    return entries
+
+
+def price_variants(config: ModelConfig) -> list[str]:
+    """What shows the price of a mixture: top-1 and top-2 where the model is another, and one dense member."""
+    if not config.is_moe:
+        return []
+    variants = [f"top-{k}" for k in (1, 2) if k != config.num_experts_per_tok and k <= config.num_experts]
+    try:
+        dense_config(config)
+    except OctadError:
+        return variants
+    return [*variants, "dense"]
+
+
+def _llama(options: BenchOptions, config: ModelConfig, threads: int, device: torch.device) -> list[Entry]:
+    files = options.gguf or tuple(p for p in (Path(options.model),) if p.suffix == ".gguf")
+    if not files:
+        raise Unmeasured("it reads GGUF files; give --gguf FILE")
+    program, gpu = find_llama_bench(options.llama_bench), device.type == "cuda"
+    return [Entry(LlamaBench(program, file, threads, gpu), config, "peer") for file in files]
+
+
+def find_device(name: str) -> torch.device:
+    """ "auto": the GPU where there is one. Raises RequestError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
+        raise RequestError(
+            f"--device {name}: there is no such device here; give cpu, or cuda where there is one"
+        )
+    return torch.device(name)
+
+
+def check_lengths(options: BenchOptions, config: ModelConfig) -> None:
+    """Raises RequestError for lengths that the model's context does not hold."""
+    limit = config.max_position_embeddings
+    for option, needed in (
+        ("--prompt-lengths", max(options.prompt_lengths) + 1),
+        ("--contexts", max(options.contexts) + room(options)),
+    ):
+        if needed > limit:
+            raise RequestError(
+                f"{option}: {needed} positions are needed, the model's context is {limit}; give shorter ones"
+            )
+
+
+def room(options: BenchOptions) -> int:
+    """Positions behind the longest context that the first user may reach before the last one has written enough."""
+    longest = [range(max(options.contexts))] * max(1, *options.batch_sizes)
+    return answer_room(longest, options.decode_tokens)
+
+
+def groups(entries: Sequence[Entry], config: ModelConfig, device: torch.device) -> list[list[Entry]]:
+    """Who is loaded at the same time and takes turns: all of them; where memory does not hold them all, those of like
+    precision, each with its peers; where it does not hold these either, each alone."""
+    likes: dict[str, list[Entry]] = {}
+    for entry in entries:
+        likes.setdefault(_precision(entry, entries, config), []).append(entry)
+    for parts in ([list(entries)], list(likes.values())):
+        if all(fit_together(part, device) for part in parts):
+            return parts
+    return [[entry] for entry in entries]
+
+
+def _precision(entry: Entry, entries: Sequence[Entry], config: ModelConfig) -> str:
+    """The quantisation of octad's beside which an entry stands: its own; of a peer, that of the most similar size."""
+    if entry.quantize is not None:
+        return entry.quantize
+    bits, file = 16.0, getattr(entry.contestant, "file", None)
+    if file is not None and file.is_file():
+        bits = 8 * file.stat().st_size / config.num_parameters()
+    return min((e.quantize for e in entries if e.quantize), key=lambda name: abs(BITS[name] - bits))
+
+
+def fit_together(entries: Sequence[Entry], device: torch.device) -> bool:
+    """Whether all contestants find room in memory beside each other; otherwise they come one after another."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    if free is None:
+        return True
+    needed = sum(memory_needed(entry) for entry in entries if isinstance(entry.contestant, Worker))
+    return needed < 0.8 * free
+
+
+def memory_needed(entry: Entry) -> float:
+    """Bytes, roughly: weights in their precision, the embeddings that a quantised model keeps, and the process."""
+    plain = 4 if entry.dtype == "float32" else 2
+    each, share = float(plain), entry.shape.attention_share()
+    if entry.quantize in ("int8", "int4"):
+        each = 1.1 / 8 * (BITS[entry.quantize] * (1 - share) + BITS["int8"] * share)
+    embeddings = plain * entry.shape.vocab_size * entry.shape.hidden_size
+    return each * entry.shape.num_parameters() + embeddings + WORKER_BYTES

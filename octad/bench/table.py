@@ -1,0 +1,224 @@
+"""The results of a benchmark as a person reads them: a heading; tables of reading, writing, many users and memory; notes.
+
+    for part in render(results):
+        console.print(part)
+
+Speeds are medians; the dim figures behind them are the lowest and highest of all repeats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from octad.bench.figures import nearest, ratio, speed
+from octad.report.figures import human
+
+Contestant = Mapping[str, Any]
+NOTHING = "[dim]-[/]"
+
+
+def render(results: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """The parts, top to bottom."""
+    yield heading(results)
+    yield _title("reading a prompt", "tokens/s: median (lowest-highest), share of the arithmetic limit (MFU)")
+    yield one_user(results, "prefill")
+    yield _title("writing, one user", "tokens/s, share of the bandwidth at that moment (MBU), time per token")
+    yield one_user(results, "decode")
+    yield _title("many users", "tokens/s of all together (times one user's), wait for the first token")
+    yield many_users(results)
+    yield _title("memory", "weights as they lie in memory; the whole process once loaded, and at most")
+    yield memory(results)
+    if price := price_line(results):
+        yield price
+    yield ""
+    for reason, names in failures(results).items():
+        yield Text(f"  not measured: {', '.join(names)}: {reason}")
+    for note in results["notes"]:
+        yield Text(f"  {note}", style="dim")
+
+
+def failures(results: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Why contestants or some of their cells could not be measured; contestants with the same reason together."""
+    found: dict[str, list[str]] = {}
+    for contestant in results["contestants"]:
+        cells = [c["tokens_per_s"].get("reason") for c in contestant["cells"]]
+        for reason in dict.fromkeys(filter(None, [contestant["failed"], *cells])):
+            found.setdefault(reason, []).append(contestant["name"])
+    return found
+
+
+@contextmanager
+def live(console: Console) -> Iterator[Callable[[str, float], None]]:
+    """One moving line that says what is running; without a terminal, a line for each thing that is measured."""
+    columns = (
+        BarColumn(24),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    bar = Progress(*columns, TextColumn("{task.description}"), console=console, transient=True)
+    task, stages = bar.add_task("", total=1.0), set[str]()
+
+    def tell(what: str, done: float) -> None:
+        if console.is_terminal:
+            bar.start()
+            bar.update(task, description=what, completed=done)
+        elif (stage := what.split(":")[0]) not in stages:
+            stages.add(stage)
+            console.print(stage, markup=False)
+
+    try:
+        yield tell
+    finally:
+        if console.is_terminal:
+            bar.stop()
+
+
+def heading(results: Mapping[str, Any]) -> str:
+    """The model and the machine, with its limits."""
+    model, machine, limits = results["model"], results["hardware"], results["limits"]
+    kind = f"{model['experts']} experts, top-{model['experts_per_token']}" if model["experts"] else "dense"
+    peaks = ", ".join(
+        f"{name} {human(found['best'], 'FLOP/s')}" for name, found in limits["matmul_flops_per_s"].items()
+    )
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
+    return (
+        f"[bold]{model['name']}[/]: {model['model_type']}, {kind}, {human(model['parameters'])} parameters,"
+        f" {human(model['active_parameters'])} active\n"
+        f"{machine.get('gpu') or machine['cpu']}, {threads}; reads {human(limits['read_bytes_per_s']['best'], 'B/s')},"
+        f" multiplies {peaks}"
+    )
+
+
+def one_user(results: Mapping[str, Any], measure: str) -> Table:
+    """One row a contestant: tokens/s at each length with the share of the limit, and how many times the peers' it is."""
+    cells = [c for c in results["contestants"][0]["cells"] if c["users"] == 1 and c["measure"] == measure]
+    table = _table()
+    for cell in cells:
+        length = cell["length"]
+        title = f"{length} tokens" if measure == "prefill" else f"behind {length}"
+        table.add_column(title, justify="right", no_wrap=True)
+    beside = max(cells, key=lambda c: c["length"]) if measure == "prefill" else cells[0]
+    for peer in _peer_systems(results):
+        table.add_column(f"x {peer}", justify="right")
+    for contestant in _measured(results):
+        row = [_figure(same(contestant, cell)) for cell in cells]
+        row += [_beside(contestant, results, peer, beside) for peer in _peer_systems(results)]
+        table.add_row(contestant["name"], *row, style="cyan" if contestant["role"] == "model" else None)
+    return table
+
+
+def many_users(results: Mapping[str, Any]) -> Table:
+    """One row a contestant and context: tokens/s of all users together, how many times those of one user that is, and
+    how long the median user waits for the first token when all ask at once."""
+    users = sorted({c["users"] for c in results["contestants"][0]["cells"]})
+    table = _table()
+    table.add_column("behind", justify="right")
+    for count in users:
+        table.add_column(f"{count} user{'s' * (count > 1)}", justify="right")
+    for contestant in _measured(results):
+        contexts = dict.fromkeys(c["length"] for c in contestant["cells"] if c["measure"] == "decode")
+        for context in contexts if contestant["role"] != "price" else ():
+            row = [_batch(contestant, context, count) for count in users]
+            table.add_row(contestant["name"], f"{context}", *row)
+    return table
+
+
+def memory(results: Mapping[str, Any]) -> Table:
+    """Weights, and what the process holds of memory once loaded and at most."""
+    table = _table()
+    columns = {
+        "weights": "weights",
+        "resident": "process",
+        "resident_peak": "at most",
+        "device": "on the GPU",
+    }
+    shown = {
+        k: v for k, v in columns.items() if any(c["memory_bytes"].get(k) for c in results["contestants"])
+    }
+    for title in shown.values():
+        table.add_column(title, justify="right")
+    for contestant in _measured(results):
+        sizes = [contestant["memory_bytes"].get(key) for key in shown]
+        table.add_row(contestant["name"], *(human(size, "B") if size else NOTHING for size in sizes))
+    return table
+
+
+def price_line(results: Mapping[str, Any]) -> str:
+    """What being a mixture costs, by quantisation."""
+    parts = []
+    for quantize, row in results["summary"]["price"].items():
+        shares = ", ".join(f"{name} {share:.2f}" for name, share in sorted(row.items()) if share)
+        parts += [f"{'not quantised' if quantize == 'none' else quantize}: {shares}"] if shares else []
+    return "\nwriting speed over that of one dense member: " + "; ".join(parts) if parts else ""
+
+
+def _title(what: str, how: str) -> str:
+    return f"\n[bold]{what}[/]: [dim]{how}[/]"
+
+
+def _table() -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("", no_wrap=True)
+    return table
+
+
+def _measured(results: Mapping[str, Any]) -> list[Contestant]:
+    return [c for c in results["contestants"] if not c["failed"]]
+
+
+def _peer_systems(results: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(c["system"] for c in _measured(results) if c["role"] == "peer"))
+
+
+def same(contestant: Contestant, cell: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """This contestant's figures for the same thing; None where it was not measured there."""
+    key = ("measure", "length", "users")
+    return next((c for c in contestant["cells"] if all(c[k] == cell[k] for k in key)), None)
+
+
+def _figure(cell: Mapping[str, Any] | None) -> str:
+    """1,234 (1,200-1,250)  45 %  0.8 ms: share and time where they are known."""
+    if cell is None or cell["tokens_per_s"]["median"] is None:
+        return NOTHING
+    found = cell["tokens_per_s"]
+    share = cell.get("mfu") if cell["measure"] == "prefill" else cell.get("mbu_now", {}).get("median")
+    text = f"{_number(found['median'])} [dim]({_number(found['min'])}-{_number(found['max'])})[/]"
+    text += f" {100 * share:3.0f} %" if share is not None else "      "
+    return text + (f" {1000 * cell['tpot_s']['median']:5.1f} ms" if "tpot_s" in cell else "")
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _beside(contestant: Contestant, results: Mapping[str, Any], system: str, cell: Mapping[str, Any]) -> str:
+    """Times the speed of the peer of this kind whose weights are the most similar in size."""
+    if contestant["role"] == "peer":
+        return ""
+    peer = nearest(contestant, [c for c in _measured(results) if c["system"] == system])
+    key = (cell["measure"], cell["length"], cell["users"])
+    times = ratio(speed(contestant, key), speed(peer, key)) if peer else None
+    return f"{times:.2f}" if times is not None else NOTHING
+
+
+def _batch(contestant: Contestant, context: int, users: int) -> str:
+    total = speed(contestant, ("decode", context, users))
+    if total is None:
+        return NOTHING
+    alone = speed(contestant, ("decode", context, 1))
+    cell = same(contestant, {"measure": "decode", "length": context, "users": users})
+    wait = cell["ttft_s"]["median"] if cell else None
+    times = f" [dim](x {total / alone:.1f})[/]" if alone and users > 1 else ""
+    return f"{_number(total)}{times}" + (f"  {_seconds(wait)}" if wait is not None else "")
+
+
+def _seconds(value: float) -> str:
+    return f"{1000 * value:.0f} ms" if value < 1 else f"{value:.1f} s"

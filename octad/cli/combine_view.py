@@ -1,0 +1,68 @@
+"""What `octad combine` and `octad quantize` show: the members beside the base, and what rounding costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from octad.report import terminal
+from octad.report.figures import human, sparkline
+
+if TYPE_CHECKING:
+    from octad.combine.preflight import Plan
+
+
+def show_plan(plan: Plan, seconds: float) -> None:
+    """The pre-flight: members beside the base, what will be written, how long it will take."""
+    table = Table(
+        title=Text(f"members beside {plan.recipe.base}"), title_justify="left", box=None, pad_edge=False
+    )
+    for column in ("expert", "kind", "ffn distance", "by layer", "attention", "norms", "embeddings", "held"):
+        table.add_column(column, no_wrap=True)
+    for report in plan.reports:
+        d = report.distances
+        ffn = d.get("ffn", [])
+        table.add_row(
+            Text(report.name),
+            report.kind,
+            _distance(ffn),
+            sparkline(ffn, max(ffn)) if ffn else "",
+            *(_distance(d.get(group)) for group in ("attention", "norms", "embeddings")),
+            {True: "exactly", False: "feed-forward only", None: "not measured"}[report.exact],
+        )
+    terminal.out.print(table)
+    for report in plan.reports:
+        for note in report.notes:
+            terminal.say(f"  {report.name}: {note}")
+    for note in plan.notes:
+        terminal.say(f"  {note}")
+    if margin := max(report.margin for report in plan.reports):
+        terminal.out.print(
+            f"  distances are from a sample of each tensor: within {margin:.1%} of the whole, 95 times in 100"
+        )
+    total, active = plan.config.num_parameters(), plan.config.num_parameters(active=True)
+    terminal.out.print(
+        f"\n{plan.config.model_type}, {plan.config.num_experts} experts, top-{plan.config.num_experts_per_tok}: "
+        f"{total / 1e6:,.1f} M parameters, {active / 1e6:,.1f} M active; "
+        f"{human(plan.output_bytes, 'B')} on disk; about {seconds:.0f} s"
+    )
+
+
+def _distance(values: Sequence[float] | None) -> str:
+    if not values:
+        return "-"
+    return f"{sum(values) / len(values):.4f}"
+
+
+def show_rounding(bits: Mapping[str, tuple[float, float]]) -> None:
+    """Bits per byte of each domain before and after weights were rounded."""
+    table = Table(title="bits per byte, held-out text", title_justify="left", box=None, pad_edge=False)
+    for column in ("text", "before", "rounded", "change"):
+        table.add_column(column, justify="left" if column == "text" else "right")
+    mean = [sum(pair[side] for pair in bits.values()) / len(bits) for side in (0, 1)]
+    for name, (before, after) in {**bits, "mean": (mean[0], mean[1])}.items():
+        table.add_row(name, f"{before:.4f}", f"{after:.4f}", f"{after / before - 1:+.2%}")
+    terminal.out.print(table)

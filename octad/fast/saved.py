@@ -1,0 +1,200 @@
+"""Quantised checkpoints: rounding a model on disk to 8 or 4 bits, tensor by tensor, and loading the result as it is.
+
+    save_quantized(source, "mixture-int4", "int4")        # any source; memory holds one weight at a time
+    model = load_quantized(QuantizedSource("mixture-int4"), torch.bfloat16)
+
+The layers' products (attention, feed-forward nets, experts) and an untied head are rounded, each kind to the bits that
+quantize.py gives it; embeddings, routers, norms and biases are copied. What is loaded has PackedLinear and PackedExperts
+in place, with the very integers and scales of the file, which optimize.py moves into native modules. A tied head is
+rounded from the embeddings on loading, as ever.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from octad.checkpoint.load import load_model, load_tokenizer
+from octad.checkpoint.names import HEAD, is_attention, is_linear, parameter_sources, tensor_plan
+from octad.checkpoint.provenance import PROVENANCE
+from octad.checkpoint.quantized import QuantizedSource, Scheme, Schemes, pack_int32, quantization_config
+from octad.checkpoint.source import TensorInfo, TensorSource
+from octad.checkpoint.writer import CheckpointWriter
+from octad.errors import RequestError
+from octad.fast.quantize import PackedExperts, PackedLinear, Precision
+from octad.kernels.packed import GROUPS, Packed, pack_raw, quantize
+from octad.model.config import ModelConfig
+from octad.model.moe import MoE
+from octad.model.transformer import DecoderLayer, Transformer
+
+CARD, COPIED = "README.md", (PROVENANCE, "generation_config.json")
+SMALLEST_GROUP = 8
+Bits = Mapping[str, tuple[float, float]]  # domain -> bits per byte before and after
+
+
+# ---- writing -------------------------------------------------------------------------------------------------
+
+
+def save_quantized(
+    source: TensorSource,
+    directory: str | os.PathLike[str],
+    name: str,
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: float = 5e9,
+    progress: Callable[[str, float], None] = lambda stage, done: None,
+) -> Path:
+    """Write the model with weights rounded to `name` ("int8", "int4"); returns the directory, which appears whole or not
+    at all. Raises RequestError for an unknown name or sizes that no group divides, OutputError as CheckpointWriter."""
+    schemes = plan_schemes(source.config, Precision.of(name), source.label)
+    tokenizer = load_tokenizer(source)
+    plan = _plan(source, schemes)
+    with CheckpointWriter(directory, plan, max_shard_bytes=max_shard_bytes, overwrite=overwrite) as writer:
+        names = list(tensor_plan(source.config))
+        for done, tensor in enumerate(names, 1):
+            _write(writer, source, tensor, schemes.of(tensor))
+            progress("quantising", done / len(names))
+        said = {"quantization_config": quantization_config(schemes)}
+        writer.add_text("config.json", json.dumps({**source.config.raw, **said}, indent=2) + "\n")
+        tokenizer.save(writer)
+        for file in COPIED:
+            if source.directory is not None and (source.directory / file).is_file():
+                writer.copy_in(source.directory / file)
+        writer.add_text(CARD, card(source, name, schemes))
+        return writer.commit()
+
+
+def plan_schemes(config: ModelConfig, precision: Precision, label: str) -> Schemes:
+    """How the weights are rounded. Raises RequestError where the layout cannot hold one."""
+    shapes = tensor_plan(config)
+    attention = {n: shape for n, shape in shapes.items() if is_attention(n)}
+    ffn = {n: shape for n, shape in shapes.items() if is_linear(n) and n not in attention}
+    head = {n: shape for n, shape in shapes.items() if n == HEAD}
+    return Schemes(
+        _scheme(precision.ffn, ffn, label),
+        _scheme(precision.attention, attention, label),
+        _scheme(precision.head, head, label) if head else None,
+    )
+
+
+def _scheme(bits: int, shapes: Mapping[str, tuple[int, ...]], label: str) -> Scheme:
+    """With the usual group, or the largest half, quarter, ... of it that divides the inputs of all these weights."""
+    group = GROUPS[bits]
+    while group >= SMALLEST_GROUP:
+        if all(inputs % group == 0 for _, inputs in shapes.values()):
+            return Scheme(bits, group)
+        group //= 2
+    name, inputs = next((n, shape[1]) for n, shape in shapes.items() if shape[1] % SMALLEST_GROUP)
+    raise RequestError(
+        f"{label}: {name} has {inputs} inputs, no multiple of {SMALLEST_GROUP}: the layout cannot hold it in groups;"
+        " run the model with --quantize instead"
+    )
+
+
+def _plan(source: TensorSource, schemes: Schemes) -> dict[str, TensorInfo]:
+    plan: dict[str, TensorInfo] = {}
+    for name, shape in tensor_plan(source.config).items():
+        if scheme := schemes.of(name):
+            plan |= {name + suffix: info for suffix, info in scheme.infos(shape).items()}
+        else:
+            plan[name] = source.info(name)
+    return plan
+
+
+def _write(writer: CheckpointWriter, source: TensorSource, name: str, scheme: Scheme | None) -> None:
+    if scheme is None:
+        writer.copy(name, source)
+        return
+    weight = source.read(name)
+    raw, scales = quantize(weight, scheme.bits, scheme.group)
+    writer.write(f"{name}_packed", pack_int32(raw, scheme.bits))
+    writer.write(f"{name}_scale", scales)
+    writer.write(f"{name}_shape", torch.tensor(weight.shape))
+
+
+# ---- the model card ------------------------------------------------------------------------------------------
+
+
+def card(source: TensorSource, name: str, schemes: Schemes, bits: Bits | None = None) -> str:
+    """README.md: what the source's says, and how this one differs; with `bits`, what that costs."""
+    old = source.directory / CARD if source.directory is not None else None
+    before = old.read_text(encoding="utf-8") if old is not None and old.is_file() else _front_matter(source)
+    return f"""{before.rstrip()}
+
+## Rounded to {schemes.ffn.bits} bits
+
+Made from `{Path(source.label).name}` with `octad quantize --to {name}`: feed-forward nets and experts in
+{schemes.ffn.bits}-bit integers, one bfloat16 scale for each {schemes.ffn.group} inputs; attention in
+{schemes.attention.bits} bits, one for each {schemes.attention.group}; a head of its own in 8; embeddings, routers and
+norms as they were. The layout is compressed-tensors' `pack-quantized` (symmetric; scales may be negative), which octad
+runs as it is. To change an expert or fit a router, change the model that this one was made from.
+{_table(bits) if bits else ""}"""
+
+
+def write_figures(directory: Path, source: TensorSource, name: str, schemes: Schemes, bits: Bits) -> None:
+    """Put what rounding costs into the card of a checkpoint that is there already."""
+    new = directory / f".{CARD}.new"
+    new.write_text(card(source, name, schemes, bits), encoding="utf-8")
+    new.replace(directory / CARD)
+
+
+def _front_matter(source: TensorSource) -> str:
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [octad, compressed-tensors]
+---
+# {Path(source.label).name}
+"""
+
+
+def _table(bits: Bits) -> str:
+    rows = [f"| {domain} | {before:.4f} | {after:.4f} |" for domain, (before, after) in bits.items()]
+    means = (sum(pair[side] for pair in bits.values()) / len(bits) for side in (0, 1))
+    rows.append("| **mean** | {:.4f} | {:.4f} |".format(*means))
+    head = ["Bits per byte of held-out text:", "", "| text | before | rounded |", "|---|---|---|"]
+    return "\n" + "\n".join([*head, *rows]) + "\n"
+
+
+# ---- loading -------------------------------------------------------------------------------------------------
+
+
+def load_quantized(
+    source: QuantizedSource, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Transformer:
+    """A Transformer in eval mode whose rounded layers are PackedLinear and PackedExperts, all else in `dtype`."""
+    sources = parameter_sources(source.config)
+    rounded = {parameter: names for parameter, names in sources.items() if source.scheme(names[0])}
+    model = load_model(source, dtype, device, leave=rounded)
+    for parameter, names in rounded.items():
+        if parameter.endswith(".weight"):  # stacked experts have none
+            _place_linear(model, parameter.removesuffix(".weight"), _packed(source, names[0], device))
+    for number, layer in enumerate(model.model.layers):
+        assert isinstance(layer, DecoderLayer)
+        if isinstance(layer.mlp, MoE):
+            at = f"model.layers.{number}.mlp.experts"
+            halves = [_packed(source, name, device) for name in sources[f"{at}.gate_up_proj"]]
+            down = [_packed(source, name, device) for name in sources[f"{at}.down_proj"]]
+            layer.mlp.experts = PackedExperts(halves[0::2], halves[1::2], down)
+    return model
+
+
+def _packed(source: QuantizedSource, name: str, device: torch.device | str) -> Packed:
+    scheme = source.scheme(name)
+    assert scheme is not None
+    raw, scales = source.integers(name)
+    packed = pack_raw(raw, scales, scheme.bits, raw.shape[1])
+    return Packed(packed.panels.to(device), packed.outputs, packed.inputs, packed.bits, packed.group)
+
+
+def _place_linear(model: nn.Module, path: str, weight: Packed) -> None:
+    """PackedLinear in the place of an nn.Linear, whose bias it takes over."""
+    parent, _, leaf = path.rpartition(".")
+    old = model.get_submodule(path)
+    assert isinstance(old, nn.Linear)
+    setattr(model.get_submodule(parent), leaf, PackedLinear(weight, old.bias))

@@ -1,0 +1,335 @@
+"""Tokenizer: text to ids and back, and chats to text, without transformers.
+
+    tokenizer = Tokenizer.from_directory("model/")           # or Tokenizer.from_gguf("model.gguf")
+    ids = tokenizer.encode("Hello", add_special_tokens=True)
+    prompt = tokenizer.encode_chat([{"role": "user", "content": "Hi"}])
+    tokenizer.save("output/")                                # transformers' AutoTokenizer loads what this writes
+
+A tokenizer is the hub's tokenizer.json plus a few facts that lie beside it: the named tokens, the chat
+template and the ids that end a generation. Text that comes from outside can contain the spelling of a control
+token; `encode` with parse_special=False reads that as plain text, and `encode_chat` does so for everything
+inside the messages.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import tokenizers
+
+from octad.checkpoint.gguf.header import GGUFHeader
+from octad.checkpoint.gguf.vocabulary import GGUFVocabulary, build_tokenizer, token_config
+from octad.checkpoint.side_files import read_json
+from octad.errors import CheckpointError
+from octad.text.chat_template import render_chat
+
+Message = Mapping[str, Any]
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_BYTE = re.compile(r"^<0x[0-9A-Fa-f]{2}>$")
+_MARK = (
+    "\ufdd0"  # a Unicode noncharacter: keeps a control token's spelling apart while a template is rendered
+)
+
+
+class TextSink(Protocol):
+    """Anything that takes named text files, such as a CheckpointWriter."""
+
+    def add_text(self, file: str, text: str) -> object:
+        """Add one file."""
+
+
+class Tokenizer:
+    """Encodes and decodes with a `tokenizers` object; `config` and `generation` are the JSON files saved
+    beside it.
+    """
+
+    def __init__(
+        self,
+        core: tokenizers.Tokenizer,
+        config: Mapping[str, Any],
+        eos_ids: Iterable[int],
+        generation: Mapping[str, Any] | None = None,
+        label: str = "tokenizer",
+    ) -> None:
+        self.core, self.label = core, label
+        self.config, self.generation = dict(config), dict(generation or {})
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(eos_ids))
+        self._mark_named_special()
+
+    # ---- making --------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> Tokenizer:
+        """Read tokenizer.json and what lies beside it. Raises CheckpointError where it is missing or damaged."""
+        directory = Path(path)
+        file = directory / "tokenizer.json"
+        if not file.is_file():
+            fix = "save it with transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+            raise CheckpointError(f"{directory}: tokenizer.json is missing; {fix}")
+        try:
+            core = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{file}: damaged: {error}") from error
+        core.no_truncation()
+        core.no_padding()
+        config = _optional(directory / "tokenizer_config.json")
+        config |= {"chat_template": _chat_template(directory, config)}
+        generation = _optional(directory / "generation_config.json")
+        ends = _end_ids(core, config, generation, _optional(directory / "config.json"))
+        return cls(core, config, ends, generation, str(path))
+
+    @classmethod
+    def from_gguf(cls, path: str | Path | GGUFHeader) -> Tokenizer:
+        """Rebuild the tokenizer inside a GGUF file (a path, or a header already read)."""
+        header = path if isinstance(path, GGUFHeader) else GGUFHeader.read(Path(path))
+        vocabulary = GGUFVocabulary.of(header)
+        return cls(
+            build_tokenizer(vocabulary),
+            token_config(vocabulary),
+            vocabulary.end_ids(),
+            label=str(header.path),
+        )
+
+    # ---- text and ids --------------------------------------------------------------------------------------
+
+    def encode(self, text: str, add_special_tokens: bool = False, *, parse_special: bool = True) -> list[int]:
+        """Ids of a text. `add_special_tokens` adds what the model wants around a text (bos).
+
+        With parse_special=False the spelling of a control token in the text is plain text, not the token.
+        """
+        core = self.core if parse_special else self._plain_core
+        ids: list[int] = core.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def encode_batch(
+        self, texts: Sequence[str], add_special_tokens: bool = False, *, parse_special: bool = True
+    ) -> list[list[int]]:
+        """`encode` of many texts, in parallel where the library's threads allow."""
+        core = self.core if parse_special else self._plain_core
+        return [e.ids for e in core.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)]
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of some ids; bytes that are no whole character become U+FFFD."""
+        text: str = self.core.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id (the model's embedding may have more rows)."""
+        return int(max(self.core.get_vocab(with_added_tokens=True).values())) + 1
+
+    @cached_property
+    def byte_lengths(self) -> list[int]:
+        """For each id, the UTF-8 bytes that it stands for in running text; their sum over a text is the text's size."""
+        tokens = {i: token for token, i in self.core.get_vocab(with_added_tokens=True).items()}
+        added = self.core.get_added_tokens_decoder()
+        byte_level = '"ByteLevel"' in json.dumps(json.loads(self.core.to_str()).get("decoder"))
+
+        def length(i: int) -> int:
+            if i in added:
+                return len(added[i].content.encode())
+            token = tokens.get(i, "")
+            if byte_level:
+                return len(token)  # one character of the byte alphabet a byte
+            return len(_BYTE.sub("x", token.replace("\u2581", " ")).encode())
+
+        return [length(i) for i in range(self.vocab_size)]
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id that begins a text, where there is one."""
+        return self._named_id("bos_token")
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id that ends a text by the tokenizer's own word (`eos_ids` are all that end a generation)."""
+        return self._named_id("eos_token")
+
+    @property
+    def pad_id(self) -> int | None:
+        """The id that fills up a batch, where there is one."""
+        return self._named_id("pad_token")
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the control tokens: what decode leaves out, and what plain text should not produce."""
+        added = self.core.get_added_tokens_decoder()
+        return frozenset(i for i, token in added.items() if token.special)
+
+    # ---- chats ---------------------------------------------------------------------------------------------
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja source, or None for a model without one."""
+        return self.config.get("chat_template") or None
+
+    def apply_chat_template(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The chat as text, as the model was trained to read it. `variables` (tools=..., enable_thinking=...)
+        reach the template.
+
+        Raises DataError for messages that are malformed or that the template refuses, CheckpointError for a
+        model without a template or with a broken one.
+        """
+        if self.chat_template is None:
+            raise CheckpointError(
+                f"{self.label}: has no chat template; give plain text, or use an instruct model as base"
+            )
+        named = {name: text for name in NAMED_TOKENS if (text := self._named_text(name)) is not None}
+        context = {**named, "tools": None, "documents": None, **variables}
+        return render_chat(
+            self.chat_template,
+            messages,
+            context | {"add_generation_prompt": add_generation_prompt},
+            self.label,
+        )
+
+    def encode_chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
+    ) -> list[int]:
+        """Ids of a chat in which only the template can produce control tokens, never the messages' own text."""
+        added = self.core.get_added_tokens_decoder()
+        special = {added[i].content: i for i in self.special_ids if added[i].content}
+        masked = {text: text[0] + _MARK + text[1:] for text in sorted(special, key=len, reverse=True)}
+        chat = [_map_strings(message, masked) for message in messages]
+        rendered = self.apply_chat_template(chat, add_generation_prompt, **variables)
+        ids: list[int] = []
+        for part in _split_at(rendered, list(masked)):
+            if part in special:
+                ids.append(special[part])
+            else:
+                ids += self.encode(_restore(part, masked), parse_special=False)
+        return ids
+
+    # ---- saving --------------------------------------------------------------------------------------------
+
+    def files(self) -> dict[str, str]:
+        """The files that transformers, vLLM and `from_directory` read, by name."""
+        config = {
+            k: v for k, v in self.config.items() if v is not None and k not in ("auto_map", "tokenizer_file")
+        }
+        named = {name: text for name in NAMED_TOKENS if (text := self._named_text(name)) is not None}
+        config |= named | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        ids = {
+            "bos_token_id": self.bos_id,
+            "eos_token_id": list(self.eos_ids) or None,
+            "pad_token_id": self.pad_id,
+        }
+        generation = self.generation | {name: value for name, value in ids.items() if value is not None}
+        return {
+            "tokenizer.json": self.core.to_str(pretty=True),
+            "tokenizer_config.json": _to_json(config),
+            "special_tokens_map.json": _to_json(named),
+            "generation_config.json": _to_json(generation),
+        }
+
+    def save(self, target: TextSink | str | Path) -> None:
+        """Write `files` into a directory, or into a writer that has `add_text(file, text)`."""
+        for name, text in self.files().items():
+            if isinstance(target, (str, Path)):
+                (Path(target) / name).write_text(text, encoding="utf-8")
+            else:
+                target.add_text(name, text)
+
+    # ---- inside --------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _plain_core(self) -> tokenizers.Tokenizer:
+        """A second tokenizer that reads control tokens' spellings as text: the switch is per object."""
+        core = tokenizers.Tokenizer.from_str(self.core.to_str())
+        core.encode_special_tokens = True
+        return core
+
+    def _named_text(self, name: str) -> str | None:
+        return _text(self.config.get(name))
+
+    def _named_id(self, name: str) -> int | None:
+        text = self._named_text(name)
+        return None if text is None else self.core.token_to_id(text)
+
+    def _mark_named_special(self) -> None:
+        """transformers makes every named token special; a tokenizer.json that forgot one is brought into
+        line.
+        """
+        added = self.core.get_added_tokens_decoder()
+        for name in NAMED_TOKENS:
+            text, token = self._named_text(name), self._named_id(name)
+            if text is not None and token is not None and not (token in added and added[token].special):
+                self.core.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False)])
+
+
+def _text(token: Any) -> str | None:
+    """A named token is a string, or an object with the string under `content`."""
+    text = token.get("content") if isinstance(token, Mapping) else token
+    return text if isinstance(text, str) else None
+
+
+def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
+    """chat_template.jinja, else tokenizer_config.json's; of several, the one named default."""
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {entry["name"]: entry["template"] for entry in template}
+        return named.get("default") or next(iter(named.values()), None)
+    return template if isinstance(template, str) else None
+
+
+def _end_ids(
+    core: tokenizers.Tokenizer,
+    config: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    model: Mapping[str, Any],
+) -> list[int]:
+    """generation_config's ends and the tokenizer's eos; config.json's where both are silent."""
+    text = _text(config.get("eos_token"))
+    own = core.token_to_id(text) if text is not None else None
+    ends = [*_id_list(generation.get("eos_token_id")), *([] if own is None else [own])]
+    return ends or _id_list(model.get("eos_token_id"))
+
+
+def _id_list(value: Any) -> list[int]:
+    if value is None:
+        return []
+    return [int(v) for v in value] if isinstance(value, list) else [int(value)]
+
+
+def _split_at(text: str, spellings: Sequence[str]) -> list[str]:
+    """The text cut before and after each spelling; empty pieces left out."""
+    if not spellings:
+        return [text]
+    return [part for part in re.split(f"({'|'.join(map(re.escape, spellings))})", text) if part]
+
+
+def _map_strings(value: Any, replacements: Mapping[str, str]) -> Any:
+    """Apply the replacements to every string inside a message, however deep (content parts, tool calls)."""
+    if isinstance(value, str):
+        for old, new in replacements.items():
+            value = value.replace(old, new)
+        return value
+    if isinstance(value, Mapping):
+        return {key: _map_strings(item, replacements) for key, item in value.items()}
+    return [_map_strings(item, replacements) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _restore(text: str, replacements: Mapping[str, str]) -> str:
+    if _MARK in text:
+        for old, new in replacements.items():
+            text = text.replace(new, old)
+    return text
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    """A JSON object; {} where there is no such file."""
+    return read_json(path) if path.is_file() else {}
+
+
+def _to_json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=2) + "\n"

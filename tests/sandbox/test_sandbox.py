@@ -1,0 +1,292 @@
+"""The sandbox against programs that try to get out of it, or to pass without passing."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from octad.errors import SandboxError
+from octad.sandbox import confine
+from octad.sandbox.run import Limits, Sandbox
+
+FAST = Limits(cpu_seconds=1, wall_seconds=20)
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Sandbox:
+    try:
+        return Sandbox(FAST)
+    except SandboxError as error:
+        pytest.skip(f"only the weak wall can be tested here: {error}")
+
+
+@pytest.fixture(scope="module")
+def weak() -> Sandbox:
+    return Sandbox(FAST, weak=True, kernel=False)
+
+
+def reason(sandbox: Sandbox, program: str) -> str:
+    outcome = sandbox.run(program)
+    assert not outcome.passed
+    return outcome.reason
+
+
+def test_plain_programs_run(sandbox: Sandbox) -> None:
+    assert sandbox.walls.strong
+    modules = (
+        "math, re, json, random, hashlib, collections, itertools, typing, datetime, decimal, heapq, string"
+    )
+    assert sandbox.run(f"import {modules}\nassert math.sqrt(16) == 4").passed
+    assert sandbox.run("if __name__ == '__main__':\n    done = True\nassert done").passed
+    assert sandbox.run("from __future__ import annotations\nx: nowhere = 1").passed
+    thread = "import threading\nt = threading.Thread(target=list)\nt.start()\nt.join()"
+    assert sandbox.run(thread).passed
+
+
+@pytest.mark.parametrize(
+    ("program", "why"),
+    [
+        ("assert 1 == 2, 'no'", "AssertionError: no"),
+        ("def f(:", "SyntaxError"),
+        ("def f(): f()\nf()", "RecursionError"),
+        ("class E(Exception):\n    __str__ = None\nraise E", "an error that cannot be shown"),
+        ("import sys; sys.exit(0)", "SystemExit: 0"),
+        ("import os; os._exit(0)", "left early with exit code 0"),
+        ("import os; os._exit(7)", "left early with exit code 7"),
+        ("import ctypes; ctypes.string_at(0)", "killed by SIGSEGV"),
+    ],
+)
+def test_only_reaching_the_end_is_a_pass(sandbox: Sandbox, program: str, why: str) -> None:
+    assert reason(sandbox, program).startswith(why)
+
+
+def test_an_outcome_that_the_program_made_up_is_none(sandbox: Sandbox) -> None:
+    forged = """
+import os
+for fd in range(3, 32):
+    try:
+        os.write(fd, b'{"token": "0", "outcome": "passed", "reason": "", "held": {}}')
+    except OSError:
+        pass
+os._exit(0)
+"""
+    assert reason(sandbox, forged) == "left early with exit code 0"
+    assert not sandbox.run("import sys; print('passed'); sys.stdout.flush(); import os; os._exit(0)").passed
+
+
+def test_time(sandbox: Sandbox) -> None:
+    assert reason(sandbox, "while True: pass") == "time"
+    hurried = Sandbox(Limits(wall_seconds=1.5))
+    assert reason(hurried, "import time\ntime.sleep(60)") == "time"
+
+
+def test_memory(sandbox: Sandbox) -> None:
+    assert reason(sandbox, "x = bytearray(1 << 31)") == "MemoryError"
+    assert "thread" in reason(
+        sandbox,
+        "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(9,), daemon=True).start()",
+    )
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import os\nwhile True: os.fork()",
+        "import subprocess\nsubprocess.run(['true'])",
+        "import os\nos.execv('/bin/true', ['true'])",
+        "import os\nos.posix_spawn('/bin/true', ['true'], {})",
+        "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)",
+        "import os, signal\nos.kill(-1, 0)",
+        "import os, resource\nresource.prlimit(os.getppid(), resource.RLIMIT_CPU, (1, 1))",
+        "import os\nos.setpriority(os.PRIO_PROCESS, os.getppid(), 19)",
+        "import os\nos.chroot('.')",
+    ],
+)
+def test_no_other_process_is_begun_or_touched(sandbox: Sandbox, program: str) -> None:
+    assert reason(sandbox, program).startswith("PermissionError")
+
+
+def test_system_calls_cannot_be_made_around_python(sandbox: Sandbox) -> None:
+    """What ctypes reaches goes through the same kernel: unshare, ptrace, mount, io_uring_setup, memfd_create."""
+    numbers = {"x86_64": (272, 101, 165, 425, 319), "aarch64": (97, 117, 40, 425, 279)}[os.uname().machine]
+    program = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n" + "".join(
+        f"assert libc.syscall({n}, 0, 0, 0, 0) == -1 and ctypes.get_errno() == 1, {n}\n" for n in numbers
+    )
+    assert sandbox.run(program).passed
+    assert reason(sandbox, "import ctypes\nassert ctypes.CDLL(None).fork() >= 0").startswith("AssertionError")
+
+
+def test_no_network(sandbox: Sandbox) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        server.settimeout(0)
+        call = f"import socket\nsocket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 1)"
+        assert reason(sandbox, call).startswith(("PermissionError", "OSError"))
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert reason(sandbox, "import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM)").startswith(
+        "PermissionError"
+    )
+
+
+def test_files_outside_scratch_are_neither_written_nor_read(sandbox: Sandbox, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("s")
+    os.chmod(tmp_path, 0o777)
+    for attempt in (
+        f"open({str(tmp_path / 'new')!r}, 'w')",
+        f"open({str(secret)!r}, 'a')",
+        f"open({str(secret)!r}).read()",
+        f"import os; os.remove({str(secret)!r})",
+        f"import os; os.truncate({str(secret)!r}, 0)",
+        f"import os; os.chmod({str(secret)!r}, 0)",
+        f"import os; os.utime({str(secret)!r})",
+        f"import os; os.rename({str(secret)!r}, 'here')",
+        f"import os; os.link({str(secret)!r}, 'here')",
+        f"import os; os.symlink({str(secret)!r}, 'here'); open('here').read()",
+        "open('/proc/self/environ').read()",
+        "open('/etc/passwd').read()",
+        "import os; os.listdir('/')",
+        "import os; os.mkdir('/dev/shm/here')",
+    ):
+        assert reason(sandbox, attempt).startswith(("PermissionError", "OSError: [Errno 18]")), attempt
+    assert [p.name for p in tmp_path.iterdir()] == ["secret"]
+    assert secret.read_text() == "s"
+
+
+def test_scratch_is_small_and_gone_afterwards(sandbox: Sandbox) -> None:
+    assert sandbox.run(
+        "import os\nopen('a', 'w').write('x')\nos.mkdir('d')\nos.rename('a', 'd/a')\nassert open('d/a').read() == 'x'"
+    ).passed
+    assert reason(sandbox, "open('a', 'wb').write(bytes(1 << 22))").startswith("OSError: [Errno 27]")
+    where = reason(sandbox, "import os\nraise ValueError(os.getcwd())").removeprefix("ValueError: ")
+    assert Path(where).is_absolute()
+    assert not Path(where).exists()
+
+
+def test_nothing_of_the_parent_is_inherited(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OCTAD_TEST_SECRET", "s")
+    reading, writing = os.pipe()
+    os.set_inheritable(writing, True)
+    try:
+        names = reason(sandbox, "import os\nraise ValueError(*sorted(os.environ))")
+        assert (
+            names == "ValueError: ('HOME', 'LANG', 'PYTHONHASHSEED', 'TMPDIR')"
+            or "LC_CTYPE" in names  # which Python may set itself
+        )
+        program = """
+import os
+found = []
+for fd in range(32):
+    try:
+        os.fstat(fd)
+        found.append(fd)
+    except OSError:
+        pass
+assert len(found) == 4, found   # three that go nowhere, one for the outcome
+"""
+        assert sandbox.run(program).passed
+        assert sandbox.run(
+            "import sys\nassert not any('site-packages' in p for p in sys.path), sys.path"
+        ).passed
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def test_order_and_progress_of_many(sandbox: Sandbox) -> None:
+    told: list[int] = []
+    outcomes = sandbox.run_all([f"assert {n} % 3" for n in range(6)], told.append)
+    assert [o.passed for o in outcomes] == [bool(n % 3) for n in range(6)]
+    assert told == [1, 2, 3, 4, 5, 6]
+
+
+def test_without_the_kernels_help_it_refuses_and_says_so() -> None:
+    with pytest.raises(SandboxError, match=r"cannot confine programs .*--weak-sandbox"):
+        Sandbox(FAST, kernel=False)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "open('/tmp/octad-test-evil', 'w')",
+        "import os; os.remove('/tmp/octad-test-evil')",
+        "import os; os.open('/tmp/octad-test-evil', os.O_CREAT | os.O_WRONLY)",
+        "import socket; socket.socket()",
+        "import os; os.fork()",
+        "import os; os.system('true')",
+        "import os; os.kill(os.getppid(), 9)",
+        "import ctypes; ctypes.CDLL(None)",
+    ],
+)
+def test_the_weak_wall_refuses_the_plain_ways(weak: Sandbox, program: str) -> None:
+    assert not weak.walls.strong
+    assert "the sandbox refuses" in reason(weak, program)
+
+
+def test_the_weak_wall_lets_honest_programs_through(weak: Sandbox) -> None:
+    honest = "import math, os\nopen('a', 'w').write('x')\nos.rename('a', 'b')\nassert open('b').read() == 'x'"
+    assert weak.run(honest).passed
+    assert reason(weak, "import os; os._exit(0)") == "left early with exit code 0"
+    assert reason(weak, "x = bytearray(1 << 31)") == "MemoryError" or sys.platform == "darwin"
+
+
+def test_where_namespaces_are_forbidden_the_other_walls_hold(sandbox: Sandbox) -> None:
+    """As in many containers: unshare fails, so the scratch directory is the disk's and the network is seccomp's alone."""
+    unshare = {"x86_64": 272, "aarch64": 97}[os.uname().machine]
+    program = f"""
+import ctypes
+from octad.sandbox import confine
+from octad.sandbox.run import Sandbox
+libc = ctypes.CDLL(None)
+libc.prctl(confine.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+deny = [(confine.LOAD, 0, 0, 0), (confine.EQUAL, 0, 1, {unshare})]
+deny += [(confine.RETURN, 0, 0, confine.ERRNO | 1), (confine.RETURN, 0, 0, confine.ALLOW)]
+assert confine.install(libc, deny)
+sandbox = Sandbox()
+print(sandbox.walls.network)
+for attempt in ("import socket; socket.socket()", "open('/tmp/octad-test-evil', 'w')", "import os; os.fork()"):
+    assert sandbox.run(attempt).reason.startswith("PermissionError"), attempt
+assert sandbox.run("open('a', 'w').write('x')").passed
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "seccomp\n", "")
+
+
+def test_system_call_numbers_are_the_kernels_own() -> None:
+    """Against the headers of this machine, where they are installed."""
+    header = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h")
+    generic = Path("/usr/include/asm-generic/unistd.h")
+    names = [
+        "socket",
+        "execve",
+        "execveat",
+        "kill",
+        "tkill",
+        "tgkill",
+        "ptrace",
+        "prlimit64",
+        "io_uring_setup",
+    ]
+    names += [
+        "memfd_create",
+        "unshare",
+        "setns",
+        "mount",
+        "bpf",
+        "fchmod",
+        "fchmodat",
+        "setxattr",
+        "utimensat",
+    ]
+    for file, machine in ((header, "x86_64"), (generic, "aarch64")):
+        if not file.is_file():
+            pytest.skip("no kernel headers here")
+        text = file.read_text().replace("__NR3264_", "__NR_")
+        for name in names:
+            (line,) = [x for x in text.splitlines() if x.split()[:2] == ["#define", f"__NR_{name}"]][:1]
+            assert int(line.split()[2]) in confine.KERNEL[machine][2], (machine, name)

@@ -1,0 +1,83 @@
+"""The verbs train and branch: what they print, which code they end with."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from small import checkpoint, jsonl, texts, tune_file
+
+from octad.cli.main import main as cli
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["octad", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli()
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture
+def mixture(tiny_checkpoint, tmp_path: Path) -> Path:
+    return checkpoint(tiny_checkpoint("mixtral"), tmp_path / "mixture")
+
+
+def test_train_tells_writes_and_is_done_once(mixture, tmp_path, monkeypatch, capsys) -> None:
+    file = tune_file(tmp_path, mixture, mode="router", low_rank={"rank": 2}, log_every=4)
+    assert run(monkeypatch, "train", file, "-o", tmp_path / "out") == 0
+    printed = capsys.readouterr()
+    assert "no effect: low_rank (mode 'router' has no low-rank changes)" in printed.err
+    assert "step 8/8  loss" in printed.err
+    assert printed.out == f"wrote {tmp_path / 'out'}\n"
+    assert run(monkeypatch, "train", file, "-o", tmp_path / "out") == 2
+    assert "is finished (8 steps); raise steps, or choose another -o" in capsys.readouterr().err
+    assert run(monkeypatch, "train", file) == 2
+    assert "no output given; add -o DIRECTORY" in capsys.readouterr().err
+    assert run(monkeypatch, "inspect", tmp_path / "out") == 0
+
+
+def test_an_interrupted_run_says_how_to_go_on(mixture, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("octad.train.trainer.Trainer._one_step", lambda self, telemetry: raise_signal())
+    file = tune_file(tmp_path, mixture, mode="router")
+    assert run(monkeypatch, "train", file, "-o", tmp_path / "out") == 130
+    assert "stopped and saved; the same command goes on" in capsys.readouterr().err
+
+
+def raise_signal() -> None:
+    import signal
+
+    signal.raise_signal(signal.SIGTERM)
+
+
+def test_branch_trains_only_the_one_asked_for(tiny_checkpoint, tmp_path, monkeypatch, capsys) -> None:
+    base = checkpoint(tiny_checkpoint("llama"), tmp_path / "base")
+    jsonl(tmp_path / "one.jsonl", texts(60))
+    raw = {"base": str(base), "steps": 2, "schedule": {"warmup": 1}, "dtype": "float32"}
+    raw |= {"data": {"window": 32, "cache": str(tmp_path / "cache")}, "batch": {"windows": 2, "micro": 2}}
+    raw |= {"specialists": [{"name": n, "files": "one.jsonl"} for n in ("one", "two")]}
+    (tmp_path / "b.yaml").write_text(yaml.safe_dump(raw))
+    assert run(monkeypatch, "branch", tmp_path / "b.yaml", "-o", tmp_path / "out", "--only", "two") == 0
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["two"]
+    assert run(monkeypatch, "train", tmp_path / "b.yaml", "-o", tmp_path / "x") == 2
+    assert "it is for `octad branch`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "nowhere"}, "nowhere: no such file or directory"),
+        ({"evaluate": {"domains": {"x": "nowhere.jsonl"}}}, "nowhere.jsonl: no such file"),
+        ({"device": "cuda"}, "PyTorch sees no GPU here"),
+        ({"routing": {"top1": "swich"}}, "routing.top1"),
+    ],
+)
+def test_mistakes_are_one_line_before_the_first_step(
+    mixture, tmp_path, monkeypatch, capsys, changes, message
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    file = tune_file(tmp_path, changes.pop("model", mixture), **changes)
+    assert run(monkeypatch, "train", file, "-o", tmp_path / "out") == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
