@@ -30,11 +30,11 @@ _OUTSIDE = ("embed_tokens", "lm_head")  # Muon is for matrices inside the layers
 def learning_rate(step: int, steps: int, spec: ScheduleSpec) -> float:
     """The factor on the top rate at a step (0 to steps - 1); reaches 1 with the last warm-up step, then falls to
     `final` at the last step."""
-    if step < spec.warmup:
-        return (step + 1) / spec.warmup
+    if step < (rise := spec.rise(steps)):
+        return (step + 1) / rise
     if spec.name == "constant":
         return 1.0
-    start = max(spec.warmup, round(steps * (1 - spec.decay))) if spec.name == "wsd" else spec.warmup
+    start = max(rise, round(steps * (1 - spec.decay))) if spec.name == "wsd" else rise
     done = min(1.0, max(0.0, (step - start) / max(1, steps - 1 - start)))
     share = 0.5 * (1 + math.cos(math.pi * done)) if spec.name == "cosine" else 1 - done
     return spec.final + (1 - spec.final) * share

@@ -132,10 +132,16 @@ class BranchConfig(RunSpec):
     retries: int = Field(default=1, ge=0)
 
     @model_validator(mode="after")
-    def _distinct(self) -> Self:
+    def _whole(self) -> Self:
         names = [s.name for s in self.specialists]
         if twice := next((n for n in names if names.count(n) > 1), None):
             raise ValueError(f"two specialists have the name {twice!r}; give each its own")
+        if short := next(
+            (s for s in self.specialists if s.steps and self.schedule.rise(s.steps) > s.steps), None
+        ):
+            raise ValueError(
+                f"schedule.warmup {self.schedule.warmup} is more than steps {short.steps} of {short.name}"
+            )
         return self
 
     def unused_keys(self, ray: bool = False) -> Iterator[str]:

@@ -76,13 +76,17 @@ class OptimizerSpec(Section):
 
 
 class ScheduleSpec(Section):
-    """Learning rate over the steps: `warmup` steps up, then down to `final` of the top. wsd: warm-up, stable, then a
-    linear decay over the last `decay` of all steps."""
+    """Learning rate over the steps: `warmup` steps up (where not said 10, of a short run at most half), then down to
+    `final` of the top. wsd: warm-up, stable, then a linear decay over the last `decay` of all steps."""
 
     name: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    warmup: int = Field(default=10, ge=0)
+    warmup: int | None = Field(default=None, ge=0)
     final: float = Field(default=0.1, ge=0, le=1)
     decay: float = Field(default=0.2, gt=0, le=1)
+
+    def rise(self, steps: int) -> int:
+        """Steps of warm-up in a run of `steps`."""
+        return min(10, steps // 2) if self.warmup is None else self.warmup
 
 
 class RoutingSpec(Section):
@@ -166,8 +170,8 @@ class RunSpec(Section):
             raise ValueError(
                 f"batch.windows {self.batch.windows} is no multiple of batch.micro {self.batch.micro}"
             )
-        if self.schedule.warmup > self.steps:
-            raise ValueError(f"schedule.warmup {self.schedule.warmup} is more than steps {self.steps}")
+        if (rise := self.schedule.rise(self.steps)) > self.steps:
+            raise ValueError(f"schedule.warmup {rise} is more than steps {self.steps}")
         return self
 
     def resolve(self, reference: str) -> str:

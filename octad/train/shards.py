@@ -4,8 +4,9 @@
     shard.tokens[shard.starts[3] : shard.starts[4]]            # the fourth document, end-of-text included
 
 A shard is a directory named by a digest of everything that decides its contents: the files' bytes, the tokenizer, the
-field. It appears whole or not at all, so that an interrupted run or a second one beside it does no harm. In a chat only
-what the assistant says (and the token that ends it) is learnt; elsewhere everything is.
+field. It appears whole or not at all, so that an interrupted run or a second one beside it does no harm; it is read whole
+once when it is opened, against the digests that it was written with, and made again where they differ: damaged ids are
+never trained on. In a chat only what the assistant says (and the token that ends it) is learnt; elsewhere everything is.
 
 Shapes: T tokens, N documents.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ from octad.staging import StagedDirectory, explained
 from octad.text.corpus import Documents, open_documents
 from octad.text.tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT, DIGESTS = 1, "digests.json"
 BATCH = 256  # documents tokenised at a time, in the library's threads
 
 
@@ -53,10 +55,28 @@ def open_shard(
     """The tokens of some files, from the cache or made now. Raises DataError for unusable files."""
     opened = [open_documents(file) for file in files]
     directory = cache.expanduser() / _key(opened, tokenizer, field, append_eos)
-    if not (directory / "starts.npy").is_file():
+    if (found := _intact(directory)) is None:
         _build(directory, opened, tokenizer, field, append_eos)
-    load = {p.stem: np.load(p, mmap_mode="r") for p in directory.glob("*.npy")}
-    return Shard(", ".join(str(f) for f in files), load["tokens"], load.get("learn"), load["starts"])
+        if (found := _intact(directory)) is None:
+            raise OutputError(f"{directory}: is not read as it was written; give another data.cache")
+    return Shard(", ".join(str(f) for f in files), found["tokens"], found.get("learn"), found["starts"])
+
+
+def _intact(directory: Path) -> dict[str, npt.NDArray[Any]] | None:
+    """The arrays of a shard; None where there is none, or one that is damaged, which is removed."""
+    try:
+        digests = dict(json.loads((directory / DIGESTS).read_text()))
+        if {"tokens", "starts"} <= digests.keys() and digests == {n: _digest(directory, n) for n in digests}:
+            return {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in digests}
+    except (OSError, ValueError, TypeError):
+        pass
+    shutil.rmtree(directory, ignore_errors=True)
+    return None
+
+
+def _digest(directory: Path, name: str) -> str:
+    with (directory / f"{name}.npy").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
@@ -91,9 +111,11 @@ def _build(
         with StagedDirectory(directory) as stage, explained(directory):
             for name, values in arrays.items():
                 np.save(stage.path / f"{name}.npy", values)
+            digests = {name: _digest(stage.path, name) for name in arrays}
+            (stage.path / DIGESTS).write_text(json.dumps(digests))
             stage.commit()
     except OutputError:
-        if not (directory / "starts.npy").is_file():  # else somebody else made it in the meantime
+        if not (directory / DIGESTS).is_file():  # else somebody else made it in the meantime
             raise
 
 

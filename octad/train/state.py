@@ -24,10 +24,11 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
@@ -36,6 +37,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from octad.checkpoint.config_file import one_line
 from octad.dist import World
 from octad.errors import CheckpointError, OutputError
 from octad.staging import StagedDirectory, explained, space
@@ -47,6 +49,24 @@ FREE = (
     "evaluate", "save", "log_every", "device", "compile", "spike", "data.cache", "retries", "specialists", "parallel",
     "ray",
 )  # fmt: skip
+
+
+class _Position(BaseModel):
+    taken: dict[str, Annotated[int, Field(ge=0)]]
+
+
+class Facts(BaseModel):
+    """What a state says besides its tensors; `data` is Stream.state_dict's, the rest is compared alone."""
+
+    model_config = ConfigDict(strict=True)
+    step: int = Field(ge=0)
+    format: int
+    files: dict[str, int]
+    config: dict[str, Any]
+    identity: dict[str, Any]
+    data: _Position
+    mean_loss: float
+    ranks: int
 
 
 class Saver:
@@ -117,14 +137,19 @@ def latest_state(run: Path) -> Path | None:
 def load_facts(state: Path) -> dict[str, Any]:
     """What is not a tensor, after a look at the files. Raises CheckpointError where it is damaged."""
     try:
-        facts = dict(json.loads((state / FACTS).read_text(encoding="utf-8")))
-        if facts.get("format") != FORMAT:
-            raise ValueError(f"format {facts.get('format')!r}, this octad reads {FORMAT}")
-        for name, size in facts["files"].items():
+        raw = json.loads((state / FACTS).read_text(encoding="utf-8"))
+        if isinstance(raw, dict) and raw.get("format") != FORMAT:
+            raise ValueError(f"format {raw.get('format')!r}, this octad reads {FORMAT}")
+        facts = Facts.model_validate(raw)
+        if state.name != f"step-{facts.step:08}":
+            raise ValueError(f"it says that it is of step {facts.step}")
+        for name, size in facts.files.items():
             if (state / name).stat().st_size != size:
                 raise ValueError(f"{name} has not the {size:,} bytes that it was written with")
-        return facts
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return facts.model_dump()
+    except ValidationError as error:
+        raise _damaged(state, ValueError(f"{FACTS}: {one_line(error, Facts)}")) from None
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(state, error) from None
 
 

@@ -259,7 +259,7 @@ class Trainer:
         load_tensors(state, targets, self.world)
         self.optimizer.load_state_tensors(targets)
         self.stream.load_state_dict(facts["data"])
-        self.step, self.mean_loss = int(facts["step"]), float(facts["mean_loss"])
+        self.step, self.mean_loss = facts["step"], facts["mean_loss"]
         self._restore_random(random)
         self.echo(f"resuming {self.run} after step {self.step}")
         if changed:

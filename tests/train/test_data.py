@@ -73,6 +73,26 @@ def test_shard_is_made_once_and_anew_for_other_bytes(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == len(made) + 1
 
 
+@pytest.mark.parametrize("damage", ["bit", "cut", "gone", "digests", "nonsense"])
+def test_a_damaged_shard_is_made_again(tmp_path: Path, damage: str) -> None:
+    whole = shard(tmp_path, "one", append_eos=False)
+    tokens, file = whole.tokens.copy(), Path(str(whole.tokens.filename))
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 16
+    if damage == "digests":
+        (file.parent / "digests.json").unlink()
+    elif damage == "nonsense":
+        (file.parent / "digests.json").write_text("[1, 2]")
+    elif damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(data if damage == "bit" else data[:-4])
+    again = shard(tmp_path, "one", append_eos=False)
+    assert (again.tokens == tokens).all()
+    assert shard(tmp_path, "one", append_eos=False).tokens.tolist() == tokens.tolist()
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
 def test_chat_learns_the_answers_only() -> None:
     chat = [
         {"role": "user", "content": "hi"},

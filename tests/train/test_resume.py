@@ -1,5 +1,7 @@
 """Nothing is lost: a run killed at any moment, within a save too, ends with the bits of one that never was."""
 
+import json
+import math
 import os
 import random
 import signal
@@ -181,9 +183,33 @@ def test_asynchronous_runs_end_with_the_same_bits(mixture, tmp_path: Path) -> No
     same_bits(tmp_path / "behind", tmp_path / "at-once")
 
 
+ODD: dict[str, Any] = {"config": {}, "identity": {}, "data": {"taken": {}}, "mean_loss": math.nan, "ranks": 1}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": "3"}, {"step": 10**40}, {"step": 4}, {"step": None}, {"step": -3}, {"files": []}, {"files": {"a\0": 1}},
+        {"files": {"a" * 5000: 1}}, {"files": {"state.safetensors": "1"}}, {"data": {"taken": {"one": -1}}}, {"data": []},
+        {"mean_loss": "much"}, {"config": None}, {"identity": 7}, {"format": 1}, {"\ud800": 1, "ranks": "\ud800"},
+    ],
+)  # fmt: skip
+def test_an_odd_state_is_one_line(tmp_path: Path, changes: dict[str, Any]) -> None:
+    Saver(tmp_path, World(), keep=2, asynchronous=False).save(3, {"a": torch.arange(4.0)}, ODD)
+    file = tmp_path / "states" / "step-00000003" / "state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(CheckpointError, match="step-00000003: damaged") as caught:
+        load_facts(file.parent)
+    assert "\n" not in str(caught.value)
+    for text in ("[]", "7", "[" * 100_000, "\0", '{"step": 3'):
+        file.write_text(text)
+        with pytest.raises(CheckpointError, match="step-00000003: damaged"):
+            load_facts(file.parent)
+
+
 def test_a_damaged_state_is_one_line(tmp_path: Path) -> None:
     saver = Saver(tmp_path, World(), keep=2, asynchronous=False)
-    saver.save(3, {"a": torch.arange(4.0), "n": torch.tensor(2.0)}, {"x": 1})
+    saver.save(3, {"a": torch.arange(4.0), "n": torch.tensor(2.0)}, ODD)
     found = latest_state(tmp_path)
     assert saved_names(found) == {"a", "n"}
     assert load_facts(found)["step"] == 3

