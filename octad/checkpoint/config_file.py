@@ -1,30 +1,71 @@
 """YAML files that people write: read once and complained of once, here, whatever they describe. Imports no torch.
 
-raw = read_mapping(Path("recipe.yaml"), "recipe recipe.yaml", "base and experts")     # RecipeError in one line
-parse_yaml(text)                                                                       # yaml.YAMLError
-one_line(error, Recipe)                       # of pydantic's: "unknown key 'router.metod'; did you mean 'method'?"
+class Recipe(ConfigFile): ...                                                  # and its parts: Section
+raw = read_mapping(path, "recipe recipe.yaml", "base and experts")             # RecipeError in one line
+Recipe.from_dict(raw, path.parent, "recipe recipe.yaml")          # "unknown key 'router.metod'; did you mean 'method'?"
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from octad.errors import RecipeError
 
+_ORDER = {"extra_forbidden": 0, "missing": 2}  # which of several problems is told; the others are 1
 # how pydantic calls the members of a union, in the place of a problem
 _KINDS = ("bool", "constrained-int", "constrained-float", "literal['auto']")
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+StringList = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_list)]
 
 
 class Section(BaseModel):
     """A part of a file: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def checked(cls, raw: Mapping[str, Any], label: str) -> Self:
+        """Plain data as this section. Raises RecipeError: one line that begins with `label`."""
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            raise RecipeError(f"{label}: {one_line(error, cls)}") from None
+
+
+class ConfigFile(Section):
+    """A whole file. `directory` is where it lies, which its paths are relative to; it is not a key."""
+
+    directory: Path = Field(default=Path(), exclude=True)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], directory: Path, label: str = "") -> Self:
+        """Plain data as this file. Raises RecipeError with one line for whatever is wrong."""
+        label = label or cls.__name__.lower()
+        if "directory" in raw:
+            raise RecipeError(f"{label}: unknown key 'directory'; paths are relative to the file's own")
+        return cls.checked({**raw, "directory": directory}, label)
+
+    def resolve(self, reference: str) -> str:
+        """A reference as the user wrote it, made a path where a file of that name exists beside this one."""
+        beside = self.directory / Path(reference).expanduser()
+        return str(beside) if beside.exists() else reference
+
+
+def distinct(kind: str, names: Sequence[str]) -> None:
+    """Raises ValueError, for a validator to raise, where two of a list have the same name."""
+    if twice := next((n for n in names if names.count(n) > 1), None):
+        raise ValueError(f"two {kind} have the name {twice!r}; give each its own")
 
 
 class _OnceLoader(yaml.SafeLoader):
@@ -63,8 +104,9 @@ def read_mapping(path: Path, label: str, expected: str) -> dict[str, Any]:
 
 
 def one_line(error: ValidationError, kind: type[BaseModel]) -> str:
-    """The first problem with a file of this kind, in the words of the file; `directory` is a field, but no key."""
-    problem = error.errors()[0]
+    """The gravest problem with a file of this kind, in the words of the file: a key that does not exist before whatever
+    else, and one that is missing (it may be the misspelt one) last. `directory` is a field, but no key."""
+    problem = min(error.errors(), key=lambda e: _ORDER.get(e["type"], 1))
     where = [str(part) for part in problem["loc"] if part not in _KINDS]
     if problem["type"] == "extra_forbidden":
         keys = [key for key in _section(kind, problem["loc"][:-1]).model_fields if key != "directory"]

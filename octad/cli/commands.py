@@ -67,7 +67,7 @@ def edit(
         if verb == "remove":
             path = room.remove_expert(mixture, name, output, base=base, **hear)
         else:
-            spec = ExpertSpec.checked(name, str(model), tuple(data))
+            spec = ExpertSpec.of(name, str(model), tuple(data))
             if verb == "add":
                 path = room.add_expert(mixture, spec, output, base=base, **hear)
             else:

@@ -228,7 +228,7 @@ def _new_recipe(old: EditableMixture, slots: Slots, spec: ExpertSpec | None) -> 
     specs = [spec if s is None else old.recipe.experts[s] for s in slots]
     experts = [s.model_dump(mode="json", exclude_defaults=True) for s in specs if s is not None]
     return Recipe.from_dict(
-        recipe_record(old.recipe) | {"experts": experts}, Path(), label=str(old.directory)
+        recipe_record(old.recipe) | {"experts": experts}, Path(), f"recipe {old.directory}"
     )
 
 

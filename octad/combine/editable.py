@@ -49,7 +49,7 @@ class EditableMixture:
             raise CheckpointError(
                 f"{directory}: has no {PROVENANCE}; only a mixture made by `octad combine` can be changed"
             )
-        recipe = Recipe.from_dict(provenance.recipe, Path(), label=str(directory / PROVENANCE))
+        recipe = Recipe.from_dict(provenance.recipe, Path(), f"recipe {directory / PROVENANCE}")
         if provenance.names != [spec.name for spec in recipe.experts]:
             raise CheckpointError(
                 f"{directory / PROVENANCE}: names {len(provenance.experts)} experts, its recipe "

@@ -17,22 +17,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from octad.checkpoint.config_file import Section, one_line, read_mapping
+from octad.checkpoint.config_file import ConfigFile, Section, StringList, distinct, read_mapping
 from octad.checkpoint.provenance import TAKEN
 from octad.errors import RecipeError
 
 RouterMethod = Literal["ridge", "logistic", "prompts", "random"]
 SharedMethod = Literal["base", "mean", "linear", "ties", "dare"]
 MAX_EXPERTS = 64
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-StringList = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_list)]
 
 
 class ExpertSpec(Section):
@@ -46,12 +39,9 @@ class ExpertSpec(Section):
     negative_prompts: StringList = ()
 
     @classmethod
-    def checked(cls, name: str, model: str, data: tuple[str, ...] = ()) -> ExpertSpec:
+    def of(cls, name: str, model: str, data: tuple[str, ...] = ()) -> ExpertSpec:
         """A member given outside a recipe. Raises RecipeError."""
-        try:
-            return cls(name=name, model=model, data=data)
-        except ValidationError as error:
-            raise RecipeError(f"expert {name!r}: {one_line(error, cls)}") from None
+        return cls.checked({"name": name, "model": model, "data": data}, f"expert {name!r}")
 
 
 class RouterSpec(Section):
@@ -76,8 +66,8 @@ class SharedSpec(Section):
     seed: int = 0
 
 
-class Recipe(Section):
-    """A whole recipe. `directory` is where the file lies; it is not a key."""
+class Recipe(ConfigFile):
+    """A whole recipe."""
 
     base: str = Field(min_length=1)
     top_k: int = Field(default=2, ge=1)
@@ -87,15 +77,13 @@ class Recipe(Section):
         SharedSpec()
     )
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    directory: Path = Field(default=Path(), exclude=True)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         names = [e.name for e in self.experts]
         if not 2 <= len(names) <= MAX_EXPERTS:
             raise ValueError(f"experts: a mixture has 2 to {MAX_EXPERTS}, found {len(names)}")
-        if twice := next((n for n in names if names.count(n) > 1), None):
-            raise ValueError(f"two experts have the name {twice!r}; give each its own")
+        distinct("experts", names)
         if self.top_k > len(names):
             raise ValueError(f"top_k is {self.top_k}, but there are only {len(names)} experts")
         if self.router.method == "prompts" and (
@@ -117,24 +105,7 @@ class Recipe(Section):
         """Read a recipe file. Raises RecipeError with one line for whatever is wrong."""
         path = Path(path)
         raw = read_mapping(path, f"recipe {path}", "base and experts")
-        return cls.from_dict(raw, directory=path.parent, label=str(path))
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any], directory: Path, label: str = "recipe") -> Recipe:
-        """Check a recipe given as plain data. Raises RecipeError."""
-        if "directory" in raw:
-            raise RecipeError(
-                f"recipe {label}: unknown key 'directory'; paths are relative to the recipe's own"
-            )
-        try:
-            return cls.model_validate(raw | {"directory": directory})
-        except ValidationError as error:
-            raise RecipeError(f"recipe {label}: {one_line(error, cls)}") from None
-
-    def resolve(self, reference: str) -> str:
-        """A reference as the user wrote it, made a path where a file of that name exists beside the recipe."""
-        beside = self.directory / Path(reference).expanduser()
-        return str(beside) if beside.exists() else reference
+        return cls.from_dict(raw, path.parent, f"recipe {path}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that from_dict reads back; defaults are left out."""

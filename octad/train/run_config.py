@@ -18,11 +18,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from octad.checkpoint.config_file import Section, one_line, read_mapping
+from octad.checkpoint.config_file import Section, StringList, distinct, read_mapping
 from octad.errors import RecipeError
 from octad.train.sections import (
     DataSpec,
@@ -32,7 +32,6 @@ from octad.train.sections import (
     RoutingSpec,
     RunSpec,
     SourceSpec,
-    StringList,
 )
 
 TuneMode = Literal["router", "repair", "all"]
@@ -133,9 +132,7 @@ class BranchConfig(RunSpec):
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        names = [s.name for s in self.specialists]
-        if twice := next((n for n in names if names.count(n) > 1), None):
-            raise ValueError(f"two specialists have the name {twice!r}; give each its own")
+        distinct("specialists", [s.name for s in self.specialists])
         if short := next(
             (s for s in self.specialists if s.steps and self.schedule.rise(s.steps) > s.steps), None
         ):
@@ -164,7 +161,6 @@ class BranchConfig(RunSpec):
         return self.evaluate.model_copy(update={"domains": self.evaluate.domains | own})
 
 
-T = TypeVar("T", bound=RunSpec)
 TrainConfig = TuneConfig | PretrainConfig
 TASKS: dict[str, type[TuneConfig] | type[PretrainConfig]] = {"tune": TuneConfig, "pretrain": PretrainConfig}
 
@@ -176,25 +172,16 @@ def load_config(path: str | Path) -> TrainConfig:
         raise RecipeError(f"{path}: has specialists: it is for `octad branch`")
     if (kind := TASKS.get(str(raw.get("task")))) is None:
         raise RecipeError(f"{path}: task must be tune or pretrain, found {raw.get('task')!r}")
-    return _checked(kind, raw, Path(path))
+    return kind.from_dict(raw, Path(path).parent, str(path))
 
 
 def load_branch(path: str | Path) -> BranchConfig:
     """A file for `octad branch`. Raises RecipeError with one line for whatever is wrong."""
-    return _checked(BranchConfig, _read(Path(path)), Path(path))
+    return BranchConfig.from_dict(_read(Path(path)), Path(path).parent, str(path))
 
 
 def _read(path: Path) -> dict[str, Any]:
     return read_mapping(path, str(path), "data and steps")
-
-
-def _checked(kind: type[T], raw: dict[str, Any], path: Path) -> T:
-    if "directory" in raw:
-        raise RecipeError(f"{path}: unknown key 'directory'; paths are relative to the file's own")
-    try:
-        return kind.model_validate(raw | {"directory": path.parent})
-    except ValidationError as error:
-        raise RecipeError(f"{path}: {one_line(error, kind)}") from None
 
 
 def _unused_common(config: RunSpec) -> Iterator[str]:

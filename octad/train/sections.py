@@ -7,21 +7,13 @@ Each field is a key of the YAML file; config.py puts them together into tasks an
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from octad.checkpoint.config_file import Section
+from octad.checkpoint.config_file import ConfigFile, Section, StringList, distinct
 
 Dtype = Literal["auto", "bfloat16", "float32"]
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-StringList = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 
 
 class SourceSpec(Section):
@@ -46,9 +38,7 @@ class DataSpec(Section):
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
-        names = [source.name for source in self.sources]
-        if twice := next((n for n in names if names.count(n) > 1), None):
-            raise ValueError(f"two sources have the name {twice!r}; give each its own")
+        distinct("sources", [source.name for source in self.sources])
         return self
 
 
@@ -145,7 +135,7 @@ class ParallelSpec(Section):
     expert: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
 
 
-class RunSpec(Section):
+class RunSpec(ConfigFile):
     """What every task has. `spike`: stop where a step's loss is this many times the running mean (0: never). `compile`:
     torch.compile for the small operations; auto: on GPUs, where the run is long enough and it can be done."""
 
@@ -162,7 +152,6 @@ class RunSpec(Section):
     compile: Literal["auto", True, False] = "auto"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     spike: float = Field(default=3.0, ge=0)
-    directory: Path = Field(default=Path(), exclude=True)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -173,11 +162,6 @@ class RunSpec(Section):
         if (rise := self.schedule.rise(self.steps)) > self.steps:
             raise ValueError(f"schedule.warmup {rise} is more than steps {self.steps}")
         return self
-
-    def resolve(self, reference: str) -> str:
-        """A reference as the user wrote it, made a path where a file of that name exists beside the config."""
-        beside = self.directory / Path(reference).expanduser()
-        return str(beside) if beside.exists() else reference
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, every default spelt out; what two runs are compared by."""

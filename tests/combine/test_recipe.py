@@ -49,6 +49,10 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
         {"experts": [FIRST, SECOND | {"modle": "x"}]},
         ["unknown key 'experts.1.modle'", "did you mean 'model'"],
     ),
+    (
+        {"experts": [FIRST, {"name": "x", "modle": "d"}]},
+        ["unknown key 'experts.1.modle'", "did you mean 'model'"],
+    ),
     ({"experts": [FIRST, {"name": "x", "data": "d"}]}, ["key 'experts.1.model' is missing"]),
     ({"experts": [FIRST, {"name": "x", "model": "y"}]}, ["'logistic' needs data", "missing for x"]),
     ({"experts": [FIRST, SECOND | {"weight": -1}]}, ["experts.1.weight", "found -1"]),

@@ -76,7 +76,11 @@ def test_answers_may_be_numbers_or_lists(tmp_path: Path) -> None:
         ({"examples": [CHOICE | {"answer": "4"}]}, "example 1: answer '4' is none of the choices"),
         ({"examples": [CHOICE | {"choices": ["2"]}]}, "example 1.choices: "),
         ({"examples": [CHOICE | {"choices": ["2", ""]}]}, "example 1: choices: one of them is empty"),
-        ({"examples": [CHOICE], "shots": 3}, "shots: Extra inputs are not permitted"),
+        (
+            {"examples": [CHOICE], "shots": 3},
+            "unknown key 'shots'; known keys: name, kind, examples, template",
+        ),
+        ({"examples": [CHOICE], "seperator": "?"}, "unknown key 'seperator'; did you mean 'separator'"),
         ({"examples": [CHOICE], "template": "Q:"}, "template: has no {question}"),
         ({"kind": "code", "examples": [CHOICE]}, "example 1.task_id: Field required"),
         ({"kind": "code", "examples": [CODE], "samples": 0}, "samples: "),

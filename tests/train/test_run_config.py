@@ -21,7 +21,12 @@ def write(path: Path, value: object) -> Path:
     ("change", "message"),
     [
         ({"optimiser": {}}, "unknown key 'optimiser'; did you mean 'optimizer'"),
-        ({"data": {"sources": [{"name": "a", "file": "x"}]}}, "files"),
+        (
+            {"data": {"sources": [{"name": "a", "file": "x"}]}},
+            "unknown key 'data.sources.0.file'; did you mean 'files'",
+        ),
+        ({"data": {"source": []}, "steps": 0}, "unknown key 'data.source'; did you mean 'sources'"),
+        ({"data": {}, "steps": 0}, "steps: .*found 0"),
         ({"data": {"sources": [{"name": "a", "files": "x", "wieght": 1}]}}, "did you mean 'weight'"),
         ({"optimizer": {"warmup": 1}}, "unknown key 'optimizer.warmup'; known keys: name, lr"),
         ({"task": "tuen"}, "task must be tune or pretrain, found 'tuen'"),

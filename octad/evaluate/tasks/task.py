@@ -35,7 +35,7 @@ from pydantic import (
     model_validator,
 )
 
-from octad.checkpoint.config_file import parse_yaml
+from octad.checkpoint.config_file import Section, one_line, parse_yaml
 from octad.errors import DataError
 
 SUFFIXES = (".yaml", ".yml", ".jsonl", ".jsonl.gz")
@@ -123,10 +123,9 @@ class Passage(Example):
     group: str = ""
 
 
-class Settings(BaseModel):
-    """What all tasks have. An unknown key is an error."""
+class Settings(Section):
+    """What all tasks have."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     name: str = Field(min_length=1)
 
 
@@ -235,7 +234,7 @@ def _checked(file: Path, raw: dict[str, Any]) -> Task:
     try:
         return TypeAdapter(KINDS[kind]).validate_python(raw | {"kind": kind})  # type: ignore[no-any-return]
     except ValidationError as error:
-        raise DataError(f"{file}: {_one_line(error)}") from None
+        raise DataError(f"{file}: {_one_line(error, KINDS[kind])}") from None
 
 
 def _kind_of(example: Any) -> str:
@@ -245,9 +244,11 @@ def _kind_of(example: Any) -> str:
     )
 
 
-def _one_line(error: ValidationError) -> str:
-    """The first mistake: where, and what. Examples are counted from 1."""
+def _one_line(error: ValidationError, kind: type[Settings]) -> str:
+    """An unknown key, or the first mistake: where, and what. Examples are counted from 1."""
     first = error.errors()[0]
+    if any(e["type"] == "extra_forbidden" for e in error.errors()):
+        return one_line(error, kind)
     place = list(first["loc"])
     if len(place) > 1 and place[0] == "examples" and isinstance(place[1], int):
         place[:2] = [f"example {place[1] + 1}"]
