@@ -474,12 +474,10 @@ def test_in_a_process_of_its_own(world: World, mixture: Path, tmp_path: Path) ->
 
 
 def test_a_bug_keeps_its_traceback(octad: Octad, monkeypatch: pytest.MonkeyPatch, world: World) -> None:
-    from octad.cli import commands
-
     def broken(*args: object, **kwargs: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(commands, "inspect", broken)
+    monkeypatch.setattr("octad.checkpoint.load.open_source", broken)
     with pytest.raises(ZeroDivisionError):
         octad("inspect", world.base)
 
@@ -496,12 +494,10 @@ def test_a_bar_shows_only_work_that_succeeds(capsys: pytest.CaptureFixture[str])
 
 
 def test_an_interruption(octad: Octad, monkeypatch: pytest.MonkeyPatch, world: World) -> None:
-    from octad.cli import commands
-
     def stopped(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "inspect", stopped)
+    monkeypatch.setattr("octad.checkpoint.load.open_source", stopped)
     code, _, err = octad("inspect", world.base)
     assert code == 130
     assert err.startswith("octad: interrupted")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from octad.cli import commands
+from octad.cli import answering, combining
 from octad.cli import judge as commands_evaluate
 from octad.report import terminal
 
@@ -29,7 +29,7 @@ def run(output: Path) -> None:
 
     started = time.monotonic()
     heading("1. eight models, one mixture")
-    commands.combine(HERE / "recipe.yaml", output, dry_run=False, overwrite=True, shard_bytes=5e9)
+    combining.combine(HERE / "recipe.yaml", output, overwrite=True)
     heading("2. is it better than its parts?")
     report = output.with_name(f"{output.name}-report")
     commands_evaluate.evaluate(
@@ -39,7 +39,7 @@ def run(output: Path) -> None:
         f"({TOKENS} tokens a domain: a quick look; the last lines below say how to judge on more)"
     )
     heading("3. what it writes, each word in the colour of its main expert")
-    llm = commands.open_llm(str(output))
+    llm = answering.open_llm(str(output))
     terminal.out.print(speakers.legend(llm.expert_names))
     for title, prompt, temperature in SAMPLES:
         terminal.out.print(f"\n[bold]{title}[/]")

@@ -5,6 +5,7 @@ Results go to stdout, progress to stderr; without a terminal there is no colour 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,6 +51,17 @@ def progress_bar(*, quiet: bool = False) -> Iterator[Callable[[str, float], None
 def say(line: str) -> None:
     """One line on stdout as it is: names and paths may hold brackets, and be longer than the terminal is wide."""
     out.print(line, markup=False, soft_wrap=True)
+
+
+def tell(line: str) -> None:
+    """One line of a run's report on stderr, as it is; of torchrun's processes only the first speaks."""
+    if leads():
+        err.print(line, markup=False, soft_wrap=True)
+
+
+def leads() -> bool:
+    """False in all of torchrun's processes but the first, which speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def speaker_style(speaker: int | None) -> str:

@@ -18,7 +18,7 @@ from tiny_chat import NAMES, llm, mixture, untaught
 
 from octad.chat import pipe
 from octad.chat.pipe import messages
-from octad.cli import commands
+from octad.cli import answering
 from octad.cli.main import main as cli
 from octad.engine.llm import LLM
 from octad.engine.params import SamplingParams
@@ -123,10 +123,9 @@ def test_a_terminal_needs_prompt_toolkit(mixture: Path, monkeypatch: pytest.Monk
     """Said before anything is read; a pipe does without."""
     monkeypatch.setattr(pipe, "is_terminal", lambda: True)
     monkeypatch.setattr(terminal, "out", Console(force_terminal=True))
-    monkeypatch.setattr(commands, "find_spec", lambda name: None)
-    choices = {"system": None, "load": None, "quantize": None, "only": None}
+    monkeypatch.setattr(answering, "find_spec", lambda name: None)
     with pytest.raises(RequestError, match=r"prompt_toolkit: pip install octad\[chat\]"):
-        commands.chat(str(mixture / "nowhere"), SamplingParams(), **choices)
+        answering.chat(str(mixture / "nowhere"))
 
 
 def test_joined_lines() -> None:

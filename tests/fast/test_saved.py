@@ -18,7 +18,7 @@ from octad.checkpoint.inspect import inspect
 from octad.checkpoint.load import load_model, open_source
 from octad.checkpoint.names import is_linear, tensor_plan
 from octad.checkpoint.quantized import ATTENTION_TARGET, QuantizedSource, Scheme, pack_int32, unpack_int32
-from octad.cli import commands
+from octad.cli.combining import quantize as quantize_verb
 from octad.errors import CheckpointError, OctadError, OutputError, RequestError
 from octad.evaluate.heldout import read_texts
 from octad.evaluate.nats import bits_per_byte, window_nats
@@ -369,7 +369,7 @@ def test_the_command_tells_what_rounding_costs(original: Any, capsys: pytest.Cap
     data.write_text(yaml.safe_dump({"domains": {d: f"{d}.txt" for d in texts}}))
     (path / "octad.json").write_text(json.dumps({"experts": [{"name": n} for n in ("a", "b", "c")]}))
     output = path.with_name("out")
-    commands.quantize(str(path), output, "int4", data, 200, 64, overwrite=False, max_shard_bytes=5e9)
+    quantize_verb(str(path), output, "int4", data, 200, 64)
     source = open_source(path)
     windows = read_texts(
         source, {d: [path.parent / f"{d}.txt"] for d in texts}, tokens=200, window=64
@@ -390,5 +390,5 @@ def test_the_command_refuses_before_it_works(original: Any) -> None:
     path = original("llama")
     for output, to, match in ((None, "int8", "add -o"), (path.with_name("o"), "int5", "allowed: int8, int4")):
         with pytest.raises(OctadError, match=match):
-            commands.quantize(str(path), output, to, None, 100, 64, overwrite=False, max_shard_bytes=5e9)
+            quantize_verb(str(path), output, to, None, 100, 64)
     assert not path.with_name("o").exists()

@@ -1,0 +1,155 @@
+"""octad generate and octad chat: the verbs with which a model speaks."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from octad.cli.options import MinP, Model, Only, Quantize, Seed, TopP
+from octad.errors import DataError, RequestError
+from octad.report import terminal
+
+if TYPE_CHECKING:
+    from octad.engine.llm import LLM
+    from octad.engine.params import StructuredOutput
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - or nothing: from standard input.")] = "-",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
+    top_p: TopP = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0: from all.")] = 0,
+    min_p: MinP = 0.0,
+    seed: Seed = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    n: Annotated[int, typer.Option("--n", "-n", help="How many answers.")] = 1,
+    chat: Annotated[bool, typer.Option("--chat", help="Send the prompt through the chat template.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with all there is.")] = False,
+    logprobs: Annotated[int | None, typer.Option(help="Tell each token's N likeliest alternatives.")] = None,
+    schema: Annotated[Path | None, typer.Option(help="Answer with JSON of this schema (a file).")] = None,
+    regex: Annotated[str | None, typer.Option(help="Answer with what this expression matches.")] = None,
+    grammar: Annotated[
+        Path | None, typer.Option(help="Answer in this grammar (a file in Lark's syntax).")
+    ] = None,
+    routes: Annotated[bool, typer.Option("--routes", help="Tell which experts made each token.")] = False,
+    quantize: Quantize = None,
+    only: Only = None,
+) -> None:
+    """Continue a text: in colour, each word in that of its main expert, at a terminal; the bare answer in a pipe."""
+    from octad.chat import answer_view, pipe, speakers
+    from octad.engine.params import SamplingParams
+
+    params = SamplingParams(
+        n=n,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        seed=seed,
+        stop=stop or (),
+        logprobs=logprobs,
+        structured=_structured(schema, regex, grammar),
+    )
+    text = pipe.read_prompt(prompt)
+    llm = open_llm(model, quantize, only)
+    if routes and not llm.expert_names:
+        raise RequestError(f"{model}: is dense, there are no routes to show; leave out --routes")
+    ids = speakers.encode(llm, text, chat=chat)
+    params = replace(params, routed_experts=bool(llm.expert_names))
+    if as_json:
+        output = llm.generate([ids], params)[0]
+        print(json.dumps(answer_view.as_json(llm, output, routes=routes), ensure_ascii=False))
+        return
+    if terminal.out.is_terminal and not chat:
+        speakers.write_prompt(terminal.out, text)
+    output = speakers.speak(llm, ids, params, terminal.out)
+    answer_view.show(llm, output, terminal.out, routes=routes)
+
+
+def chat(
+    model: Model,
+    system: Annotated[str | None, typer.Option(help="What the model is told to be.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.7,
+    top_p: TopP = 0.95,
+    min_p: MinP = 0.0,
+    seed: Seed = None,
+    quantize: Quantize = None,
+    load: Annotated[Path | None, typer.Option(help="Go on with a conversation that /save wrote.")] = None,
+    only: Only = None,
+) -> None:
+    """Talk with a model. In a pipe: each line is a turn, only the answers are printed."""
+    from octad.chat import pipe
+    from octad.chat.session import Session, require_chat_template
+    from octad.checkpoint.load import load_tokenizer, open_source
+    from octad.engine.params import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, min_p=min_p, seed=seed
+    )
+    at_terminal = pipe.is_terminal() and terminal.out.is_terminal
+    if at_terminal and find_spec("prompt_toolkit") is None:
+        raise RequestError(
+            "chat: at a terminal it needs the library prompt_toolkit: pip install octad[chat]; or pipe the lines in"
+        )
+    tokenizer = load_tokenizer(open_source(model, quantised=True))
+    require_chat_template(tokenizer, model)  # before the weights are read
+    session = Session(open_llm(model, quantize, only), params, label=model, speaker=only)
+    if load is not None:
+        session.load(load)
+    if system is not None:
+        session.set_system(system or None)
+    if at_terminal:
+        from octad.chat.screen import Screen, history_file
+
+        Screen(session, terminal.out, history_file()).run()
+    else:
+        pipe.converse(session, pipe.read_lines(), terminal.out, terminal.err)
+
+
+def open_llm(model: str, quantize: str | None = None, only: str | None = None) -> LLM:
+    """The model behind an engine, with a sign of life on stderr while it is read."""
+    from octad.chat.speakers import choose_expert
+    from octad.dist import keep_freed_memory, spare_the_collector
+    from octad.engine.llm import LLM
+
+    keep_freed_memory()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model can say what this terminal's encoding cannot
+    with terminal.err.status(f"loading {model}") if terminal.err.is_terminal else nullcontext():
+        llm = LLM(model, quantize=quantize)
+    spare_the_collector()
+    if only is not None:
+        choose_expert(llm, only)
+    return llm
+
+
+def _structured(schema: Path | None, regex: str | None, grammar: Path | None) -> StructuredOutput | None:
+    """The form that --schema, --regex or --grammar asks for. Raises OctadError for several, or a file that cannot be
+    read."""
+    from octad.engine.params import StructuredOutput
+
+    given = {"json": schema, "regex": regex, "grammar": grammar}
+    found = {name: value for name, value in given.items() if value is not None}
+    if len(found) > 1:
+        raise RequestError("--schema, --regex and --grammar exclude each other; give one of them")
+    form: dict[str, Any] = {k: _text_of(v) if isinstance(v, Path) else v for k, v in found.items()}
+    return StructuredOutput(**form) if form else None
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read as UTF-8 text ({error})") from None

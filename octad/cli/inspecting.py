@@ -1,0 +1,83 @@
+"""octad inspect, octad bench, octad version: the verbs that look at a model or a machine and change nothing."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from octad.cli.options import Json, Model
+from octad.report import terminal
+
+
+def inspect(
+    model: Model,
+    against: Annotated[
+        str | None, typer.Option(help="Measure the experts' distance from this model.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a model is made of."""
+    from octad.checkpoint.inspect import inspect as look
+    from octad.checkpoint.load import open_source
+    from octad.cli.inspect_view import render
+
+    source = open_source(model, quantised=True)
+    found = look(source, open_source(against, quantised=True) if against else None)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        terminal.out.print(render(found))
+
+
+def bench(
+    model: Model,
+    peer: Annotated[
+        list[str] | None, typer.Option(help="Measure beside it: transformers, llama.cpp; may be repeated.")
+    ] = None,
+    llama_bench: Annotated[
+        str | None, typer.Option(help="llama.cpp's llama-bench, where it is not on the PATH.")
+    ] = None,
+    gguf: Annotated[
+        list[Path] | None, typer.Option(help="A file for llama.cpp to run; may be repeated.")
+    ] = None,
+    quantize: Annotated[
+        list[str] | None, typer.Option(help="none, int8 or int4; may be repeated. [default: none]")
+    ] = None,
+    prompt_lengths: Annotated[str, typer.Option(help="Tokens to read.")] = "128,512",
+    contexts: Annotated[str, typer.Option(help="Tokens to write behind.")] = "128,1024",
+    batch_sizes: Annotated[str, typer.Option(help="Users at once; 1 is always measured.")] = "1,4,16",
+    decode_tokens: Annotated[int, typer.Option(min=1, help="Tokens that each user writes.")] = 64,
+    repeat: Annotated[int, typer.Option(min=1, help="Repeats of every measurement.")] = 5,
+    text: Annotated[Path | None, typer.Option(help="Text to read, in place of octad's own.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure speed and memory, as a share of the machine's limits and beside other programs; the last line is JSON."""
+    from octad.bench.bench import run
+    from octad.bench.cases import BenchOptions, whole_numbers
+    from octad.bench.table import live, render
+
+    lengths = {"prompt_lengths": prompt_lengths, "contexts": contexts, "batch_sizes": batch_sizes}
+    options: dict[str, Any] = {name: whole_numbers(name, value) for name, value in lengths.items()}
+    options |= {"peers": tuple(peer or ()), "gguf": tuple(gguf or ()), "llama_bench": llama_bench}
+    options |= {"quantize": tuple(quantize or ["none"]), "text": text, "device": device}
+    asked = BenchOptions(model, decode_tokens=decode_tokens, repeat=repeat, **options)
+    command = shlex.join(["octad", *(Path(part).name for part in sys.argv[1:])])  # nobody's directories
+    with live(terminal.err) as tell:
+        results = run(asked, tell, command=command)
+    if not as_json:
+        for part in render(results):
+            terminal.out.print(part)
+    print(json.dumps(results))
+
+
+def version() -> None:
+    """Print the versions that a bug report needs."""
+    from importlib.metadata import version as installed
+
+    print(json.dumps({name: installed(name) for name in ("octad", "torch", "safetensors", "tokenizers")}))

@@ -1,0 +1,59 @@
+"""octad evaluate: the verb that judges a mixture beside its parts."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from octad.cli.options import Domains, Json, Tokens, Window
+from octad.errors import RequestError
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A mixture (or any model).")],
+    data: Domains = None,
+    tokens: Tokens = 4096,
+    window: Window = 512,
+    dense: Annotated[
+        list[str] | None, typer.Option(help="A dense model to compare with; may be repeated.")
+    ] = None,
+    require: Annotated[
+        str | None, typer.Option(help="Exit with 1 unless it holds: mean<=oracle, every<=member*1.01")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Directory for a page, Markdown and JSON.")] = None,
+    card: Annotated[
+        bool | None, typer.Option("--card/--no-card", help="Put the verdict into the model card.")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Where results are kept. [~/.cache/octad]")] = None,
+    seed: Annotated[int, typer.Option(help="Of the intervals.")] = 0,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks by name or file, with commas: octad-code,humaneval,my.yaml.")
+    ] = None,
+    members: Annotated[
+        bool, typer.Option("--members", help="Tasks for each member and the soup too.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(min=2, help="The first N examples of each task.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Answers to each programming problem.")] = None,
+    weak_sandbox: Annotated[
+        bool, typer.Option("--weak-sandbox", help="Run programs also where the kernel cannot confine them.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Judge a mixture beside its members, their soup, ensemble and oracle: bits per byte of held-out text, and tasks."""
+    from octad.cli import judge as commands_evaluate
+    from octad.cli import tasks as commands_tasks
+    from octad.evaluate.compare import Settings
+
+    options = {"members": members, "limit": limit, "samples": samples, "weak_sandbox": weak_sandbox}
+    run_tasks = partial(commands_tasks.run, model, tasks, **options) if tasks is not None else None
+    if data is not None:
+        settings = Settings(tokens=tokens, window=window, seed=seed)
+        outputs = commands_evaluate.Outputs(report, cache, card, as_json)
+        commands_evaluate.evaluate(model, data, settings, outputs, dense or [], require, run_tasks)
+    elif run_tasks is not None:
+        commands_tasks.tell(run_tasks(), as_json=as_json)
+    else:
+        raise RequestError("nothing to judge on; give --data domains.yaml, --tasks octad-code, or both")
