@@ -1,15 +1,21 @@
-"""Numbers as people read them: 135 M, 0.031, and a row of bars.
+"""Numbers as people read them: 135 M, +0.031, 12 %, and a row of bars.
 
-human(134_515_008)                    # "135 M"
-sparkline([0.1, 0.4, 0.2], top=0.4)   # "▂█▄"
+    human(134_515_008)                    # "135 M"
+    number(0.98765), signed(-0.0123), percent(0.125), interval(-0.02, 0.01)
+    sparkline([0.1, 0.4, 0.2], top=0.4)   # "▂█▄"
+
+What is not known (None) is written as a dash. Minus signs are true ones.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
+MISSING = "–"
+UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+COUNTS = {"G": "B"}  # people count parameters in billions
 BARS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 32  # characters at most; more values share one
 
@@ -40,10 +46,45 @@ def digits(value: float) -> str:
     return f"{value:.{max(places, 0)}f}"
 
 
-def human(count: float, unit: str = "") -> str:
-    """A count with three digits and a prefix of a thousand: 135 M, 1.71 GB."""
-    for prefix in ("", "k", "M", "G", "T", "P"):
-        if count < 999.5 or prefix == "P":
-            break
-        count /= 1000
-    return f"{count:.3g} {prefix}{unit}".rstrip()
+def human(value: float | None, unit: str = "", *, even: bool = False) -> str:
+    """Three digits and a prefix: 692 M, 1.08 B, of a unit 1.38 GB. `even` keeps zeros at the end, for columns."""
+    if value is None:
+        return MISSING
+    for size, prefix in UNITS:
+        if abs(value) >= size * 0.9995:
+            scaled = value / size
+            places = max(0, 2 - int(math.log10(abs(scaled))))
+            text = f"{scaled:.{places}f}" if even else f"{scaled:.3g}"
+            return f"{text} {prefix if unit else COUNTS.get(prefix, prefix)}{unit}"
+    return f"{value:.3g} {unit}".rstrip()
+
+
+def number(value: float | None, places: int = 4) -> str:
+    """Fixed digits behind the point."""
+    return MISSING if value is None else f"{value:.{places}f}".replace("-", "−")
+
+
+def signed(value: float | None, places: int = 4) -> str:
+    """As number, but with a plus sign; zero has none."""
+    if value is None:
+        return MISSING
+    text = f"{value:+.{places}f}"
+    return text.replace("-", "−") if float(text) else text[1:]
+
+
+def percent(value: float | None, places: int = 0) -> str:
+    """A share as a percentage."""
+    return MISSING if value is None else f"{100 * value:.{places}f} %".replace("-", "−")
+
+
+def interval(low: float | None, high: float | None, places: int = 4) -> str:
+    """An interval in brackets; "" where there is none."""
+    if low is None or high is None:
+        return ""
+    return f"[{signed(low, places)}, {signed(high, places)}]"
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Of those that are known."""
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None

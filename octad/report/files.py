@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from octad.errors import OutputError
-from octad.report.page.html import page
-from octad.report.page.markdown import markdown
+from octad.report.html import page
+from octad.report.markdown import markdown
 from octad.staging import explained
 
 UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")

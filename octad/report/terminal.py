@@ -1,6 +1,9 @@
 """What the commands print: tables, colours, progress. Only the command line uses it.
 
-Results go to stdout, progress to stderr; without a terminal there is no colour and no moving bar.
+    out.print(table(Table.of("Price", ["contestant", ">bits per byte"], rows)))
+
+Results go to stdout, progress to stderr; without a terminal there is no colour and no moving bar. A table that is wider
+than the terminal goes on below itself, its first column repeated: a figure is never cut.
 """
 
 from __future__ import annotations
@@ -9,14 +12,24 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from rich.console import Console
+import rich.table
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from octad.report.table import Cell, Column, Table
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 err = Console(stderr=True, highlight=False)
 # The first is the terminal's own text colour, whatever its background; no two of the others are shades of one colour.
 COLOURS = ("default", "green", "cyan", "magenta", "yellow", "bright_red", "bright_blue", "sandy_brown")
+MOST_COLUMNS = 12  # of experts beside each other; of more those are shown that are used most
+STYLES = {"best": "bold", "better": "green", "yes": "green", "worse": "red", "no": "red", "unclear": "yellow"}
+ROWS = {"mixture": "cyan", "mean": "bold"}
+GAP = 2  # blanks between columns
+WORDS = 24  # characters: a column of words needs no more
 
 
 @contextmanager
@@ -46,6 +59,66 @@ def progress_bar(*, quiet: bool = False) -> Iterator[Callable[[str, float], None
         if tasks:
             bar.stop()
         err.quiet = False
+
+
+def table(t: Table) -> RenderableType:
+    """A table to print: caption, headings, rows, note; drawings are left out."""
+    return _Fitted(t)
+
+
+class _Fitted:
+    """Lays a table out for the width that there is when it is printed."""
+
+    def __init__(self, t: Table) -> None:
+        self.table = t
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        t = self.table
+        if t.caption:
+            yield Text(t.caption, style="italic")
+        used = [i for i, column in enumerate(t.columns) if not column.plot]
+        for group in self._groups(used, options.max_width):
+            yield self._part(group)
+        if t.note:
+            yield Text(t.note, style="dim")
+
+    def _groups(self, used: list[int], width: int) -> list[list[int]]:
+        """The columns that stand beside each other; the first of them stands in each group."""
+        widths = {i: max(_text(cell).cell_len for cell in self._column(i)) for i in used}
+        for i in used[1:]:  # words may go on below, figures not
+            widths[i] = widths[i] if self.table.columns[i].numeric else min(widths[i], WORDS)
+        first, groups, left = used[0], [used[:1]], width - widths[used[0]]
+        for i in used[1:]:
+            if widths[i] + GAP > left and len(groups[-1]) > 1:
+                groups.append([first])
+                left = width - widths[first]
+            groups[-1].append(i)
+            left -= widths[i] + GAP
+        return groups
+
+    def _column(self, i: int) -> list[Cell]:
+        return [Cell(self.table.columns[i].title), *(row[i] for row in self.table.rows)]
+
+    def _part(self, group: list[int]) -> rich.table.Table:
+        part = rich.table.Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="dim")
+        for i in group:
+            part.add_column(Text(self.table.columns[i].title), **_look(self.table.columns[i]))
+        for mark, row in self.table.row_marks():
+            part.add_row(*(_text(row[i]) for i in group), style=ROWS.get(mark))
+        return part
+
+
+def _look(column: Column) -> dict[str, Any]:
+    style = None if column.speaker is None else speaker_style(column.speaker)
+    return {"justify": "right" if column.numeric else "left", "no_wrap": column.numeric, "style": style}
+
+
+def _text(cell: Cell) -> Text:
+    """The cell's text in the style of its mark, and what is said less loudly behind it."""
+    style = next((STYLES[word] for word in cell.mark.split() if word in STYLES), "")
+    if cell.speaker is not None:
+        style = speaker_style(cell.speaker)
+    return Text.assemble((cell.text, style), (f" {cell.small}" if cell.small else "", "dim"))
 
 
 def say(line: str) -> None:

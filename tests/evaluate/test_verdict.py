@@ -21,7 +21,7 @@ from octad.evaluate.lineup import LineUp
 from octad.evaluate.price import Price
 from octad.evaluate.record import make_report, plain
 from octad.evaluate.verdict import make_verdict
-from octad.report import verdict_table as views
+from octad.report import verdict as views
 from octad.text.windows import Window
 
 DOMAINS = ["python", "french", "maths"]

@@ -13,18 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from octad.report.page import svg
+from octad.report import svg
+from octad.report.figures import interval, number, percent, signed
 from octad.report.page.quality import Report, kind_of
-from octad.report.page.tables import (
-    Cell,
-    Column,
-    Table,
-    interval,
-    judged,
-    number,
-    percent,
-    signed,
-)
+from octad.report.table import Cell, Column, Table, judged
 
 MEAN = "mean"
 ANSWERS = {"yes": "better", "no": "worse", "unclear": "unclear"}

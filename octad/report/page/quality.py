@@ -13,8 +13,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from octad.report.page import svg
-from octad.report.page.tables import Cell, Column, Table, human, mean, number
+from octad.report import svg
+from octad.report.figures import human, mean, number
+from octad.report.table import Cell, Column, Table
 
 Report = Mapping[str, Any]
 PRICES = (
@@ -99,7 +100,7 @@ def price(report: Report) -> Table | None:
                 Cell(c["name"], small=_kind(c)),
                 Cell(number(average), average),
                 Cell("yes" if on_front else "", mark="chip better" if on_front else ""),
-                *(Cell(human(c["price"].get(k), unit), c["price"].get(k)) for k, _, unit in used),
+                *(Cell(human(c["price"].get(k), unit, even=True), c["price"].get(k)) for k, _, unit in used),
             ]
         )
     return Table("Price", columns, cells, kind="wide", marks=[str(c.get("kind") or "") for c in rows])
@@ -150,7 +151,9 @@ def scatter(report: Report) -> Scatter | None:
     axis, found = price_axis(report), points(report)
     if axis is None:
         return None
-    told = f"bits per byte over {axis[1]}: " + "; ".join(f"{p.name} {p.y:.4f} at {human(p.x)}" for p in found)
+    told = f"bits per byte over {axis[1]}: " + "; ".join(
+        f"{p.name} {p.y:.4f} at {human(p.x, even=True)}" for p in found
+    )
     kinds = [k for k in svg.KINDS if any(p.kind == k for p in found)]
     legend = [(svg.key(svg.KINDS[k], f"mark {k}"), k) for k in kinds]
     return Scatter(svg.scatter(found, told), axis[1], legend)

@@ -14,8 +14,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from octad.report.page import svg
-from octad.report.page.tables import MISSING, Cell, Column, Table, human, mean, number, percent
+from octad.report import svg
+from octad.report.figures import MISSING, human, mean, number, percent
+from octad.report.table import Cell, Column, Table
 
 Routing = Mapping[str, Any]
 MOST_EXPERTS = 16

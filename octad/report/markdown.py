@@ -11,7 +11,7 @@ from typing import Any
 
 from octad.report.page import parts as sections
 from octad.report.page import quality, routes
-from octad.report.page.tables import Cell, Table
+from octad.report.table import Cell, Table
 
 SPECIAL = re.compile(r"([\\`*_\[\]<>|#~$])")
 

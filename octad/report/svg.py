@@ -1,4 +1,4 @@
-"""The report's plots: small SVG drawings that are as wide as their place, in the page's colours.
+"""Plots as small SVG drawings that are as wide as their place: forest plots, heat maps, scatter plots (lines: plot.py).
 
     scale = Scale.of([-0.3, 0.0, 0.02]); whisker(scale, -0.1, -0.2, 0.02, "better"); axis(scale)
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from octad.report.page.tables import number, round_count
+from octad.report.figures import human, number
 
 ROW = 26  # pixels: height of a row of a forest plot
 LABEL = 15  # pixels: a label needs this much height
@@ -90,6 +90,7 @@ def text(x: float, y: float, content: str, anchor: str = "middle", kind: str = "
 # ---- shapes --------------------------------------------------------------------------------------------------
 
 SHAPES = {
+    "dot": "M-2 0A2 2 0 1 0 2 0A2 2 0 1 0-2 0Z",
     "circle": "M-5 0A5 5 0 1 0 5 0A5 5 0 1 0-5 0Z",
     "ring": "M-4 0A4 4 0 1 0 4 0A4 4 0 1 0-4 0Z",
     "square": "M-4.5-4.5H4.5V4.5H-4.5Z",
@@ -174,11 +175,23 @@ def spark(values: Sequence[float], low: float, high: float, label: str) -> Marku
 
 
 def heat(
-    rows: Sequence[Sequence[float]], names: Sequence[str], columns: Sequence[int], title: str, peak: float
+    rows: Sequence[Sequence[float]],
+    names: Sequence[str],
+    columns: Sequence[int],
+    title: str,
+    peak: float,
+    *,
+    named: bool = False,
 ) -> Markup:
-    """A heat map: a row an expert, a column a layer. Values are shares; `peak` has the full colour."""
-    height, width = 15, 100 / max(1, len(columns))
+    """A heat map: a row an expert, a column a layer. Values are shares; `peak` has the full colour. `named`: with the
+    rows' names on the left and the first and last column below, for a drawing that stands alone."""
+    left = 14 if named else 0
+    height, width = 15, (100 - left) / max(1, len(columns))
     parts = []
+    if named:
+        parts += [text(left - 1, height * r + 11, name, "end", "tick") for r, name in enumerate(names)]
+        ends = ((left, "start", columns[0]), (100, "end", columns[-1]))
+        parts += [text(x, height * len(rows) + 13, f"layer {c}", anchor, "tick") for x, anchor, c in ends]
     for r, (name, row) in enumerate(zip(names, rows, strict=True)):
         for c, value in enumerate(row):
             parts.append(
@@ -186,7 +199,7 @@ def heat(
                     '<rect x="{:.3f}%" y="{}" width="{:.3f}%" height="{}" fill-opacity="{:.3f}">'
                     "<title>{}, layer {}: {:.1f} %</title></rect>"
                 ).format(
-                    c * width,
+                    left + c * width,
                     r * height,
                     width,
                     height - 1,
@@ -196,12 +209,31 @@ def heat(
                     100 * value,
                 )
             )
-    return drawing(len(rows) * height, joined(parts), title, "heat")
+    return drawing(len(rows) * height + (18 if named else 0), joined(parts), title, "heat")
 
 
 def shade(share: float) -> float:
     """Opacity of a share of the peak: more than in proportion, so that small shares can be told apart."""
     return round(math.pow(min(1.0, max(0.0, share)), 0.7), 3)
+
+
+def down(ys: Scale, value: float, top: float, bottom: float) -> float:
+    """Pixels from the top."""
+    return round(bottom - (bottom - top) * ys.at(value) / 100, 2)
+
+
+def frame(xs: Scale, ys: Scale, top: float, bottom: float, x_title: str = "") -> list[Markup]:
+    """Grid, ticks and what is across."""
+    parts, ticks = [], ys.ticks(6)
+    for tick, label in zip(ticks, labels(ticks), strict=True):
+        y = down(ys, tick, top, bottom)
+        parts += [line(0, y, 100, y, "grid"), text(0, y - 4, label, "start", "tick")]
+    parts += [line(0, bottom, 100, bottom, "axis")]
+    for tick in xs.ticks(5):
+        anchor = "start" if xs.at(tick) < 5 else "end" if xs.at(tick) > 95 else "middle"
+        parts += [line(xs.at(tick), bottom, xs.at(tick), bottom + 5, "axis")]
+        parts += [text(xs.at(tick), bottom + 18, human(tick), anchor, "tick")]
+    return parts + ([text(50, bottom + 30, x_title, "middle", "tick")] if x_title else [])
 
 
 @dataclass(frozen=True)
@@ -223,17 +255,9 @@ def scatter(points: Sequence[Point], label: str, height: int = 340) -> Markup:
     ys = Scale.of((p.y for p in points), zero=False, pad=0.08)
 
     def y_at(value: float) -> float:
-        return round(bottom - (bottom - top) * ys.at(value) / 100, 2)
+        return down(ys, value, top, bottom)
 
-    parts = []
-    for tick, label_y in zip(ys.ticks(6), labels(ys.ticks(6)), strict=True):
-        parts += [line(0, y_at(tick), 100, y_at(tick), "grid")]
-        parts += [text(0, y_at(tick) - 4, label_y, "start", "tick")]
-    parts += [line(0, bottom, 100, bottom, "axis")]
-    for tick in xs.ticks(5):
-        anchor = "start" if xs.at(tick) < 5 else "end" if xs.at(tick) > 95 else "middle"
-        parts += [line(xs.at(tick), bottom, xs.at(tick), bottom + 5, "axis")]
-        parts += [text(xs.at(tick), bottom + 18, round_count(tick), anchor, "tick")]
+    parts = frame(xs, ys, top, bottom)
     front = sorted((p for p in points if p.front), key=lambda p: p.x)
     for a, b in pairwise(front):
         parts += [line(xs.at(a.x), y_at(a.y), xs.at(b.x), y_at(a.y), "front")]
