@@ -144,6 +144,7 @@ def measure(corpora: Path, work: Path) -> None:
     import torch
 
     from octad.dist import keep_freed_memory
+    from octad.model import cost
     from octad.train.pretrain import pretrain_learner
     from octad.train.run_config import load_config
     from octad.train.trainer import Trainer
@@ -156,7 +157,7 @@ def measure(corpora: Path, work: Path) -> None:
         loaded = load_config(write_config(corpora, work, kind, 0))
         trainers[kind] = Trainer(pretrain_learner(loaded), work / "never")
         shape = trainers[kind].model.config
-        facts[kind] = {"parameters": shape.num_parameters(), "active": shape.num_parameters(active=True)}
+        facts[kind] = {"parameters": cost.parameters(shape), "active": cost.parameters(shape, active=True)}
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for repeat in range(WARM_UP + REPEATS):
         for kind, trainer in trainers.items():

@@ -1,6 +1,8 @@
 """The rooms of the design: who may import whom, read from the import statements themselves."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,7 +34,15 @@ ALLOWED: dict[str, set[str]] = {
 }
 # rooms that only show or start others, and may import any but `cli` (which `demo` drives as a user would)
 FREE = {"cli", "demo", "__init__", "__main__"}
-NO_TORCH = ["errors.py", "model/config.py", "combine/recipe.py", "cli/main.py"]
+NO_TORCH = [
+    "errors.py",
+    "model/config.py",
+    "model/keys.py",
+    "model/families.py",
+    "model/cost.py",
+    "combine/recipe.py",
+    "cli/main.py",
+]
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -71,3 +81,11 @@ def test_light_files_import_no_torch(name: str) -> None:
     names = {a.name for n in top if isinstance(n, ast.Import) for a in n.names}
     names |= {n.module or "" for n in top if isinstance(n, ast.ImportFrom)}
     assert not any(m.split(".")[0] == "torch" for m in names)
+
+
+@pytest.mark.parametrize("name", [n for n in NO_TORCH if n != "cli.py"])
+def test_light_files_leave_torch_alone(name: str) -> None:
+    """In a fresh interpreter, whatever they import themselves."""
+    module = "octad." + name.removesuffix(".py").replace("/", ".")
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -40,6 +40,7 @@ from octad.checkpoint.load import load_tokenizer, open_source
 from octad.checkpoint.source import TensorSource
 from octad.errors import OctadError
 from octad.machine import Limits, hardware
+from octad.model import cost
 
 Tell = Callable[[str, float], None]
 
@@ -178,8 +179,8 @@ def describe_model(source: TensorSource) -> dict[str, Any]:
         "model_type": config.model_type,
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
-        "parameters": config.num_parameters(),
-        "active_parameters": config.num_parameters(active=True),
+        "parameters": cost.parameters(config),
+        "active_parameters": cost.parameters(config, active=True),
         "experts": config.num_experts or None,
         "experts_per_token": config.num_experts_per_tok or None,
     }

@@ -22,9 +22,9 @@ from octad.bench.worker import answer_room
 from octad.checkpoint.source import TensorSource
 from octad.dist import compute_dtype
 from octad.errors import OctadError, RequestError
-from octad.fast.variants import dense_config
 from octad.machine import ALL, available_memory
-from octad.model.config import ModelConfig
+from octad.model import cost
+from octad.model.config import ModelConfig, dense_config
 
 PEERS = ("transformers", "llama.cpp")
 QUANTIZE = ("none", "int8", "int4")
@@ -246,7 +246,7 @@ def _precision(entry: Entry, entries: Sequence[Entry], config: ModelConfig) -> s
         return entry.quantize
     bits, file = 16.0, getattr(entry.contestant, "file", None)
     if file is not None and file.is_file():
-        bits = 8 * file.stat().st_size / config.num_parameters()
+        bits = 8 * file.stat().st_size / cost.parameters(config)
     return min((e.quantize for e in entries if e.quantize), key=lambda name: abs(BITS[name] - bits))
 
 
@@ -262,8 +262,8 @@ def fit_together(entries: Sequence[Entry], device: torch.device) -> bool:
 def memory_needed(entry: Entry) -> float:
     """Bytes, roughly: weights in their precision, the embeddings that a quantised model keeps, and the process."""
     plain = 4 if entry.dtype == "float32" else 2
-    each, share = float(plain), entry.shape.attention_share()
+    each = float(plain)
     if entry.quantize in ("int8", "int4"):
-        each = 1.1 / 8 * (BITS[entry.quantize] * (1 - share) + BITS["int8"] * share)
-    embeddings = plain * entry.shape.vocab_size * entry.shape.hidden_size
-    return each * entry.shape.num_parameters() + embeddings + WORKER_BYTES
+        each = 1.1 / 8 * cost.per_parameter(entry.shape, BITS[entry.quantize], BITS["int8"])
+    embeddings = plain * cost.embedding_parameters(entry.shape)
+    return each * cost.parameters(entry.shape) + embeddings + WORKER_BYTES

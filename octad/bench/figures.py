@@ -17,8 +17,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from octad.bench.cases import BITS, BenchOptions, Cell, Entry
-from octad.bench.traffic import WeightBytes, kv_bytes, prefill_flops
+from octad.bench.traffic import WeightBytes
 from octad.machine import Limits
+from octad.model import cost
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -91,7 +92,7 @@ def figures(entry: Entry, cell: Cell, limits: Limits) -> dict[str, Any]:
 
 def _mfu(entry: Entry, cell: Cell, speed: float, limits: Limits) -> dict[str, Any]:
     """Model FLOPs utilisation: the arithmetic that the prompt takes, over the matrix-product peak of the dtype."""
-    flops = prefill_flops(entry.shape, cell.length)
+    flops = cost.prefill_flops(entry.shape, cell.length)
     peak = limits.peak(entry.dtype or "", entry.probes)
     if peak is None:
         return {"flops": flops, "mfu": None, "mfu_reason": "the dtype that it multiplies in is not known"}
@@ -104,7 +105,7 @@ def _mbu(entry: Entry, cell: Cell, speed: float, limits: Limits) -> dict[str, An
     if weights is None:
         return {"step_bytes": None, "mbu": None, "mbu_reason": why}
     itemsize = ITEMSIZE.get(entry.dtype or "", 2)
-    kv = statistics.mean(kv_bytes(entry.shape, f["lengths"], itemsize) for f in entry.found[cell])
+    kv = statistics.mean(cost.kv_bytes(entry.shape, f["lengths"], itemsize) for f in entry.found[cell])
     needed = (weights + kv) / cell.users
     now = [(f["tokens"] / f["seconds"], f.get("read_bytes_per_s")) for f in entry.found[cell]]
     shares = [needed * tokens_per_s / read for tokens_per_s, read in now if read]
@@ -133,9 +134,9 @@ def step_weights(entry: Entry, cell: Cell) -> tuple[float | None, float | None, 
         return None, None, "this contestant does not tell the size of its weights"
     if cell.users > 1 and config.is_moe:
         return None, None, "how many experts a step of this batch uses is not known of this contestant"
-    each = facts["weight_bytes"] / facts.get("parameters", config.num_parameters())
-    idle = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    return each * (config.num_parameters(active=True) - idle), None, None
+    each = facts["weight_bytes"] / facts.get("parameters", cost.parameters(config))
+    idle = 0 if config.tie_word_embeddings else cost.embedding_parameters(config)
+    return each * (cost.parameters(config, active=True) - idle), None, None
 
 
 # ---- ratios ------------------------------------------------------------------------------------------------------

@@ -1,8 +1,7 @@
-"""What a token costs: the bytes of weights and cache that decoding must read, the arithmetic that a prompt takes.
+"""The bytes of weights that decoding must read, counted in the model's real modules; `octad.model.cost` counts by config.
 
     weights = WeightBytes.of(model)               # of the modules really in place: quantised, scales included
     weights.step(distinct=2) + kv                 # bytes that one decoding step must read
-    prefill_flops(config, 512)                    # of a prompt of 512 tokens, logits for the last one only
 
 Decoding a batch reads an expert once, however many of the batch's tokens chose it: `distinct` is the number of different
 experts that a step uses in a layer, from top_k (one user) to all of them.
@@ -16,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from octad.model.config import ModelConfig
 from octad.model.transformer import Transformer
 
 Extent = tuple[int, int]  # addresses, the last one not included
@@ -97,29 +95,6 @@ def _kind(name: str, model: Transformer) -> str:
     if name.startswith("model.embed_tokens") and model.lm_head is not None:
         return "idle"
     return "always"
-
-
-def kv_bytes(config: ModelConfig, lengths: list[float], itemsize: int) -> float:
-    """Bytes of keys and values that one step reads for sequences of these lengths; a sliding layer reads its window."""
-    row = 2 * config.num_key_value_heads * config.head_dim * itemsize
-    windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
-    return sum(row * min(length, window or length) for length in lengths for window in windows)
-
-
-def prefill_flops(config: ModelConfig, tokens: int) -> int:
-    """Floating-point operations of a prompt: two for each active weight and token, attention over what each position
-    sees, logits of the last position. Looking up an embedding is none."""
-    head = config.vocab_size * config.hidden_size
-    body = config.num_parameters(active=True) - head * (1 if config.tie_word_embeddings else 2)
-    heads = 4 * config.num_attention_heads * config.head_dim
-    seen = sum(positions_seen(tokens, config.window(layer)) for layer in range(config.num_hidden_layers))
-    return 2 * body * tokens + heads * seen + 2 * head
-
-
-def positions_seen(tokens: int, window: int | None) -> int:
-    """1 + 2 + ... + tokens, each term at most the window."""
-    w = min(tokens, window or tokens)
-    return w * (w + 1) // 2 + (tokens - w) * w
 
 
 def distinct_experts(experts_NA: torch.Tensor) -> int:

@@ -33,6 +33,7 @@ from octad.engine.params import SamplingParams
 from octad.errors import OctadError
 from octad.fast.variants import make_variant
 from octad.machine import memory_of, synchronise
+from octad.model import cost
 from octad.model.transformer import Transformer
 
 Ids = list[int]
@@ -80,7 +81,7 @@ class OctadRunner:
         self.engine, self.count = self.llm.engine, 0
         self.model: Transformer = self.llm.model
         itemsize = self.model.model.norm.weight.element_size()
-        self.cache_bytes = blocks * block * self.model.config.kv_bytes_per_token(itemsize)
+        self.cache_bytes = blocks * block * cost.kv_bytes_per_token(self.model.config, itemsize)
 
     def facts(self) -> dict[str, Any]:
         """The weights in place, by how decoding reads them."""

@@ -27,10 +27,11 @@ from statistics import fmean
 
 import torch
 
-from octad.checkpoint.names import EMBEDDING, HEAD, PARTS, Part, dense_mlp_name, expert_name, tensor_plan
+from octad.checkpoint.names import EMBEDDING, HEAD, PARTS, dense_mlp_name, expert_name, tensor_plan
 from octad.checkpoint.source import TensorSource
 from octad.errors import CheckpointError
 from octad.model.config import ModelConfig
+from octad.model.families import Part
 
 Progress = Callable[[str, float], None]
 

@@ -27,6 +27,7 @@ from octad.checkpoint.names import router_name
 from octad.checkpoint.provenance import Provenance
 from octad.checkpoint.quantized import QuantizedSource
 from octad.checkpoint.source import TensorSource
+from octad.model import cost
 
 if TYPE_CHECKING:
     from octad.checkpoint.gguf.reader import GGUFSource
@@ -120,13 +121,13 @@ def inspect(
         top_k=config.num_experts_per_tok,
         tied_head=config.tie_word_embeddings,
         context_length=context,
-        parameters=config.num_parameters(),
-        active_parameters=config.num_parameters(active=True),
+        parameters=cost.parameters(config),
+        active_parameters=cost.parameters(config, active=True),
         bytes_on_disk=bytes_by_dtype(source),
         short_context=short,
-        flops_short_context=config.flops_per_token(short),
-        flops_full_context=config.flops_per_token(context),
-        kv_bytes_per_token=config.kv_bytes_per_token(),
+        flops_short_context=cost.flops_per_token(config, short),
+        flops_full_context=cost.flops_per_token(config, context),
+        kv_bytes_per_token=cost.kv_bytes_per_token(config),
         provenance=_made(source),
         routers=router_norms(source),
         comparison=compare(source, against, progress) if against is not None else None,

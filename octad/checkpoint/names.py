@@ -16,15 +16,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from octad.model.config import MOE_FAMILIES, ModelConfig
+from octad.model.config import ModelConfig
+from octad.model.families import FAMILIES, Part
 
-Part = Literal["gate", "up", "down"]
 PARTS: tuple[Part, ...] = ("gate", "up", "down")
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
-_MIXTRAL_PARTS = {"gate": "w1", "up": "w3", "down": "w2"}
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 _FFN = re.compile(r"\.(?:mlp|block_sparse_moe)\.(?!gate\.|shared_expert_gate\.)")
 
@@ -64,14 +63,12 @@ def dense_mlp_name(layer: int, part: Part) -> str:
 
 def expert_name(family: str, layer: int, expert: int, part: Part) -> str:
     """The weight of one projection of one expert, as the family's checkpoints call it."""
-    if family == "mixtral":
-        return f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{_MIXTRAL_PARTS[part]}.weight"
-    return f"{_moe_prefix(family, layer)}.experts.{expert}.{part}_proj.weight"
+    return FAMILIES[family].expert_name(layer, expert, part)
 
 
 def router_name(family: str, layer: int) -> str:
     """The router's weight [E, D], as the family's checkpoints call it."""
-    return f"{_moe_prefix(family, layer)}.gate.weight"
+    return FAMILIES[family].router_name(layer)
 
 
 def parameter_sources(config: ModelConfig) -> dict[str, tuple[str, ...]]:
@@ -83,12 +80,6 @@ def parameter_sources(config: ModelConfig) -> dict[str, tuple[str, ...]]:
 def tensor_plan(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Hub name to shape of everything that a checkpoint of this config holds (a tied head is no tensor of its own)."""
     return {name: shape for row in _rows(config) for name, shape in row.tensors}
-
-
-def _moe_prefix(family: str, layer: int) -> str:
-    if family not in MOE_FAMILIES:
-        raise ValueError(f"{family!r} has no experts; families that have: {', '.join(MOE_FAMILIES)}")
-    return f"model.layers.{layer}.{'block_sparse_moe' if family == 'mixtral' else 'mlp'}"
 
 
 def _rows(config: ModelConfig) -> Iterator[Row]:

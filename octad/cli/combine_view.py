@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
+from octad.model import cost
 from octad.report import terminal
 from octad.report.figures import human, sparkline
 
@@ -43,7 +44,7 @@ def show_plan(plan: Plan, seconds: float) -> None:
         terminal.out.print(
             f"  distances are from a sample of each tensor: within {margin:.1%} of the whole, 95 times in 100"
         )
-    total, active = plan.config.num_parameters(), plan.config.num_parameters(active=True)
+    total, active = cost.parameters(plan.config), cost.parameters(plan.config, active=True)
     terminal.out.print(
         f"\n{plan.config.model_type}, {plan.config.num_experts} experts, top-{plan.config.num_experts_per_tok}: "
         f"{total / 1e6:,.1f} M parameters, {active / 1e6:,.1f} M active; "

@@ -18,7 +18,6 @@ from typing import Any
 from octad.checkpoint.names import router_name
 from octad.checkpoint.provenance import PROVENANCE, Provenance
 from octad.checkpoint.writer import CheckpointWriter
-from octad.combine.calibrate import dense_config
 from octad.combine.fit import Calibration, Progress, RouterFit, fit_routers, quiet
 from octad.combine.mixture import MixtureSource
 from octad.combine.preflight import Plan
@@ -26,7 +25,8 @@ from octad.combine.recipe import Recipe
 from octad.combine.sidecars import CARD, STATISTICS, model_card, save_statistics
 from octad.combine.views import WriteThrough
 from octad.dist import compute_dtype, product_rate
-from octad.model.config import ModelConfig
+from octad.model import cost
+from octad.model.config import ModelConfig, dense_config
 from octad.text.tokenizer import Tokenizer
 
 DEFAULT_SHARD_BYTES = 5e9
@@ -60,7 +60,7 @@ def expected_seconds(plan: Plan) -> float:
     rate = product_rate(compute_dtype(), seconds=0.05)
     fitted = plan.recipe.router.method in ("ridge", "logistic")
     tokens = plan.recipe.router.tokens * len(plan.members) if fitted else 0
-    layers = dense_config(plan.config).num_parameters() - plan.config.vocab_size * plan.config.hidden_size
+    layers = cost.body_parameters(dense_config(plan.config))
     return 2 * layers * tokens / (0.4 * rate) + plan.output_bytes / 0.5e9
 
 
@@ -137,7 +137,7 @@ def write_sidecars(
     """config.json, tokenizer, provenance, statistics and model card."""
 
     config = ModelConfig.from_dict(config_dict)
-    card = model_card(provenance, config_dict, config.num_parameters(), config.num_parameters(active=True))
+    card = model_card(provenance, config_dict, cost.parameters(config), cost.parameters(config, active=True))
     writer.add_text("config.json", json.dumps(config_dict, indent=2) + "\n")
     tokenizer.save(writer)
     writer.add_text(PROVENANCE, provenance.to_json())

@@ -17,7 +17,7 @@ Shapes: B sequences, S positions, N real tokens of one run, D model, F feed-forw
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -25,7 +25,7 @@ from octad.checkpoint.names import EMBEDDING, expert_name
 from octad.checkpoint.source import TensorSource
 from octad.combine.states import States
 from octad.errors import CheckpointError
-from octad.model.config import ModelConfig
+from octad.model.config import dense_config
 from octad.model.moe import MLP
 from octad.model.rope import Rope
 from octad.model.transformer import DecoderLayer
@@ -131,8 +131,3 @@ def load_expert(source: TensorSource, layer: int, expert: int, dtype: torch.dtyp
     }
     mlp.load_state_dict(tensors, assign=True)
     return mlp
-
-
-def dense_config(config: ModelConfig) -> ModelConfig:
-    """The dense model that one expert of the mixture makes with the shared part."""
-    return replace(config, num_experts=0, intermediate_size=config.moe_intermediate_size)

@@ -12,13 +12,9 @@ from typing import Any
 
 from octad.errors import RecipeError
 from octad.model.config import ModelConfig
+from octad.model.families import FAMILIES
 
-TARGETS = {"llama": "mixtral", "mistral": "mixtral", "qwen2": "qwen2_moe", "qwen3": "qwen3_moe"}
-CLASSES = {
-    "mixtral": "MixtralForCausalLM",
-    "qwen2_moe": "Qwen2MoeForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-}
+TARGETS = {name: family.mixture for name, family in FAMILIES.items() if family.mixture}
 INERT_SHARED_EXPERT = (
     256  # hidden units of Qwen2-MoE's mandatory shared expert, all zero: adds exactly nothing
 )
@@ -38,7 +34,7 @@ def mixture_config(
     if reason := _not_representable(base, target):
         raise RecipeError(f"base ({base.model_type}) has {reason}, for which {target} has no place")
     return {
-        "architectures": [CLASSES[target]],
+        "architectures": [FAMILIES[target].architecture],
         "model_type": target,
         "vocab_size": vocab_size,
         "hidden_size": base.hidden_size,

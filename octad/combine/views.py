@@ -6,7 +6,6 @@ Each wraps a TensorSource and is one, so that the loops of combine work on all o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,7 @@ from octad.checkpoint.extent import Extent
 from octad.checkpoint.names import dense_mlp_name, expert_name, tensor_plan
 from octad.checkpoint.source import TensorInfo, TensorSource
 from octad.checkpoint.writer import CheckpointWriter
-from octad.model.config import ModelConfig
-
-DENSE_FAMILY = {"mixtral": "llama", "qwen2_moe": "qwen2", "qwen3_moe": "qwen3"}
+from octad.model.config import ModelConfig, dense_config
 
 
 class View:
@@ -117,16 +114,7 @@ class ExpertView(View):
     @property
     def config(self) -> ModelConfig:
         """The dense family that this mixture family is made of."""
-        config = self.source.config
-        return replace(
-            config,
-            model_type=DENSE_FAMILY.get(config.model_type, config.model_type),
-            num_experts=0,
-            num_experts_per_tok=0,
-            intermediate_size=config.moe_intermediate_size,
-            moe_intermediate_size=0,
-            shared_expert_intermediate_size=0,
-        )
+        return dense_config(self.source.config)
 
     def names(self) -> list[str]:
         """The names of the dense model."""

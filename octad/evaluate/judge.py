@@ -38,9 +38,9 @@ from octad.evaluate.heldout import Texts
 from octad.evaluate.nats import TOKENS_PER_BATCH, token_nats
 from octad.evaluate.price import measuring
 from octad.evaluate.results import Cache, Content, Record, key_of
-from octad.fast.variants import dense_config
 from octad.machine import hardware
-from octad.model.config import ModelConfig
+from octad.model import cost
+from octad.model.config import ModelConfig, dense_config
 from octad.model.transformer import Transformer
 from octad.text.windows import Batch
 
@@ -178,7 +178,7 @@ class _Steps:
 
 def _flops(source: TensorSource, who: Contestant) -> float:
     config = shape_of(source, who)
-    return float(config.flops_per_token() if config else source.config.flops_per_token())
+    return float(cost.flops_per_token(config or source.config))
 
 
 def shape_of(source: TensorSource, who: Contestant) -> ModelConfig | None:

@@ -23,6 +23,7 @@ import torch
 from octad.checkpoint.quantized import QuantizedSource
 from octad.checkpoint.source import TensorSource
 from octad.machine import memory_of
+from octad.model import cost
 from octad.model.config import ModelConfig
 
 
@@ -49,12 +50,12 @@ def model_price(
     speed = measured.get("tokens_per_second")
     if config is None:
         return Price(tokens_per_second=speed)
-    weights = int(config.num_parameters() * bytes_per_parameter)
+    weights = int(cost.parameters(config) * bytes_per_parameter)
     working = measured.get("working_bytes")
     return Price(
-        config.num_parameters(),
-        config.num_parameters(active=True),
-        float(config.flops_per_token(round(context))),
+        cost.parameters(config),
+        cost.parameters(config, active=True),
+        float(cost.flops_per_token(config, round(context))),
         weights,
         speed,
         None if working is None else int(weights + working),
@@ -96,7 +97,7 @@ def bytes_per_parameter(source: TensorSource, dtype: torch.dtype, config: ModelC
     if not isinstance(source, QuantizedSource) or config is None:
         return float(dtype.itemsize)
     ffn, attention = source.schemes.ffn.bytes, source.schemes.attention.bytes
-    return ffn + config.attention_share() * (attention - ffn)
+    return cost.per_parameter(config, ffn, attention)
 
 
 @contextmanager

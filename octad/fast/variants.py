@@ -20,7 +20,7 @@ from octad.checkpoint.load import load_model, state_tensors
 from octad.checkpoint.source import TensorSource
 from octad.dist import compute_dtype
 from octad.errors import OctadError
-from octad.model.config import ModelConfig
+from octad.model.config import dense_config
 from octad.model.moe import Router
 from octad.model.transformer import Transformer
 
@@ -40,24 +40,6 @@ def with_top_k(source: TensorSource, k: int, device: torch.device) -> Transforme
             module.top_k = k
     model.config = replace(model.config, num_experts_per_tok=k)
     return model
-
-
-def dense_config(config: ModelConfig) -> ModelConfig:
-    """The shape of one member of a mixture: its expert as the only feed-forward network, no router.
-
-    Raises OctadError where one such config cannot say it: layers without a router that have another width."""
-    if config.dense_layers and config.intermediate_size != config.moe_intermediate_size:
-        raise OctadError(
-            "layers with and without experts differ in width: there is no dense member to compare"
-        )
-    return replace(
-        config,
-        num_experts=0,
-        num_experts_per_tok=0,
-        intermediate_size=config.moe_intermediate_size,
-        shared_expert_intermediate_size=0,
-        dense_layers=frozenset(),
-    )
 
 
 def dense_member(source: TensorSource, device: torch.device) -> Transformer:

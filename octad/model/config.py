@@ -1,30 +1,37 @@
 """ModelConfig: everything that defines a decoder's shape and arithmetic, in the words of config.json.
 
     config = ModelConfig.from_dict(json.load(open("config.json")))
-    config.num_parameters(), config.flops_per_token(512), config.kv_bytes_per_token()
+    config.is_moe_layer(3), config.window(3), dense_config(config)
 
 One frozen dataclass serves the four dense families (llama, mistral, qwen2, qwen3) and the four sparse ones (mixtral,
 qwen2_moe, qwen3_moe, olmoe). Families differ in a dozen switches (biases, q/k norms, where windows slide, how the router
-normalises); from_dict resolves them once, so that nothing else in octad asks for the family by name. Imports no torch.
+normalises): `families` lists them, from_dict resolves them once, and nothing else in octad asks for the family by name.
+What it all costs is counted in `cost`. Imports no torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from octad.errors import ConfigError
+from octad.model.families import FAMILIES, Family, QKNorm, Switch
+from octad.model.keys import MOST_EXPERTS_IN_ALL, Keys, number, whole
 
-DENSE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
-FAMILIES = DENSE_FAMILIES + MOE_FAMILIES
-LARGEST = {
-    "num_hidden_layers": 10_000
-}  # a file that claims more is damaged, and its list of tensors would not end
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-
-QKNorm = Literal["none", "head", "full"]
+ROPE_NUMBERS = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+)
+ROPE_INERT = ("finetuned",)  # says how the model was made, not how it computes
 
 
 @dataclass(frozen=True)
@@ -36,21 +43,30 @@ class RopeConfig:
     parameters: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> RopeConfig:
-        """Read `rope_theta` + `rope_scaling` (the older layout) or `rope_parameters` (transformers 5)."""
-        scaling = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-        theta = float(scaling.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0)
-        kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
-        scaling.pop("type", None)
+    def from_dict(cls, raw: Mapping[str, Any], theta: float = 10000.0) -> RopeConfig:
+        """Read `rope_theta` + `rope_scaling` (the older layout) or `rope_parameters` (transformers 5); `theta` is the
+        family's default. Raises ConfigError for what would turn positions in another way."""
+        given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"config.json: rope scaling must be keys and values, found {ascii(given)[:60]}")
+        scaling = dict(given)
+        own = scaling.pop("rope_theta", None)
+        theta = number("rope_theta", own if own is not None else _or(raw.get("rope_theta"), theta))
+        kinds = [kind for key in ("rope_type", "type") if (kind := scaling.pop(key, None)) is not None]
+        kind = kinds[0] if kinds else "default"
         if kind not in ROPE_TYPES:
             raise ConfigError(
-                f"config.json: rope scaling {kind!r} is not supported (supported: {', '.join(ROPE_TYPES)})"
+                f"config.json: rope scaling {ascii(kind)[:60]} is not supported (supported: {', '.join(ROPE_TYPES)})"
             )
-        if kind != "default" and "factor" not in scaling:
-            raise ConfigError(f"config.json: rope scaling {kind!r} needs a 'factor'")
+        scaling.setdefault("partial_rotary_factor", raw.get("partial_rotary_factor"))
+        parameters = _rope_parameters(scaling)
         if kind == "default":
-            scaling = {}
-        return cls(theta, kind, tuple(sorted(scaling.items())))
+            return cls(theta)
+        if "factor" not in parameters:
+            raise ConfigError(f"config.json: rope scaling {kind!r} needs a 'factor'")
+        if kind in ("llama3", "yarn") and raw.get("max_position_embeddings") is not None:
+            parameters.setdefault("original_max_position_embeddings", raw["max_position_embeddings"])
+        return cls(theta, kind, tuple(sorted(parameters.items())))
 
     def get(self, key: str, default: Any = None) -> Any:
         """A scaling parameter such as 'factor', or `default` where the file is silent."""
@@ -64,6 +80,33 @@ class RopeConfig:
             "rope_theta": self.theta,
             "rope_scaling": {"rope_type": self.type, **dict(self.parameters)},
         }
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _rope_parameters(scaling: Mapping[str, Any]) -> dict[str, Any]:
+    """The scaling's numbers. Raises ConfigError for a key that is not understood (kinds of layers, say)."""
+    if (part := scaling.get("partial_rotary_factor")) not in (None, 1):
+        raise ConfigError(
+            f"config.json: partial_rotary_factor {ascii(part)[:60]} is not supported (only 1 is)"
+        )
+    found: dict[str, Any] = {}
+    for key, value in scaling.items():
+        if key in ROPE_NUMBERS and value is not None:
+            number(key, value)
+            found[key] = value
+        elif key == "truncate" and isinstance(value, bool):
+            found[key] = value
+        elif value is not None and key not in (*ROPE_NUMBERS, *ROPE_INERT, "partial_rotary_factor"):
+            raise ConfigError(f"config.json: rope scaling has {ascii(key)[:60]}, which is not supported")
+    low, high = found.get("low_freq_factor", 1.0), found.get("high_freq_factor", 4.0)
+    if low >= high:
+        raise ConfigError(
+            f"config.json: rope scaling's low_freq_factor {low} must be below its high_freq_factor {high}"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -103,50 +146,48 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
         """Read a config.json. Raises ConfigError naming the key for what cannot be represented exactly."""
-        family = raw.get("model_type")
-        if family not in FAMILIES:
+        name = raw.get("model_type")
+        if not isinstance(name, str) or name not in FAMILIES:
             raise ConfigError(
-                f"config.json: model_type {family!r} is not supported (supported: {', '.join(FAMILIES)})"
+                f"config.json: model_type {ascii(name)[:60]} is not supported (supported: {', '.join(FAMILIES)})"
             )
-        if (act := raw.get("hidden_act", "silu")) not in ("silu", "swish"):
-            raise ConfigError(f"config.json: hidden_act {act!r} is not supported (supported: silu)")
-        layers = _positive(raw, "num_hidden_layers")
-        heads = _positive(raw, "num_attention_heads")
-        hidden = _positive(raw, "hidden_size")
-        kv_heads = int(raw.get("num_key_value_heads") or heads)
-        head_dim = int(raw.get("head_dim") or hidden // heads)
-        if heads % kv_heads:
-            raise ConfigError(
-                f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
-            )
-        window, sliding = _sliding(raw, layers)
-        config = cls(
-            model_type=family,
-            vocab_size=_positive(raw, "vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=int(raw.get("intermediate_size") or raw.get("moe_intermediate_size") or 0),
+        family = FAMILIES[name]
+        keys = Keys(raw, family.defaults)
+        if (act := keys.text("hidden_act", "silu")) not in ("silu", "swish"):
+            raise ConfigError(f"config.json: hidden_act {ascii(act)[:60]} is not supported (supported: silu)")
+        layers = keys.whole("num_hidden_layers")
+        experts = _experts(family, keys, layers)
+        window, sliding = _sliding(family, keys, layers)
+        return cls(
+            model_type=name,
+            vocab_size=keys.whole("vocab_size"),
+            intermediate_size=_dense_width(keys, experts),
             num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=head_dim,
-            max_position_embeddings=int(raw.get("max_position_embeddings") or 2048),
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            rope=RopeConfig.from_dict(raw),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            **_heads(keys),
+            max_position_embeddings=keys.whole("max_position_embeddings"),
+            rms_norm_eps=keys.number("rms_norm_eps"),
+            rope=RopeConfig.from_dict(raw, family.defaults["rope_theta"]),
+            tie_word_embeddings=keys.flag("tie_word_embeddings"),
+            qkv_bias=_switch(keys, family.qkv_bias),
+            o_bias=_switch(keys, family.o_bias),
+            mlp_bias=_switch(keys, family.mlp_bias),
+            qk_norm=family.qk_norm,
+            clip_qkv=keys.number("clip_qkv")
+            if family.clips_qkv and keys.get("clip_qkv") is not None
+            else None,
             sliding_window=window,
             sliding_layers=sliding,
-            torch_dtype=str(raw.get("torch_dtype") or raw.get("dtype") or "float32"),
-            bos_token_id=raw.get("bos_token_id"),
-            eos_token_ids=_ids(raw.get("eos_token_id")),
+            **experts,
+            torch_dtype=keys.text("torch_dtype", "") or keys.text("dtype", "") or "float32",
+            bos_token_id=next(iter(keys.token_ids("bos_token_id")), None),
+            eos_token_ids=keys.token_ids("eos_token_id"),
             raw=dict(raw),
-            **_family_switches(family, raw),
-            **_moe_switches(family, raw, layers),
         )
-        if config.is_moe and not 1 <= config.num_experts_per_tok <= config.num_experts:
-            raise ConfigError(
-                f"config.json: num_experts_per_tok {config.num_experts_per_tok} must lie in 1..{config.num_experts}"
-            )
-        return config
+
+    @property
+    def family(self) -> Family:
+        """What the table says of this model's family."""
+        return FAMILIES[self.model_type]
 
     @property
     def is_moe(self) -> bool:
@@ -161,132 +202,129 @@ class ModelConfig:
         """How many past positions (itself included) a token of this layer attends to; None for all."""
         return self.sliding_window if layer in self.sliding_layers else None
 
-    # ---- counts ---------------------------------------------------------------------------------------------
 
-    def attention_parameters(self) -> int:
-        """Parameters of one layer's attention, norms of q and k included."""
-        q, kv, d = (
-            self.num_attention_heads * self.head_dim,
-            self.num_key_value_heads * self.head_dim,
-            self.hidden_size,
+def dense_config(config: ModelConfig) -> ModelConfig:
+    """The dense model that one expert of a mixture makes with the shared part, in the family that has such models; no
+    router, no shared expert.
+
+    Raises ConfigError where one such config cannot say it: layers without a router that have another width."""
+    if config.dense_layers and config.intermediate_size != config.moe_intermediate_size:
+        raise ConfigError(
+            "layers with and without experts differ in width: there is no dense member to compare"
         )
-        norms = {"none": 0, "head": 2 * self.head_dim, "full": q + kv}[self.qk_norm]
-        return d * (2 * q + 2 * kv) + (q + 2 * kv if self.qkv_bias else 0) + (d if self.o_bias else 0) + norms
-
-    def attention_share(self) -> float:
-        """Of all parameters, the part that is attention's."""
-        return self.num_hidden_layers * self.attention_parameters() / self.num_parameters()
-
-    def expert_parameters(self) -> int:
-        """Parameters of one expert of one layer (gate, up and down projections)."""
-        return 3 * self.hidden_size * self.moe_intermediate_size
-
-    def mlp_parameters(self, layer: int, *, active: bool = False) -> int:
-        """Parameters of one layer's feed-forward part; with `active`, only those that one token uses."""
-        d = self.hidden_size
-        if not self.is_moe_layer(layer):
-            return 3 * d * self.intermediate_size + (2 * self.intermediate_size + d if self.mlp_bias else 0)
-        count = self.num_experts_per_tok if active else self.num_experts
-        shared = self.shared_expert_intermediate_size
-        return count * self.expert_parameters() + self.num_experts * d + (3 * d * shared + d if shared else 0)
-
-    def num_parameters(self, *, active: bool = False) -> int:
-        """All parameters, or with `active` those that one token passes through (tied head counted once)."""
-        d, layers = self.hidden_size, range(self.num_hidden_layers)
-        mlp = sum(self.mlp_parameters(layer, active=active) for layer in layers)
-        embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
-        return embeddings + d + len(layers) * (self.attention_parameters() + 2 * d) + mlp
-
-    def flops_per_token(self, context: int = 0) -> int:
-        """Forward FLOPs of one token that sees `context` positions: 2 per active matrix weight + attention scores."""
-        matrices = self.num_parameters(active=True)
-        if not self.tie_word_embeddings:
-            matrices -= self.vocab_size * self.hidden_size
-        scores = 0
-        for layer in range(self.num_hidden_layers):
-            seen = min(context, self.window(layer) or context)
-            scores += 4 * self.num_attention_heads * self.head_dim * seen
-        return 2 * matrices + scores
-
-    def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
-        """Bytes that one more token adds to the key/value cache over all layers."""
-        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * bytes_per_value
+    return replace(
+        config,
+        model_type=config.family.member or config.model_type,
+        num_experts=0,
+        num_experts_per_tok=0,
+        intermediate_size=config.moe_intermediate_size,
+        moe_intermediate_size=0,
+        shared_expert_intermediate_size=0,
+        dense_layers=frozenset(),
+    )
 
 
-def _positive(raw: Mapping[str, Any], key: str) -> int:
-    value = raw.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise ConfigError(f"config.json: {key} must be a positive whole number, found {value!r}")
-    if value > LARGEST.get(key, value):
-        raise ConfigError(f"config.json: {key} is {value}, more than any model has; the file is damaged")
-    return value
-
-
-def _ids(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(int(v) for v in value) if isinstance(value, (list, tuple)) else (int(value),)
-
-
-def _sliding(raw: Mapping[str, Any], layers: int) -> tuple[int | None, frozenset[int]]:
-    """Which layers slide, by family: all (mistral, mixtral), from max_window_layers on (qwen), or as layer_types says."""
-    window, family = raw.get("sliding_window"), raw["model_type"]
-    if not window or family in ("llama", "olmoe"):
-        return None, frozenset()
-    if family.startswith("qwen") and not raw.get("use_sliding_window", False):
-        return None, frozenset()
-    if types := raw.get("layer_types"):
-        sliding = {i for i, kind in enumerate(types[:layers]) if kind == "sliding_attention"}
-    elif family in ("qwen2", "qwen3"):
-        sliding = {i for i in range(layers) if i >= raw.get("max_window_layers", 28)}
-    elif family == "qwen2_moe":
-        sliding = {i for i in range(0, layers, 2) if i < raw.get("max_window_layers", 28)}
-    else:
-        sliding = set(range(layers))
-    return (int(window), frozenset(sliding)) if sliding else (None, frozenset())
-
-
-def _family_switches(family: str, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Biases, q/k norms and clipping of a family."""
-    bias = bool(raw.get("attention_bias", False))
-    match family:
-        case "llama":
-            return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": bool(raw.get("mlp_bias", False))}
-        case "qwen2":
-            return {"qkv_bias": True}
-        case "qwen2_moe":
-            return {"qkv_bias": bool(raw.get("qkv_bias", True))}
-        case "qwen3" | "qwen3_moe":
-            return {"qkv_bias": bias, "o_bias": bias, "qk_norm": "head"}
-        case "olmoe":
-            return {"qkv_bias": bias, "o_bias": bias, "qk_norm": "full", "clip_qkv": raw.get("clip_qkv")}
-        case _:
-            return {}
-
-
-def _moe_switches(family: str, raw: Mapping[str, Any], layers: int) -> dict[str, Any]:
-    """Experts of a family: how many, how wide, which layers, how the router normalises."""
-    if family not in MOE_FAMILIES:
-        return {}
-    per_tok = int(raw.get("num_experts_per_tok") or {"mixtral": 2, "qwen2_moe": 4}.get(family, 8))
-    if family == "mixtral":
-        return {
-            "num_experts": int(raw.get("num_local_experts") or raw.get("num_experts") or 8),
-            "num_experts_per_tok": per_tok,
-            "moe_intermediate_size": _positive(raw, "intermediate_size"),
-            "norm_topk_prob": True,
-        }
-    switches: dict[str, Any] = {
-        "num_experts": int(raw.get("num_experts") or raw.get("num_local_experts") or 0),
-        "num_experts_per_tok": per_tok,
-        "norm_topk_prob": bool(raw.get("norm_topk_prob", False)),
+def _heads(keys: Keys) -> dict[str, Any]:
+    """Widths of the model and of attention."""
+    hidden, heads = keys.whole("hidden_size"), keys.whole("num_attention_heads")
+    kv_heads = keys.nullable("num_key_value_heads")
+    kv_heads = heads if kv_heads is None else whole("num_key_value_heads", kv_heads)
+    if heads % kv_heads:
+        given = "" if keys.raw.get("num_key_value_heads") else ", the family's default"
+        raise ConfigError(
+            f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}{given}"
+        )
+    if keys.get("head_dim") is None and hidden % heads:
+        raise ConfigError(
+            f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}; give head_dim"
+        )
+    head_dim = hidden // heads if keys.get("head_dim") is None else keys.whole("head_dim")
+    if head_dim % 2:
+        raise ConfigError(
+            f"config.json: head_dim {head_dim} must be even: rotary positions turn pairs of values"
+        )
+    return {
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
     }
-    if family == "olmoe":
-        return switches | {"moe_intermediate_size": _positive(raw, "intermediate_size")}
-    step = int(raw.get("decoder_sparse_step") or 1)
-    only = set(raw.get("mlp_only_layers") or ())
-    switches["moe_intermediate_size"] = _positive(raw, "moe_intermediate_size")
-    switches["dense_layers"] = frozenset(i for i in range(layers) if i in only or (i + 1) % step)
-    if family == "qwen2_moe":
-        switches["shared_expert_intermediate_size"] = int(raw.get("shared_expert_intermediate_size") or 0)
-    return switches
+
+
+def _switch(keys: Keys, switch: Switch) -> bool:
+    return keys.flag(switch) if isinstance(switch, str) else switch
+
+
+def _dense_width(keys: Keys, experts: Mapping[str, Any]) -> int:
+    """The width of layers without experts; where there are none, the file need not tell."""
+    if keys.get("intermediate_size") is None and experts and not experts["dense_layers"]:
+        return int(experts["moe_intermediate_size"])
+    return keys.whole("intermediate_size")
+
+
+def _sliding(family: Family, keys: Keys, layers: int) -> tuple[int | None, frozenset[int]]:
+    """The window, and the layers that have it: by the family's rule, or as layer_types says where the family heeds it."""
+    if family.sliding == "never":
+        return None, frozenset()
+    on = keys.flag("use_sliding_window") if family.sliding_switch else True
+    window = keys.nullable("sliding_window") if on else None
+    sliding = _sliding_layers(family, keys, layers, window is not None)
+    if window is None or not sliding:
+        return None, frozenset()
+    return whole("sliding_window", window), frozenset(sliding)
+
+
+def _sliding_layers(family: Family, keys: Keys, layers: int, on: bool) -> set[int]:
+    kinds = keys.items("layer_types", str) if family.layer_types else ()
+    if kinds:
+        if len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
+            raise ConfigError(
+                f"config.json: layer_types must name sliding_attention or full_attention for each of {layers} layers"
+            )
+        if not on and "sliding_attention" in kinds:
+            raise ConfigError(
+                "config.json: layer_types names sliding_attention, but no sliding window is in use"
+            )
+        return {i for i, kind in enumerate(kinds) if kind == "sliding_attention"}
+    if not on or family.sliding == "everywhere":
+        return set(range(layers)) if on else set()
+    first = keys.whole("max_window_layers", least=0)
+    return set(range(first, layers)) if family.sliding == "upper" else set(range(0, min(first, layers), 2))
+
+
+def _experts(family: Family, keys: Keys, layers: int) -> dict[str, Any]:
+    """Experts: how many, how wide, in which layers, how the router normalises."""
+    if not family.is_moe:
+        return {}
+    experts, per_tok = _num_experts(family, keys), keys.whole("num_experts_per_tok")
+    if per_tok > experts:
+        raise ConfigError(f"config.json: num_experts_per_tok {per_tok} must lie in 1..{experts}")
+    if experts * layers > MOST_EXPERTS_IN_ALL:
+        raise ConfigError(
+            f"config.json: {experts} experts in {layers} layers are more than any model has; the file is damaged"
+        )
+    return {
+        "num_experts": experts,
+        "num_experts_per_tok": per_tok,
+        "moe_intermediate_size": keys.whole(family.expert_width_key),
+        "norm_topk_prob": family.always_normalised or keys.flag("norm_topk_prob"),
+        "dense_layers": _dense_layers(keys, layers) if family.dense_layers else frozenset(),
+        "shared_expert_intermediate_size": (
+            keys.whole("shared_expert_intermediate_size", least=0) if family.shared_expert else 0
+        ),
+    }
+
+
+def _num_experts(family: Family, keys: Keys) -> int:
+    given = {key: whole(key, keys.raw[key]) for key in family.experts_keys if keys.raw.get(key) is not None}
+    if len(set(given.values())) > 1:
+        raise ConfigError(
+            f"config.json: {' and '.join(f'{k} {n}' for k, n in given.items())} contradict each other"
+        )
+    return next(iter(given.values()), None) or int(family.defaults[family.experts_keys[0]])
+
+
+def _dense_layers(keys: Keys, layers: int) -> frozenset[int]:
+    """Layers without a router: those named, and those that no multiple of decoder_sparse_step counts."""
+    step, only = keys.whole("decoder_sparse_step"), set(keys.items("mlp_only_layers", int))
+    return frozenset(i for i in range(layers) if i in only or (i + 1) % step)

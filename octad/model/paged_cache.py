@@ -19,6 +19,7 @@ import torch
 from octad.errors import RequestError
 from octad.kernels.paged import PagedAttention, PagedBatch
 from octad.machine import available_memory
+from octad.model import cost
 from octad.model.config import ModelConfig
 from octad.model.transformer import Transformer
 
@@ -105,7 +106,7 @@ def affordable_blocks(
     """How many blocks the cache gets: those that fit into `gigabytes` (10^9 bytes), or by default into a quarter of the
     free memory (on an accelerator, where nothing else needs it, 0.8), but no more than hold `wanted_tokens`."""
     weight = model.model.norm.weight
-    a_block = block_size * model.config.kv_bytes_per_token(weight.dtype.itemsize)
+    a_block = block_size * cost.kv_bytes_per_token(model.config, weight.dtype.itemsize)
     free = gigabytes * 1e9 if gigabytes else _free_memory(weight.device)
     return max(1, min(int(free // a_block), -(-wanted_tokens // block_size)))
 

@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from octad.dist import World
 from octad.errors import RecipeError
+from octad.model.cost import OPTIMIZER_BYTES
 from octad.model.moe import MoE
 from octad.model.transformer import Transformer
 from octad.train.expert_parallel import experts_of, spread_experts
@@ -199,7 +200,7 @@ class Layout:
 
 def training_bytes(model: nn.Module) -> int:
     """Weights, and a float32 master, gradient and two moments of each that learns."""
-    return sum(p.nbytes + (16 * p.numel() if p.requires_grad else 0) for p in model.parameters())
+    return sum(p.nbytes + (OPTIMIZER_BYTES * p.numel() if p.requires_grad else 0) for p in model.parameters())
 
 
 def rank_memory(device: torch.device) -> int:

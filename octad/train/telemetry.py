@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from octad.dist import World
+from octad.model import cost
 from octad.model.balance import LoadStatistics
 from octad.model.config import ModelConfig
 from octad.train.data import IGNORED, Batch
@@ -139,18 +140,8 @@ def flat(record: Mapping[str, Any]) -> list[tuple[str, float]]:
 
 
 def training_flops(config: ModelConfig, trainable: Mapping[str, nn.Parameter], window: int) -> float:
-    """Multiply-adds times two of a token's forward and backward pass: the products with the weights and with their
-    transposes, and once more for the gradient of each weight that learns (experts by the share that works)."""
-    forward = config.flops_per_token(window // 2)
-    active = config.num_experts_per_tok / config.num_experts if config.is_moe else 1.0
-    learning = sum(
-        p.numel() * (active if ".experts." in name else 1.0)
-        for name, p in trainable.items()
-        if p.dim() >= 2 and "embed_tokens" not in name
-    )
-    if config.tie_word_embeddings and "model.embed_tokens.weight" in trainable:
-        learning += trainable["model.embed_tokens.weight"].numel()
-    return 2 * forward + 2 * learning
+    """FLOPs of a token's forward and backward pass, where these parameters learn: norms and biases count for nothing."""
+    return cost.training_flops(config, {n: p.numel() for n, p in trainable.items() if p.dim() >= 2}, window)
 
 
 def _tensorboard(run: Path) -> Any:

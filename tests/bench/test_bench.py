@@ -13,7 +13,6 @@ import pytest
 import torch
 from conftest import TinyCheckpoint, TinyModel
 from tiny import byte_tokenizer
-from torch.utils.flop_counter import FlopCounterMode
 
 from octad import machine as limits
 from octad.bench import bench
@@ -23,7 +22,7 @@ from octad.bench.figures import figures, nearest, ratio, spread, summary
 from octad.bench.peers import LlamaBench, Unmeasured, Worker, find_llama_bench
 from octad.bench.prompts import Texts, packaged_texts
 from octad.bench.table import render
-from octad.bench.traffic import WeightBytes, covered, kv_bytes, positions_seen, prefill_flops
+from octad.bench.traffic import WeightBytes, covered
 from octad.bench.worker import OctadRunner, answer_room, counting, serve
 from octad.checkpoint.load import load_model, open_source
 from octad.cli.main import main as cli
@@ -31,7 +30,7 @@ from octad.errors import OctadError, RequestError
 from octad.fast.variants import make_variant
 from octad.kernels.packed import pack
 from octad.machine import Limits
-from octad.model.cache import ContiguousCache
+from octad.model import cost
 from octad.model.moe import FixedRouter
 from octad.model.transformer import Transformer
 
@@ -97,48 +96,6 @@ def test_covered_bytes_of_overlapping_extents() -> None:
     starts = torch.randint(0, 60, (12,), generator=draw).tolist()
     extents = [(s, s + int(torch.randint(0, 15, (), generator=draw))) for s in starts]
     assert covered(extents) == len({byte for first, last in extents for byte in range(first, last)})
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
-def test_prefill_flops_are_torchs_own_count(family: str, tiny_checkpoint: TinyCheckpoint) -> None:
-    model, S = load_model(open_source(tiny_checkpoint(family)), torch.float32), 7
-    config = model.config
-    cache = ContiguousCache(config, 1, S)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.head(model.model(torch.arange(S)[None], cache)[:, -1])
-    counted = counter.get_flop_counts()["Global"]
-    matrices = sum(n for op, n in counted.items() if "attention" not in str(op))
-    vectors = sum(
-        p.numel() for p in model.parameters() if p.dim() == 1
-    )  # norms, biases: two a value and token
-    scores = (
-        4 * config.num_attention_heads * config.head_dim * sum(range(1, S + 1)) * config.num_hidden_layers
-    )
-    assert prefill_flops(config, S) == matrices + 2 * vectors * S + scores
-
-
-def test_prefill_flops_of_a_mixture_by_hand(tiny_checkpoint: TinyCheckpoint) -> None:
-    config = open_source(
-        tiny_checkpoint("mixtral")
-    ).config  # D 32, F 48, 4 heads of 8, 2 key heads, 2 layers, V 96
-    attention = 32 * 32 * 2 + 32 * 16 * 2
-    layer = attention + 2 * 3 * 32 * 48 + 3 * 32 + 2 * 32
-    assert prefill_flops(config, 1) == 2 * (2 * layer + 32) + 2 * 4 * 4 * 8 + 2 * 96 * 32
-    one_expert = replace(config, num_experts_per_tok=1)
-    assert prefill_flops(config, 5) - prefill_flops(one_expert, 5) == 5 * 2 * 2 * 3 * 32 * 48
-
-
-@pytest.mark.parametrize("tokens", [1, 5, 12])
-@pytest.mark.parametrize("window", [None, 1, 5, 40])
-def test_positions_seen(tokens: int, window: int | None) -> None:
-    assert positions_seen(tokens, window) == sum(min(p, window or p) for p in range(1, tokens + 1))
-
-
-def test_kv_bytes_of_sliding_and_full_layers(tiny_checkpoint: TinyCheckpoint) -> None:
-    config = open_source(tiny_checkpoint("llama")).config  # 2 layers, 2 key heads of 8
-    assert kv_bytes(config, [10, 30], 2) == 2 * 2 * (2 * 8) * 40 * 2
-    sliding = replace(config, sliding_window=12, sliding_layers=frozenset({1}))
-    assert kv_bytes(sliding, [10, 30], 2) == 2 * (2 * 8) * 2 * (40 + 22)
 
 
 def test_counting_sees_each_steps_different_experts(mixture: Path) -> None:
@@ -327,7 +284,7 @@ def test_figures_by_hand(mixture: Path) -> None:
     found = figures(entry, read, machine)
     assert found["tokens_per_s"]["median"] == pytest.approx(8 / 0.2)
     assert found["ttft_s"] == {"median": 0.2, "min": 0.1, "max": 0.5, "all": [0.5, 0.1, 0.2]}
-    assert found["mfu"] == pytest.approx(prefill_flops(config, 8) / 0.2 / 2e9)
+    assert found["mfu"] == pytest.approx(cost.prefill_flops(config, 8) / 0.2 / 2e9)
     found = figures(entry, one, machine)
     row = 2 * 2 * (2 * 8) * 2  # layers, keys and values, two heads of eight, bfloat16
     assert found["mbu"] == pytest.approx((1000 + 2000 + 9 * row) * 20 / 1e6)
@@ -392,8 +349,8 @@ def test_those_of_like_precision_take_turns_where_not_all_fit(
 ) -> None:
     source = open_source(mixture)
     small, large = tmp_path / "small.gguf", tmp_path / "large.gguf"
-    small.write_bytes(bytes(source.config.num_parameters()))
-    large.write_bytes(bytes(2 * source.config.num_parameters()))
+    small.write_bytes(bytes(cost.parameters(source.config)))
+    large.write_bytes(bytes(2 * cost.parameters(source.config)))
     monkeypatch.setattr(bench_plan, "find_llama_bench", lambda given: "llama-bench")
     files = {"peers": ("transformers",), "gguf": (small, large)}
     asked = options(model=str(mixture), quantize=("none", "int8"), **files)

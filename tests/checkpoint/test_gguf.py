@@ -17,6 +17,7 @@ from octad.checkpoint.gguf.header import GGUFHeader
 from octad.checkpoint.gguf.reader import GGUFSource
 from octad.checkpoint.names import tensor_plan
 from octad.errors import CheckpointError, OctadError
+from octad.model import cost
 
 Q = gguf.GGMLQuantizationType
 COMMON = {
@@ -455,7 +456,7 @@ def test_smollm2_configuration():
     assert (config.model_type, config.vocab_size, config.hidden_size) == ("llama", 49152, 576)
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (9, 3, 64)
     assert (config.rope.theta, config.rms_norm_eps, config.tie_word_embeddings) == (100000.0, 1e-5, True)
-    assert config.num_parameters() == 134_515_008
+    assert cost.parameters(config) == 134_515_008
 
 
 @pytest.mark.slow

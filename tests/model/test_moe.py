@@ -15,6 +15,7 @@ CONFIG = ModelConfig.from_dict(
         "intermediate_size": 1,
         "num_hidden_layers": 1,
         "num_attention_heads": 1,
+        "num_key_value_heads": 1,
         "num_local_experts": 3,
         "num_experts_per_tok": 2,
     }

@@ -10,6 +10,7 @@ from small import character_tokenizer, jsonl, texts
 
 from octad.checkpoint.load import load_model, open_source
 from octad.errors import CheckpointError, RecipeError
+from octad.model import cost
 from octad.model.config import ModelConfig
 from octad.train.pretrain import architecture, pretrain_learner
 from octad.train.run_config import ArchitectureSpec, load_config
@@ -48,8 +49,8 @@ def test_twins_have_equal_active_cost(top_k: int) -> None:
         for mode in ("dense", "mixture")
     )
     routers = spec.num_experts * dense.hidden_size * dense.num_hidden_layers
-    assert mixture.num_parameters(active=True) - routers == dense.num_parameters()
-    assert mixture.num_parameters() > 2 * dense.num_parameters() - 500 * 256
+    assert cost.parameters(mixture, active=True) - routers == cost.parameters(dense)
+    assert cost.parameters(mixture) > 2 * cost.parameters(dense) - 500 * 256
 
 
 @pytest.mark.parametrize(
