@@ -46,6 +46,7 @@ def by_hand(top_k: int) -> Transformer:
         "intermediate_size": 4,
         "num_hidden_layers": 2,
         "num_attention_heads": 1,
+        "num_key_value_heads": 1,
         "num_local_experts": 3,
         "num_experts_per_tok": top_k,
         "rms_norm_eps": 1e-12,

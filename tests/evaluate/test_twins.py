@@ -18,6 +18,7 @@ RAW = {
     "intermediate_size": 32,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
+    "num_key_value_heads": 2,
     "num_experts_per_tok": 1,
 }
 

@@ -51,6 +51,7 @@ def config(**changes: object) -> ModelConfig:
     sizes = {
         "num_hidden_layers": 1,
         "num_attention_heads": 4,
+        "num_key_value_heads": 4,
         "num_local_experts": 5,
         "num_experts_per_tok": 2,
     }

@@ -27,7 +27,7 @@ from octad.train.trainer import Trainer, head_of
 def config(**changes: object) -> ModelConfig:
     raw = {"model_type": "qwen3_moe", "vocab_size": 11, "hidden_size": 6, "intermediate_size": 5}
     raw |= {"moe_intermediate_size": 5, "num_hidden_layers": 3, "num_attention_heads": 2, "head_dim": 4}
-    raw |= {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+    raw |= {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
     return ModelConfig.from_dict(raw | changes)
 
 

@@ -28,6 +28,7 @@ from octad.train.sections import RoutingSpec
 def config(experts: int = 4, top_k: int = 2, family: str = "qwen3_moe", **changes: object) -> ModelConfig:
     raw = {"model_type": family, "vocab_size": 11, "hidden_size": 6, "intermediate_size": 5}
     raw |= {"moe_intermediate_size": 5, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 4}
+    raw |= {"num_key_value_heads": 2}
     counts = {"num_experts": experts, "num_local_experts": experts, "num_experts_per_tok": top_k}
     return ModelConfig.from_dict(raw | counts | {"norm_topk_prob": True} | changes)
 
