@@ -2,8 +2,8 @@
 
     layer.self_attn = NativeAttention(kernels, layer.self_attn, pack_weight)
 
-Each holds its weights packed (16, 8 or 4 bits) in memory that reads fast, and turns one forward into one or two calls, so
-that a token costs its weights' reading and little else. Inference only, on the CPU; activations keep the model's dtype.
+Each holds its weights packed (32 to 4 bits) in fast memory and turns one forward into one or two calls, so that
+a token costs its weights' reading and little else. Inference only, on the CPU; activations keep the model's dtype.
 
 Shapes: B sequences, S positions, N = B S tokens, D model, H heads, K head dimension, E experts, A experts a token, F
 feed-forward hidden.
@@ -160,7 +160,7 @@ class NativeRouter(nn.Module):
         return self.kernels.route(x_ND.contiguous(), self.weight, self.top_k, self.normalise)
 
 
-ATTENDED = (64, 128)  # head dimensions that the kernel has vector code for, in bfloat16
+ATTENDED = (64, 128)  # head dimensions that the kernel has vector code for
 
 
 def native_attention(kernels: NativeKernels) -> PagedAttention:
@@ -180,7 +180,7 @@ def native_attention(kernels: NativeKernels) -> PagedAttention:
     def attend(
         q_NHK: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: PagedBatch, window: int | None
     ) -> torch.Tensor:
-        if q_NHK.dtype == torch.bfloat16 and q_NHK.shape[-1] in ATTENDED:
+        if q_NHK.shape[-1] in ATTENDED:
             return each_alone(q_NHK, keys, values, batch, window)
         return paged_attention(q_NHK, keys, values, batch, window, each_alone)
 

@@ -2,14 +2,17 @@
 
     attention = optimize(model, quantize="int8", native=True)      # changes the model in place
 
-On a CPU with a C compiler every heavy module runs on the native kernels: bfloat16 weights repacked, or rounded to 8 or 4
-bits. Without them (no compiler, another device, float32) the model stays as it is, and quantised weights are unpacked
-on the fly. The layers are swapped one after the other and each frees what it replaces, so memory peaks at the model and
-one layer.
+On a CPU with a C compiler every heavy module runs on the native kernels: weights repacked, or rounded to 8 or 4 bits. A
+float32 model whose weights all are bfloat16 numbers, as those of most checkpoints are, keeps them in bfloat16: that reads
+half the memory, and loses nothing, since they are widened in registers and every product is one of float32. Without the
+kernels (no compiler, another device or dtype) the model stays as it is, and quantised weights are unpacked on the fly.
+The layers are swapped one after the other and each frees what it replaces, so memory peaks at the model and one layer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -42,18 +45,20 @@ from octad.kernels.paged import PagedAttention, paged_attention
 from octad.model.moe import MLP, Experts, MoE, Router
 from octad.model.transformer import DecoderLayer, Transformer
 
+LOOKED_AT = 1 << 20  # values at a time
+
 
 def optimize(model: Transformer, *, quantize: str | None = None, native: bool = True) -> PagedAttention:
     """Swaps modules of the model in place and returns the attention over pages to run it with. Raises RequestError
     for an unknown `quantize`, or one of another name than the model was saved in; what was saved is run as it is."""
     precision = _precision(model, quantize)
-    kernels = native_kernels() if native and suits_native(model, precision) else None
+    kernels = native_kernels() if native and suits_native(model) else None
     if kernels is None:
         if precision is not None:
             quantize_modules(model, precision)
         return paged_attention
     with torch.no_grad():
-        swap(model, kernels, precision or Precision(16, 16, 16))
+        swap(model, kernels, precision or exact_precision(model))
     return native_attention(kernels)
 
 
@@ -67,12 +72,10 @@ def _precision(model: Transformer, quantize: str | None) -> Precision | None:
     return held or asked
 
 
-def suits_native(model: Transformer, precision: Precision | None) -> bool:
-    """The kernels read packed weights on the CPU; float32 weights that nobody asked to round stay exact."""
+def suits_native(model: Transformer) -> bool:
+    """The kernels run on the CPU, with activations in float32 or bfloat16."""
     weight = model.model.norm.weight
-    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
-        return False
-    return precision is not None or weight.dtype == torch.bfloat16
+    return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
 
 
 def native_kernels() -> NativeKernels | None:
@@ -81,44 +84,72 @@ def native_kernels() -> NativeKernels | None:
         kernels = NativeKernels(load())
     except BuildError:
         return None
-    return kernels if kernels.integer_dot and kernels.bfloat16_dot else None
+    return kernels if kernels.vectors else None
+
+
+def exact_precision(model: Transformer) -> Precision:
+    """The fewest bits that hold every weight of the products as it is, 16 (bfloat16) or 32, and activations in the
+    model's dtype."""
+    bits = 16 if all(map(is_bfloat16, _product_weights(model))) else 32
+    return Precision(bits, bits, bits, wide=bits == 16 and model.model.norm.weight.dtype == torch.float32)
+
+
+def is_bfloat16(weight: torch.Tensor) -> bool:
+    """True where every value is a bfloat16 number. Looks at a part at a time, up to the first that is not."""
+    if weight.dtype == torch.bfloat16:
+        return True
+    parts: tuple[torch.Tensor, ...] = torch.split(weight.detach().view(-1), LOOKED_AT)
+    return all(torch.equal(part.bfloat16().float(), part) for part in parts)
+
+
+def _product_weights(model: Transformer) -> Iterator[torch.Tensor]:
+    for module in model.model.layers.modules():
+        if isinstance(module, nn.Linear):
+            yield module.weight
+        elif isinstance(module, Experts):
+            yield from (module.gate_up_proj, module.down_proj)
+    yield head_weight(model)
 
 
 class Packer:
     """Packs weights into memory that reads fast; what is packed already (on disk) keeps its integers and scales."""
 
-    def __init__(self, bits: int) -> None:
-        self.bits, self.arena = bits, Arena()
+    def __init__(self, bits: int, *, wide: bool = False) -> None:
+        self.bits, self.wide, self.arena = bits, wide and bits == 16, Arena()
         self._empty = partial(self.arena.empty, dtype=torch.uint8)
 
     def one(self, weight: torch.Tensor | Packed) -> Packed:
         """A weight [O, K] alone."""
         if isinstance(weight, Packed):
             return _moved(weight, self.arena.copy(weight.panels))
-        return pack(weight.detach(), self.bits, empty=self._empty)
+        return pack(weight.detach(), self.bits, empty=self._empty, wide=self.wide)
 
     def pair(self, gate_FD: torch.Tensor | Packed, up_FD: torch.Tensor | Packed) -> tuple[Packed, Packed]:
         """Gate and up projections with their panels taking turns: one pass over memory reads both."""
-        gate, up = (w if isinstance(w, Packed) else pack(w.detach(), self.bits) for w in (gate_FD, up_FD))
+        gate, up = (
+            w if isinstance(w, Packed) else pack(w.detach(), self.bits, wide=self.wide)
+            for w in (gate_FD, up_FD)
+        )
         panels, size = gate.panels.shape
         both = self.arena.empty((panels, 2, size), torch.uint8)
         return _moved(gate, both[:, 0].copy_(gate.panels)), _moved(up, both[:, 1].copy_(up.panels))
 
 
 def _moved(weight: Packed, panels: torch.Tensor) -> Packed:
-    return Packed(panels, weight.outputs, weight.inputs, weight.bits, weight.group)
+    return replace(weight, panels=panels)
 
 
 def swap(model: Transformer, kernels: NativeKernels, precision: Precision) -> None:
     """Put the native modules in the place of a model's own, layer by layer."""
-    attention, ffn, stack = Packer(precision.attention), Packer(precision.ffn), Stack()
+    wide, stack = precision.wide, Stack()
+    attention, ffn = Packer(precision.attention, wide=wide), Packer(precision.ffn, wide=wide)
     for number, layer in enumerate(model.model.layers):
         assert isinstance(layer, DecoderLayer)
         _swap_parts(layer, kernels, attention, ffn)
         model.model.layers[number] = NativeLayer(kernels, layer, model.config, stack)
     model.model.norm = NativeNorm(kernels, model.model.norm)  # type: ignore[assignment]
     head = model.lm_head.weight if isinstance(model.lm_head, PackedLinear) else head_weight(model)
-    model.lm_head = NativeLinear(kernels, head, None, Packer(precision.head).one)
+    model.lm_head = NativeLinear(kernels, head, None, Packer(precision.head, wide=wide).one)
 
 
 def _swap_parts(layer: DecoderLayer, kernels: NativeKernels, attention: Packer, ffn: Packer) -> None:

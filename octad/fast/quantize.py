@@ -29,11 +29,13 @@ from octad.model.transformer import DecoderLayer, Transformer
 
 @dataclass(frozen=True)
 class Precision:
-    """Bits of the weights in feed-forward nets and experts, in attention, and in the head."""
+    """Bits of the weights in feed-forward nets and experts, in attention, and in the head. `wide`: where these are 16,
+    activations are not rounded to bfloat16 (Packed.wide)."""
 
     ffn: int
     attention: int
     head: int
+    wide: bool = False
 
     @classmethod
     def of(cls, name: str) -> Precision:

@@ -14,6 +14,7 @@
    here                  what Python calls. dtype is F_F32 or F_BF16; functions return 0, 1 without memory,
                           or 2 for an expert that is not there. */
 
+#include "native_src/numbers.h"
 #include "native_src/rows.h"
 #include "native_src/panels.h"
 #include "native_src/parts.h"
@@ -176,11 +177,8 @@ int octad_layers(const Block *const *blocks, int64_t L, const Step *s, const voi
     return failed;
 }
 
-int octad_features(void) { /* bit 0: 8-bit dot products, bit 1: bf16 dot products, bit 2: OpenMP */
-    int features = VECTOR_INT;
-#if defined(__AVX512BF16__)
-    features |= 2;
-#endif
+int octad_features(void) { /* bit 0: vectors of integers, bit 1: bf16 dot products, bit 2: OpenMP */
+    int features = VECTOR_INT | 2 * BF16_DOT;
 #ifdef _OPENMP
     features |= 4;
 #endif

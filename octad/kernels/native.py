@@ -23,7 +23,8 @@ from octad.kernels.calls import INT as _I
 from octad.kernels.calls import POINTER as _P
 from octad.kernels.packed import Packed
 
-PACKED = {16: 2, 8: 3, 4: 4}  # bits -> format
+PACKED = {16: 2, 8: 3, 4: 4, 32: 6}  # bits -> format; numbers.h names them
+WIDE = 5
 
 
 class _Weight(ctypes.Structure):
@@ -97,7 +98,7 @@ def describe(weights: Sequence[torch.Tensor | Packed]) -> WeightArray:
         if isinstance(weight, Packed):
             data, bytes_inside = weight.panels, weight.panels[0].is_contiguous()
             struct.outputs, struct.inputs, struct.group = weight.outputs, weight.inputs, weight.group
-            struct.format, struct.step = PACKED[weight.bits], data.stride(0)
+            struct.format, struct.step = WIDE if weight.wide else PACKED[weight.bits], data.stride(0)
         else:
             data, bytes_inside = weight, weight.is_contiguous()
             struct.outputs, struct.inputs, struct.group = *weight.shape, 1
@@ -129,8 +130,8 @@ class NativeKernels:
         self._layers = typed(library.octad_layers, [_P, _I, _P, _P, _P, _P, _P, _P, _P, _I, _I])
 
     @property
-    def integer_dot(self) -> bool:
-        """True where the CPU has 8-bit dot products (AVX512-VNNI) and the compiler used them."""
+    def vectors(self) -> bool:
+        """True where products of integers run on vectors, and False in plain C."""
         return bool(self.features & 1)
 
     @property

@@ -1,6 +1,7 @@
-"""Weights packed for the native kernels: bfloat16, or 8 or 4 bit integers with a bfloat16 scale per `group` inputs.
+"""Weights packed for the native kernels: floats, or 8 or 4 bit integers with a bfloat16 scale per `group` inputs.
 
-    w = pack(weight_OK, bits=8)          # or 16, or 4; panels of 16 outputs, laid out as native.c reads them
+    w = pack(weight_OK, bits=8)          # or 32, 16, 4; panels of 16 outputs, laid out as native.c reads them
+    w = pack(weight_OK, 16, wide=True)   # bfloat16 weights that multiply float32 activations
     w.unpack()                           # weight_OK again, rounded
     linear(x_NK, w)                      # PyTorch: unpacked on the fly, any device
     linear_reference(x_NK, w)            # the slow twin of the native kernels: activations in 8 bits too
@@ -21,7 +22,8 @@ import torch
 import torch.nn.functional as F
 
 PANEL = 16
-GROUPS = {16: 4, 8: 64, 4: 32}  # inputs that share a scale (at 16 bits: that share a step of the loop)
+GROUPS = {32: 4, 16: 4, 8: 64, 4: 32}  # inputs that share a scale (of floats: that share a step of the loop)
+FLOATS = {32: torch.float32, 16: torch.bfloat16}
 SHRINK = (
     1.0,
     0.95,
@@ -37,13 +39,15 @@ Empty = Callable[[tuple[int, int]], torch.Tensor]  # makes the memory of panels 
 @dataclass(frozen=True)
 class Packed:
     """A weight [O, K] as panels uint8 [P, bytes], in native.c's layout. Panels need not follow each other directly: gate
-    and up projections lie alternately."""
+    and up projections lie alternately. `wide`: bfloat16 weights whose products are float32's, with activations as they
+    are, where otherwise these are rounded to bfloat16."""
 
     panels: torch.Tensor
     outputs: int
     inputs: int
     bits: int
     group: int
+    wide: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +78,10 @@ class Packed:
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """weight [O, K], each value exactly integer x scale before the cast to `dtype`."""
-        if self.bits == 16:
+        if self.bits == 32:
+            weight = self.panels.contiguous().view(torch.float32).view(len(self.panels), -1, PANEL)
+            weight = weight.transpose(1, 2).reshape(len(self.panels) * PANEL, -1)
+        elif self.bits == 16:
             pairs = self.panels.contiguous().view(torch.bfloat16).view(len(self.panels), -1, PANEL, 2)
             weight = pairs.transpose(1, 2).reshape(len(self.panels) * PANEL, -1)
         else:
@@ -82,20 +89,27 @@ class Packed:
         return weight[: self.outputs, : self.inputs].to(dtype)
 
 
-def pack(weight_OK: torch.Tensor, bits: int, group: int | None = None, empty: Empty | None = None) -> Packed:
-    """Pack a weight at 16 (bfloat16), 8 or 4 bits; `group` inputs (a multiple of 8) share a scale. `empty` makes the
-    memory, for who wants it somewhere special."""
+def pack(
+    weight_OK: torch.Tensor,
+    bits: int,
+    group: int | None = None,
+    empty: Empty | None = None,
+    *,
+    wide: bool = False,
+) -> Packed:
+    """Pack a weight at 32 (float32), 16 (bfloat16), 8 or 4 bits; `group` inputs (a multiple of 8) share a scale. `empty`
+    makes the memory, for who wants it somewhere special. `wide` is for 16 bits, as in Packed."""
     group = group or GROUPS[bits]
-    if bits != 16:
-        outputs, inputs = weight_OK.shape
+    outputs, inputs = weight_OK.shape
+    if bits not in FLOATS:
         padded = F.pad(weight_OK, (0, -inputs % group))
         return pack_raw(*quantize(padded, bits, group), bits, inputs, empty)
-    outputs, inputs = weight_OK.shape
-    padded = F.pad(weight_OK.to(torch.bfloat16), (0, -inputs % group, 0, -outputs % PANEL)).contiguous()
-    pairs_PKO = padded.view(torch.int32).view(len(padded) // PANEL, PANEL, -1).transpose(1, 2)
-    panels = _empty(empty, weight_OK, len(padded) // PANEL, pairs_PKO[0].numel() * 4)
-    panels.view(torch.int32).view(pairs_PKO.shape).copy_(pairs_PKO)
-    return Packed(panels, outputs, inputs, 16, group)
+    padded = F.pad(weight_OK.to(FLOATS[bits]), (0, -inputs % group, 0, -outputs % PANEL)).contiguous()
+    # a value of float32, or two of bfloat16
+    words_PKO = padded.view(torch.int32).view(len(padded) // PANEL, PANEL, -1).transpose(1, 2)
+    panels = _empty(empty, weight_OK, len(padded) // PANEL, words_PKO[0].numel() * 4)
+    panels.view(torch.int32).view(words_PKO.shape).copy_(words_PKO)
+    return Packed(panels, outputs, inputs, bits, group, wide)
 
 
 def pack_raw(
@@ -208,8 +222,10 @@ def quantize_activations(x_NK: torch.Tensor, group: int) -> tuple[torch.Tensor, 
 
 
 def linear_reference(x_NK: torch.Tensor, weight: Packed) -> torch.Tensor:
-    """What the native kernels compute, in float64: at 16 bits x in bfloat16 times the weight; below, 8-bit activations
-    times integers with exact sums, then the scales."""
+    """What the native kernels compute, in float64: at 32 bits, and 16 if it is wide, x times the weight; at 16 bits x in
+    bfloat16 times the weight; below, 8-bit activations times integers with exact sums, then the scales."""
+    if weight.bits == 32 or weight.wide:
+        return (x_NK.double() @ weight.unpack(torch.float64).T).to(x_NK.dtype)
     if weight.bits == 16:
         return (x_NK.to(torch.bfloat16).double() @ weight.unpack(torch.float64).T).to(x_NK.dtype)
     x, x_scales = quantize_activations(x_NK, weight.group)

@@ -7,7 +7,7 @@
    Letters: N rows, D model, F feed-forward hidden, V vocabulary, S keys or positions, T queries of a block, H heads, K head
    dimension. */
 
-#include "native_src/rows.h"
+#include "native_src/numbers.h"
 
 /* store_row, by the processor's own rounding where it has one (which takes the smallest numbers for zero). */
 static void put_row(void *to, int64_t dtype, int64_t start, const float *from, int64_t n) {

@@ -13,7 +13,7 @@ from torch import nn
 from octad.engine.model_runner import ModelRunner
 from octad.fast.native_layer import NativeLayer
 from octad.fast.native_modules import native_attention
-from octad.fast.optimize import native_kernels, swap
+from octad.fast.optimize import exact_precision, native_kernels, swap
 from octad.fast.quantize import PackedLinear, Precision, quantize_modules
 from octad.kernels.build import BuildError
 from octad.kernels.build import load as build_kernels
@@ -41,6 +41,7 @@ PRECISIONS = {
     "int4, attention too": Precision(4, 4, 8),  # as earlier versions saved it
     "16 bits": Precision(16, 16, 16),
 }
+EXACT = {"16 bits, wide": Precision(16, 16, 16, wide=True), "32 bits": Precision(32, 32, 32)}
 BLOCK = 4
 
 
@@ -69,7 +70,7 @@ def make(tiny_checkpoint: TinyCheckpoint, case: str) -> Transformer:
 
 
 def native(model: Transformer, kernels: NativeKernels, precision: str) -> Transformer:
-    swap(model, kernels, PRECISIONS[precision])
+    swap(model, kernels, (PRECISIONS | EXACT)[precision])
     return model
 
 
@@ -99,7 +100,7 @@ def decode_step(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", PRECISIONS | EXACT)
 @pytest.mark.parametrize("case", CASES)
 def test_one_call_is_its_parts_to_the_bit(
     case: str, precision: str, dtype: torch.dtype, kernels: NativeKernels, tiny_checkpoint: TinyCheckpoint
@@ -226,6 +227,23 @@ def test_a_native_model_is_its_slow_twin(
     errors = token_errors(found, expected)
     assert errors.median() < 1e-5
     assert errors.mean() < 0.02
+
+
+@pytest.mark.parametrize("precision", EXACT)
+@pytest.mark.parametrize("case", CASES)
+def test_exact_weights_give_pytorchs_logits(
+    case: str, precision: str, kernels: NativeKernels, tiny_checkpoint: TinyCheckpoint
+) -> None:
+    """In float32; weights that are bfloat16 numbers are kept as such, others are not."""
+    model = make(tiny_checkpoint, case)
+    if precision == "16 bits, wide":
+        model = model.bfloat16().float()
+    assert exact_precision(model) == EXACT[precision]
+    tokens = torch.randint(0, 96, (3, 17))
+    with torch.inference_mode():
+        expected = model(tokens)
+        found = native(model, kernels, precision)(tokens)
+    assert token_errors(found, expected).max() < 1e-5
 
 
 def token_errors(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

@@ -139,9 +139,7 @@ def test_batched_is_alone_to_the_bit(
     family: str, dtype: torch.dtype, quantize: str | None, tiny_checkpoint: TinyCheckpoint
 ) -> None:
     """With 15 others of mixed lengths, some of one token, which come and go: the same tokens, the same log-probabilities,
-    the same routing. float32 without rounding stays on PyTorch, whose products depend on the batch."""
-    if dtype == torch.float32 and quantize is None:
-        pytest.skip("not native")
+    the same routing."""
     llm = make_llm(tiny_checkpoint(family), dtype, quantize)
     assert is_native(llm)
     batch = prompts(16)
@@ -221,14 +219,14 @@ def test_where_native_modules_are_used(
     path = tiny_checkpoint("llama")
     assert is_native(make_llm(path, torch.bfloat16, None))
     assert is_native(make_llm(path, torch.float32, "int4"))
-    assert not is_native(make_llm(path, torch.float32, None))
+    assert is_native(make_llm(path, torch.float32, None))
     assert not is_native(make_llm(path, torch.float16, "int8"))
     assert not is_native(make_llm(path, torch.bfloat16, "int8", native=False))
 
     class Weak:
         """A CPU without the instructions."""
 
-        integer_dot, bfloat16_dot = True, False
+        vectors = False
 
     monkeypatch.setattr(optimize_module, "NativeKernels", lambda library: Weak())
     assert not is_native(make_llm(path, torch.bfloat16, None))

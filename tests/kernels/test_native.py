@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from octad.kernels.build import load
 from octad.kernels.native import NativeKernels, WeightArray, describe
-from octad.kernels.packed import Packed, linear_reference, pack
+from octad.kernels.packed import Packed, linear_reference, pack, pack_raw
 from octad.kernels.paged import PagedBatch, paged_attention_reference
 from octad.model.config import ModelConfig, RopeConfig
 from octad.model.moe import Experts, Router
@@ -25,6 +25,7 @@ BUILDS = {"this machine": [], "plain C": OTHER_CPU, "one thread": ["-O1"]}
 DTYPES = [torch.float32, torch.bfloat16]
 ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 21]
 ULP = 2**-8
+WIDE = -16  # bfloat16 weights, float32 activations
 
 
 @pytest.fixture(scope="module", params=BUILDS)
@@ -71,15 +72,19 @@ def magnitudes(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x.double().abs() @ weight.double().abs().T
 
 
+def packed(weight: torch.Tensor, bits: int) -> Packed:
+    return pack(weight, 16, wide=True) if bits == WIDE else pack(weight, bits)
+
+
 # ---- linear --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [32, WIDE, 16, 8, 4])
 def test_linear_is_its_slow_twin(kernels: NativeKernels, bits: int, dtype: torch.dtype) -> None:
     """Three weights that share x, outputs that fill no panel, inputs that fill no group, with and without biases."""
     for inputs in (8, 72, 200):
-        weights = [pack(torch.randn(outputs, inputs), bits) for outputs in (5, 48, 33)]
+        weights = [packed(torch.randn(outputs, inputs), bits) for outputs in (5, 48, 33)]
         biases = [torch.randn(5), None, torch.randn(33)]
         described = describe(weights)
         for rows in ROWS:
@@ -117,11 +122,24 @@ def test_rows_of_nothing_and_of_the_largest_values(kernels: NativeKernels) -> No
     torch.testing.assert_close(y[2:], x[2:, :1].expand(2, 16) * 128, rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_largest_integers_overflow_nothing(kernels: NativeKernels, bits: int) -> None:
+    """Sums of products of the largest weights and activations, of all signs, in groups of every length."""
+    top = (1 << (bits - 1)) - 1
+    for group in (8, 24, 32, 64, 96):
+        signs = torch.cat([torch.ones(2, group), -torch.ones(2, group), torch.randn(29, group).sign()])
+        raw = torch.where(signs > 0, top, -top - (bits == 4)) + (1 << (bits - 1))
+        w = pack_raw(raw.to(torch.uint8), torch.ones(33, 1), bits, group)
+        x = torch.cat([signs[:5], signs[9:12]]) * 127
+        (y,) = kernels.linear(describe([w]), x)
+        assert torch.equal(y, x @ w.unpack().T)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [32, WIDE, 16, 8, 4])
 def test_what_is_not_a_number_stays_visible(kernels: NativeKernels, bits: int, bad: float) -> None:
     """In its own row, and there alone."""
-    w = pack(torch.rand(20, 128) + 0.1, bits)
+    w = packed(torch.rand(20, 128) + 0.1, bits)
     x = torch.randn(5, 128)
     x[3, 100] = bad
     (y,) = kernels.linear(describe([w]), x)
@@ -129,11 +147,11 @@ def test_what_is_not_a_number_stays_visible(kernels: NativeKernels, bits: int, b
     assert y[[0, 1, 2, 4]].isfinite().all()
 
 
-@pytest.mark.parametrize("bits", [32, 16, 8, 4])
-def test_a_row_does_not_depend_on_its_company(kernels: NativeKernels, bits: int) -> None:
+@pytest.mark.parametrize("bits", [None, 32, WIDE, 16, 8, 4])
+def test_a_row_does_not_depend_on_its_company(kernels: NativeKernels, bits: int | None) -> None:
     """To the bit, in any number of rows, at any place, on any number of threads."""
     for weight in (torch.randn(40, 200), torch.randn(100, 72)):
-        kept = pack(weight, bits) if bits < 32 else weight
+        kept = packed(weight, bits) if bits else weight
         w, x = describe([kept, kept]), torch.randn(21, weight.shape[1])
         alone = [kernels.linear(w, x[n : n + 1]) for n in range(21)]
         for threads in (1, 2):

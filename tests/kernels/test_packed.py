@@ -68,6 +68,12 @@ def test_the_layout_is_what_native_c_reads(bits: int) -> None:
 def test_16_bits_are_bfloat16(shape: tuple[int, int]) -> None:
     w = weight(*shape)
     assert torch.equal(pack(w.bfloat16(), 16).unpack(), w.bfloat16().float())
+    assert torch.equal(pack(w, 32).unpack(), w)
+    x = torch.randn(3, shape[1])
+    torch.testing.assert_close(
+        linear_reference(x, pack(w.bfloat16(), 16, wide=True)), x @ w.bfloat16().float().T
+    )
+    torch.testing.assert_close(linear_reference(x, pack(w, 32)), x @ w.T)
     assert torch.equal(pack(w, 16).unpack(), w.bfloat16().float())
 
 

@@ -1,23 +1,8 @@
-/* Numbers, weights as they lie in memory, and rows of activations in the form that a weight's format multiplies. Part of
-   native.c; panels.h has the formats.
+/* Weights as they lie in memory, and rows of activations in the form that a weight's format multiplies. panels.h has the
+   formats.
 
    Letters: N rows, K inputs, G inputs a group. */
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-#if defined(__unix__) || defined(__APPLE__)
-#include <sched.h>
-#endif
-
-enum { F_F32 = 0, F_BF16 = 1, F_P16 = 2, F_Q8 = 3, F_Q4 = 4 };
 #define PANEL 16
 #define ROWS 6 /* rows of x that share one load of the weights: 2 panels x 6 rows x 2 sums fit 32 registers */
 
@@ -30,78 +15,17 @@ typedef struct {
 
 /* One row of x in the form that a weight format multiplies. */
 typedef struct {
-    const void *x;        /* int8, bf16 or float */
+    const void *x;        /* int8, bf16 or float: row_value says which */
     const float *scale;   /* per group */
     const int32_t *start; /* per group, what the sum of the products starts at: -offset * sum of the int8 values */
 } Row;
 
-/* ---- numbers ------------------------------------------------------------------------------------------------- */
-
-static inline float from_bf16(uint16_t v) {
-    uint32_t u = (uint32_t)v << 16;
-    float f;
-    memcpy(&f, &u, 4);
-    return f;
-}
-
-static inline uint16_t to_bf16(float f) { /* round to nearest even; NaN stays NaN */
-    uint32_t u;
-    memcpy(&u, &f, 4);
-    uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    return (u & 0x7fffffff) > 0x7f800000 ? (uint16_t)((u >> 16) | 0x40) : (uint16_t)rounded;
-}
-
-/* What sums floats in an order that the compiler chooses stays one function, so that every caller gets the same bits. */
-#define ONE static __attribute__((noinline))
-
-static void load_row(float *to, const void *from, int64_t dtype, int64_t start, int64_t n) {
-    if (dtype == F_F32) {
-        memcpy(to, (const float *)from + start, n * sizeof(float));
-        return;
-    }
-    const uint16_t *p = (const uint16_t *)from + start;
-    for (int64_t i = 0; i < n; i++) to[i] = from_bf16(p[i]);
-}
-
-static void store_row(void *to, int64_t dtype, int64_t start, const float *from, int64_t n) {
-    if (dtype == F_F32) {
-        memcpy((float *)to + start, from, n * sizeof(float));
-        return;
-    }
-    uint16_t *p = (uint16_t *)to + start;
-    for (int64_t i = 0; i < n; i++) p[i] = to_bf16(from[i]);
-}
-
-/* As if stored in `dtype` and loaded again. */
-static void round_row(float *x, int64_t dtype, int64_t n) {
-    if (dtype == F_BF16)
-        for (int64_t i = 0; i < n; i++) x[i] = from_bf16(to_bf16(x[i]));
-}
-
-/* e^x in float32, relative error about 2e-7, written so that compilers vectorise it (Cephes' polynomial). */
-static inline float exp_(float x) {
-    x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
-    float n = rintf(x * 1.44269504f);
-    float r = fmaf(n, -0.693359375f, x);
-    r = fmaf(n, 2.12194440e-4f, r);
-    float p = 1.9875691500e-4f;
-    p = fmaf(p, r, 1.3981999507e-3f);
-    p = fmaf(p, r, 8.3334519073e-3f);
-    p = fmaf(p, r, 4.1665795894e-2f);
-    p = fmaf(p, r, 1.6666665459e-1f);
-    p = fmaf(p, r, 5.0000001201e-1f);
-    p = fmaf(p, r * r, r) + 1.0f;
-    uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
-    float two_n;
-    memcpy(&two_n, &bits, 4);
-    return x == x ? p * two_n : x;
-}
-
-static inline float silu(float x) { return x / (1.0f + exp_(-x)); }
-
-static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+/* Whether the products of F_P16 are the processor's own, of bf16 by bf16. */
+#if defined(__AVX512BF16__)
+#define BF16_DOT 1
+#else
+#define BF16_DOT 0
+#endif
 
 /* ---- rows of activations ------------------------------------------------------------------------------------- */
 
@@ -111,12 +35,21 @@ typedef struct { /* N rows prepared for one weight format, and the memory behind
     int64_t inputs, padded, group, groups, format, stride; /* stride: bytes a row */
 } Rows;
 
+static int is_quantised(int64_t format) { return format == F_Q8 || format == F_Q4; }
+
+/* Bytes of a value in a row. Where bf16 products are made of float32, a row of bf16 values is float32, too. */
+static int64_t row_value(int64_t format) {
+    if (is_quantised(format)) return 1;
+    if (format == F_P16) return BF16_DOT ? 2 : 4;
+    return format == F_BF16 ? 2 : 4;
+}
+
 static int rows_alloc(Rows *r, int64_t n, const Weight *w) {
     r->inputs = w->inputs, r->format = w->format, r->group = w->group;
-    int quantised = w->format >= F_Q8;
+    int quantised = is_quantised(w->format);
     r->padded = round_up(w->inputs, w->group);
     r->groups = quantised ? r->padded / w->group : 0;
-    int64_t size = quantised ? 1 : (w->format == F_F32 ? 4 : 2);
+    int64_t size = row_value(w->format);
     r->stride = round_up(r->padded * size + r->groups * 8, 64);
     r->rows = malloc(n * sizeof(Row) + 64);
     r->memory = malloc(n * r->stride + 64);
@@ -204,10 +137,11 @@ static inline int32_t quantise_group(const float *x, int64_t n, int64_t group, i
 static void rows_set_part(Rows *r, int64_t i, int64_t start, int64_t n, const float *x) {
     Row *row = &r->rows[i];
     int64_t end = start + n, padded = end == r->inputs ? r->padded : end;
-    if (r->format == F_F32) memcpy((float *)row->x + start, x, n * sizeof(float));
-    else if (r->format <= F_P16) {
-        store_row((void *)row->x, F_BF16, start, x, n);
-        for (int64_t k = end; k < padded; k++) ((uint16_t *)row->x)[k] = 0;
+    if (!is_quantised(r->format)) {
+        int64_t size = row_value(r->format);
+        store_row((void *)row->x, size == 4 ? F_F32 : F_BF16, start, x, n);
+        if (r->format == F_P16 && size == 4) round_row((float *)row->x + start, F_BF16, n);
+        memset((char *)row->x + end * size, 0, (padded - end) * size);
     } else
         for (int64_t k = start; k < end; k += r->group) {
             int64_t g = k / r->group;
