@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from octad.errors import RecipeError
+from octad.guard import exists, parse_yaml
 
 _ORDER = {"extra_forbidden": 0, "missing": 2}  # which of several problems is told; the others are 1
 # how pydantic calls the members of a union, in the place of a problem
@@ -59,7 +60,7 @@ class ConfigFile(Section):
     def resolve(self, reference: str) -> str:
         """A reference as the user wrote it, made a path where a file of that name exists beside this one."""
         beside = self.directory / Path(reference).expanduser()
-        return str(beside) if beside.exists() else reference
+        return str(beside) if exists(beside) else reference
 
 
 def distinct(kind: str, names: Sequence[str]) -> None:
@@ -68,34 +69,12 @@ def distinct(kind: str, names: Sequence[str]) -> None:
         raise ValueError(f"two {kind} have the name {twice!r}; give each its own")
 
 
-class _OnceLoader(yaml.SafeLoader):
-    """YAML in which a key that occurs twice is a mistake: the library takes the last one in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """See SafeLoader. Raises ConstructorError."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key.value!r} occurs twice", key.start_mark
-                )
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
-def parse_yaml(text: str) -> Any:
-    """Plain data. Raises yaml.YAMLError, also for a key that occurs twice."""
-    return yaml.load(text, _OnceLoader)
-
-
 def read_mapping(path: Path, label: str, expected: str) -> dict[str, Any]:
     """A file of keys and values; `label` begins every complaint, `expected` names keys. Raises RecipeError."""
     try:
-        raw = parse_yaml(path.read_text(encoding="utf-8"))
+        raw = parse_yaml(path.read_bytes())
     except OSError as error:
         raise RecipeError(f"{label}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise RecipeError(f"{label}: not UTF-8 text") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{label}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):

@@ -26,9 +26,9 @@ import torch
 from octad.checkpoint.extent import Extent, same_bytes
 from octad.checkpoint.names import EMBEDDING, HEAD, expert_name, router_name, tensor_plan
 from octad.checkpoint.shard import DTYPE_NAMES, read_header
-from octad.checkpoint.side_files import read_json
 from octad.checkpoint.source import TensorInfo
 from octad.errors import CheckpointError, ConfigError
+from octad.guard import read_object
 from octad.model.config import ModelConfig
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -114,7 +114,7 @@ def read_config(directory: Path, label: str | None = None, *, quantised: bool = 
         if (directory / "adapter_config.json").is_file():
             raise CheckpointError(f"{label}: is an adapter, not a model; use it as a member on top of a base")
         raise CheckpointError(f"{label}: no config.json in {directory}: not a model directory")
-    raw = read_json(directory / "config.json")
+    raw = read_object(directory / "config.json")
     if raw.get("quantization_config") and not quantised:
         method = dict(raw["quantization_config"]).get("quant_method", "unknown method")
         raise CheckpointError(
@@ -146,7 +146,7 @@ def open_weights(directory: Path) -> tuple[list[Path], dict[str, Extent]]:
 
 def _open_shards(directory: Path) -> tuple[list[Path], dict[str, Extent]]:
     index = directory / INDEX
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index}: has no usable 'weight_map'")
     shards = {name: _inside(directory, name) for name in sorted(set(weight_map.values()))}

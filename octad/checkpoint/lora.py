@@ -25,9 +25,9 @@ from octad.checkpoint.extent import Extent
 from octad.checkpoint.hf import fingerprint
 from octad.checkpoint.names import EMBEDDING, HEAD
 from octad.checkpoint.shard import read_header
-from octad.checkpoint.side_files import read_json
 from octad.checkpoint.source import TensorInfo, TensorSource
 from octad.errors import CheckpointError
+from octad.guard import matches, read_object
 from octad.model.config import ModelConfig
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = (
@@ -104,15 +104,22 @@ class _Adapter:
     def rank_and_scale(self, module: str) -> tuple[int, float]:
         """Rank and alpha / rank (rsLoRA: alpha / sqrt(rank)) of a module, patterns resolved as PEFT does."""
         try:
-            rank = int(_by_pattern(self.config.get("rank_pattern"), module, self.config.get("r", 8)))
-            alpha = float(
-                _by_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 8))
-            )
+            rank = int(self._by_pattern("rank_pattern", module, self.config.get("r", 8)))
+            alpha = float(self._by_pattern("alpha_pattern", module, self.config.get("lora_alpha", 8)))
             return rank, alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-        except (ArithmeticError, AttributeError, TypeError, ValueError, re.error) as error:
+        except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{self.directory / CONFIG_FILE}: bad rank or alpha for {module}: {error}"
             ) from error
+
+    def _by_pattern(self, patterns: str, module: str, default: Any) -> Any:
+        """The value of the first of these patterns (a regular expression for the end of the module's path) that
+        matches, else the default."""
+        for pattern, value in (self.config.get(patterns) or {}).items():
+            where = f"{self.directory / CONFIG_FILE}: bad rank or alpha for {module}: {patterns}"
+            if matches(rf"(.*\.)?({pattern})$", module, where, "match"):
+                return value
+        return default
 
     def changes(self) -> dict[str, _Change]:
         """Tensor name -> what happens to it. Raises CheckpointError for a key that is not understood."""
@@ -329,14 +336,4 @@ def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG_FILE
     if not path.is_file():
         raise CheckpointError(f"{directory}: {CONFIG_FILE} is missing; this is not a PEFT adapter")
-    return read_json(path)
-
-
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """The value of the first pattern (a regular expression for the end of the module's path) that matches,
-    else the default.
-    """
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+    return read_object(path)

@@ -15,9 +15,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from octad.checkpoint.side_files import read_json
 from octad.checkpoint.source import TensorSource
 from octad.errors import CheckpointError
+from octad.guard import read_object
 
 PROVENANCE = "octad.json"
 FORMAT = 1
@@ -44,7 +44,7 @@ class Provenance:
         if path is None or not path.is_file():
             return None
         try:
-            found = cls._checked(read_json(path))
+            found = cls._checked(read_object(path))
         except (CheckpointError, KeyError, TypeError, ValueError) as error:
             reason = (
                 str(error).removeprefix(f"{path}: ") if isinstance(error, CheckpointError) else repr(error)

@@ -29,9 +29,9 @@ import torch
 from octad.checkpoint.extent import Extent
 from octad.checkpoint.hf import SafetensorsSource, one_by_one, open_weights, read_config, verify
 from octad.checkpoint.names import HEAD, is_attention, is_linear, tensor_plan
-from octad.checkpoint.side_files import read_json
 from octad.checkpoint.source import TensorInfo
 from octad.errors import CheckpointError
+from octad.guard import read_object
 from octad.model.config import ModelConfig
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
@@ -125,7 +125,7 @@ def unpack_int32(packed: torch.Tensor, bits: int) -> torch.Tensor:
 def is_quantised(directory: Path) -> bool:
     """Whether config.json says that the weights are quantised, in whatever way."""
     config = directory / "config.json"
-    return config.is_file() and bool(read_json(config).get("quantization_config"))
+    return config.is_file() and bool(read_object(config).get("quantization_config"))
 
 
 class QuantizedSource(SafetensorsSource):

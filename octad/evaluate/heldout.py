@@ -24,10 +24,10 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from octad.checkpoint.config_file import parse_yaml
 from octad.checkpoint.load import load_tokenizer
 from octad.checkpoint.source import TensorSource
 from octad.errors import DataError
+from octad.guard import parse_yaml
 from octad.text.windows import Window, read_windows
 
 Domains = Mapping[str, Sequence[Path]]
@@ -120,7 +120,7 @@ class Texts:
 def read_domains(path: Path) -> dict[str, list[Path]]:
     """A YAML file `domains: {name: file or [files]}`; paths are relative to it. Raises DataError with one line."""
     try:
-        raw = parse_yaml(path.read_text(encoding="utf-8"))
+        raw = parse_yaml(path.read_bytes())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DataError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
     table = raw.get("domains") if isinstance(raw, dict) else None

@@ -24,8 +24,8 @@ import tokenizers
 
 from octad.checkpoint.gguf.header import GGUFHeader
 from octad.checkpoint.gguf.vocabulary import GGUFVocabulary, build_tokenizer, token_config
-from octad.checkpoint.side_files import read_json
 from octad.errors import CheckpointError
+from octad.guard import read_object
 from octad.text.chat_template import render_chat
 
 Message = Mapping[str, Any]
@@ -328,7 +328,7 @@ def _restore(text: str, replacements: Mapping[str, str]) -> str:
 
 def _optional(path: Path) -> dict[str, Any]:
     """A JSON object; {} where there is no such file."""
-    return read_json(path) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
 
 
 def _to_json(value: Mapping[str, Any]) -> str:

@@ -16,9 +16,11 @@ from dataclasses import replace
 
 from octad.engine.llm import LLM
 from octad.engine.params import SamplingParams
+from octad.errors import DataError
 from octad.evaluate.tasks.scores import Measured
 from octad.evaluate.tasks.task import GenerateTask, Prompt
 from octad.evaluate.tasks.work import Work
+from octad.guard import matches
 
 PUNCTUATION = " \t\n.,;:!?…\"'`’‘“”«»()[]{}*_"
 
@@ -64,7 +66,7 @@ def measure_answers(llm: LLM, task: GenerateTask, work: Work | None = None) -> l
 def is_right(text: str, example: Prompt, match: str) -> bool:
     """Whether an answer counts."""
     if example.regex is not None:
-        return re.search(example.regex, text) is not None
+        return matches(example.regex, text, "a task's example", "search", DataError)
     found, wanted = normalise(text), [normalise(answer) for answer in example.answers]
     if match == "exact":
         return found in wanted

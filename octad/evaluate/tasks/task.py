@@ -17,7 +17,6 @@ YAML holds the settings and the examples, or the name of a file of them (`exampl
 from __future__ import annotations
 
 import gzip
-import json
 import re
 import zlib
 from collections.abc import Iterator
@@ -35,8 +34,9 @@ from pydantic import (
     model_validator,
 )
 
-from octad.checkpoint.config_file import Section, one_line, parse_yaml
+from octad.checkpoint.config_file import Section, one_line
 from octad.errors import DataError
+from octad.guard import JSON_BYTES, parse_json, parse_yaml
 
 SUFFIXES = (".yaml", ".yml", ".jsonl", ".jsonl.gz")
 STOP_CODE = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # Chen et al. 2021, section 3.2
@@ -260,16 +260,16 @@ def _lines(file: Path) -> Iterator[Any]:
     """The objects of a .jsonl file."""
     for number, line in enumerate(_text(file).split("\n"), 1):
         if line.strip():
-            try:
-                yield json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{file} line {number}: not JSON ({error})") from None
+            yield parse_json(line, f"{file} line {number}", DataError, complaint="not JSON", prose=True)
 
 
 def _text(file: Path) -> str:
     try:
-        data = file.read_bytes()
-        return (gzip.decompress(data) if file.suffix == ".gz" else data).decode()
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+            data = stream.read(JSON_BYTES + 1)
+        if len(data) > JSON_BYTES:
+            raise OSError(f"more than {JSON_BYTES:,} bytes, which no task needs")
+        return data.decode("utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(f"{file}: cannot be read as UTF-8 text ({reason})") from None
