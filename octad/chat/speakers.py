@@ -42,7 +42,7 @@ def encode(llm: LLM, text: str, *, chat: bool = False) -> list[int]:
     """Ids of a prompt: the text itself, control tokens' spellings as plain text, or through the chat template."""
     if chat:
         return llm.tokenizer.encode_chat([{"role": "user", "content": text}])
-    return llm.tokenizer.encode(text, add_special_tokens=True, parse_special=False)
+    return llm.tokenizer.encode_prompt(text)
 
 
 def speak(llm: LLM, prompt: Sequence[int], params: SamplingParams, console: Console) -> RequestOutput:

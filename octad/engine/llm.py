@@ -171,7 +171,7 @@ class LLM:
     def _add(self, prompt: str | Sequence[int], params: SamplingParams) -> str:
         request_id = f"llm-{next(self._ids)}"
         if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt, add_special_tokens=True, parse_special=False)
+            ids = self.tokenizer.encode_prompt(prompt)
             # a text of nothing is refused even where the tokenizer puts a bos before it
             self.engine.add_request(request_id, ids if prompt else [], params, prompt)
         elif isinstance(prompt, int):

@@ -26,6 +26,8 @@ from octad.errors import OctadError
 from octad.evaluate.tasks.answers import write
 from octad.evaluate.tasks.likelihood import Pair, begin_ids, log_likelihoods
 
+MARK = "\ue000 "  # a private character, where a message ends
+
 
 @register_model("octad")
 class OctadLM(TemplateLM):  # type: ignore[misc]
@@ -82,8 +84,14 @@ class OctadLM(TemplateLM):  # type: ignore[misc]
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A chat as text."""
-        return self.llm.tokenizer.apply_chat_template(chat_history, add_generation_prompt)
+        """A chat as text; without a generation prompt its last message is left open, to be continued."""
+        if add_generation_prompt:
+            return self.llm.tokenizer.apply_chat_template(chat_history)
+        *before, last = chat_history
+        marked = last | {"content": last["content"] + MARK}
+        rendered = self.llm.tokenizer.apply_chat_template([*before, marked], add_generation_prompt=False)
+        opened = rendered[: rendered.rindex(MARK.strip())]
+        return opened if MARK in rendered else opened.rstrip()  # the template strips its messages
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template, which lm-eval keeps with the results."""
@@ -118,7 +126,10 @@ class OctadLM(TemplateLM):  # type: ignore[misc]
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Texts up to a stop string, all of them in one batch of the engine."""
         params = [self._params(request.args[1]) for request in requests]
-        texts = [text for (text,) in write(self.llm, [request.args[0] for request in requests], params)]
+        prompts = [
+            self.tok_encode(request.args[0]) for request in requests
+        ]  # a chat's control tokens are tokens
+        texts = [text for (text,) in write(self.llm, prompts, params)]
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts

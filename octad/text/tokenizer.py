@@ -106,6 +106,10 @@ class Tokenizer:
         ids: list[int] = core.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text that a person typed: what the model wants before it, and spellings of control tokens as text."""
+        return self.encode(text, add_special_tokens=True, parse_special=False)
+
     def encode_batch(
         self, texts: Sequence[str], add_special_tokens: bool = False, *, parse_special: bool = True
     ) -> list[list[int]]:

@@ -121,6 +121,98 @@ def test_rolling_log_likelihoods_are_those_of_its_transformers_model(base: Path,
     assert row["scores"]["model"]["value"] == pytest.approx(value, rel=1e-4)
 
 
+CHAT = """{% for m in messages %}{{ bos_token if loop.first }}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def chat_base(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose template writes the begin token, and whose tokenizer adds one by itself too."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|begin|>", "<|im_start|>", "<|im_end|>"]
+    core.train_from_iterator(
+        ["the river and the sea"] * 9,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=280, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    core.post_processor = tokenizers.processors.TemplateProcessing("<|begin|> $A", None, [("<|begin|>", 0)])
+    names = {"bos_token": "<|begin|>", "eos_token": "<|im_end|>", "pad_token": "<|begin|>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, **names)
+    tokenizer.chat_template = CHAT
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "initializer_range": 0.2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}
+    ids = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": core.get_vocab_size()}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, **heads, **ids))
+    directory = tmp_path_factory.mktemp("lm-eval-chat")
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def test_a_templated_chat_is_read_as_its_transformers_model_reads_it(
+    chat_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from octad.evaluate.lm_eval_adapter import OctadLM
+
+    theirs = HFLM(str(chat_base), dtype="float32", device="cpu", batch_size=1)
+    mine = OctadLM(LLM(chat_base, dtype="float32"))
+    chat = [{"role": "user", "content": "the river"}, {"role": "assistant", "content": "and the "}]
+    for history, generate in ((chat[:1], True), (chat, False)):
+        assert mine.apply_chat_template(history, generate) == theirs.apply_chat_template(history, generate)
+    prompt = mine.apply_chat_template(chat[:1])
+    assert mine.tok_encode(prompt) == theirs.tok_encode(prompt)
+    assert mine.tok_encode(prompt).count(0) == 1  # one begin token, the template's
+    assert mine.tok_encode("the sea") == theirs.tok_encode("the sea")
+    assert mine.tok_encode("the sea")[0] == 0
+    seen: list[list[int]] = []
+    add = mine.llm.engine.add_request
+
+    def spy(name: str, tokens: list[int], params: Any) -> Any:
+        seen.append(list(tokens))
+        return add(name, tokens, params)
+
+    monkeypatch.setattr(mine.llm.engine, "add_request", spy)
+    arguments = (prompt, {"until": [], "max_gen_toks": 6})
+    ask = [Instance(request_type="generate_until", doc={}, arguments=arguments, idx=0)]
+    assert mine.generate_until(ask) == theirs.generate_until(ask, disable_tqdm=True)
+    assert seen == [theirs.tok_encode(prompt)]
+    pair = [Instance(request_type="loglikelihood", doc={}, arguments=(prompt, " the sea"), idx=0)]
+    ((nats, greedy),) = mine.loglikelihood(pair)
+    ((their_nats, their_greedy),) = theirs.loglikelihood(pair, disable_tqdm=True)
+    assert (nats, greedy) == (pytest.approx(their_nats, rel=1e-4), their_greedy)
+
+
+def test_an_empty_continuation_is_refused_by_both(chat_base: Path) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from octad.evaluate.lm_eval_adapter import OctadLM
+
+    ask = [Instance(request_type="loglikelihood", doc={}, arguments=("the river", ""), idx=0)]
+    with pytest.raises(AssertionError):
+        HFLM(str(chat_base), dtype="float32", device="cpu", batch_size=1).loglikelihood(
+            ask, disable_tqdm=True
+        )
+    mine = OctadLM(LLM(chat_base, dtype="float32"))
+    with pytest.raises(DataError, match="continuation 1 of 1: has 0 tokens"):
+        mine.loglikelihood(ask)
+    ask[0].arguments = ("the river", " sea" * 129)
+    with pytest.raises(DataError, match="and must have 1 to 128"):
+        mine.loglikelihood(ask)
+
+
 def test_a_broken_task_is_one_line(base: Path, tmp_path: Path) -> None:
     file = tmp_path / "broken.yaml"
     file.write_text("task: broken\ndataset_path: json\ndataset_kwargs: {data_files: {test: nowhere.jsonl}}\n")

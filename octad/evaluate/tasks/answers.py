@@ -27,17 +27,17 @@ PUNCTUATION = " \t\n.,;:!?…\"'`’‘“”«»()[]{}*_"
 
 def write(
     llm: LLM,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     params: SamplingParams | Sequence[SamplingParams],
     progress: Callable[[float], None] = lambda done: None,
 ) -> list[list[str]]:
-    """The answers to each prompt, in order. Prompts lose their beginning where the context is too short for both; a seed
-    is counted on from prompt to prompt, so that no two share their draws."""
+    """The answers to each prompt (a text, or its ids), in order. Prompts lose their beginning where the context is too
+    short for both; a seed is counted on from prompt to prompt, so that no two share their draws."""
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     engine, ids = llm.engine, [f"task-{number}" for number in range(len(prompts))]
     try:
         for number, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
-            tokens = llm.tokenizer.encode(prompt, add_special_tokens=True, parse_special=False)
+            tokens = llm.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
             room = max(1, engine.max_model_len - (own.max_tokens or 1))
             seeded = own if own.seed is None else replace(own, seed=own.seed + number * own.n)
             engine.add_request(ids[number], tokens[-room:], seeded)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from octad.errors import DataError
 from octad.evaluate.nats import head_rows
 from octad.model.transformer import Transformer
 from octad.text.tokenizer import Tokenizer
@@ -39,8 +40,7 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
     if not context:
         return begin_ids(tokenizer), tokenizer.encode(continuation, parse_special=False)
     bare = context.rstrip()
-    before = tokenizer.encode(bare, add_special_tokens=True, parse_special=False)
-    whole = tokenizer.encode(context + continuation, add_special_tokens=True, parse_special=False)
+    before, whole = tokenizer.encode_prompt(bare), tokenizer.encode_prompt(context + continuation)
     return whole[: len(before)] or begin_ids(tokenizer), whole[len(before) :]
 
 
@@ -58,10 +58,17 @@ def log_likelihoods(
     tokens_per_batch: int = 4096,
     progress: Callable[[float], None] = lambda done: None,
 ) -> list[Likelihood]:
-    """One for each pair, in their order. What is longer than the model's context loses its beginning."""
+    """One for each pair, in their order. What is longer than the model's context loses its beginning.
+
+    Raises DataError for a continuation of no tokens, or of more than the model's context holds."""
     longest = model.config.max_position_embeddings
     windows = []
     for number, (context, continuation) in enumerate(pairs):
+        if not 0 < len(continuation) <= longest:
+            raise DataError(
+                f"continuation {number + 1} of {len(pairs)}: has {len(continuation)} tokens, and must have 1 to"
+                f" {longest}, the model's context; check the task's choices and targets"
+            )
         ids = (*context, *continuation)[-longest - 1 :]  # the last token is predicted, not read
         windows.append(Window(ids, len(continuation), number))
     found: dict[int, Likelihood] = {}
