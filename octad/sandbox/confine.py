@@ -5,9 +5,10 @@
 This file is run by its path in a process of its own, never imported by octad: standard library only. What it gives away,
 in order: standard input and output, the network and the view of the machine's mounts (a user, network, IPC and mount
 namespace; the scratch directory becomes a small tmpfs), time, memory and file sizes (rlimits), all files but Python's own
-and the scratch directory (Landlock), capabilities, and the system calls that open sockets, begin processes, signal others
-or change what Landlock does not watch (seccomp; numbers in KERNEL below). Where the kernel has no Landlock or seccomp an
-audit hook refuses the same things: that stops accidents, not intent, and only runs when the job says `weak`.
+and the scratch directory (Landlock), capabilities, and every system call that is not in CALLS below (seccomp): sockets,
+processes, signals to others, whatever Landlock does not watch, whatever a newer kernel will offer. The kernel kills the
+program when octad dies. Where the kernel has no Landlock or seccomp an audit hook refuses the usual ways: that stops
+accidents, not intent, and only runs when the job says `weak`.
 
 The program shares this process, so one that searches it could find the token that marks a pass; one that merely leaves
 early, prints something or raises does not.
@@ -18,6 +19,7 @@ import errno
 import json
 import os
 import platform
+import signal
 import struct
 import sys
 import sysconfig
@@ -27,56 +29,50 @@ from typing import Any, NoReturn
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWNET = 0x00020000, 0x08000000, 0x10000000, 0x40000000
 CLONE_THREAD = 0x00010000
 MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
-PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 22, 38
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
 LANDLOCK_CREATE, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT = 444, 445, 446  # the same on every architecture
 # Access rights of linux/landlock.h: what a file may be asked for, what a directory besides.
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, TRUNCATE, IOCTL_DEV = 1, 2, 4, 8, 1 << 14, 1 << 15
 FILE_RIGHTS = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
 
-# machine: (AUDIT_ARCH, clone, system calls that fail with EPERM), from the kernel's tables
-KERNEL = {
-    "x86_64": (
-        0xC000003E,
-        56,
-        (
-            *(41, 57, 58, 59, 322),  # socket, fork, vfork, execve, execveat
-            *(62, 200, 234, 129, 297, 424, 434, 438),  # kill, tkill, tgkill, sigqueue, pidfd_*
-            *(101, 310, 311, 302, 141, 203, 144, 314, 251),  # ptrace, process_vm_*, prlimit, priorities
-            *(425, 426, 427, 319, 29, 68, 64, 240),  # io_uring, memfd_create, System V and POSIX IPC
-            *(272, 308, 165, 166, 155, 161, 428, 429, 430, 442),  # unshare, setns, mounts, chroot
-            *(
-                321,
-                298,
-                323,
-                250,
-                248,
-                249,
-                175,
-                313,
-                176,
-                246,
-                304,
-                303,
-            ),  # bpf, perf, keys, modules, handles
-            *(90, 91, 268, 452, 92, 93, 94, 260),  # chmod, chown
-            *(188, 189, 190, 197, 198, 199, 132, 235, 280, 261),  # xattr, utime
-        ),
-    ),
-    "aarch64": (
-        0xC00000B7,
-        220,
-        (
-            *(198, 221, 281),
-            *(129, 130, 131, 138, 240, 424, 434, 438),
-            *(117, 270, 271, 261, 140, 122, 119, 274, 30),
-            *(425, 426, 427, 279, 194, 186, 190, 180),
-            *(97, 268, 40, 39, 41, 51, 428, 429, 430, 442),
-            *(280, 241, 282, 219, 217, 218, 105, 273, 106, 104, 265, 264),
-            *(52, 53, 452, 55, 54),
-            *(5, 6, 7, 14, 15, 16, 88),
-        ),
-    ),
+# The system calls that a program may make: name, number on x86-64, number on arm64 ("-": has none), from the kernel's
+# tables. All others fail with EPERM, those among them that this list's author never heard of.
+CALLS = """
+read 0 63 write 1 64 readv 19 65 writev 20 66 pread64 17 67 pwrite64 18 68 preadv 295 69 pwritev 296 70 lseek 8 62
+open 2 - openat 257 56 creat 85 - close 3 57 close_range 436 436 dup 32 23 dup2 33 - dup3 292 24 pipe 22 - pipe2 293 59
+stat 4 - fstat 5 80 lstat 6 - newfstatat 262 79 statx 332 291 access 21 - faccessat 269 48 faccessat2 439 439
+getdents 78 - getdents64 217 61 readlink 89 - readlinkat 267 78 rename 82 - renameat 264 38 renameat2 316 276
+mkdir 83 - mkdirat 258 34 rmdir 84 - unlink 87 - unlinkat 263 35 link 86 - linkat 265 37 symlink 88 - symlinkat 266 36
+truncate 76 45 ftruncate 77 46 fallocate 285 47 fadvise64 221 223 fsync 74 82 fdatasync 75 83 sendfile 40 71
+copy_file_range 326 285 getcwd 79 17 chdir 80 49 fchdir 81 50 umask 95 166 statfs 137 43 fstatfs 138 44
+poll 7 - ppoll 271 73 select 23 - pselect6 270 72 epoll_create 213 - epoll_create1 291 20 epoll_ctl 233 21
+epoll_wait 232 - epoll_pwait 281 22 eventfd2 290 19
+mmap 9 222 munmap 11 215 mprotect 10 226 mremap 25 216 madvise 28 233 brk 12 214 msync 26 227 mincore 27 232
+futex 202 98 set_tid_address 218 96 set_robust_list 273 99 get_robust_list 274 100 rseq 334 293 membarrier 324 283
+sched_yield 24 124 sched_getaffinity 204 123 getcpu 309 168 exit 60 93 exit_group 231 94 wait4 61 260 waitid 247 95
+rt_sigaction 13 134 rt_sigprocmask 14 135 rt_sigreturn 15 139 rt_sigpending 127 136 rt_sigsuspend 130 133
+rt_sigtimedwait 128 137 sigaltstack 131 132 restart_syscall 219 128 pause 34 - alarm 37 - getitimer 36 102
+setitimer 38 103 clock_gettime 228 113 clock_getres 229 114 clock_nanosleep 230 115 nanosleep 35 101
+gettimeofday 96 169 time 201 - times 100 153 getrusage 98 165 getrlimit 97 163 getrandom 318 278 uname 63 160
+sysinfo 99 179 getpid 39 172 gettid 186 178 getppid 110 173 getpgid 121 155 getpgrp 111 - getsid 124 156
+getuid 102 174 geteuid 107 175 getgid 104 176 getegid 108 177 getresuid 118 148 getresgid 120 150 getgroups 115 158
+"""
+# Calls of which some forms alone are allowed: which argument says the form, and which forms.
+FORMS = """
+ioctl 16 29 fcntl 72 25 prctl 157 167
+"""
+ALLOWED_FORMS = {
+    "ioctl": (
+        1,
+        (0x5401, 0x5413, 0x541B, 0x5450, 0x5451),
+    ),  # isatty, window size, bytes to read, close on exec or not
+    "fcntl": (
+        1,
+        (*range(8), 1030),
+    ),  # copies, flags and locks; not owners of signals, not watches of directories
+    "prctl": (0, (15, 16)),  # the thread's name
 }
+MACHINES = {"x86_64": (0, 0xC000003E, 56), "aarch64": (1, 0xC00000B7, 220)}  # column, AUDIT_ARCH, clone
 CLONE3 = 435
 LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # the classic BPF that is needed
 ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
@@ -139,9 +135,11 @@ def build_walls(job: dict[str, Any]) -> dict[str, str]:
     set_limits(job)
     if libc is None:
         return {"files": "", "network": "", "processes": ""}
+    die_with(libc, job["parent"])
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     files = restrict_files(libc, job["scratch"])
     drop_capabilities(libc)
+    die_with(libc, job["parent"])  # the kernel forgets it where rights change
     filtered = filter_calls(libc)
     network = " + ".join(["namespace"] * spaces + ["seccomp"] * filtered)
     return {"files": files, "network": network, "processes": "seccomp" if filtered else ""}
@@ -161,6 +159,13 @@ def enter_namespaces(libc: ctypes.CDLL, scratch: str, size: int) -> bool:
     except OSError:
         pass  # the network is gone all the same; the scratch directory is then bounded by time alone
     return True
+
+
+def die_with(libc: ctypes.CDLL, parent: int) -> None:
+    """Have the kernel kill this process when octad dies; leave at once if it has died already."""
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def put(path: str, text: str) -> None:
@@ -237,23 +242,34 @@ def drop_capabilities(libc: ctypes.CDLL) -> None:
     libc.capset(struct.pack("=Ii", 0x20080522, 0), bytes(24))
 
 
+def numbers(table: str, machine: str) -> dict[str, int]:
+    """The system calls of a table by name, as this kind of machine numbers them."""
+    words, column = table.split(), MACHINES[machine][0]
+    rows = zip(words[::3], words[1::3], words[2::3], strict=True)
+    return {name: int(places[column]) for name, *places in rows if places[column] != "-"}
+
+
 def filter_calls(libc: ctypes.CDLL) -> bool:
-    """seccomp: the calls of KERNEL fail with EPERM, and a new process too (a thread may begin)."""
-    if platform.machine() not in KERNEL:
+    """seccomp: all calls fail with EPERM but those of CALLS, the allowed forms of FORMS, and the beginning of threads."""
+    machine = platform.machine()
+    if machine not in MACHINES:
         return False
-    architecture, clone, denied = KERNEL[platform.machine()]
-    refuse = (RETURN, 0, 0, ERRNO | errno.EPERM)
+    _, architecture, clone = MACHINES[machine]
+    refuse, pass_on = (RETURN, 0, 0, ERRNO | errno.EPERM), (RETURN, 0, 0, ALLOW)
     code = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL)]
     code += [(LOAD, 0, 0, 0), (AT_LEAST, 0, 1, 0x40000000), refuse]  # x32 numbers
-    for call in denied:
-        code += [(EQUAL, 0, 1, call), refuse]
+    for call in numbers(CALLS, machine).values():
+        code += [(EQUAL, 0, 1, call), pass_on]
     code += [
         (EQUAL, 0, 1, CLONE3),
         (RETURN, 0, 0, ERRNO | errno.ENOSYS),
     ]  # its flags lie in memory: libc falls back
-    code += [(EQUAL, 0, 3, clone), (LOAD, 0, 0, 16), (ANY_BIT, 1, 0, CLONE_THREAD), refuse]
-    code += [(RETURN, 0, 0, ALLOW)]
-    return install(libc, code)
+    code += [(EQUAL, 0, 4, clone), (LOAD, 0, 0, 16), (ANY_BIT, 0, 1, CLONE_THREAD), pass_on, refuse]
+    for name, call in numbers(FORMS, machine).items():
+        argument, forms = ALLOWED_FORMS[name]
+        code += [(EQUAL, 0, 2 * len(forms) + 2, call), (LOAD, 0, 0, 16 + 8 * argument)]
+        code += [line for form in forms for line in ((EQUAL, 0, 1, form), pass_on)] + [refuse]
+    return install(libc, [*code, refuse])
 
 
 def install(libc: ctypes.CDLL, code: list[tuple[int, int, int, int]]) -> bool:

@@ -13,17 +13,18 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from tempfile import TemporaryDirectory, gettempdir
 
 from octad.errors import SandboxError
 
@@ -31,6 +32,7 @@ CONFINE = Path(__file__).with_name("confine.py")
 # No site packages, no user site, no script directory on the path, no .pyc files. Not -I: it would ignore the hash seed,
 # and the environment is ours anyway.
 PYTHON = (sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8")
+PREFIX, SETTLED = "octad-sandbox-", 10.0  # seconds after which a directory that is in use is locked
 MESSAGE = 1 << 16  # bytes of an outcome at most, which is what a pipe holds
 
 
@@ -89,17 +91,18 @@ class Sandbox:
     @cached_property
     def walls(self) -> Walls:
         """What holds here, found by running a program of nothing."""
+        _remove_orphans()
         message, code = self._process("pass")
         if message is None:
             raise SandboxError(f"the sandbox does not start (exit code {code}); is {sys.executable} whole?")
-        return Walls(**message["held"])
+        return message.held
 
     def run(self, program: str) -> Outcome:
         """One program, to its end or the limits'."""
         message, code = self._process(program)
         if message is None:
             return Outcome(False, _reason(code))
-        return Outcome(message["outcome"] == "passed", str(message["reason"]))
+        return Outcome(message.outcome == "passed", message.reason)
 
     def run_all(
         self, programs: Sequence[str], progress: Callable[[int], None] = lambda done: None
@@ -112,20 +115,18 @@ class Sandbox:
                 progress(done)
         return outcomes
 
-    def _process(self, program: str) -> tuple[dict[str, Any] | None, int | None]:
+    def _process(self, program: str) -> tuple[_Message | None, int | None]:
         """The outcome that bears this run's token (None: there was none) and the exit code (None: out of time)."""
         token = secrets.token_hex(16)
-        with TemporaryDirectory(prefix="octad-sandbox-", ignore_cleanup_errors=True) as scratch:
-            settings = asdict(self.limits) | {"weak": self.weak, "kernel": self.kernel}
+        with _scratch() as scratch:
+            settings = asdict(self.limits) | {"weak": self.weak, "kernel": self.kernel, "parent": os.getpid()}
             job = {"program": program, "token": token, "scratch": scratch} | settings
             receive, send = os.pipe()
             try:
                 code = self._finish(json.dumps(job).encode(), send, scratch)
-                message = _receive(receive)
+                return _receive(receive, token), code
             finally:
                 os.close(receive)
-        own = isinstance(message, dict) and secrets.compare_digest(str(message.get("token")), token)
-        return (message if own else None), code
 
     def _finish(self, job: bytes, send: int, scratch: str) -> int | None:
         """Start the far side, hand it the job, wait; closes `send`."""
@@ -159,13 +160,56 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _receive(pipe: int) -> Any:
-    """What the far side wrote, if it is JSON. Never waits: a process that escaped may hold the other end open."""
+@dataclass(frozen=True)
+class _Message:
+    """What the far side says at its end."""
+
+    outcome: str
+    reason: str
+    held: Walls
+
+
+def _receive(pipe: int, token: str) -> _Message | None:
+    """What the far side wrote, if it is that; anything else is the program's own and counts for nothing. Never waits: a
+    process that escaped may hold the other end open."""
     os.set_blocking(pipe, False)
     try:
-        return json.loads(os.read(pipe, MESSAGE))
-    except (BlockingIOError, ValueError, RecursionError):
+        found = json.loads(os.read(pipe, MESSAGE))
+        if not secrets.compare_digest(str(found["token"]).encode(errors="replace"), token.encode()):
+            return None
+        return _Message(str(found["outcome"]), str(found["reason"]), Walls(**found["held"]))
+    except (BlockingIOError, ValueError, RecursionError, KeyError, TypeError):
         return None
+
+
+@contextmanager
+def _scratch() -> Iterator[str]:
+    """A directory for one program. The lock on it says that it is in use: the system lets go of it whatever happens."""
+    import fcntl
+
+    with TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as scratch:
+        held = os.open(scratch, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(held, fcntl.LOCK_SH)
+            yield scratch
+        finally:
+            os.close(held)
+
+
+def _remove_orphans() -> None:
+    """Directories of runs that were killed: old enough to be locked, and nobody's."""
+    import fcntl
+
+    for path in Path(gettempdir()).glob(f"{PREFIX}*"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime < SETTLED:
+                continue
+            held = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECTORY)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(held)
 
 
 def _reason(code: int | None) -> str:
