@@ -6,12 +6,14 @@ READY  := $(VENV)/.ready
 
 LLAMA_FLAGS := -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON
 
-.PHONY: help install demo test test-slow lint bench-combine bench-large bench-engine clean
+.PHONY: help install demo test test-slow test-page page lint bench-combine bench-large bench-engine clean
 
 help:
 	@echo "make demo           combine eight real models into one mixture, judge it, let it write"
 	@echo "make test           lint, types, and the test suite (under 12 minutes on two cores)"
 	@echo "make test-slow      the checks that take longer"
+	@echo "make test-page      the chat page in a headless browser (Debian's chromium; npm for axe-core)"
+	@echo "make page           the chat page's files again from page-src (npm)"
 	@echo "make lint           ruff and mypy"
 	@echo "make bench-combine  quality, speed and memory of combining, beside mergekit-moe"
 	@echo "make bench-large    combining at 20 GB of output, beside a plain copy"
@@ -47,6 +49,18 @@ $(VENV)/.llama: $(READY)
 
 test-slow: $(VENV)/.llama
 	$(BIN)/pytest -m slow
+
+# The page's tests need chromium (apt install chromium), playwright, and what page-src/package-lock.json names.
+page-src/node_modules: page-src/package-lock.json
+	npm ci --prefix page-src --no-audit --no-fund
+	@touch $@
+
+page: page-src/node_modules
+	npm run --prefix page-src build
+
+test-page: $(READY) page-src/node_modules
+	$(BIN)/pip install -q -c constraints.txt playwright
+	$(BIN)/pytest tests/serve/page -m "slow or not slow"
 
 bench-combine: $(READY)
 	@test -n "$(CORPORA)" || { echo 'make bench-combine CORPORA=DIR [MERGEKIT=mergekit-moe]'; exit 2; }

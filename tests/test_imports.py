@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"errors", "staging"},
     "bench": BASE | {"model", "text", "checkpoint", "fast", "engine", "report"},
     "chat": BASE | {"model", "text", "checkpoint", "engine", "report"},
+    "serve": BASE | {"model", "text", "checkpoint", "fast", "engine", "report"},
     "evaluate": BASE | {"model", "text", "checkpoint", "fast", "engine", "sandbox", "report"},
     "train": BASE | {"model", "text", "checkpoint", "fast", "engine", "evaluate", "report"},
 }

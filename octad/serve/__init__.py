@@ -1,0 +1,1 @@
+"""The server: an API that every client speaks, and the page that shows who speaks."""

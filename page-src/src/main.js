@@ -1,0 +1,373 @@
+// The page: makes the parts, and is where they meet. Each part shows one thing and calls an action here to change it.
+import { askKey } from "./keydialog.js";
+import { Composer } from "./composer.js";
+import { addNode, choose, forgetOlder, lineTo, messages, newConversation, path, siblings } from "./conversation.js";
+import { byId, copyText, el, fill, icon } from "./dom.js";
+import { COLOURS } from "./experts.js";
+import { Frame } from "./frame.js";
+import { listen, showShortcuts } from "./keyboard.js";
+import { Panel } from "./panel.js";
+import { Run } from "./run.js";
+import { Server } from "./server.js";
+import { MODES, Settings } from "./settings.js";
+import { openSettings } from "./settingsdialog.js";
+import { Sidebar } from "./sidebar.js";
+import { Store } from "./store.js";
+import { Thread } from "./thread.js";
+import { TokenCard } from "./tokencard.js";
+import { drawWelcome } from "./welcome.js";
+
+const SAVE_EVERY = 2000; // ms, while an answer comes
+
+class Page {
+  constructor(store) {
+    this.store = store;
+    this.settings = new Settings();
+    this.server = new Server();
+    this.server.askKey = askKey;
+    this.runs = new Map(); // message id -> its Run
+    this.talk = newConversation({ system: this.settings.get("system") });
+    this.frame = new Frame({ settings: this.settings, server: this.server, act: this });
+    this.composer = new Composer(this);
+    this.thread = new Thread({ act: this, server: this.server, runs: this.runs });
+    this.sidebar = new Sidebar({ store, act: this });
+    this.panel = new Panel({ server: this.server, settings: this.settings, act: {
+      setMask: (mask) => this.setMask(mask), compareMask: () => this.askAgain(this.latestSpoken(), this.talk.only),
+      latest: () => this.latestSpoken(), talk: () => this.talk,
+    } });
+    this.card = new TokenCard({ nodeOf: (id) => this.talk.nodes[id], server: this.server, settings: this.settings });
+    this.#wire();
+  }
+
+  #wire() {
+    this.server.addEventListener("change", () => this.#serverChanged());
+    byId("settings").addEventListener("click", () => this.openSettings());
+    byId("shortcuts").addEventListener("click", showShortcuts);
+    addEventListener("hashchange", () => this.#fromAddress());
+    addEventListener("pagehide", () => this.runs.size && this.#save(this.talk));
+    this.store.onChange((id) => this.#changedElsewhere(id));
+    listen({
+      create: () => this.create(), search: () => this.frame.search(), sidebar: () => this.frame.toggle("sidebar"),
+      panel: () => this.frame.toggle("panel"), mode: () => this.#nextMode(), settings: () => this.openSettings(),
+      again: () => this.latest() && !this.running && this.askAgain(this.latest()), help: showShortcuts,
+      copy: () => this.latest() && copyText(this.latest().content).then(() => this.tell("Copied.")),
+    }, () => this.#escape());
+  }
+
+  async start() {
+    if (!this.store.lasting) this.tell("This browser keeps nothing: conversations are gone when the tab closes.");
+    await this.#fromAddress();
+    this.composer.focus();
+    await this.server.ready();
+  }
+
+  #serverChanged() {
+    const { experts, state } = this.server;
+    if (state === "ready" && experts !== this.experts) {
+      this.experts = experts;
+      addColours(experts);
+      this.panel.build();
+      this.#draw({ fresh: this.runs.size === 0 });
+    }
+    drawWelcome(this.server);
+    this.frame.banner();
+    this.frame.title(this.talk);
+  }
+
+  // The conversation
+
+  /** The run of the conversation on the screen, or undefined. */
+  get running() {
+    return [...this.runs.values()].find((run) => run.talk === this.talk);
+  }
+
+  /** The newest answer that is seen, or null. */
+  latest() {
+    if (this.thread.pair) return this.talk.nodes[this.thread.pair[1]] ?? null;
+    return path(this.talk).reverse().find(({ role }) => role === "assistant") ?? null;
+  }
+
+  /** The newest message that says who spoke, or null. */
+  latestSpoken() {
+    const latest = this.latest();
+    return latest?.pieces?.length || this.thread.pair ? latest : (path(this.talk).reverse().find(({ pieces }) => pieces?.length) ?? latest);
+  }
+
+  send(text) {
+    if (this.running) return false;
+    this.closePair();
+    const last = path(this.talk).pop();
+    const question = addNode(this.talk, last?.id ?? null, { role: "user", content: text });
+    this.#answer(question);
+    return true;
+  }
+
+  editQuestion(node, text) {
+    if (this.running) this.stop();
+    const question = addNode(this.talk, node.parent, { role: "user", content: text });
+    this.#answer(question);
+    this.composer.focus();
+  }
+
+  editLast() {
+    const view = [...this.thread.views.values()].reverse().find((one) => one.edit);
+    view?.edit();
+  }
+
+  /** Another answer to the same question; with a mask, beside the one that is there. */
+  askAgain(node, mask) {
+    if (this.running) return this.tell("One answer at a time: stop this one first.");
+    const question = this.talk.nodes[node.parent];
+    const added = this.#answer(question, mask === undefined ? { only: node.only ?? null } : { only: mask, quiet: true });
+    if (mask !== undefined) this.thread.compare(node.id, added.id);
+    return added;
+  }
+
+  /** The same message again, in its own place. */
+  retry(node) {
+    if (this.running) return;
+    this.#run(node);
+  }
+
+  /** Send less of what was said before, and try again. */
+  forget(node) {
+    if (forgetOlder(this.talk, node.parent)) this.retry(node);
+    else this.tell("There is nothing older to leave out: shorten the question, or begin a new conversation.");
+  }
+
+  compareWith(node) {
+    const { ids, at } = siblings(this.talk, node.id);
+    this.thread.compare(ids[at > 0 ? at - 1 : at + 1], node.id);
+    this.panel.update();
+  }
+
+  keep(node) {
+    choose(this.talk, node.id);
+    this.closePair();
+    this.#save(this.talk);
+    this.composer.focus();
+  }
+
+  closePair() {
+    if (!this.thread.pair) return;
+    this.thread.pair = null;
+    this.#draw();
+  }
+
+  choose(id) {
+    choose(this.talk, id);
+    this.#draw();
+    this.#save(this.talk);
+  }
+
+  siblings(node) {
+    return siblings(this.talk, node.id);
+  }
+
+  setMask(mask) {
+    this.talk.only = mask;
+    if (path(this.talk).length) this.#save(this.talk);
+    this.panel.update();
+    this.frame.mask(this.talk);
+  }
+
+  stop() {
+    this.running?.stop();
+  }
+
+  inspect(view) {
+    this.card.inspect(view);
+  }
+
+  // Answers
+
+  #answer(question, { only = this.talk.only, quiet = false } = {}) {
+    const node = addNode(this.talk, question.id, { role: "assistant", content: "", only, system: this.talk.system });
+    this.#run(node, { quiet });
+    return node;
+  }
+
+  get model() {
+    const { models } = this.server;
+    return models.find(({ id }) => id === this.settings.get("model"))?.id ?? models[0]?.id ?? "default";
+  }
+
+  async #run(node, { quiet = false } = {}) {
+    const { talk } = this;
+    const run = new Run({ node, body: () => this.#request(talk, node), server: this.server });
+    run.talk = talk;
+    this.runs.set(node.id, run);
+    const saving = setInterval(() => this.#save(talk), SAVE_EVERY);
+    this.#save(talk);
+    if (!quiet) {
+      this.#draw({ fresh: this.thread.views.has(`${node.id} ${siblings(talk, node.id).ids.length}`) });
+      this.thread.toEnd();
+    }
+    this.#busy();
+    await run.finish();
+    clearInterval(saving);
+    this.runs.delete(node.id);
+    if (["gone", "broke"].includes(node.error?.kind)) this.server.ready(); // says so above, and when it is back
+    talk.updated = Date.now();
+    this.#save(talk);
+    this.#busy();
+  }
+
+  #request(talk, node) {
+    const { experts } = this.server;
+    node.model = this.model;
+    const body = {
+      model: this.model, messages: messages(talk, node.parent), stream: true, stream_options: { include_usage: true },
+      ...this.settings.request(),
+    };
+    if (!experts.known) return body;
+    body.speakers = true;
+    const only = experts.only(node.only);
+    if (only) body.only_experts = only;
+    if (this.settings.get("layers")) {
+      body.return_routed_experts = true;
+      const start = knownPrompt(talk, node);
+      if (start > 0) body.routed_experts_prompt_start = start;
+    }
+    return body;
+  }
+
+  /** A view has drawn what is new. */
+  drawn() {
+    this.thread.grown();
+    this.panel.update();
+  }
+
+  /** A view has drawn an answer's end. */
+  settled() {
+    this.drawn();
+  }
+
+  #busy() {
+    this.composer.setBusy(Boolean(this.running));
+    this.frame.mask(this.talk);
+    this.panel.update();
+  }
+
+  // Which conversation
+
+  create() {
+    this.#open(newConversation({ system: this.settings.get("system") }));
+    this.frame.closeOverlays();
+    this.composer.focus();
+  }
+
+  async open(id) {
+    const running = [...this.runs.values()].find((run) => run.talk.id === id);
+    const talk = running?.talk ?? (await this.store.get(id));
+    if (talk) this.#open(talk);
+    this.frame.closeOverlays();
+  }
+
+  #open(talk) {
+    this.card.hide();
+    this.talk = talk;
+    history.replaceState(null, "", path(talk).length ? `#${talk.id}` : location.pathname + location.search);
+    this.#draw({ fresh: true });
+    this.thread.toEnd();
+    this.#busy();
+    this.sidebar.refresh(talk.id);
+  }
+
+  async #fromAddress() {
+    const id = location.hash.slice(1);
+    const talk = id ? await this.store.get(id) : null;
+    if (!id || id !== this.talk.id) this.#open(talk ?? newConversation({ system: this.settings.get("system") }));
+  }
+
+  async changed(id, fields) {
+    const talk = id === this.talk.id ? this.talk : await this.store.get(id);
+    await this.#save(Object.assign(talk, fields));
+    this.frame.title(this.talk);
+  }
+
+  async removed(id) {
+    for (const run of this.runs.values()) if (run.talk.id === id) run.stop();
+    this.gone = (this.gone ?? new Set()).add(id);
+    await this.store.remove(id);
+    if (id === this.talk.id) this.create();
+  }
+
+  async #changedElsewhere(id) {
+    this.sidebar.refresh();
+    if (id !== this.talk.id || this.running) return;
+    const talk = await this.store.get(id);
+    if (talk && talk.updated > this.talk.updated) this.#open(talk);
+  }
+
+  async #save(talk) {
+    if (this.gone?.has(talk.id)) return;
+    try {
+      await this.store.put(structuredClone(talk));
+    } catch (error) {
+      this.tell(`This conversation could not be kept: ${error.message}`, "trouble");
+    }
+    if (talk === this.talk && path(talk).length && location.hash !== `#${talk.id}`) history.replaceState(null, "", `#${talk.id}`);
+    this.sidebar.refresh(this.talk.id);
+  }
+
+  #draw(options) {
+    this.thread.show(this.talk, options);
+    this.panel.update();
+    this.frame.title(this.talk);
+    this.frame.mask(this.talk);
+  }
+
+  // Around it
+
+  async enterKey() {
+    if (await askKey("")) this.server.ready();
+  }
+
+  openSettings() {
+    openSettings({ settings: this.settings, talk: this.talk, models: this.server.models, changed: (system) => {
+      this.talk.system = system;
+      if (path(this.talk).length) this.#save(this.talk);
+    } });
+  }
+
+  #nextMode() {
+    const names = MODES.map(({ name }) => name);
+    const next = names[(names.indexOf(this.settings.get("mode")) + 1) % names.length];
+    this.settings.set("mode", next);
+    this.tell(`Speakers: ${MODES.find(({ name }) => name === next).label.toLowerCase()}`);
+  }
+
+  #escape() {
+    if (this.card.visible) this.card.hide();
+    else if (this.frame.closeOverlays()) return true;
+    else if (this.running) this.stop();
+    else if (this.thread.pair) this.closePair();
+    else return false;
+    return true;
+  }
+
+  /** A line at the bottom for a few seconds. */
+  tell(text, kind = "") {
+    const line = el("p", { class: kind }, kind ? icon("alert") : null, text);
+    fill(byId("toast"), line);
+    setTimeout(() => line.remove(), kind ? 9000 : 3500);
+  }
+}
+
+// How much of the prompt need not be traced: what the last answer's prompt was is the beginning of this one's.
+function knownPrompt(talk, node) {
+  const before = lineTo(talk, node.parent).filter(({ role, usage }) => role === "assistant" && usage).pop();
+  return before && before.system === talk.system && !talk.cut ? before.usage.prompt_tokens - 1 : 0;
+}
+
+/** Colours for as many experts as there are, and the fading of the others while one is pointed at. */
+function addColours({ list }) {
+  const sheet = [...document.styleSheets].find(({ href }) => href?.endsWith("style.css"));
+  for (const { index } of list) {
+    sheet.insertRule(`.e${index} { --s: var(--c${index % COLOURS}); }`);
+    sheet.insertRule(`[data-focus="${index}"] .tok:not(.e${index}) { opacity: .35; background: none; }`, sheet.cssRules.length);
+  }
+}
+
+new Page(await Store.open()).start();
