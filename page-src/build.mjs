@@ -13,8 +13,12 @@ const HERE = dirname(fileURLToPath(import.meta.url));
 const OUT = process.argv[2] ?? join(HERE, "..", "octad", "serve", "page", "static");
 const MODULES = join(HERE, "node_modules");
 const TYPES = {
-  html: "text/html; charset=utf-8", js: "text/javascript; charset=utf-8", css: "text/css; charset=utf-8",
-  svg: "image/svg+xml", woff2: "font/woff2", txt: "text/plain; charset=utf-8",
+  html: "text/html; charset=utf-8",
+  js: "text/javascript; charset=utf-8",
+  css: "text/css; charset=utf-8",
+  svg: "image/svg+xml",
+  woff2: "font/woff2",
+  txt: "text/plain; charset=utf-8",
 };
 const VENDORED = [
   ["streaming-markdown", "license", "the Markdown parser, in app.js"],
@@ -26,13 +30,26 @@ rmSync(OUT, { recursive: true, force: true });
 mkdirSync(join(OUT, "fonts"), { recursive: true });
 
 await build({
-  entryPoints: { app: join(HERE, "src", "main.js"), code: join(HERE, "src", "highlight.js"), math: join(HERE, "src", "katex.js") },
-  outdir: OUT, bundle: true, format: "esm", minify: true, target: ["chrome111", "firefox113", "safari16.4"],
-  external: ["./code.js", "./math.js"], legalComments: "none", charset: "utf8",
+  entryPoints: {
+    app: join(HERE, "src", "main.js"),
+    code: join(HERE, "src", "highlight.js"),
+    math: join(HERE, "src", "katex.js"),
+  },
+  outdir: OUT,
+  bundle: true,
+  format: "esm",
+  minify: true,
+  target: ["chrome111", "firefox113", "safari16.4"],
+  external: ["./code.js", "./math.js"],
+  legalComments: "none",
+  charset: "utf8",
 });
 for (const name of ["index.html", "icon.svg"]) cpSync(join(HERE, "src", name), join(OUT, name));
 const styles = readdirSync(join(HERE, "src", "styles")).sort();
-writeFileSync(join(OUT, "style.css"), styles.map((name) => readFileSync(join(HERE, "src", "styles", name), "utf8")).join("\n"));
+writeFileSync(
+  join(OUT, "style.css"),
+  styles.map((name) => readFileSync(join(HERE, "src", "styles", name), "utf8")).join("\n"),
+);
 
 const katex = join(MODULES, "katex", "dist");
 for (const name of readdirSync(join(katex, "fonts")).filter((file) => file.endsWith(".woff2"))) {
@@ -46,19 +63,32 @@ const notices = VENDORED.map(([name, licence, what]) => {
   const { version, license } = JSON.parse(readFileSync(join(MODULES, name, "package.json"), "utf8"));
   return `${name} ${version} (${license}): ${what}\n\n${readFileSync(join(MODULES, name, licence), "utf8").trim()}\n`;
 });
-writeFileSync(join(OUT, "LICENCES.txt"), `What the page contains besides octad's own code.\n\n${notices.join(`\n${"-".repeat(80)}\n\n`)}`);
+writeFileSync(
+  join(OUT, "LICENCES.txt"),
+  `What the page contains besides octad's own code.\n\n${notices.join(`\n${"-".repeat(80)}\n\n`)}`,
+);
 
 function filesUnder(folder) {
-  return readdirSync(folder).sort().flatMap((name) => {
-    const path = join(folder, name);
-    return statSync(path).isDirectory() ? filesUnder(path) : [path];
-  });
+  return readdirSync(folder)
+    .sort()
+    .flatMap((name) => {
+      const path = join(folder, name);
+      return statSync(path).isDirectory() ? filesUnder(path) : [path];
+    });
 }
-const files = Object.fromEntries(filesUnder(OUT).map((path) => {
-  const body = readFileSync(path);
-  return [relative(OUT, path), {
-    type: TYPES[path.split(".").pop()], bytes: body.length, sha256: createHash("sha256").update(body).digest("hex"),
-  }];
-}));
+const files = Object.fromEntries(
+  filesUnder(OUT).map((path) => {
+    const body = readFileSync(path);
+    return [
+      relative(OUT, path),
+      {
+        type: TYPES[path.split(".").pop()],
+        bytes: body.length,
+        sha256: createHash("sha256").update(body).digest("hex"),
+      },
+    ];
+  }),
+);
 writeFileSync(join(OUT, "manifest.json"), `${JSON.stringify({ files }, null, 2)}\n`);
-for (const [name, { bytes }] of Object.entries(files)) if (!name.startsWith("fonts/")) console.log(String(bytes).padStart(8), name);
+for (const [name, { bytes }] of Object.entries(files))
+  if (!name.startsWith("fonts/")) console.log(String(bytes).padStart(8), name);

@@ -1,24 +1,33 @@
 // An answer on the screen: text as it comes, who spoke, what can be done with it.
 import { Reader } from "./announce.js";
 import { copyButton, eachFrame, el, fill, icon, iconButton } from "./dom.js";
-import { tokenClass } from "./experts.js";
+import { addColours } from "./colours.js";
+import { castOf, sameExperts, tokenClass } from "./experts.js";
 import { MarkdownView } from "./markdown.js";
 import { ShareBar } from "./sharebar.js";
 
 export class AnswerView {
   /** `run` is the Run that fills the node, if one does; `act` is what the page can do (see main.js). */
   constructor({ node, run, talk, experts, act, compared = false }) {
-    Object.assign(this, { node, run, talk, experts, act, compared });
+    Object.assign(this, { node, run, talk, served: experts, experts: castOf(node, experts), act, compared });
     this.drawn = 0; // pieces that are on the screen
+    this.thoughtDrawn = 0; // and characters of what was thought
     this.prose = el("div", { class: "prose" });
     this.thinking = el("pre", {});
     this.thought = el("details", { class: "thought", hidden: true }, el("summary", {}, "Thinking"), this.thinking);
     this.state = el("div", { class: "state" });
-    this.shares = new ShareBar(experts, (mask) => act.askAgain(node, mask));
+    this.shares = new ShareBar();
     this.tools = el("div", { class: "tools" });
-    this.element = el("article", { class: "message answer", "data-id": node.id },
-      el("h2", { class: "sr-only" }, "Answer"), this.#maskNote(), this.thought, this.prose, this.state,
-      el("div", { class: "answer-foot" }, this.shares.element, this.tools));
+    this.element = el(
+      "article",
+      { class: "message answer", "data-id": node.id },
+      el("h2", { class: "sr-only" }, "Answer"),
+      this.#maskNote(),
+      this.thought,
+      this.prose,
+      this.state,
+      el("div", { class: "answer-foot" }, this.shares.element, this.tools),
+    );
     this.view = new MarkdownView(this.prose, (piece) => this.#speakerOf(piece));
     this.reader = new Reader();
     this.shares.element.hidden = true;
@@ -32,6 +41,14 @@ export class AnswerView {
     return el("p", { class: "mask-note" }, this.experts.describe(this.node.only));
   }
 
+  // Known from the first piece on: the answer may have been asked for before the server was ready.
+  #cast() {
+    this.experts = castOf(this.node, this.served);
+    addColours(this.experts);
+    const same = this.run || sameExperts(this.experts, this.served);
+    this.shares.speakers(this.experts, same ? (mask) => this.act.askAgain(this.node, mask) : null);
+  }
+
   #speakerOf(piece) {
     const said = this.node.pieces?.[piece];
     return said && said[1] >= 0 ? { className: tokenClass(said[1], said[2]), name: this.experts.name(said[1]) } : null;
@@ -42,12 +59,16 @@ export class AnswerView {
     const draw = eachFrame(() => this.#draw());
     this.changed = draw;
     run.addEventListener("change", draw);
-    run.addEventListener("end", () => {
-      run.removeEventListener("change", draw);
-      this.run = null;
-      this.#whole();
-      this.act.settled(this);
-    }, { once: true });
+    run.addEventListener(
+      "end",
+      () => {
+        run.removeEventListener("change", draw);
+        this.run = null;
+        this.#whole();
+        this.act.drawn(this);
+      },
+      { once: true },
+    );
     this.#draw();
     this.#drawTools();
   }
@@ -57,7 +78,18 @@ export class AnswerView {
     if (!this.run) return;
     this.#write();
     if (this.run.note) fill(this.state, el("p", { class: "waiting", role: "status" }, this.run.note));
-    else if (!this.node.content) fill(this.state, el("p", { class: "typing" }, el("span", { class: "sr-only" }, "Waiting for the answer"), el("i"), el("i"), el("i")));
+    else if (!this.node.content)
+      fill(
+        this.state,
+        el(
+          "p",
+          { class: "typing" },
+          el("span", { class: "sr-only" }, "Waiting for the answer"),
+          el("i"),
+          el("i"),
+          el("i"),
+        ),
+      );
     else if (this.state.firstChild) fill(this.state);
     this.reader.hear(this.node.content);
     this.act.drawn(this);
@@ -66,12 +98,15 @@ export class AnswerView {
   #write() {
     const { pieces = [], content } = this.node;
     const from = this.drawn;
+    if (!from && pieces.length) this.#cast();
     if (!pieces.length && content && !from) this.view.write(content, 0);
     for (; this.drawn < pieces.length; this.drawn += 1) this.view.write(pieces[this.drawn][0], this.drawn);
     if (this.drawn > from) this.shares.add(pieces.slice(from));
-    if (this.node.reasoning && this.thinking.textContent.length !== this.node.reasoning.length) {
+    const { reasoning = "" } = this.node;
+    if (reasoning.length > this.thoughtDrawn) {
       this.thought.hidden = false;
-      this.thinking.append(this.node.reasoning.slice(this.thinking.textContent.length));
+      this.thinking.append(reasoning.slice(this.thoughtDrawn));
+      this.thoughtDrawn = reasoning.length;
     }
   }
 
@@ -87,54 +122,108 @@ export class AnswerView {
   #ending() {
     const { error, finish, content } = this.node;
     if (error) return this.#trouble(error);
-    if (finish === "length") return el("p", { class: "note" }, `Cut at ${this.node.usage?.completion_tokens ?? "the most"} tokens: the longest answer that is set, or all that the context holds.`);
+    if (finish === "length")
+      return el(
+        "p",
+        { class: "note" },
+        `Cut at ${this.node.usage?.completion_tokens ?? "the most"} tokens: the longest answer that is set, or all that the context holds.`,
+      );
     if (finish === "stopped") return el("p", { class: "note" }, "Stopped.");
-    if (!finish) return el("p", { class: "note" }, content ? "This answer was interrupted." : "This answer never came.");
+    if (!finish)
+      return el("p", { class: "note" }, content ? "This answer was interrupted." : "This answer never came.");
     return content ? null : el("p", { class: "note" }, "The model had nothing to say.");
   }
 
   #trouble({ kind, message }) {
     const titles = {
-      gone: "The server does not answer", key: "The server wants an API key", busy: "The server is busy",
-      loading: "The server is not ready", long: "This conversation is too long", refused: "The server refused",
+      gone: "The server does not answer",
+      key: "The server wants an API key",
+      busy: "The server is busy",
+      loading: "The server is not ready",
+      long: "This conversation is too long",
+      refused: "The server refused",
       broke: "The answer broke off",
     };
-    const again = el("button", { type: "button", class: "quiet", onclick: () => this.act.retry(this.node) }, "Try again");
-    const shorter = kind === "long" && el("button", { type: "button", class: "quiet", onclick: () => this.act.forget(this.node) },
-      "Leave out the older half and try again");
-    return el("div", { class: "trouble", role: "alert", "data-kind": kind }, icon("alert"),
-      el("div", {}, el("strong", {}, titles[kind] ?? titles.refused), message.startsWith("The server does not answer") ? null : el("p", {}, message),
-        el("div", { class: "trouble-foot" }, shorter, again)));
+    const again = el(
+      "button",
+      { type: "button", class: "quiet", onclick: () => this.act.retry(this.node) },
+      "Try again",
+    );
+    const shorter =
+      kind === "long" &&
+      el(
+        "button",
+        { type: "button", class: "quiet", onclick: () => this.act.forget(this.node) },
+        "Leave out the older half and try again",
+      );
+    return el(
+      "div",
+      { class: "trouble", role: "alert", "data-kind": kind },
+      icon("alert"),
+      el(
+        "div",
+        {},
+        el("strong", {}, titles[kind] ?? titles.refused),
+        message.startsWith("The server does not answer") ? null : el("p", {}, message),
+        el("div", { class: "trouble-foot" }, shorter, again),
+      ),
+    );
   }
 
   #drawTools() {
     const { node, act, run } = this;
     if (this.compared) {
-      fill(this.tools, run ? null : el("button", { type: "button", class: "quiet keep", onclick: () => act.keep(node) }, "Go on with this one"), this.#figures());
+      fill(
+        this.tools,
+        run
+          ? null
+          : el("button", { type: "button", class: "quiet keep", onclick: () => act.keep(node) }, "Go on with this one"),
+        this.#figures(),
+      );
       return;
     }
     const others = act.siblings(node);
-    fill(this.tools, branchButtons(node, others, act), run ? null : [
-      node.content && copyButton("Copy answer", () => node.content),
-      node.content && iconButton("redo", "Answer again", () => act.askAgain(node)),
-      others.ids.length > 1 && iconButton("columns", "Compare two answers", () => act.compareWith(node)),
-      node.pieces?.some(([, expert]) => expert >= 0) && iconButton("inspect", "Look at the tokens one by one", () => act.inspect(this)),
-      this.#figures(),
-    ].flat());
+    fill(
+      this.tools,
+      branchButtons(node, others, act),
+      run
+        ? null
+        : [
+            node.content && copyButton("Copy answer", () => node.content),
+            node.content && iconButton("redo", "Answer again", () => act.askAgain(node)),
+            others.ids.length > 1 && iconButton("columns", "Compare two answers", () => act.compareWith(node)),
+            node.pieces?.some(([, expert]) => expert >= 0) &&
+              iconButton("inspect", "Look at the tokens one by one", () => act.inspect(this)),
+            this.#figures(),
+          ].flat(),
+    );
   }
 
   #figures() {
     const { usage, seconds, model } = this.node;
     if (!usage?.completion_tokens) return null;
-    const speed = seconds > 0.05 && usage.completion_tokens > 4 ? ` · ${(usage.completion_tokens / seconds).toFixed(usage.completion_tokens / seconds < 10 ? 1 : 0)} tokens/s` : "";
-    return el("span", { class: "figures", title: `${model ?? ""}, prompt of ${usage.prompt_tokens} tokens` }, `${usage.completion_tokens} tokens${speed}`);
+    const speed =
+      seconds > 0.05 && usage.completion_tokens > 4
+        ? ` · ${(usage.completion_tokens / seconds).toFixed(usage.completion_tokens / seconds < 10 ? 1 : 0)} tokens/s`
+        : "";
+    return el(
+      "span",
+      { class: "figures", title: `${model ?? ""}, prompt of ${usage.prompt_tokens} tokens` },
+      `${usage.completion_tokens} tokens${speed}`,
+    );
   }
 }
 
 /** "‹ 2 / 3 ›": the alternatives to a message; null where it is the only one. */
 export function branchButtons(node, { ids, at }, act) {
   if (ids.length < 2) return null;
-  const step = (name, label, to) => iconButton(name, label, () => act.choose(ids[to]), { disabled: to < 0 || to >= ids.length });
-  return el("span", { class: "branches", role: "group", "aria-label": "Alternatives" },
-    step("back", "Previous alternative", at - 1), el("span", {}, `${at + 1} / ${ids.length}`), step("next", "Next alternative", at + 1));
+  const step = (name, label, to) =>
+    iconButton(name, label, () => act.choose(ids[to]), { disabled: to < 0 || to >= ids.length });
+  return el(
+    "span",
+    { class: "branches", role: "group", "aria-label": "Alternatives" },
+    step("back", "Previous alternative", at - 1),
+    el("span", {}, `${at + 1} / ${ids.length}`),
+    step("next", "Next alternative", at + 1),
+  );
 }

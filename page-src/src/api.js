@@ -23,7 +23,11 @@ async function request(path, { method = "GET", json, signal } = {}) {
   let response;
   try {
     response = await fetch(path, {
-      method, headers, signal, body: json === undefined ? undefined : JSON.stringify(json), cache: "no-store",
+      method,
+      headers,
+      signal,
+      body: json === undefined ? undefined : JSON.stringify(json),
+      cache: "no-store",
     });
   } catch (error) {
     if (error.name === "AbortError") throw error;
@@ -45,7 +49,10 @@ async function failure(response) {
   const said = typeof error === "string" ? error : (error.message ?? error.detail);
   const after = Number.parseFloat(response.headers.get("Retry-After"));
   return new ApiError(typeof said === "string" && said ? said : `The server answered ${response.status}.`, {
-    status: response.status, code: error.code ?? null, retryAfter: Number.isFinite(after) ? after : null, body,
+    status: response.status,
+    code: error.code ?? null,
+    retryAfter: Number.isFinite(after) ? after : null,
+    body,
   });
 }
 

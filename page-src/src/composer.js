@@ -3,7 +3,8 @@
 import { byId, fill, icon } from "./dom.js";
 
 /** Whether this key press means "send". */
-export const sendsOn = (event) => event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229;
+export const sendsOn = (event) =>
+  event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229;
 
 export class Composer {
   /** act: send(text), stop(), editLast() */

@@ -7,11 +7,20 @@ export const COLOURS = 8; // as many colours and as many kinds of underline as s
 export class Experts {
   constructor(answer = {}) {
     const rows = Array.isArray(answer.data) ? answer.data : [];
-    this.list = rows.map((row, at) => ({ index: row.index ?? at, name: String(row.name ?? at), domain: row.domain ?? "" }));
+    this.list = rows.map((row, at) => ({
+      index: row.index ?? at,
+      name: String(row.name ?? at),
+      domain: row.domain ?? "",
+    }));
     this.layers = answer.layers ?? 0;
     this.topK = answer.top_k ?? 0;
     this.makeUp = answer.make_up ?? null;
-    this.numbers = new Map(this.list.flatMap(({ index, name }) => [[name, index], [String(index), index]]));
+    this.numbers = new Map(
+      this.list.flatMap(({ index, name }) => [
+        [name, index],
+        [String(index), index],
+      ]),
+    );
     for (const { index, name } of this.list) this.numbers.set(name, index);
   }
 
@@ -40,7 +49,11 @@ export class Experts {
 
   /** One chunk's text as pieces. Where the speakers' texts are not the chunk's, the text counts and nobody is named. */
   pieces(content, speakers) {
-    const said = speakers.map(({ token, expert, weight }) => [String(token ?? ""), this.indexOf(expert), round(weight)]);
+    const said = speakers.map(({ token, expert, weight }) => [
+      String(token ?? ""),
+      this.indexOf(expert),
+      round(weight),
+    ]);
     if (said.map(([text]) => text).join("") === content) return said;
     return content ? [[content, -1, null]] : [];
   }
@@ -60,6 +73,20 @@ export class Experts {
   }
 }
 
+const casts = new Map(); // names, joined -> Experts
+
+/** The experts of the mixture that gave an answer, which need not be the one that is served now. */
+export function castOf(node, served) {
+  if (!node.names) return served;
+  const key = node.names.join("\n");
+  if (!casts.has(key)) casts.set(key, new Experts({ data: node.names.map((name, index) => ({ index, name })) }));
+  return casts.get(key);
+}
+
+/** Whether two are the same experts in the same order. */
+export const sameExperts = (a, b) =>
+  a.list.length === b.list.length && a.list.every(({ name }, at) => b.list[at].name === name);
+
 const round = (weight) => (Number.isFinite(weight) ? Math.round(weight * 1000) / 1000 : null);
 
 /** [{index, count, share}] of those who spoke, the most first. */
@@ -67,12 +94,14 @@ export function shares(pieces) {
   const counts = new Map();
   for (const [, expert] of pieces) if (expert >= 0) counts.set(expert, (counts.get(expert) ?? 0) + 1);
   const total = [...counts.values()].reduce((sum, count) => sum + count, 0);
-  return [...counts].map(([index, count]) => ({ index, count, share: count / total }))
+  return [...counts]
+    .map(([index, count]) => ({ index, count, share: count / total }))
     .sort((a, b) => b.count - a.count || a.index - b.index);
 }
 
 /** The classes that give a token its colour, its underline and its strength. */
 export function tokenClass(expert, weight) {
-  const strength = weight === null || weight === undefined ? 3 : Math.max(0, Math.min(3, Math.floor((weight - 0.25) * 5.4)));
+  const strength =
+    weight === null || weight === undefined ? 3 : Math.max(0, Math.min(3, Math.floor((weight - 0.25) * 5.4)));
   return `tok e${expert} s${expert % COLOURS} w${strength}`;
 }

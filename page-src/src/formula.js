@@ -5,9 +5,12 @@ import { el } from "./dom.js";
 let loading = null;
 
 function katex() {
-  loading ??= Promise.all([import("./math.js"), new Promise((resolve) => {
-    document.head.append(el("link", { rel: "stylesheet", href: "page/math.css", onload: resolve, onerror: resolve }));
-  })]).then(([module]) => module);
+  loading ??= Promise.all([
+    import("./math.js"),
+    new Promise((resolve) => {
+      document.head.append(el("link", { rel: "stylesheet", href: "page/math.css", onload: resolve, onerror: resolve }));
+    }),
+  ]).then(([module]) => module);
   return loading;
 }
 

@@ -9,8 +9,19 @@ export class Frame {
   /** act: setMask(mask) */
   constructor({ settings, server, act }) {
     Object.assign(this, { settings, server, act });
-    this.open = { sidebar: settings.get("sidebar") && !NARROW.matches, panel: settings.get("panel") && !NARROW.matches };
-    for (const [id, name] of [["close-sidebar", "side"], ["open-sidebar", "side"], ["close-panel", "close"], ["settings", "settings"], ["shortcuts", "keyboard"], ["more", "more"], ["to-end", "down"]]) {
+    this.open = {
+      sidebar: settings.get("sidebar") && !NARROW.matches,
+      panel: settings.get("panel") && !NARROW.matches,
+    };
+    for (const [id, name] of [
+      ["close-sidebar", "side"],
+      ["open-sidebar", "side"],
+      ["close-panel", "close"],
+      ["settings", "settings"],
+      ["shortcuts", "keyboard"],
+      ["more", "more"],
+      ["to-end", "down"],
+    ]) {
       fill(byId(id), icon(name));
     }
     fill(byId("new-talk"), icon("plus"), "New conversation");
@@ -53,7 +64,9 @@ export class Frame {
   }
 
   #narrowed() {
-    this.open = NARROW.matches ? { sidebar: false, panel: false } : { sidebar: this.settings.get("sidebar"), panel: this.settings.get("panel") };
+    this.open = NARROW.matches
+      ? { sidebar: false, panel: false }
+      : { sidebar: this.settings.get("sidebar"), panel: this.settings.get("panel") };
     this.#show();
   }
 
@@ -93,23 +106,38 @@ export class Frame {
     const only = this.server.experts.only(talk.only);
     byId("mask").hidden = !only;
     if (!only) return;
-    fill(byId("mask"), icon("experts"), el("span", {}, `Next answer: ${this.server.experts.describe(talk.only)}`),
-      el("button", { type: "button", class: "link", onclick: () => this.act.setMask(null) }, "All may speak"));
+    fill(
+      byId("mask"),
+      icon("experts"),
+      el("span", {}, `Next answer: ${this.server.experts.describe(talk.only)}`),
+      el("button", { type: "button", class: "link", onclick: () => this.act.setMask(null) }, "All may speak"),
+    );
   }
 
   /** The banner says what keeps the server from answering. */
   banner() {
     const { state, progress, message } = this.server;
     const said = {
-      loading: "The model is being loaded", draining: "The server is shutting down; running answers are finished",
-      gone: "The server does not answer; trying again", locked: "The server wants an API key",
+      loading: "The model is being loaded",
+      draining: "The server is shutting down; running answers are finished",
+      gone: "The server does not answer; trying again",
+      locked: "The server wants an API key",
     }[state];
     const banner = byId("banner");
     banner.dataset.state = state;
     if (!said) return fill(banner);
     const bar = progress === null ? null : el("progress", { max: "1", value: progress, "aria-label": "Loading" });
     const detail = message && message !== said ? `: ${message}` : "";
-    return fill(banner, el("span", {}, `${said}${state === "locked" ? "" : detail}${progress === null ? "." : ` (${Math.round(progress * 100)} %)`}`), bar,
-      state === "locked" && el("button", { type: "button", class: "link", onclick: () => this.act.enterKey() }, "Enter the key"));
+    return fill(
+      banner,
+      el(
+        "span",
+        {},
+        `${said}${state === "locked" ? "" : detail}${progress === null ? "." : ` (${Math.round(progress * 100)} %)`}`,
+      ),
+      bar,
+      state === "locked" &&
+        el("button", { type: "button", class: "link", onclick: () => this.act.enterKey() }, "Enter the key"),
+    );
   }
 }

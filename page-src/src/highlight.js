@@ -19,7 +19,22 @@ import xml from "@highlightjs/cdn-assets/es/languages/xml.min.js";
 import yaml from "@highlightjs/cdn-assets/es/languages/yaml.min.js";
 
 const LANGUAGES = {
-  bash, c, cpp, css, diff, go, java, javascript, json, markdown, python, rust, sql, typescript, xml, yaml,
+  bash,
+  c,
+  cpp,
+  css,
+  diff,
+  go,
+  java,
+  javascript,
+  json,
+  markdown,
+  python,
+  rust,
+  sql,
+  typescript,
+  xml,
+  yaml,
 };
 for (const [name, language] of Object.entries(LANGUAGES)) hljs.registerLanguage(name, language);
 

@@ -6,7 +6,9 @@ const CTRL = MAC ? "⌘" : "Ctrl";
 
 /** [keys as shown, what it does, name of the action, test of the event] */
 export const SHORTCUTS = [
-  [["Enter"], "Send"], [["Shift", "Enter"], "New line"], [["↑"], "Edit the last question, in an empty field"],
+  [["Enter"], "Send"],
+  [["Shift", "Enter"], "New line"],
+  [["↑"], "Edit the last question, in an empty field"],
   [["Esc"], "Stop the answer, close what is open"],
   [[CTRL, "Shift", "O"], "New conversation", "create", (e) => e.shiftKey && e.code === "KeyO"],
   [[CTRL, "K"], "Search conversations", "search", (e) => !e.shiftKey && e.code === "KeyK"],
@@ -37,6 +39,17 @@ export function listen(actions, escape) {
 
 /** The list, as a dialog. */
 export function showShortcuts() {
-  const rows = SHORTCUTS.map(([keys, what]) => el("tr", {}, el("th", { scope: "row" }, what), el("td", {}, keys.map((name) => el("kbd", {}, name)))));
+  const rows = SHORTCUTS.map(([keys, what]) =>
+    el(
+      "tr",
+      {},
+      el("th", { scope: "row" }, what),
+      el(
+        "td",
+        {},
+        keys.map((name) => el("kbd", {}, name)),
+      ),
+    ),
+  );
   showDialog("Keyboard", el("table", { class: "shortcuts" }, el("tbody", {}, rows)));
 }

@@ -8,22 +8,36 @@ let asking = null;
 export function askKey(reason) {
   asking ??= new Promise((resolve) => {
     let given = false;
-    const field = el("input", { type: "password", id: "api-key", autocomplete: "off", spellcheck: "false", required: true });
-    const form = el("form", { class: "settings" }, el("p", {}, "This server answers only to those who have a key."),
+    const field = el("input", {
+      type: "password",
+      id: "api-key",
+      autocomplete: "off",
+      spellcheck: "false",
+      required: true,
+    });
+    const form = el(
+      "form",
+      { class: "settings" },
+      el("p", {}, "This server answers only to those who have a key."),
       key.get() && el("p", { class: "trouble-text", role: "alert" }, reason),
-      el("label", { class: "block", for: "api-key" }, "API key"), field,
+      el("label", { class: "block", for: "api-key" }, "API key"),
+      field,
       el("small", {}, "Kept in this tab until it is closed, and sent to this server only."),
-      el("div", { class: "dialog-foot" }, el("button", { type: "submit", class: "primary" }, "Go on")));
+      el("div", { class: "dialog-foot" }, el("button", { type: "submit", class: "primary" }, "Go on")),
+    );
     form.addEventListener("submit", (event) => {
       event.preventDefault();
       given = Boolean(field.value.trim());
       if (given) key.set(field.value.trim());
       dialog.close();
     });
-    const dialog = showDialog("API key", form, { className: "small", onclose: () => {
-      asking = null;
-      resolve(given);
-    } });
+    const dialog = showDialog("API key", form, {
+      className: "small",
+      onclose: () => {
+        asking = null;
+        resolve(given);
+      },
+    });
     field.focus();
   });
   return asking;

@@ -2,7 +2,14 @@
 // [rows, layers, top_k]. A row belongs to the position that was read, the token that it led to comes one later; so the
 // rows of an answer are the last ones, as many as it has tokens.
 
-const READERS = { "|u1": Uint8Array, "|i1": Int8Array, "<u2": Uint16Array, "<i2": Int16Array, "<i4": Int32Array, "<u4": Uint32Array };
+const READERS = {
+  "|u1": Uint8Array,
+  "|i1": Int8Array,
+  "<u2": Uint16Array,
+  "<i2": Int16Array,
+  "<i4": Int32Array,
+  "<u4": Uint32Array,
+};
 
 export class Layers {
   constructor(values, [rows, layers, topK]) {
@@ -37,7 +44,11 @@ function parsed(bytes) {
   const length = long ? view.getUint32(8, true) : view.getUint16(8, true);
   const header = String.fromCharCode(...bytes.subarray(start, start + length));
   const type = READERS[/'descr':\s*'([^']+)'/.exec(header)?.[1]];
-  const shape = /'shape':\s*\(([^)]*)\)/.exec(header)?.[1].split(",").filter((part) => part.trim()).map(Number);
+  const shape = /'shape':\s*\(([^)]*)\)/
+    .exec(header)?.[1]
+    .split(",")
+    .filter((part) => part.trim())
+    .map(Number);
   if (!type || shape?.length !== 3 || !/'fortran_order':\s*False/.test(header)) return null;
   const body = bytes.slice(start + length);
   const values = new type(body.buffer, 0, shape[0] * shape[1] * shape[2]);

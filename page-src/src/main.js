@@ -1,12 +1,14 @@
 // The page: makes the parts, and is where they meet. Each part shows one thing and calls an action here to change it.
 import { askKey } from "./keydialog.js";
 import { Composer } from "./composer.js";
-import { addNode, choose, forgetOlder, lineTo, messages, newConversation, path, siblings } from "./conversation.js";
+import { addColours } from "./colours.js";
+import { addNode, choose, forgetOlder, newConversation, path, siblings } from "./conversation.js";
 import { byId, copyText, el, fill, icon } from "./dom.js";
-import { COLOURS } from "./experts.js";
+import { castOf, sameExperts } from "./experts.js";
 import { Frame } from "./frame.js";
 import { listen, showShortcuts } from "./keyboard.js";
 import { Panel } from "./panel.js";
+import { requestOf } from "./request.js";
 import { Run } from "./run.js";
 import { Server } from "./server.js";
 import { MODES, Settings } from "./settings.js";
@@ -31,10 +33,16 @@ class Page {
     this.composer = new Composer(this);
     this.thread = new Thread({ act: this, server: this.server, runs: this.runs });
     this.sidebar = new Sidebar({ store, act: this });
-    this.panel = new Panel({ server: this.server, settings: this.settings, act: {
-      setMask: (mask) => this.setMask(mask), compareMask: () => this.askAgain(this.latestSpoken(), this.talk.only),
-      latest: () => this.latestSpoken(), talk: () => this.talk,
-    } });
+    this.panel = new Panel({
+      server: this.server,
+      settings: this.settings,
+      act: {
+        setMask: (mask) => this.setMask(mask),
+        compareMask: () => this.askAgain(this.latestSpoken(), this.talk.only),
+        latest: () => this.latestSpoken(),
+        talk: () => this.talk,
+      },
+    });
     this.card = new TokenCard({ nodeOf: (id) => this.talk.nodes[id], server: this.server, settings: this.settings });
     this.#wire();
   }
@@ -46,12 +54,20 @@ class Page {
     addEventListener("hashchange", () => this.#fromAddress());
     addEventListener("pagehide", () => this.runs.size && this.#save(this.talk));
     this.store.onChange((id) => this.#changedElsewhere(id));
-    listen({
-      create: () => this.create(), search: () => this.frame.search(), sidebar: () => this.frame.toggle("sidebar"),
-      panel: () => this.frame.toggle("panel"), mode: () => this.#nextMode(), settings: () => this.openSettings(),
-      again: () => this.latest() && !this.running && this.askAgain(this.latest()), help: showShortcuts,
-      copy: () => this.latest() && copyText(this.latest().content).then(() => this.tell("Copied.")),
-    }, () => this.#escape());
+    listen(
+      {
+        create: () => this.create(),
+        search: () => this.frame.search(),
+        sidebar: () => this.frame.toggle("sidebar"),
+        panel: () => this.frame.toggle("panel"),
+        mode: () => this.#nextMode(),
+        settings: () => this.openSettings(),
+        again: () => this.latest() && !this.running && this.askAgain(this.latest()),
+        help: showShortcuts,
+        copy: () => this.latest() && copyText(this.latest().content).then(() => this.tell("Copied.")),
+      },
+      () => this.#escape(),
+    );
   }
 
   async start() {
@@ -67,7 +83,7 @@ class Page {
       this.experts = experts;
       addColours(experts);
       this.panel.build();
-      this.#draw({ fresh: this.runs.size === 0 });
+      this.#draw({ fresh: this.runs.size === 0 }); // answers that wait for it draw themselves
     }
     drawWelcome(this.server);
     this.frame.banner();
@@ -84,13 +100,21 @@ class Page {
   /** The newest answer that is seen, or null. */
   latest() {
     if (this.thread.pair) return this.talk.nodes[this.thread.pair[1]] ?? null;
-    return path(this.talk).reverse().find(({ role }) => role === "assistant") ?? null;
+    return (
+      path(this.talk)
+        .reverse()
+        .find(({ role }) => role === "assistant") ?? null
+    );
   }
 
   /** The newest message that says who spoke, or null. */
   latestSpoken() {
     const latest = this.latest();
-    return latest?.pieces?.length || this.thread.pair ? latest : (path(this.talk).reverse().find(({ pieces }) => pieces?.length) ?? latest);
+    return latest?.pieces?.length || this.thread.pair
+      ? latest
+      : (path(this.talk)
+          .reverse()
+          .find(({ pieces }) => pieces?.length) ?? latest);
   }
 
   send(text) {
@@ -118,9 +142,17 @@ class Page {
   askAgain(node, mask) {
     if (this.running) return this.tell("One answer at a time: stop this one first.");
     const question = this.talk.nodes[node.parent];
-    const added = this.#answer(question, mask === undefined ? { only: node.only ?? null } : { only: mask, quiet: true });
+    const added = this.#answer(
+      question,
+      mask === undefined ? { only: this.#maskOf(node) } : { only: mask, quiet: true },
+    );
     if (mask !== undefined) this.thread.compare(node.id, added.id);
     return added;
+  }
+
+  #maskOf(node) {
+    const { experts } = this.server;
+    return sameExperts(castOf(node, experts), experts) ? (node.only ?? null) : null;
   }
 
   /** The same message again, in its own place. */
@@ -166,6 +198,7 @@ class Page {
 
   setMask(mask) {
     this.talk.only = mask;
+    this.talk.names = mask ? this.server.experts.list.map(({ name }) => name) : undefined;
     if (path(this.talk).length) this.#save(this.talk);
     this.panel.update();
     this.frame.mask(this.talk);
@@ -187,20 +220,20 @@ class Page {
     return node;
   }
 
-  get model() {
-    const { models } = this.server;
-    return models.find(({ id }) => id === this.settings.get("model"))?.id ?? models[0]?.id ?? "default";
-  }
-
   async #run(node, { quiet = false } = {}) {
     const { talk } = this;
-    const run = new Run({ node, body: () => this.#request(talk, node), server: this.server });
+    const run = new Run({
+      node,
+      server: this.server,
+      body: () => requestOf({ talk, node, server: this.server, settings: this.settings }),
+    });
     run.talk = talk;
     this.runs.set(node.id, run);
     const saving = setInterval(() => this.#save(talk), SAVE_EVERY);
     this.#save(talk);
     if (!quiet) {
-      this.#draw({ fresh: this.thread.views.has(`${node.id} ${siblings(talk, node.id).ids.length}`) });
+      this.thread.forget(node.id);
+      this.#draw();
       this.thread.toEnd();
     }
     this.#busy();
@@ -213,34 +246,10 @@ class Page {
     this.#busy();
   }
 
-  #request(talk, node) {
-    const { experts } = this.server;
-    node.model = this.model;
-    const body = {
-      model: this.model, messages: messages(talk, node.parent), stream: true, stream_options: { include_usage: true },
-      ...this.settings.request(),
-    };
-    if (!experts.known) return body;
-    body.speakers = true;
-    const only = experts.only(node.only);
-    if (only) body.only_experts = only;
-    if (this.settings.get("layers")) {
-      body.return_routed_experts = true;
-      const start = knownPrompt(talk, node);
-      if (start > 0) body.routed_experts_prompt_start = start;
-    }
-    return body;
-  }
-
   /** A view has drawn what is new. */
-  drawn() {
-    this.thread.grown();
+  drawn(view) {
+    this.thread.grown(view);
     this.panel.update();
-  }
-
-  /** A view has drawn an answer's end. */
-  settled() {
-    this.drawn();
   }
 
   #busy() {
@@ -307,11 +316,21 @@ class Page {
     } catch (error) {
       this.tell(`This conversation could not be kept: ${error.message}`, "trouble");
     }
-    if (talk === this.talk && path(talk).length && location.hash !== `#${talk.id}`) history.replaceState(null, "", `#${talk.id}`);
+    if (talk === this.talk && path(talk).length && location.hash !== `#${talk.id}`)
+      history.replaceState(null, "", `#${talk.id}`);
     this.sidebar.refresh(this.talk.id);
   }
 
+  // A mask is for the mixture that it was made for.
+  #checkMask() {
+    const { experts, met } = this.server;
+    if (!met || !this.talk.only || sameExperts(castOf(this.talk, experts), experts)) return;
+    this.setMask(null);
+    this.tell("The mask of this conversation was for another mixture; all may speak.");
+  }
+
   #draw(options) {
+    this.#checkMask();
     this.thread.show(this.talk, options);
     this.panel.update();
     this.frame.title(this.talk);
@@ -325,10 +344,15 @@ class Page {
   }
 
   openSettings() {
-    openSettings({ settings: this.settings, talk: this.talk, models: this.server.models, changed: (system) => {
-      this.talk.system = system;
-      if (path(this.talk).length) this.#save(this.talk);
-    } });
+    openSettings({
+      settings: this.settings,
+      talk: this.talk,
+      models: this.server.models,
+      changed: (system) => {
+        this.talk.system = system;
+        if (path(this.talk).length) this.#save(this.talk);
+      },
+    });
   }
 
   #nextMode() {
@@ -352,21 +376,6 @@ class Page {
     const line = el("p", { class: kind }, kind ? icon("alert") : null, text);
     fill(byId("toast"), line);
     setTimeout(() => line.remove(), kind ? 9000 : 3500);
-  }
-}
-
-// How much of the prompt need not be traced: what the last answer's prompt was is the beginning of this one's.
-function knownPrompt(talk, node) {
-  const before = lineTo(talk, node.parent).filter(({ role, usage }) => role === "assistant" && usage).pop();
-  return before && before.system === talk.system && !talk.cut ? before.usage.prompt_tokens - 1 : 0;
-}
-
-/** Colours for as many experts as there are, and the fading of the others while one is pointed at. */
-function addColours({ list }) {
-  const sheet = [...document.styleSheets].find(({ href }) => href?.endsWith("style.css"));
-  for (const { index } of list) {
-    sheet.insertRule(`.e${index} { --s: var(--c${index % COLOURS}); }`);
-    sheet.insertRule(`[data-focus="${index}"] .tok:not(.e${index}) { opacity: .35; background: none; }`, sheet.cssRules.length);
   }
 }
 

@@ -7,7 +7,12 @@ import { swatch } from "./sharebar.js";
 export function makeUpView(experts) {
   const made = experts.makeUp;
   if (!made || typeof made !== "object") return null;
-  const parts = [verdictView(made.verdict), factsView(made, experts), membersView(made, experts), editsView(made)].filter(Boolean);
+  const parts = [
+    verdictView(made.verdict),
+    factsView(made, experts),
+    membersView(made, experts),
+    editsView(made),
+  ].filter(Boolean);
   return parts.length ? el("section", { class: "make-up" }, el("h3", {}, "What it is made of"), parts) : null;
 }
 
@@ -16,7 +21,12 @@ function verdictView(verdict) {
   if (!said) return null;
   const report = verdict?.report;
   const link = typeof report === "string" && safe(report);
-  return el("p", { class: "verdict" }, said, link ? [" ", el("a", { href: link, target: "_blank", rel: "noopener" }, "The report")] : null);
+  return el(
+    "p",
+    { class: "verdict" },
+    said,
+    link ? [" ", el("a", { href: link, target: "_blank", rel: "noopener" }, "The report")] : null,
+  );
 }
 
 // An address on this server, or on the web.
@@ -28,15 +38,22 @@ function safe(address) {
 function factsView(made, experts) {
   const provenance = made.provenance ?? made;
   const method = (value) => (typeof value === "string" ? value : value?.method);
-  const base = typeof provenance.base === "string" ? provenance.base : provenance.base?.model ?? provenance.base?.label;
+  const base =
+    typeof provenance.base === "string" ? provenance.base : (provenance.base?.model ?? provenance.base?.label);
   const active = made.active_parameters ? ` (${count(made.active_parameters)} a token)` : "";
   const rows = [
-    ["Base", base], ["Family", made.family],
+    ["Base", base],
+    ["Family", made.family],
     ["Experts", `${experts.list.length}, ${experts.topK} a token${experts.layers ? `, ${experts.layers} layers` : ""}`],
     ["Parameters", made.parameters ? `${count(made.parameters)}${active}` : null],
-    ["Router", method(provenance.router ?? provenance.recipe?.router)], ["Shared part", method(provenance.shared ?? provenance.recipe?.shared)],
+    ["Router", method(provenance.router ?? provenance.recipe?.router)],
+    ["Shared part", method(provenance.shared ?? provenance.recipe?.shared)],
   ].filter(([, value]) => value);
-  return el("dl", {}, rows.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, String(value))]));
+  return el(
+    "dl",
+    {},
+    rows.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, String(value))]),
+  );
 }
 
 function membersView(made, experts) {
@@ -52,15 +69,43 @@ function membersView(made, experts) {
   const body = members.map(({ index, name, model, distance }) => {
     const bar = el("span", { class: `e${index}` });
     bar.style.width = most ? `${((distance ?? 0) / most) * 100}%` : "0";
-    return el("tr", {}, el("th", { scope: "row" }, swatch(index), name, model ? el("small", {}, model) : null),
-      el("td", {}, distance === undefined ? "–" : el("span", {}, distance.toFixed(4), el("span", { class: "meter" }, bar))));
+    return el(
+      "tr",
+      {},
+      el("th", { scope: "row" }, swatch(index), name, model ? el("small", {}, model) : null),
+      el(
+        "td",
+        {},
+        distance === undefined ? "–" : el("span", {}, distance.toFixed(4), el("span", { class: "meter" }, bar)),
+      ),
+    );
   });
-  return el("table", {}, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Member"), el("th", { scope: "col" }, "Distance from the base"))), el("tbody", {}, body));
+  return el(
+    "table",
+    {},
+    el(
+      "thead",
+      {},
+      el("tr", {}, el("th", { scope: "col" }, "Member"), el("th", { scope: "col" }, "Distance from the base")),
+    ),
+    el("tbody", {}, body),
+  );
 }
 
 function editsView(made) {
   const edits = made.provenance?.edits ?? made.edits;
-  return Array.isArray(edits) && edits.length ? el("ul", { class: "edits" }, edits.map((edit) => el("li", {}, String(edit)))) : null;
+  return Array.isArray(edits) && edits.length
+    ? el(
+        "ul",
+        { class: "edits" },
+        edits.map((edit) => el("li", {}, String(edit))),
+      )
+    : null;
 }
 
-const count = (value) => (value >= 1e9 ? `${(value / 1e9).toFixed(1)} B` : value >= 1e6 ? `${(value / 1e6).toFixed(0)} M` : value.toLocaleString("en"));
+const count = (value) =>
+  value >= 1e9
+    ? `${(value / 1e9).toFixed(1)} B`
+    : value >= 1e6
+      ? `${(value / 1e6).toFixed(0)} M`
+      : value.toLocaleString("en");

@@ -19,12 +19,25 @@ const LONGEST_FORMULA = 6000;
 const BLOCK_STARTED = 105; // the parser has seen \[ or $$ and waits for a line to end
 const HEADINGS = [smd.HEADING_1, smd.HEADING_2, smd.HEADING_3, smd.HEADING_4, smd.HEADING_5, smd.HEADING_6];
 const TAGS = {
-  [smd.BLOCKQUOTE]: "blockquote", [smd.PARAGRAPH]: "p", [smd.LINE_BREAK]: "br", [smd.RULE]: "hr",
-  [smd.ITALIC_AST]: "em", [smd.ITALIC_UND]: "em", [smd.STRONG_AST]: "strong", [smd.STRONG_UND]: "strong", [smd.STRIKE]: "s",
-  [smd.CODE_INLINE]: "code", [smd.RAW_URL]: "a", [smd.LINK]: "a", [smd.IMAGE]: "a", [smd.LIST_UNORDERED]: "ul",
-  [smd.LIST_ORDERED]: "ol", [smd.LIST_ITEM]: "li", [smd.CHECKBOX]: "span",
+  [smd.BLOCKQUOTE]: "blockquote",
+  [smd.PARAGRAPH]: "p",
+  [smd.LINE_BREAK]: "br",
+  [smd.RULE]: "hr",
+  [smd.ITALIC_AST]: "em",
+  [smd.ITALIC_UND]: "em",
+  [smd.STRONG_AST]: "strong",
+  [smd.STRONG_UND]: "strong",
+  [smd.STRIKE]: "s",
+  [smd.CODE_INLINE]: "code",
+  [smd.RAW_URL]: "a",
+  [smd.LINK]: "a",
+  [smd.IMAGE]: "a",
+  [smd.LIST_UNORDERED]: "ul",
+  [smd.LIST_ORDERED]: "ol",
+  [smd.LIST_ITEM]: "li",
+  [smd.CHECKBOX]: "span",
 };
-const SIGNS = { "$1": ["$", "$"], "$2": ["$$", "$$"], "\\1": ["\\(", "\\)"], "\\2": ["\\[", "\\]"] }; // opening and closing
+const SIGNS = { $1: ["$", "$"], $2: ["$$", "$$"], "\\1": ["\\(", "\\)"], "\\2": ["\\[", "\\]"] }; // opening and closing
 const LINKS = new Set([smd.LINK, smd.RAW_URL, smd.IMAGE]);
 
 export class MarkdownView {
@@ -36,8 +49,11 @@ export class MarkdownView {
     this.heading = 2; // the last heading's level: content starts below the message's own, and skips none
     this.plain = false;
     this.parser = smd.parser({
-      data: this, add_token: (view, type) => view.#start(type), end_token: (view) => view.#finish(),
-      add_text: (view, text) => view.#text(text), set_attr: (view, type, value) => view.#attribute(type, value),
+      data: this,
+      add_token: (view, type) => view.#start(type),
+      end_token: (view) => view.#finish(),
+      add_text: (view, text) => view.#text(text),
+      set_attr: (view, type, value) => view.#attribute(type, value),
     });
   }
 
@@ -91,7 +107,10 @@ export class MarkdownView {
 
   #tooLong() {
     const { type, length } = this.#top;
-    return length > ({ [smd.EQUATION_INLINE]: LONGEST_INLINE_FORMULA, [smd.EQUATION_BLOCK]: LONGEST_FORMULA }[type] ?? Infinity);
+    return (
+      length >
+      ({ [smd.EQUATION_INLINE]: LONGEST_INLINE_FORMULA, [smd.EQUATION_BLOCK]: LONGEST_FORMULA }[type] ?? Infinity)
+    );
   }
 
   // What was taken for the beginning of a formula was none: its sign is text, and what followed is read again.
@@ -115,13 +134,19 @@ export class MarkdownView {
     if (this.open.length >= DEPTH) throw new RangeError("Markdown nested too deeply");
     const parent = this.#top;
     const top = { type, element: null };
-    if (type === smd.EQUATION_INLINE || type === smd.EQUATION_BLOCK) Object.assign(top, { opened: this.parser.pending[0], runs: [], length: 0 });
+    if (type === smd.EQUATION_INLINE || type === smd.EQUATION_BLOCK)
+      Object.assign(top, { opened: this.parser.pending[0], runs: [], length: 0 });
     if (type === smd.CODE_BLOCK || type === smd.CODE_FENCE) top.element = startCode(parent.element);
     else if (HEADINGS.includes(type)) top.element = parent.element.appendChild(this.#headingElement(type));
-    else if (type === smd.TABLE) top.element = parent.element.appendChild(el("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Table" })).appendChild(el("table"));
+    else if (type === smd.TABLE)
+      top.element = parent.element
+        .appendChild(el("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Table" }))
+        .appendChild(el("table"));
     else if (type === smd.TABLE_ROW) top.element = this.#rowElement(parent.element);
-    else if (type === smd.TABLE_CELL) top.element = parent.element.appendChild(el(parent.element.parentElement.tagName === "THEAD" ? "th" : "td"));
-    else if (type === smd.EQUATION_BLOCK) top.element = parent.element.appendChild(el("span", { class: "formula block" }));
+    else if (type === smd.TABLE_CELL)
+      top.element = parent.element.appendChild(el(parent.element.parentElement.tagName === "THEAD" ? "th" : "td"));
+    else if (type === smd.EQUATION_BLOCK)
+      top.element = parent.element.appendChild(el("span", { class: "formula block" }));
     else if (type === smd.EQUATION_INLINE) top.element = parent.element.appendChild(el("span", { class: "formula" }));
     else top.element = parent.element.appendChild(el(TAGS[type] ?? "span"));
     if (type === smd.CHECKBOX) top.element.textContent = "☐";
@@ -155,7 +180,11 @@ export class MarkdownView {
     }
     if (type === smd.RAW_URL) return element.replaceWith(...element.childNodes);
     const back = address !== undefined ? `](${address})` : cut ? "" : "]";
-    return element.replaceWith(this.#restored(type === smd.IMAGE ? "![" : "["), ...element.childNodes, this.#restored(back));
+    return element.replaceWith(
+      this.#restored(type === smd.IMAGE ? "![" : "["),
+      ...element.childNodes,
+      this.#restored(back),
+    );
   }
 
   // Characters that were taken for markup and are text after all; given to whoever spoke last.
@@ -177,7 +206,11 @@ export class MarkdownView {
   #attribute(type, value) {
     const top = this.#top;
     if (type === smd.HREF || type === smd.SRC) top.address = value;
-    else if (type === smd.LANG) top.element.dataset.language = value.trim().split(/[\s{,]/)[0].toLowerCase();
+    else if (type === smd.LANG)
+      top.element.dataset.language = value
+        .trim()
+        .split(/[\s{,]/)[0]
+        .toLowerCase();
     else if (type === smd.CHECKED) top.element.textContent = "☑";
     else if (type === smd.START) top.element.setAttribute("start", value);
   }
@@ -232,7 +265,10 @@ function mostSaid(runs) {
 
 /** The address if a link may go there, else null. */
 export function safeAddress(value) {
-  const address = value.trim().replace(/\s+["'(].*$/s, "").replace(/^<(.*)>$/s, "$1");
+  const address = value
+    .trim()
+    .replace(/\s+["'(].*$/s, "")
+    .replace(/^<(.*)>$/s, "$1");
   if (!/^(https?:\/\/|mailto:)/i.test(address)) return null;
   try {
     return new URL(address).href;

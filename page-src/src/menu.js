@@ -3,13 +3,26 @@ import { el } from "./dom.js";
 
 /** items: [{label, action, danger?}] */
 export function openMenu(anchor, items) {
-  const menu = el("div", { class: "menu", role: "menu" }, items.map(({ label, action, danger }) => el("button", {
-    type: "button", role: "menuitem", tabindex: "-1", class: danger ? "danger" : null,
-    onclick: () => {
-      close();
-      action();
-    },
-  }, label)));
+  const menu = el(
+    "div",
+    { class: "menu", role: "menu" },
+    items.map(({ label, action, danger }) =>
+      el(
+        "button",
+        {
+          type: "button",
+          role: "menuitem",
+          tabindex: "-1",
+          class: danger ? "danger" : null,
+          onclick: () => {
+            close();
+            action();
+          },
+        },
+        label,
+      ),
+    ),
+  );
   const buttons = [...menu.children];
   function close() {
     menu.remove();

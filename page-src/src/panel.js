@@ -1,7 +1,7 @@
 // The panel "Who speaks": the experts with their shares of an answer, masks for the next ones, how speakers are shown, and
 // what the mixture is made of.
 import { byId, el, fill, icon } from "./dom.js";
-import { shares } from "./experts.js";
+import { castOf, sameExperts, shares } from "./experts.js";
 import { makeUpView } from "./makeup.js";
 import { MODES } from "./settings.js";
 import { percent, swatch } from "./sharebar.js";
@@ -11,6 +11,7 @@ export class Panel {
   constructor({ server, settings, act }) {
     Object.assign(this, { server, settings, act });
     this.body = byId("panel-body");
+    fill(this.body, el("p", { class: "note" }, "Waiting for the server."));
     settings.addEventListener("change", () => this.#marks());
   }
 
@@ -18,41 +19,124 @@ export class Panel {
   build() {
     const { experts } = this.server;
     if (!experts.known) {
-      fill(this.body, el("p", { class: "note" }, "This server does not tell which expert speaks: a dense model, or a backend without routing. "
-        + "Chatting works as usual; colours, shares and masks need a mixture that octad serves."), makeUpView(experts));
+      fill(
+        this.body,
+        el(
+          "p",
+          { class: "note" },
+          "This server does not tell which expert speaks: a dense model, or a backend without routing. " +
+            "Chatting works as usual; colours, shares and masks need a mixture that octad serves.",
+        ),
+        makeUpView(experts),
+      );
       return;
     }
     this.rows = new Map(experts.list.map((expert) => [expert.index, this.#row(expert)]));
     this.status = el("p", { class: "mask-state", role: "status" });
-    this.reset = el("button", { type: "button", class: "quiet", onclick: () => this.act.setMask(null) }, "All may speak");
-    this.compare = el("button", { type: "button", class: "primary", onclick: () => this.act.compareMask() }, icon("columns"), "Answer again and compare");
+    this.reset = el(
+      "button",
+      { type: "button", class: "quiet", onclick: () => this.act.setMask(null) },
+      "All may speak",
+    );
+    this.compare = el(
+      "button",
+      { type: "button", class: "primary", onclick: () => this.act.compareMask() },
+      icon("columns"),
+      "Answer again and compare",
+    );
     this.about = el("p", { class: "note about" });
-    fill(this.body, this.#modes(), this.about, el("ul", { class: "experts", role: "list" }, [...this.rows.values()].map(({ element }) => element)),
-      el("div", { class: "mask-foot" }, this.status, this.compare, this.reset), this.#layersSwitch(), makeUpView(experts));
+    fill(
+      this.body,
+      this.#modes(),
+      this.about,
+      el(
+        "ul",
+        { class: "experts", role: "list" },
+        [...this.rows.values()].map(({ element }) => element),
+      ),
+      el("div", { class: "mask-foot" }, this.status, this.compare, this.reset),
+      this.#layersSwitch(),
+      makeUpView(experts),
+    );
     this.#marks();
     this.update();
   }
 
   #modes() {
-    return el("fieldset", { class: "segments" }, el("legend", { class: "sr-only" }, "Show speakers by"), MODES.map(({ name, label }) => el("label", {},
-      el("input", { type: "radio", name: "mode", value: name, onchange: () => this.settings.set("mode", name) }), el("span", {}, label))));
+    return el(
+      "fieldset",
+      { class: "segments" },
+      el("legend", { class: "sr-only" }, "Show speakers by"),
+      MODES.map(({ name, label }) =>
+        el(
+          "label",
+          {},
+          el("input", { type: "radio", name: "mode", value: name, onchange: () => this.settings.set("mode", name) }),
+          el("span", {}, label),
+        ),
+      ),
+    );
   }
 
   #layersSwitch() {
-    this.layers = el("input", { type: "checkbox", role: "switch", onchange: () => this.settings.set("layers", this.layers.checked) });
-    return el("label", { class: "switch" }, this.layers, el("span", {}, "Trace layers", el("small", {}, "each token’s experts layer by layer; the server reads the whole conversation again for it")));
+    this.layers = el("input", {
+      type: "checkbox",
+      role: "switch",
+      onchange: () => this.settings.set("layers", this.layers.checked),
+    });
+    return el(
+      "label",
+      { class: "switch" },
+      this.layers,
+      el(
+        "span",
+        {},
+        "Trace layers",
+        el("small", {}, "each token’s experts layer by layer; the server reads the whole conversation again for it"),
+      ),
+    );
   }
 
   #row({ index, name, domain }) {
-    const toggle = (label, long, press) => el("button", { type: "button", class: "toggle", "aria-pressed": "false", "aria-label": `${long} ${name}`, title: `${long} ${name}`, onclick: press }, label);
+    const toggle = (label, long, press) =>
+      el(
+        "button",
+        {
+          type: "button",
+          class: "toggle",
+          "aria-pressed": "false",
+          "aria-label": `${long} ${name}`,
+          title: `${long} ${name}`,
+          onclick: press,
+        },
+        label,
+      );
     const row = {
-      share: el("span", { class: "share" }), meter: el("span", { class: `e${index}` }),
-      solo: toggle("Solo", "Solo", () => this.#solo(index)), mask: toggle("Mask", "Mask", () => this.#mask(index)),
+      share: el("span", { class: "share" }),
+      meter: el("span", { class: `e${index}` }),
+      solo: toggle("Solo", "Solo", () => this.#solo(index)),
+      mask: toggle("Mask", "Mask", () => this.#mask(index)),
     };
-    row.element = el("li", { "data-expert": index }, swatch(index),
-      el("span", { class: "expert-name" }, el("b", {}, name), domain && domain !== name ? el("small", {}, domain) : null),
-      row.share, el("span", { class: "toggles" }, row.solo, row.mask), el("span", { class: "meter" }, row.meter));
-    for (const [event, focus] of [["pointerenter", index], ["pointerleave", null], ["focusin", index], ["focusout", null]]) {
+    row.element = el(
+      "li",
+      { "data-expert": index },
+      swatch(index),
+      el(
+        "span",
+        { class: "expert-name" },
+        el("b", {}, name),
+        domain && domain !== name ? el("small", {}, domain) : null,
+      ),
+      row.share,
+      el("span", { class: "toggles" }, row.solo, row.mask),
+      el("span", { class: "meter" }, row.meter),
+    );
+    for (const [event, focus] of [
+      ["pointerenter", index],
+      ["pointerleave", null],
+      ["focusin", index],
+      ["focusout", null],
+    ]) {
       row.element.addEventListener(event, () => this.#focus(focus));
     }
     return row;
@@ -79,7 +163,8 @@ export class Panel {
 
   #marks() {
     if (!this.rows) return;
-    for (const input of this.body.querySelectorAll("input[name=mode]")) input.checked = input.value === this.settings.get("mode");
+    for (const input of this.body.querySelectorAll("input[name=mode]"))
+      input.checked = input.value === this.settings.get("mode");
     this.layers.checked = this.settings.get("layers");
   }
 
@@ -87,8 +172,11 @@ export class Panel {
   update() {
     if (!this.rows) return;
     const node = this.act.latest();
-    const found = new Map(shares(node?.pieces ?? []).map((row) => [row.index, row.share]));
-    this.about.textContent = found.size ? "Shares of the latest answer’s tokens" : "Each token has one expert that has most say in it.";
+    const told = node && sameExperts(castOf(node, this.server.experts), this.server.experts) ? (node.pieces ?? []) : [];
+    const found = new Map(shares(told).map((row) => [row.index, row.share]));
+    this.about.textContent = found.size
+      ? "Shares of the latest answer’s tokens"
+      : "Each token has one expert that has most say in it.";
     for (const [index, { share, meter }] of this.rows) {
       const value = found.get(index) ?? 0;
       share.textContent = found.size ? percent(value) : "";

@@ -7,15 +7,28 @@ export class QuestionView {
   constructor({ node, act }) {
     Object.assign(this, { node, act });
     this.body = el("div", { class: "question-body" });
-    this.element = el("article", { class: "message question", "data-id": node.id }, el("h2", { class: "sr-only" }, "You"), this.body);
+    this.element = el(
+      "article",
+      { class: "message question", "data-id": node.id },
+      el("h2", { class: "sr-only" }, "You"),
+      this.body,
+    );
     this.#show();
   }
 
   #show() {
     const { node, act } = this;
-    fill(this.body, el("div", { class: "bubble" }, node.content), el("div", { class: "tools" },
-      branchButtons(node, act.siblings(node), act), copyButton("Copy question", () => node.content),
-      iconButton("edit", "Edit question", () => this.edit())));
+    fill(
+      this.body,
+      el("div", { class: "bubble" }, node.content),
+      el(
+        "div",
+        { class: "tools" },
+        branchButtons(node, act.siblings(node), act),
+        copyButton("Copy question", () => node.content),
+        iconButton("edit", "Edit question", () => this.edit()),
+      ),
+    );
   }
 
   /** Change the question; sending it makes a branch, and the old one stays. */
@@ -38,9 +51,20 @@ export class QuestionView {
         stop();
       }
     });
-    fill(this.body, el("div", { class: "editor" }, area, el("div", { class: "dialog-foot" },
-      el("button", { type: "button", class: "quiet", onclick: stop }, "Cancel"),
-      el("button", { type: "button", class: "primary", onclick: send }, "Send"))));
+    fill(
+      this.body,
+      el(
+        "div",
+        { class: "editor" },
+        area,
+        el(
+          "div",
+          { class: "dialog-foot" },
+          el("button", { type: "button", class: "quiet", onclick: stop }, "Cancel"),
+          el("button", { type: "button", class: "primary", onclick: send }, "Send"),
+        ),
+      ),
+    );
     area.focus();
     area.setSelectionRange(area.value.length, area.value.length);
   }

@@ -17,7 +17,7 @@ export class Run extends EventTarget {
     this.note = ""; // what is being waited for, in words
     this.started = 0;
     Object.assign(node, { content: "", pieces: [] });
-    for (const old of ["error", "finish", "usage", "routes", "reasoning", "seconds"]) delete node[old];
+    for (const old of ["error", "finish", "usage", "routes", "reasoning", "seconds", "names"]) delete node[old];
   }
 
   stop() {
@@ -52,7 +52,8 @@ export class Run extends EventTarget {
     for await (const part of chat(this.body(), this.abort.signal)) {
       if (part.content !== undefined) this.#add(part);
       if (part.finish) node.finish = part.finish;
-      if (part.usage) node.usage = { prompt_tokens: part.usage.prompt_tokens, completion_tokens: part.usage.completion_tokens };
+      if (part.usage)
+        node.usage = { prompt_tokens: part.usage.prompt_tokens, completion_tokens: part.usage.completion_tokens };
       if (part.routes) node.routes = part.routes;
       this.dispatchEvent(new Event("change"));
     }
@@ -64,6 +65,7 @@ export class Run extends EventTarget {
     this.started ||= now;
     node.seconds = Math.round(now - this.started) / 1000;
     node.content += content;
+    if (this.server.experts.known) node.names ??= this.server.experts.list.map(({ name }) => name);
     node.pieces.push(...this.server.experts.pieces(content, speakers));
     if (reasoning) node.reasoning = (node.reasoning ?? "") + reasoning;
   }
@@ -100,15 +102,19 @@ export class Run extends EventTarget {
   }
 }
 
-const aborted = (signal) => new Promise((resolve) => {
-  if (signal.aborted) resolve();
-  else signal.addEventListener("abort", resolve, { once: true });
-});
+const aborted = (signal) =>
+  new Promise((resolve) => {
+    if (signal.aborted) resolve();
+    else signal.addEventListener("abort", resolve, { once: true });
+  });
 
 /** What failed, as the message keeps it. */
 function told(error, node) {
   if (!(error instanceof ApiError)) console.error(error);
   const { status = 0, code = null } = error;
-  const kind = code === "context_length_exceeded" ? "long" : { 0: "gone", 401: "key", 429: "busy", 503: "loading" }[status] ?? "refused";
+  const kind =
+    code === "context_length_exceeded"
+      ? "long"
+      : ({ 0: "gone", 401: "key", 429: "busy", 503: "loading" }[status] ?? "refused");
   return { kind: node.content ? "broke" : kind, message: error.message, status };
 }

@@ -61,7 +61,9 @@ export class Server extends EventTarget {
     const { status, body } = error;
     const said = body?.status ?? body?.error?.code ?? "";
     const progress = body?.progress ?? body?.error?.progress;
-    this.progress = Number.isFinite(progress) ? Math.max(0, Math.min(1, progress > 1 ? progress / 100 : progress)) : null;
+    this.progress = Number.isFinite(progress)
+      ? Math.max(0, Math.min(1, progress > 1 ? progress / 100 : progress))
+      : null;
     const word = body?.stage ?? body?.message ?? body?.error?.message;
     this.message = typeof word === "string" ? word : "";
     if (status === 503) this.#become(/drain|shut|stop/i.test(String(said)) ? "draining" : "loading");

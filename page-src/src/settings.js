@@ -4,11 +4,46 @@ const KEY = "octad.settings";
 
 /** name in the request, label, limits of the field, and what it does. */
 export const SAMPLING = [
-  { name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.05, help: "0 always takes the likeliest word; higher is more varied" },
-  { name: "top_p", label: "Top-p", min: 0, max: 1, step: 0.01, help: "only the likeliest words that make up this share" },
-  { name: "min_p", label: "Min-p", min: 0, max: 1, step: 0.01, help: "only words at least this likely, as a share of the likeliest" },
-  { name: "repetition_penalty", label: "Repetition penalty", min: 0.5, max: 2, step: 0.01, help: "above 1, words that were said are less likely" },
-  { name: "max_tokens", label: "Longest answer", min: 1, max: 1_000_000, step: 1, help: "in tokens; empty: as far as the context reaches" },
+  {
+    name: "temperature",
+    label: "Temperature",
+    min: 0,
+    max: 2,
+    step: 0.05,
+    help: "0 always takes the likeliest word; higher is more varied",
+  },
+  {
+    name: "top_p",
+    label: "Top-p",
+    min: 0,
+    max: 1,
+    step: 0.01,
+    help: "only the likeliest words that make up this share",
+  },
+  {
+    name: "min_p",
+    label: "Min-p",
+    min: 0,
+    max: 1,
+    step: 0.01,
+    help: "only words at least this likely, as a share of the likeliest",
+  },
+  {
+    name: "repetition_penalty",
+    label: "Repetition penalty",
+    min: 0.5,
+    max: 2,
+    step: 0.01,
+    help: "above 1, words that were said are less likely",
+  },
+  {
+    name: "max_tokens",
+    label: "Longest answer",
+    min: 1,
+    max: 1_000_000,
+    step: 1,
+    help: "in tokens; empty: as far as the context reaches",
+  },
   { name: "seed", label: "Seed", min: 0, max: 2 ** 53 - 1, step: 1, help: "the same seed gives the same answer" },
 ];
 
@@ -22,11 +57,23 @@ export const PRESETS = [
 ];
 
 export const MODES = [
-  { name: "colour", label: "Colour" }, { name: "underline", label: "Underline" },
-  { name: "names", label: "Names" }, { name: "off", label: "Off" },
+  { name: "colour", label: "Colour" },
+  { name: "underline", label: "Underline" },
+  { name: "names", label: "Names" },
+  { name: "off", label: "Off" },
 ];
 
-const DEFAULTS = { sampling: { ...NOTHING }, system: "", presets: [], mode: "colour", theme: "auto", layers: false, model: null, sidebar: true, panel: true };
+const DEFAULTS = {
+  sampling: { ...NOTHING },
+  system: "",
+  presets: [],
+  mode: "colour",
+  theme: "auto",
+  layers: false,
+  model: null,
+  sidebar: true,
+  panel: true,
+};
 
 export class Settings extends EventTarget {
   constructor() {

@@ -11,14 +11,17 @@ export const percent = (share) => (share > 0 && share < 0.005 ? "<1 %" : `${Math
 export const swatch = (index) => el("span", { class: `swatch e${index} s${index % COLOURS}`, "aria-hidden": "true" });
 
 export class ShareBar {
-  /** ask(mask): answer again with only these experts, and compare. */
-  constructor(experts, ask) {
-    Object.assign(this, { experts, ask });
+  constructor() {
     this.counts = new Map();
     this.total = 0;
     this.bar = el("div", { class: "bar", role: "img" });
     this.legend = el("div", { class: "legend" });
     this.element = el("div", { class: "shares" }, this.bar, this.legend);
+  }
+
+  /** ask(mask): answer again with only these experts, and compare; null where the server has other experts. */
+  speakers(experts, ask) {
+    Object.assign(this, { experts, ask });
   }
 
   /** Count these pieces, too, and draw. */
@@ -34,7 +37,8 @@ export class ShareBar {
   #draw() {
     const rows = [...this.counts].sort((a, b) => b[1] - a[1] || a[0] - b[0]);
     this.element.hidden = rows.length === 0;
-    for (const [index] of rows) if (!this.bar.querySelector(`.e${index}`)) this.bar.append(el("span", { class: `e${index}` }));
+    for (const [index] of rows)
+      if (!this.bar.querySelector(`.e${index}`)) this.bar.append(el("span", { class: `e${index}` }));
     for (const part of this.bar.children) {
       part.style.flexGrow = this.counts.get(Number(part.className.slice(1)));
     }
@@ -56,10 +60,21 @@ export class ShareBar {
 
   #chip(index) {
     const name = this.experts.name(index);
-    const chip = el("button", {
-      type: "button", class: "chip", "aria-haspopup": "menu", "aria-expanded": "false", "data-expert": index,
-      title: `Mask or solo ${name}, and compare`, onclick: () => this.#menu(chip, index),
-    }, swatch(index), el("span", {}, name), el("span", { class: "share" }));
+    const inside = [swatch(index), el("span", {}, name), el("span", { class: "share" })];
+    if (!this.ask) return el("span", { class: "chip", "data-expert": index }, inside);
+    const chip = el(
+      "button",
+      {
+        type: "button",
+        class: "chip",
+        "aria-haspopup": "menu",
+        "aria-expanded": "false",
+        "data-expert": index,
+        title: `Mask or solo ${name}, and compare`,
+        onclick: () => this.#menu(chip, index),
+      },
+      inside,
+    );
     return chip;
   }
 

@@ -24,20 +24,59 @@ export class Sidebar {
     this.current = current;
     const text = this.search.value.trim();
     const found = text ? await this.store.search(text) : null;
-    if (text !== this.search.value.trim()) return; // typed on meanwhile
+    if (text !== this.search.value.trim() || this.list.querySelector("input")) return; // typed on, or renaming
+    const focused = this.list.contains(document.activeElement) ? document.activeElement : null;
     const rows = (await this.store.list()).filter(({ id }) => !found || found.has(id));
     const groups = Map.groupBy ? Map.groupBy(rows, ageOf) : grouped(rows);
-    fill(this.list, rows.length ? [...groups].map(([age, some]) => el("section", {}, el("h3", {}, age), el("ul", { role: "list" }, some.map((row) => this.#row(row)))))
-      : el("p", { class: "note" }, text ? "Nothing found." : "Conversations are kept in this browser only."));
+    fill(
+      this.list,
+      rows.length
+        ? [...groups].map(([age, some]) =>
+            el(
+              "section",
+              {},
+              el("h3", {}, age),
+              el(
+                "ul",
+                { role: "list" },
+                some.map((row) => this.#row(row)),
+              ),
+            ),
+          )
+        : el("p", { class: "note" }, text ? "Nothing found." : "Conversations are kept in this browser only."),
+    );
+    if (focused) this.#focusAgain(focused);
+  }
+
+  // The list is made anew; whoever was in it with the keyboard stays at the same place.
+  #focusAgain(gone) {
+    const item = this.list.querySelector(`[data-talk="${gone.closest("[data-talk]")?.dataset.talk}"]`);
+    item?.children[gone.classList.contains("talk") ? 0 : 1]?.focus();
   }
 
   #row({ id, title }) {
-    const open = el("button", { type: "button", class: "talk", "aria-current": id === this.current ? "page" : null, title, onclick: () => this.act.open(id) }, title || "New conversation");
-    const more = iconButton("more", `More for ${title || "this conversation"}`, () => openMenu(more, [
-      { label: "Rename", action: () => this.#rename(id, item) },
-      { label: "Export", action: async () => this.#download([await this.store.get(id)]) },
-      { label: "Delete", action: () => this.remove(id), danger: true },
-    ]), { "aria-haspopup": "menu", "aria-expanded": "false" });
+    const open = el(
+      "button",
+      {
+        type: "button",
+        class: "talk",
+        "aria-current": id === this.current ? "page" : null,
+        title,
+        onclick: () => this.act.open(id),
+      },
+      title || "New conversation",
+    );
+    const more = iconButton(
+      "more",
+      `More for ${title || "this conversation"}`,
+      () =>
+        openMenu(more, [
+          { label: "Rename", action: () => this.#rename(id, item) },
+          { label: "Export", action: async () => this.#download([await this.store.get(id)]) },
+          { label: "Delete", action: () => this.remove(id), danger: true },
+        ]),
+      { "aria-haspopup": "menu", "aria-expanded": "false" },
+    );
     const item = el("li", { "data-talk": id }, open, more);
     return item;
   }
@@ -50,6 +89,7 @@ export class Sidebar {
     const finish = async (keep) => {
       if (done) return;
       done = true;
+      field.remove();
       if (keep && field.value.trim()) await this.act.changed(id, { title: field.value.trim(), named: true });
       this.refresh();
     };
@@ -70,7 +110,14 @@ export class Sidebar {
   /** Delete a conversation, after a question. */
   async remove(id) {
     const talk = await this.store.get(id);
-    if (!talk || !(await confirmDialog(`“${talk.title || "New conversation"}” is deleted from this browser for good.`, { title: "Delete conversation?", yes: "Delete" }))) return;
+    if (
+      !talk ||
+      !(await confirmDialog(`“${talk.title || "New conversation"}” is deleted from this browser for good.`, {
+        title: "Delete conversation?",
+        yes: "Delete",
+      }))
+    )
+      return;
     await this.act.removed(id);
     this.refresh();
   }
@@ -85,14 +132,27 @@ export class Sidebar {
 
   async #removeAll() {
     const all = await this.store.list();
-    if (!all.length || !(await confirmDialog(`All ${all.length} conversations are deleted from this browser for good. Export them first to keep a copy.`, { title: "Delete everything?", yes: "Delete all" }))) return;
+    if (
+      !all.length ||
+      !(await confirmDialog(
+        `All ${all.length} conversations are deleted from this browser for good. Export them first to keep a copy.`,
+        { title: "Delete everything?", yes: "Delete all" },
+      ))
+    )
+      return;
     for (const { id } of all) await this.act.removed(id);
     this.refresh();
   }
 
   #download(talks) {
     const address = URL.createObjectURL(new Blob([exported(talks)], { type: "application/json" }));
-    const name = talks.length === 1 ? talks[0].title.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40).replace(/^-|-$/g, "") || "conversation" : "conversations";
+    const name =
+      talks.length === 1
+        ? talks[0].title
+            .replace(/[^\p{L}\p{N}]+/gu, "-")
+            .slice(0, 40)
+            .replace(/^-|-$/g, "") || "conversation"
+        : "conversations";
     el("a", { href: address, download: `octad-${name}.json` }).click();
     setTimeout(() => URL.revokeObjectURL(address), 10_000);
   }
@@ -107,7 +167,9 @@ export class Sidebar {
       const added = fresh(talks, await this.store.all());
       for (const talk of added) await this.store.put(talk);
       const known = talks.length - added.length;
-      this.act.tell(`${added.length} conversation${added.length === 1 ? "" : "s"} imported${known ? `, ${known} known already` : ""}.`);
+      this.act.tell(
+        `${added.length} conversation${added.length === 1 ? "" : "s"} imported${known ? `, ${known} known already` : ""}.`,
+      );
       this.refresh();
     } catch (error) {
       this.act.tell(`Nothing was imported. ${error.message}`, "trouble");

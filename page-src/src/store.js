@@ -4,10 +4,11 @@ import { textOf } from "./conversation.js";
 
 const NAME = "octad";
 
-const settled = (request) => new Promise((resolve, reject) => {
-  request.onsuccess = () => resolve(request.result);
-  request.onerror = () => reject(request.error);
-});
+const settled = (request) =>
+  new Promise((resolve, reject) => {
+    request.onsuccess = () => resolve(request.result);
+    request.onerror = () => reject(request.error);
+  });
 
 function opened() {
   const request = indexedDB.open(NAME, 1);

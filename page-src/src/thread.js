@@ -40,6 +40,11 @@ export class Thread {
     byId("main").classList.toggle("empty", nodes.length === 0);
   }
 
+  /** Draw this message anew when it is shown next: it is answered again in its place. */
+  forget(id) {
+    for (const key of this.views.keys()) if (key.startsWith(id)) this.views.delete(key);
+  }
+
   /** The newest answer on the screen, or null. */
   get lastAnswer() {
     return [...this.views.values()].reverse().find((view) => view instanceof AnswerView) ?? null;
@@ -58,7 +63,8 @@ export class Thread {
   }
 
   /** Text has grown: go along if the reader is at the end. */
-  grown() {
+  grown(view) {
+    if (!view.element.isConnected) return; // of another conversation
     if (this.follows) this.scroller.scrollTop = this.scroller.scrollHeight;
     else byId("to-end").hidden = false;
   }
@@ -70,15 +76,32 @@ export class Thread {
   }
 
   #answer(node, compared) {
-    return new AnswerView({ node, run: this.runs.get(node.id), talk: this.talk, experts: this.server.experts, act: this.act, compared });
+    return new AnswerView({
+      node,
+      run: this.runs.get(node.id),
+      talk: this.talk,
+      experts: this.server.experts,
+      act: this.act,
+      compared,
+    });
   }
 
   #pairView() {
     const answers = this.pair.map((id) => this.#answer(this.talk.nodes[id], true));
     const close = iconButton("close", "Close the comparison", () => this.act.closePair());
-    return { answers, element: el("section", { class: "pair", "aria-label": "Two answers side by side" },
-      el("div", { class: "pair-head" }, el("span", {}, "Two answers to the same question"), close),
-      el("div", { class: "pair-body" }, answers.map(({ element }) => element))) };
+    return {
+      answers,
+      element: el(
+        "section",
+        { class: "pair", "aria-label": "Two answers side by side" },
+        el("div", { class: "pair-head" }, el("span", {}, "Two answers to the same question"), close),
+        el(
+          "div",
+          { class: "pair-body" },
+          answers.map(({ element }) => element),
+        ),
+      ),
+    };
   }
 
   // Elements that are there already are not moved: moving one would lose the reader's place and selection.
@@ -92,7 +115,8 @@ export class Thread {
 
   #markCut(talk) {
     for (const element of this.list.children) {
-      if (element.dataset.id === talk.cut && talk.cut) element.dataset.cut = "The messages above are not sent any more.";
+      if (element.dataset.id === talk.cut && talk.cut)
+        element.dataset.cut = "The messages above are not sent any more.";
       else delete element.dataset.cut;
     }
   }

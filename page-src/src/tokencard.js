@@ -1,17 +1,25 @@
 // The card of a token: who spoke it, how sure, and through which experts it went layer by layer. It shows where the
 // pointer rests, stays where one taps or clicks, and walks along the answer with the arrow keys.
 import { byId, el, fill, iconButton } from "./dom.js";
+import { castOf } from "./experts.js";
 import { Layers } from "./layers.js";
 import { place } from "./menu.js";
 import { percent, swatch } from "./sharebar.js";
 
 const DELAY = 120;
+const NAMED = 3; // experts that are named below the layers
 
 export class TokenCard {
   /** nodeOf(id) -> the message; `settings.get("layers")` tells whether layers are asked for. */
   constructor({ nodeOf, server, settings }) {
     Object.assign(this, { nodeOf, server, settings });
-    this.card = el("div", { class: "token-card", id: "token-card", role: "dialog", "aria-label": "Token", hidden: true });
+    this.card = el("div", {
+      class: "token-card",
+      id: "token-card",
+      role: "dialog",
+      "aria-label": "Token",
+      hidden: true,
+    });
     byId("main").append(this.card);
     this.traces = new WeakMap(); // node -> Layers or null
     const list = byId("messages");
@@ -47,7 +55,7 @@ export class TokenCard {
     const token = event.target.closest?.(".tok");
     clearTimeout(this.timer);
     if (!token || this.pinned || event.pointerType === "touch") return;
-    this.timer = setTimeout(() => this.#show(token, false), this.visible ? 0 : DELAY);
+    this.timer = setTimeout(() => !this.pinned && this.#show(token, false), this.visible ? 0 : DELAY);
   }
 
   #out() {
@@ -101,19 +109,32 @@ export class TokenCard {
   }
 
   #content(node, at, [text, expert, weight], pinned) {
-    const { experts } = this.server;
+    const experts = castOf(node, this.server.experts);
     const layers = this.#layers(node)?.of(at, node.usage?.completion_tokens ?? node.pieces.length);
     return [
       el("p", { class: "token-text" }, JSON.stringify(text)),
-      el("p", { class: "token-speaker" }, swatch(expert), el("strong", {}, experts.name(expert)),
-        weight === null ? null : el("span", { class: "weight" }, `${percent(weight)} of the weight`)),
+      el(
+        "p",
+        { class: "token-speaker" },
+        swatch(expert),
+        el("strong", {}, experts.name(expert)),
+        weight === null ? null : el("span", { class: "weight" }, `${percent(weight)} of the weight`),
+      ),
       weight === null ? null : meter(expert, weight),
-      layers ? this.#grid(layers) : pinned && experts.layers ? this.#askLayers() : null,
-      pinned && el("div", { class: "token-walk" },
-        iconButton("back", "Token before", () => this.#step(-1), { "data-walk": "back" }),
-        el("span", { class: "position", role: "status" }, `token ${at + 1} of ${node.pieces.length}: ${experts.name(expert)}`),
-        iconButton("next", "Token after", () => this.#step(1), { "data-walk": "next" }),
-        iconButton("close", "Close", () => this.hide())),
+      layers ? grid(layers, experts) : pinned && experts.layers ? this.#askLayers() : null,
+      pinned &&
+        el(
+          "div",
+          { class: "token-walk" },
+          iconButton("back", "Token before", () => this.#step(-1), { "data-walk": "back" }),
+          el(
+            "span",
+            { class: "position", role: "status" },
+            `token ${at + 1} of ${node.pieces.length}: ${experts.name(expert)}`,
+          ),
+          iconButton("next", "Token after", () => this.#step(1), { "data-walk": "next" }),
+          iconButton("close", "Close", () => this.hide()),
+        ),
     ].filter(Boolean);
   }
 
@@ -123,24 +144,22 @@ export class TokenCard {
     return this.traces.get(node);
   }
 
-  // One column a layer, the first chosen expert at the top.
-  #grid(layers) {
-    const { experts } = this.server;
-    const counts = new Map();
-    for (const chosen of layers) for (const index of chosen) counts.set(index, (counts.get(index) ?? 0) + 1);
-    const words = [...counts].sort((a, b) => b[1] - a[1]).map(([index, count]) => `${experts.name(index)} in ${count}`);
-    const cells = layers.map((chosen, layer) => el("span", { title: `layer ${layer}: ${chosen.map((index) => experts.name(index)).join(", ")}` },
-      chosen.map((index) => el("i", { class: `e${index}` }))));
-    return el("div", { class: "layers" }, el("div", { class: "layer-grid", "aria-hidden": "true" }, cells),
-      el("p", {}, `${words.join(", ")} of ${layers.length} layers`));
-  }
-
   #askLayers() {
     const on = this.settings.get("layers");
-    const button = on ? null : el("button", { type: "button", class: "link", onclick: () => {
-      this.settings.set("layers", true);
-      this.#show(this.token, true);
-    } }, "Trace layers from the next answer on");
+    const button = on
+      ? null
+      : el(
+          "button",
+          {
+            type: "button",
+            class: "link",
+            onclick: () => {
+              this.settings.set("layers", true);
+              this.#show(this.token, true);
+            },
+          },
+          "Trace layers from the next answer on",
+        );
     return el("p", { class: "no-layers" }, on ? "Layers are traced from the next answer on." : button);
   }
 }
@@ -150,3 +169,25 @@ const meter = (expert, weight) => {
   bar.style.width = `${Math.min(100, weight * 100)}%`;
   return el("div", { class: "meter" }, bar);
 };
+
+// One column a layer, the first chosen expert at the top.
+function grid(layers, experts) {
+  const counts = new Map();
+  for (const chosen of layers) for (const index of chosen) counts.set(index, (counts.get(index) ?? 0) + 1);
+  const most = [...counts].sort((a, b) => b[1] - a[1]).slice(0, NAMED);
+  const words = most.map(([index, count]) => `${experts.name(index)} in ${count}`);
+  if (counts.size > NAMED) words.push(`${counts.size - NAMED} more in fewer,`);
+  const cells = layers.map((chosen, layer) =>
+    el(
+      "span",
+      { title: `layer ${layer}: ${chosen.map((index) => experts.name(index)).join(", ")}` },
+      chosen.map((index) => el("i", { class: `e${index}` })),
+    ),
+  );
+  return el(
+    "div",
+    { class: "layers" },
+    el("div", { class: "layer-grid", "aria-hidden": "true" }, cells),
+    el("p", {}, `${words.join(", ")} of ${layers.length} layers`),
+  );
+}

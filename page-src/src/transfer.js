@@ -15,7 +15,8 @@ export function imported(text) {
   } catch {
     throw new Error("This file is not JSON.");
   }
-  if (file?.format !== FORMAT || !Array.isArray(file.conversations)) throw new Error("This file holds no conversations of this page.");
+  if (file?.format !== FORMAT || !Array.isArray(file.conversations))
+    throw new Error("This file holds no conversations of this page.");
   if (file.version !== 1) throw new Error(`This file is of version ${file.version}; this page reads version 1.`);
   return file.conversations.map(checkedTalk);
 }
@@ -23,7 +24,8 @@ export function imported(text) {
 /** Those that are not there yet under their id with the same content; a changed one gets an id of its own. */
 export function fresh(talks, present) {
   const known = new Map(present.map((talk, at) => [talk.id, checkedTalk(talk, at)]));
-  return talks.filter((talk) => JSON.stringify(known.get(talk.id)) !== JSON.stringify(talk))
+  return talks
+    .filter((talk) => JSON.stringify(known.get(talk.id)) !== JSON.stringify(talk))
     .map((talk) => (known.has(talk.id) ? { ...talk, id: newId() } : talk));
 }
 
@@ -44,9 +46,17 @@ function checkedTalk(talk, at) {
   for (const node of Object.values(nodes)) checkedChildren(node, node.id, nodes, where);
   must(reached(root, nodes) === ids.size, where, "has messages that hang in the air");
   return {
-    id: talk.id, title: String(talk.title ?? "").slice(0, 200), named: Boolean(talk.named), created: number(talk.created),
-    updated: number(talk.updated), system: String(talk.system ?? ""), only: numbers(talk.only),
-    cut: ids.has(talk.cut) ? talk.cut : null, root, nodes: { ...nodes },
+    id: talk.id,
+    title: String(talk.title ?? "").slice(0, 200),
+    named: Boolean(talk.named),
+    created: number(talk.created),
+    updated: number(talk.updated),
+    system: String(talk.system ?? ""),
+    only: numbers(talk.only),
+    ...(talk.names ? { names: checkedNames(talk.names) } : {}),
+    cut: ids.has(talk.cut) ? talk.cut : null,
+    root,
+    nodes: { ...nodes },
   };
 }
 
@@ -56,19 +66,49 @@ function checkedNode(node, id, ids, where) {
   must(typeof node.content === "string", where, "has a message without text");
   must(node.parent === null || ids.has(node.parent), where, "has a message without a place");
   const pieces = Array.isArray(node.pieces) ? node.pieces.map(checkedPiece) : undefined;
-  if (pieces) must(pieces.every(Boolean) && pieces.map(([text]) => text).join("") === node.content, where, "has speakers that do not fit their text");
-  const kept = { id, parent: node.parent, role: node.role, content: node.content, children: node.children, chosen: chosen(node), time: number(node.time) };
+  if (pieces)
+    must(
+      pieces.every(Boolean) && pieces.map(([text]) => text).join("") === node.content,
+      where,
+      "has speakers that do not fit their text",
+    );
+  const kept = {
+    id,
+    parent: node.parent,
+    role: node.role,
+    content: node.content,
+    children: node.children,
+    chosen: chosen(node),
+    time: number(node.time),
+  };
   const more = {
-    pieces, reasoning: text(node.reasoning), model: text(node.model), system: text(node.system), finish: text(node.finish), only: "only" in node ? numbers(node.only) : undefined,
-    routes: text(node.routes), seconds: Number.isFinite(node.seconds) ? node.seconds : undefined, usage: checkedUsage(node.usage), error: checkedError(node.error),
+    pieces,
+    reasoning: text(node.reasoning),
+    model: text(node.model),
+    system: text(node.system),
+    finish: text(node.finish),
+    only: "only" in node ? numbers(node.only) : undefined,
+    routes: text(node.routes),
+    seconds: Number.isFinite(node.seconds) ? node.seconds : undefined,
+    usage: checkedUsage(node.usage),
+    error: checkedError(node.error),
+    names: checkedNames(node.names),
   };
   for (const [key, value] of Object.entries(more)) if (value !== undefined) kept[key] = value;
   return kept;
 }
 
 function checkedChildren(above, id, nodes, where) {
-  must(Array.isArray(above.children) && above.children.every((child) => nodes[child]?.parent === id), where, "is no tree");
-  must(above.children.length === 0 || above.chosen < above.children.length, where, "chooses an answer that is not there");
+  must(
+    Array.isArray(above.children) && above.children.every((child) => nodes[child]?.parent === id),
+    where,
+    "is no tree",
+  );
+  must(
+    above.children.length === 0 || above.chosen < above.children.length,
+    where,
+    "chooses an answer that is not there",
+  );
   return above.children;
 }
 
@@ -84,12 +124,19 @@ function reached(root, nodes) {
   return seen.size;
 }
 
-const checkedPiece = (piece) => Array.isArray(piece) && typeof piece[0] === "string" && Number.isInteger(piece[1]) && piece[1] >= -1
-  ? [piece[0], piece[1], Number.isFinite(piece[2]) ? piece[2] : null] : null;
-const checkedUsage = (usage) => usage && typeof usage === "object"
-  ? { prompt_tokens: number(usage.prompt_tokens), completion_tokens: number(usage.completion_tokens) } : undefined;
-const checkedError = (error) => error && typeof error === "object"
-  ? { kind: String(error.kind), message: String(error.message), status: number(error.status) } : undefined;
+const checkedPiece = (piece) =>
+  Array.isArray(piece) && typeof piece[0] === "string" && Number.isInteger(piece[1]) && piece[1] >= -1
+    ? [piece[0], piece[1], Number.isFinite(piece[2]) ? piece[2] : null]
+    : null;
+const checkedUsage = (usage) =>
+  usage && typeof usage === "object"
+    ? { prompt_tokens: number(usage.prompt_tokens), completion_tokens: number(usage.completion_tokens) }
+    : undefined;
+const checkedNames = (names) => (Array.isArray(names) && names.length <= 1024 ? names.map(String) : undefined);
+const checkedError = (error) =>
+  error && typeof error === "object"
+    ? { kind: String(error.kind), message: String(error.message), status: number(error.status) }
+    : undefined;
 const chosen = (above) => (Number.isInteger(above.chosen) && above.chosen >= 0 ? above.chosen : 0);
 const number = (value) => (Number.isFinite(value) ? value : 0);
 const text = (value) => (typeof value === "string" ? value : undefined);

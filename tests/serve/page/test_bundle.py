@@ -88,6 +88,7 @@ def test_licences_of_what_is_vendored() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not (SOURCES / "node_modules").is_dir(), reason="`npm ci` was not run in page-src")
 def test_the_bundle_is_what_its_sources_give(tmp_path: Path) -> None:
+    subprocess.run(["npm", "run", "--silent", "check"], cwd=SOURCES, check=True, timeout=120)
     subprocess.run(["node", "build.mjs", str(tmp_path / "built")], cwd=SOURCES, check=True, timeout=120)
     built = json.loads((tmp_path / "built" / "manifest.json").read_text())
     assert built == json.loads((STATIC / "manifest.json").read_text())

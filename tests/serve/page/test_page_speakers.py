@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 import pytest
-from conftest import NETWORK, answers, ask, until
+from conftest import NETWORK, answers, ask, send, until
 from fake_backend import LAYERS, NAMES, PROMPT_TOKENS, FakeBackend, Said, spoken
 
 RICH = """# Title *one*
@@ -244,3 +244,49 @@ def test_sixty_four_experts(browser_page: Any, backend: FakeBackend) -> None:
     )
     assert colours[:8] == colours[8:16]
     assert len(set(colours[:8])) == 8
+
+
+def test_a_question_before_the_server_is_ready_gets_its_colours(
+    browser_page: Any, backend: FakeBackend
+) -> None:
+    browser_page.expected.append(NETWORK)
+    backend.health = {"status": "loading", "progress": 0.5}
+    browser_page.reload()
+    browser_page.wait_for_selector("#banner progress")
+    send(browser_page)
+    browser_page.wait_for_timeout(300)
+    assert backend.requests == []
+    backend.health = None
+    browser_page.wait_for_selector(".answer .tok.e0")
+    assert backend.requests[0]["speakers"] is True
+    assert browser_page.locator(".chip").all_inner_texts() == ["general\n100 %"]
+
+
+def test_answers_keep_the_names_of_the_mixture_that_gave_them(
+    browser_page: Any, backend: FakeBackend
+) -> None:
+    page = browser_page
+    backend.reply = spoken("Old words.", "python")
+    ask(page)
+    page.hover(".experts li[data-expert='1']")
+    page.click("button[aria-label='Mask python']")
+    backend.names = ["law", "medicine", "music"]
+    page.reload()
+    page.wait_for_selector("text=The mask of this conversation was for another mixture")
+    assert page.locator(".answer .chip").inner_text() == "python\n100 %"
+    assert page.locator(".answer button.chip").count() == 0  # there is no python to mask here
+    assert page.locator(".experts .share").all_inner_texts() == ["", "", ""]
+    backend.reply = spoken("New words.", "music")
+    ask(page, "And now?")
+    assert "only_experts" not in backend.requests[-1]
+    assert page.locator(".answer button.chip").inner_text() == "music\n100 %"
+
+
+@pytest.mark.parametrize("number", [True, False])
+def test_experts_by_number_or_by_name(browser_page: Any, backend: FakeBackend, number: bool) -> None:
+    backend.reply = [Said("a", 3 if number else "german"), Said(" b", "nobody")]  # type: ignore[arg-type]
+    ask(browser_page)
+    assert answers(browser_page) == ["a b"]
+    assert browser_page.locator(".tok").evaluate_all("all => all.map(e => e.className.split(' ')[1])") == [
+        "e3"
+    ]
