@@ -16,8 +16,9 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from octad.errors import DataError
+from octad.text.documents import read_documents
+from octad.text.rows import Document
 from octad.text.tokenizer import Tokenizer
-from octad.text.windows import Document, read_documents
 
 
 @dataclass(frozen=True)

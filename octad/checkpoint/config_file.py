@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from glob import has_magic
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -58,9 +59,11 @@ class ConfigFile(Section):
         return cls.checked({**raw, "directory": directory}, label)
 
     def resolve(self, reference: str) -> str:
-        """A reference as the user wrote it, made a path where a file of that name exists beside this one."""
+        """A reference as the user wrote it, made a path where a file of that name exists beside this one; a pattern of
+        names is one beside it too."""
         beside = self.directory / Path(reference).expanduser()
-        return str(beside) if exists(beside) else reference
+        pattern = has_magic(reference) and not reference.startswith("hf:")
+        return str(beside) if pattern or exists(beside) else reference
 
 
 def distinct(kind: str, names: Sequence[str]) -> None:

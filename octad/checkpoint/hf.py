@@ -12,7 +12,6 @@ and only the bytes of the expert asked for are read.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -28,6 +27,7 @@ from octad.checkpoint.names import EMBEDDING, HEAD, expert_name, router_name, te
 from octad.checkpoint.shard import DTYPE_NAMES, read_header
 from octad.checkpoint.source import TensorInfo
 from octad.errors import CheckpointError, ConfigError
+from octad.fingerprint import fingerprint
 from octad.guard import read_object
 from octad.model.config import ModelConfig
 
@@ -37,9 +37,7 @@ _FUSED = re.compile(r"^model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.
 _ROUTER = re.compile(r"^model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.gate\.weight$")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-WHOLE_HASH_BYTES = 1 << 29
 WHOLE_WEIGHTS_BYTES = 1 << 27  # training changes weights everywhere: samples tell
-SAMPLE_STRIDE, SAMPLE_BYTES = 1 << 24, 1 << 18
 
 
 class SafetensorsSource:
@@ -85,25 +83,6 @@ class SafetensorsSource:
                 files = list(pool.map(partial(fingerprint, whole=WHOLE_WEIGHTS_BYTES), self._files))
             self._provenance = {"kind": "safetensors", "label": self.label, "files": files}
         return self._provenance
-
-
-def fingerprint(path: Path, whole: int = WHOLE_HASH_BYTES) -> dict[str, Any]:
-    """name, bytes and sha256 of one file, for provenance. Raises CheckpointError when it cannot be read.
-
-    Hashing all of a large file costs more than copying it, so past `whole` bytes the key is sha256_sampled: the
-    digest of the first SAMPLE_BYTES of every SAMPLE_STRIDE bytes (the header and every part of every large tensor)."""
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size <= whole:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-                return {"name": path.name, "bytes": size, "sha256": digest}
-            sampled = hashlib.sha256()
-            for start in range(0, size, SAMPLE_STRIDE):
-                sampled.update(os.pread(file.fileno(), SAMPLE_BYTES, start))
-            return {"name": path.name, "bytes": size, "sha256_sampled": sampled.hexdigest()}
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def read_config(directory: Path, label: str | None = None, *, quantised: bool = False) -> ModelConfig:

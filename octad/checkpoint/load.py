@@ -170,11 +170,12 @@ def load_model(
 def load_tokenizer(source: TensorSource) -> Tokenizer:
     """The tokenizer beside the weights (or inside the GGUF); an adapter without one has its base's."""
     from octad.checkpoint.gguf.reader import GGUFSource
+    from octad.checkpoint.gguf.vocabulary import gguf_tokenizer
     from octad.checkpoint.lora import AdapterSource
     from octad.text.tokenizer import Tokenizer
 
     if isinstance(source, GGUFSource):
-        return Tokenizer.from_gguf(source.header)
+        return gguf_tokenizer(source.header)
     if isinstance(source, AdapterSource) and not (source.path / "tokenizer.json").is_file():
         return load_tokenizer(source.base)
     if source.directory is None:

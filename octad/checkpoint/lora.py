@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 from octad.checkpoint.extent import Extent
-from octad.checkpoint.hf import fingerprint
 from octad.checkpoint.names import EMBEDDING, HEAD
 from octad.checkpoint.shard import read_header
 from octad.checkpoint.source import TensorInfo, TensorSource
 from octad.errors import CheckpointError
+from octad.fingerprint import fingerprint
 from octad.guard import matches, read_object
 from octad.model.config import ModelConfig
 

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from octad.combine.fit import Calibration
 from octad.combine.recipe import ExpertSpec, Recipe, RouterSpec
 from octad.errors import DataError
+from octad.text.corpus import open_documents
 from octad.text.tokenizer import Tokenizer
-from octad.text.windows import Window, read_documents, read_windows
+from octad.text.windows import Window, read_windows
 
 
 def check_files(recipe: Recipe) -> None:
@@ -19,7 +20,7 @@ def check_files(recipe: Recipe) -> None:
     for spec in recipe.experts if recipe.router.method in ("ridge", "logistic") else ():
         for file in spec.data:
             try:
-                next(read_documents(recipe.resolve(file)), None)
+                next(open_documents(recipe.resolve(file)).read(spec.field, 1), None)
             except DataError as error:
                 raise DataError(f"expert {spec.name!r}: {error}") from None
 
@@ -33,16 +34,18 @@ def calibration(recipe: Recipe, spec: ExpertSpec, tokenizer: Tokenizer) -> Calib
     if recipe.router.method == "random":
         return Calibration([], [])
     return Calibration(
-        text_windows(spec.name, [recipe.resolve(d) for d in spec.data], recipe.router, tokenizer), []
+        text_windows(spec, [recipe.resolve(d) for d in spec.data], recipe.router, tokenizer), []
     )
 
 
-def text_windows(name: str, files: Sequence[str], router: RouterSpec, tokenizer: Tokenizer) -> list[Window]:
+def text_windows(
+    spec: ExpertSpec, files: Sequence[str], router: RouterSpec, tokenizer: Tokenizer
+) -> list[Window]:
     """The calibration windows of one expert's files."""
     try:
-        return read_windows(files, tokenizer, tokens=router.tokens, window=router.window)
+        return read_windows(files, tokenizer, tokens=router.tokens, window=router.window, field=spec.field)
     except DataError as error:
-        raise DataError(f"expert {name!r}: {error}") from None
+        raise DataError(f"expert {spec.name!r}: {error}") from None
 
 
 def prompt_windows(prompts: Sequence[str], tokenizer: Tokenizer) -> list[Window]:

@@ -29,11 +29,12 @@ MAX_EXPERTS = 64
 
 
 class ExpertSpec(Section):
-    """One member: its name, where its weights are, and text (or prompts) that is its own."""
+    """One member: its name, where its weights are, and text (or prompts) that is its own; `field`: the column of that."""
 
     name: str = Field(min_length=1)
     model: str = Field(min_length=1)
     data: StringList = ()
+    field: str = "text"
     weight: float = Field(default=1.0, ge=0)
     positive_prompts: StringList = ()
     negative_prompts: StringList = ()

@@ -1,55 +1,146 @@
-"""What a source's `files` stand for: files of documents, or data sets of the `datasets` library, on disk or from the hub.
+"""What stands for text in a recipe, a configuration or on the command line: files, directories of them, data sets.
 
     for document in open_documents("hf:wikimedia/wikipedia:20231101.fr").read("text"): ...
 
     hf:NAME[:SUBSET][:SPLIT]     datasets.load_dataset, from its cache where there is no network; split train unless said
-    directory                    what Dataset.save_to_disk wrote; of a DatasetDict name the split's own directory
-    file.arrow                   one Arrow file of such a directory
-    anything else                see documents.py
+    directory                    what Dataset.save_to_disk wrote (of a DatasetDict name the split's own directory), or all
+                                 files in it and below, which are all plain text or all rows; hidden ones do not count
+    with * or ? or [             the files whose names match, in the order of their names; ** is any directories
+    file.arrow                   one Arrow file of a data set
+    any other file               see documents.py
 
-Every one has a digest of what it holds, so that tokens made of it once are found again.
+Nothing is read before it is asked for. Every one has a digest of what it holds, so that tokens made of it once are found
+again.
 """
 
 from __future__ import annotations
 
+import glob
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from octad.checkpoint.hf import fingerprint
 from octad.errors import DataError
-from octad.text.documents import Document, from_row, optional, read_documents
+from octad.fingerprint import fingerprint
+from octad.guard import exists
+from octad.text.documents import ROWS, TEXTS, kind_of, optional, read_documents
+from octad.text.rows import Document, from_row
 
 HUB = "hf:"
 SPLITS = ("train", "validation", "valid", "test")
 
 
 @dataclass(frozen=True)
+class TextFiles:
+    """References and the column that holds their text, where it is not "text"."""
+
+    files: Sequence[str | Path]
+    field: str = "text"
+
+
+@dataclass(frozen=True)
 class Documents:
-    """`read(field)` gives them in order; `digest` is plain data that changes when they do."""
+    """`read(field, most)` gives them in order, of a plain text as many characters as suffice (None: all); `digest()` is
+    plain data that changes when they do."""
 
     label: str
-    digest: Any
-    read: Callable[[str], Iterator[Document]]
+    digest: Callable[[], Any]
+    read: Callable[[str, int | None], Iterator[Document]]
 
 
 def open_documents(reference: str | Path) -> Documents:
     """What a reference stands for. Raises DataError where there is no such thing or it cannot be opened."""
-    text = str(reference)
+    parts = open_all([reference])
+    if len(parts) == 1:
+        return parts[0]
+
+    def read(field: str, most: int | None = None) -> Iterator[Document]:
+        return chain.from_iterable(part.read(field, most) for part in parts)
+
+    return Documents(str(reference), lambda: [part.digest() for part in parts], read)
+
+
+def open_all(references: Sequence[str | Path]) -> list[Documents]:
+    """What all references stand for, file by file. Raises DataError."""
+    return [part for reference in references for part in _parts(str(reference))]
+
+
+def resolved(reference: str, directory: Path) -> str:
+    """A reference as it is written in a file of this directory: paths are relative to it."""
+    return reference if reference.startswith(HUB) else str(directory / Path(reference).expanduser())
+
+
+def _parts(text: str) -> list[Documents]:
     if text.startswith(HUB):
-        return _rows(text, lambda library: _from_hub(library, text))
+        return [_rows(text, lambda library: _from_hub(library, text))]
     path = Path(text).expanduser()
-    if path.is_dir():
-        return _rows(text, lambda library: _from_disk(library, path))
+    if not exists(path):
+        return [_file(found) for found in _matching(path)]
+    if not path.is_dir():
+        return [_file(path)]
+    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return [_rows(text, lambda library: _from_disk(library, path))]
+    return [_file(found) for found in _held(path)]
+
+
+def _file(path: Path) -> Documents:
+    if path.suffix.lower() == ".arrow":
+        return _rows(str(path), lambda library: library.Dataset.from_file(str(path)))
     if not path.is_file():
+        raise DataError(f"{path}: is no file; give .jsonl, .txt or .parquet")
+
+    def read(field: str = "text", most: int | None = None) -> Iterator[Document]:
+        return read_documents(path, field, most)
+
+    return Documents(str(path), lambda: fingerprint(path), read)
+
+
+def _matching(path: Path) -> list[Path]:
+    """The files that a pattern stands for."""
+    try:
+        found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
+    except (OSError, ValueError, re.error):
+        found = []
+    if not found:
+        name = str(path) if len(str(path)) < 300 else f"{str(path)[:300]}..."
+        name = name if name.isprintable() else repr(name)
         raise DataError(
-            f"{path}: no such file; give .jsonl, .txt or .parquet, a data set's directory or hf:NAME"
+            f"{name}: no such file; give .jsonl, .txt or .parquet, a data set's directory or hf:NAME"
         )
-    if path.suffix == ".arrow":
-        return _rows(text, lambda library: library.Dataset.from_file(text))
-    return Documents(text, fingerprint(path), lambda field: read_documents(path, field))
+    return _one_kind(path, found)
+
+
+def _held(directory: Path) -> list[Path]:
+    """The files of text in a directory."""
+    found = sorted(
+        p
+        for p in directory.rglob("*")
+        if p.is_file() and not any(part.startswith(".") for part in p.relative_to(directory).parts)
+    )
+    if not found:
+        raise DataError(
+            f"{directory}: is a directory but no data set that save_to_disk wrote, and there is no file in it"
+        )
+    return _one_kind(directory, found)
+
+
+def _one_kind(reference: Path, files: list[Path]) -> list[Path]:
+    """The files, which must all be rows or all plain text. Raises DataError naming one that is not."""
+    kinds = {path: kind_of(path)[0] for path in files}
+    rows = kinds[files[0]] in (*ROWS, ".arrow")
+    for path, kind in kinds.items():
+        known = kind in ROWS or kind in TEXTS or kind == ".arrow"
+        if not known or (kind in (*ROWS, ".arrow")) != rows:
+            reason = (
+                f"is of another kind than {files[0].name}" if known else "is no file of text that is known"
+            )
+            raise DataError(
+                f"{reference}: {path.name} in it {reason}; name the files, or a pattern such as *.jsonl"
+            )
+    return files
 
 
 def hub_parts(reference: str) -> tuple[str, str | None, str]:
@@ -76,11 +167,11 @@ def _rows(label: str, load: Callable[[Any], Any]) -> Documents:
         where = " from the hub or its cache" if label.startswith(HUB) else ""
         raise DataError(f"{label}: cannot be loaded{where} ({words[:300]})") from None
 
-    def read(field: str) -> Iterator[Document]:
-        for number, row in enumerate(rows, 1):
-            yield from_row(row, f"{label} row {number}", field)
+    def read(field: str = "text", most: int | None = None) -> Iterator[Document]:
+        places = ((f"{label} row {number}", row) for number, row in enumerate(rows, 1))
+        return (from_row(row, where, field) for where, row in places)
 
-    return Documents(label, str(rows._fingerprint), read)
+    return Documents(label, lambda: str(rows._fingerprint), read)
 
 
 def _from_hub(library: Any, reference: str) -> Any:
@@ -92,6 +183,4 @@ def _from_disk(library: Any, path: Path) -> Any:
     if (path / "dataset_dict.json").is_file():
         splits = sorted(p.name for p in path.iterdir() if p.is_dir())
         raise DataError(f"{path}: has the splits {', '.join(splits)}; name one: {path / splits[0]}")
-    if not (path / "state.json").is_file():
-        raise DataError(f"{path}: is a directory but no data set that save_to_disk wrote; name files in it")
     return library.load_from_disk(str(path))

@@ -1,6 +1,6 @@
 """Tokenizer: text to ids and back, and chats to text, without transformers.
 
-    tokenizer = Tokenizer.from_directory("model/")           # or Tokenizer.from_gguf("model.gguf")
+    tokenizer = Tokenizer.from_directory("model/")           # GGUF files: checkpoint/gguf/vocabulary.py
     ids = tokenizer.encode("Hello", add_special_tokens=True)
     prompt = tokenizer.encode_chat([{"role": "user", "content": "Hi"}])
     tokenizer.save("output/")                                # transformers' AutoTokenizer loads what this writes
@@ -22,8 +22,6 @@ from typing import Any, Protocol
 
 import tokenizers
 
-from octad.checkpoint.gguf.header import GGUFHeader
-from octad.checkpoint.gguf.vocabulary import GGUFVocabulary, build_tokenizer, token_config
 from octad.errors import CheckpointError
 from octad.guard import read_object
 from octad.text.chat_template import render_chat
@@ -82,18 +80,6 @@ class Tokenizer:
         generation = _optional(directory / "generation_config.json")
         ends = _end_ids(core, config, generation, _optional(directory / "config.json"))
         return cls(core, config, ends, generation, str(path))
-
-    @classmethod
-    def from_gguf(cls, path: str | Path | GGUFHeader) -> Tokenizer:
-        """Rebuild the tokenizer inside a GGUF file (a path, or a header already read)."""
-        header = path if isinstance(path, GGUFHeader) else GGUFHeader.read(Path(path))
-        vocabulary = GGUFVocabulary.of(header)
-        return cls(
-            build_tokenizer(vocabulary),
-            token_config(vocabulary),
-            vocabulary.end_ids(),
-            label=str(header.path),
-        )
 
     # ---- text and ids --------------------------------------------------------------------------------------
 

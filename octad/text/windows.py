@@ -2,30 +2,30 @@
 
     windows = read_windows(["french.jsonl.gz"], tokenizer, tokens=16384, window=512)
 
-A file is .jsonl (objects with "text", or with "messages" that go through the chat template) or plain text, either of
-them gzipped. Windows never cross a document. They are taken in turn from all documents (the first of each, then the
-second of each, ...), so that a small budget still sees many documents.
+What files can be is in corpus.py; chats go through the chat template. Windows never cross a document. They are taken in
+turn from all documents (the first of each, then the second of each, ...), so that a small budget still sees many
+documents. Of much text a part is read: MOST_CHARACTERS, or CHARACTERS_PER_TOKEN for each token where that is more,
+shared evenly between the files, each from its beginning.
 
 Shapes: S positions of one window, B windows of a batch.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
 
 import torch
 
 from octad.errors import DataError
+from octad.text.corpus import open_all
+from octad.text.rows import Document
 from octad.text.tokenizer import Tokenizer
 
-Document = str | list[Any]
 SHORTEST_WINDOW = 16  # tokens; a shorter rest of a document is left out
+MOST_CHARACTERS, CHARACTERS_PER_TOKEN = 32 << 20, 256
+LONGEST_TOKEN = 64  # characters: what a window can need of a document
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,32 @@ class Batch:
 
 
 def read_windows(
-    files: Sequence[str | Path], tokenizer: Tokenizer, *, tokens: int, window: int
+    files: Sequence[str | Path], tokenizer: Tokenizer, *, tokens: int, window: int, field: str = "text"
 ) -> list[Window]:
     """At most `tokens` tokens of the files, in windows of at most `window`. Raises DataError when there is none."""
-    documents = [document for file in files for document in read_documents(file)]
     label = ", ".join(str(f) for f in files)
+    documents = read_some(files, field, tokens)
     return windows_of(documents, tokenizer, tokens=tokens, window=window, label=label)
+
+
+def read_some(files: Sequence[str | Path], field: str, tokens: int) -> list[Document]:
+    """Documents for this many tokens: all, or of each file its share of the most that is read. Raises DataError."""
+    parts = open_all(files)
+    share = max(MOST_CHARACTERS, CHARACTERS_PER_TOKEN * tokens) // max(1, len(parts))
+    found: list[Document] = []
+    for part in parts:
+        left = share
+        for document in part.read(field, LONGEST_TOKEN * tokens):
+            found.append(document)
+            left -= size_of(document)
+            if left <= 0:
+                break
+    return found
+
+
+def size_of(document: Document) -> int:
+    """Characters of a document, of a chat roughly."""
+    return len(document) if isinstance(document, str) else sum(len(str(message)) for message in document)
 
 
 def windows_of(
@@ -101,65 +121,11 @@ def pad(windows: Sequence[Window]) -> Batch:
     return Batch(tokens, mask, tuple(windows))
 
 
-def read_documents(file: str | Path) -> Iterator[Document]:
-    """The documents of a file, in order: texts, or chats as lists of messages. Raises DataError with file and line."""
-    path = Path(file)
-    if path.is_dir():
-        raise DataError(f"{path}: is a directory; name the files in it")
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; give .jsonl or plain text, either may be .gz")
-    name = path.name.removesuffix(".gz")
-    try:
-        with _open(path) as stream:
-            if not name.endswith((".jsonl", ".json")):
-                yield stream.read()
-                return
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield _document(line, f"{path} line {number}")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); convert it first") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: damaged gzip file ({error}); make it again") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-
-
 def encode_document(document: Document, tokenizer: Tokenizer) -> list[int]:
     """Ids of a text (control tokens spelt in it are plain text) or of a chat (through the template)."""
     if isinstance(document, str):
         return tokenizer.encode(document, parse_special=False)
     return tokenizer.encode_chat(document, add_generation_prompt=False)
-
-
-def _open(path: Path) -> TextIO:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    return path.open(encoding="utf-8")
-
-
-def _document(line: str, where: str) -> Document:
-    try:
-        value: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error})") from None
-    if "\\u" in line and not _encodable(value):
-        raise DataError(f"{where}: holds half of a surrogate pair, which is no character; take it out")
-    if isinstance(value, dict) and isinstance(value.get("text"), str):
-        return str(value["text"])
-    if isinstance(value, dict) and isinstance(value.get("messages"), list):
-        return list(value["messages"])
-    keys = f"keys {', '.join(sorted(value))}" if isinstance(value, dict) else type(value).__name__
-    raise DataError(f"{where}: expected an object with 'text' or 'messages', found {keys}")
-
-
-def _encodable(value: Any) -> bool:
-    """Whether UTF-8 has all its characters."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _spread(documents: list[Document], most: int) -> list[Document]:
@@ -174,7 +140,7 @@ def _cut(
 ) -> Iterator[Window]:
     """The windows of one document; a rest shorter than SHORTEST_WINDOW is dropped."""
     if isinstance(document, str):
-        document = document[: 64 * limit]
+        document = document[: LONGEST_TOKEN * limit]
     ids = encode_document(document, tokenizer)
     for start in range(0, len(ids), window):
         piece = ids[start : start + window]

@@ -30,7 +30,7 @@ from octad.staging import StagedDirectory, explained
 from octad.text.corpus import Documents, open_documents
 from octad.text.tokenizer import Tokenizer
 
-FORMAT, DIGESTS = 1, "digests.json"
+FORMAT, DIGESTS = 2, "digests.json"
 BATCH = 256  # documents tokenised at a time, in the library's threads
 
 
@@ -86,7 +86,7 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
 
 
 def _key(opened: Sequence[Documents], tokenizer: Tokenizer, field: str, append_eos: bool) -> str:
-    facts = [documents.digest for documents in opened]
+    facts = [documents.digest() for documents in opened]
     parts: list[Any] = [FORMAT, facts, tokenizer_digest(tokenizer), field, append_eos]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -125,7 +125,7 @@ def _encoded(
     """Ids of each document, and for each id 1 where it is learnt. Texts are tokenised many at a time."""
     end = list(tokenizer.eos_ids[:1]) if append_eos else []
     texts: list[str] = []
-    for document in (d for documents in opened for d in documents.read(field)):
+    for document in (d for documents in opened for d in documents.read(field, None)):
         if isinstance(document, str):
             texts.append(document)
             if len(texts) < BATCH:

@@ -31,8 +31,7 @@ from octad.fast.training_blocks import quicken
 from octad.kernels.passes import not_native
 from octad.model.balance import LoadStatistics
 from octad.staging import explained
-from octad.text.corpus import open_documents
-from octad.text.windows import Window, windows_of
+from octad.text.windows import Window, read_windows
 from octad.train.compiled import compile_model
 from octad.train.data import Batch, Source, Stream
 from octad.train.distill import teach
@@ -319,11 +318,9 @@ def open_held_out(learner: Learner) -> dict[str, list[Window]]:
     """The windows that the run is judged on, by domain. Raises DataError before the first step rather than later."""
     spec, windows = learner.evaluate, {}
     for name, files in spec.domains.items():
-        opened = [open_documents(learner.config.resolve(file)) for file in files]
-        documents = [document for part in opened for document in part.read(spec.field)]
-        label = ", ".join(part.label for part in opened)
-        windows[name] = windows_of(
-            documents, learner.tokenizer, tokens=spec.tokens, window=spec.window, label=label
+        paths = [learner.config.resolve(file) for file in files]
+        windows[name] = read_windows(
+            paths, learner.tokenizer, tokens=spec.tokens, window=spec.window, field=spec.field
         )
     return windows
 

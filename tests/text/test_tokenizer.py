@@ -11,6 +11,7 @@ import transformers
 from bundled import smollm2_path
 
 from octad.checkpoint.gguf.header import GGUFHeader
+from octad.checkpoint.gguf.vocabulary import gguf_tokenizer
 from octad.errors import CheckpointError, DataError
 from octad.text.tokenizer import Tokenizer
 
@@ -58,7 +59,7 @@ RECORDED = Path(__file__).with_name("llama_cpp_ids.json")
 
 @pytest.fixture(scope="module")
 def smollm2():
-    return Tokenizer.from_gguf(smollm2_path())
+    return gguf_tokenizer(smollm2_path())
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +318,7 @@ PRES = [
 @pytest.mark.parametrize("pre", PRES)
 def test_pre_tokenizers_split_as_llama_cpps(pre, tmp_path, smollm2_header):
     path = with_pre(tmp_path, smollm2_header, pre)
-    ours, theirs = Tokenizer.from_gguf(path), llama(path)
+    ours, theirs = gguf_tokenizer(path), llama(path)
     composes = pre in ("olmo", "qwen2", "deepseek-r1-qwen")  # the hub's normalise to NFC, llama.cpp does not
     texts = [text for text in TEXTS + SPECIAL_TEXTS if not (composes and "combining" in text)]
     assert_same_ids(ours, theirs, texts)
@@ -332,14 +333,14 @@ def test_pre_tokenizers_split_as_llama_cpps(pre, tmp_path, smollm2_header):
 def test_whole_words_before_merges_where_the_family_does_so(pre, tmp_path):
     tokens = ["<s>", "a", "b", "c", "ab", "abc", "Ċ"]  # no merge leads to abc
     path = write_vocabulary(tmp_path / "x.gguf", tokens, [3] + [1] * 6, pre=pre, merges=["a b"], bos=0, eos=0)
-    ours = Tokenizer.from_gguf(path)
+    ours = gguf_tokenizer(path)
     assert_same_ids(ours, llama(path), ["abc", "ab", "cab"])
     assert ours.encode("abc") == ([4, 3] if pre == "gpt-2" else [5])
 
 
 def test_bos_and_eos_around_a_text(tmp_path, smollm2_header):
     path = with_pre(tmp_path, smollm2_header, "qwen2", add_bos=True, add_eos=True)
-    ours = Tokenizer.from_gguf(path)
+    ours = gguf_tokenizer(path)
     assert ours.encode("Hi", add_special_tokens=True) == [1, *ours.encode("Hi"), 2]
     ours.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -347,28 +348,28 @@ def test_bos_and_eos_around_a_text(tmp_path, smollm2_header):
 
 
 def test_ends_of_a_turn(tmp_path, smollm2_header):
-    assert Tokenizer.from_gguf(with_pre(tmp_path, smollm2_header, "qwen2", eos=0)).eos_ids == (0, 2)
-    assert Tokenizer.from_gguf(with_pre(tmp_path, smollm2_header, "olmo", eos=0, eot=5)).eos_ids == (0, 5, 2)
+    assert gguf_tokenizer(with_pre(tmp_path, smollm2_header, "qwen2", eos=0)).eos_ids == (0, 2)
+    assert gguf_tokenizer(with_pre(tmp_path, smollm2_header, "olmo", eos=0, eot=5)).eos_ids == (0, 5, 2)
 
 
 def test_what_is_not_in_the_tables_is_refused(tmp_path, smollm2_header):
     with pytest.raises(CheckpointError, match="pre-tokenizer 'viking' is not supported"):
-        Tokenizer.from_gguf(with_pre(tmp_path, smollm2_header, "viking"))
+        gguf_tokenizer(with_pre(tmp_path, smollm2_header, "viking"))
     path = write_vocabulary(tmp_path / "t5.gguf", ["a"], [1], model="t5")
     with pytest.raises(CheckpointError, match="tokenizer 't5' is not supported"):
-        Tokenizer.from_gguf(path)
+        gguf_tokenizer(path)
     path = write_vocabulary(tmp_path / "twice.gguf", ["a", "a"], [1, 1], pre="gpt-2", merges=["a a"])
     with pytest.raises(CheckpointError, match="damaged vocabulary"):
-        Tokenizer.from_gguf(path)
+        gguf_tokenizer(path)
     path = write_vocabulary(tmp_path / "merge.gguf", ["a", "b"], [1, 1], pre="gpt-2", merges=["a b"])
     with pytest.raises(CheckpointError, match="damaged vocabulary"):
-        Tokenizer.from_gguf(path)
+        gguf_tokenizer(path)
     writer = gguf.GGUFWriter(tmp_path / "none.gguf", "llama")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
     with pytest.raises(CheckpointError, match="holds no tokenizer"):
-        Tokenizer.from_gguf(tmp_path / "none.gguf")
+        gguf_tokenizer(tmp_path / "none.gguf")
 
 
 # ---- SentencePiece ---------------------------------------------------------------------------------------
@@ -412,7 +413,7 @@ def test_sentencepiece_ids_are_llama_cpps(prefix, tmp_path):
     tokens, types, scores = sentencepiece_vocabulary()
     facts = {"model": "llama", "pre": "default", "scores": scores, "bos": 1, "eos": 2, "unk": 0}
     path = write_vocabulary(tmp_path / "spm.gguf", tokens, types, add_space_prefix=prefix, **facts)
-    ours, theirs = Tokenizer.from_gguf(path), llama(path)
+    ours, theirs = gguf_tokenizer(path), llama(path)
     assert_same_ids(ours, theirs, SPM_TEXTS)
     assert_same_ids(ours, theirs, [text for text in SPM_TEXTS if "<s>" not in text], parse_special=False)
     expected = theirs.tokenize(b"hello", add_bos=True, special=True)

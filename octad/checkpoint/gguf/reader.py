@@ -24,10 +24,10 @@ import torch
 
 from octad.checkpoint.gguf.header import GGUFHeader, GGUFTensor
 from octad.checkpoint.gguf.metadata import config_dict
-from octad.checkpoint.hf import fingerprint
 from octad.checkpoint.names import EMBEDDING, FINAL_NORM, HEAD, expert_name, router_name, tensor_plan
 from octad.checkpoint.source import TensorInfo
 from octad.errors import CheckpointError, ConfigError
+from octad.fingerprint import fingerprint
 from octad.model.config import ModelConfig
 from octad.model.families import Part
 

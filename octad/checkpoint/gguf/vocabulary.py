@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from octad.checkpoint.gguf.header import GGUFHeader
 from octad.errors import CheckpointError
+from octad.text import tokenizer as text
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type; 5 is unused, 6 a byte
 # A turn's end in files of before `eot_token_id` existed.
@@ -34,6 +35,15 @@ _TEKKEN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+
+
+def gguf_tokenizer(path: str | Path | GGUFHeader) -> text.Tokenizer:
+    """The tokenizer of a GGUF file (a path, or a header already read). Raises CheckpointError."""
+    header = path if isinstance(path, GGUFHeader) else GGUFHeader.read(Path(path))
+    vocabulary = GGUFVocabulary.of(header)
+    return text.Tokenizer(
+        build_tokenizer(vocabulary), token_config(vocabulary), vocabulary.end_ids(), label=str(header.path)
+    )
 
 
 @dataclass(frozen=True)
