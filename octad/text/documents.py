@@ -58,7 +58,7 @@ def read_documents(path: Path, field: str = "text", most: int | None = None) -> 
             rows = _table(stream, path, kind) if kind in TABLES else _objects(stream, path, kind)
             yield from (from_row(row, where, field) for where, row in rows)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: damaged compressed file ({error}); make it again") from None
+        raise DataError(f"{path}: damaged compressed file (gzip: {error}); make it again") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
