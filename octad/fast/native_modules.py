@@ -11,18 +11,15 @@ feed-forward hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from octad.fast.quantize import PackedExperts
-from octad.kernels.attention import causal_attention
 from octad.kernels.native import NativeKernels, describe
 from octad.kernels.packed import Packed
 from octad.kernels.paged import PagedAttention, PagedBatch, paged_attention
-from octad.model.cache import KVCache
 from octad.model.moe import MLP, Experts, Router
 from octad.model.rope import Rope
 from octad.model.transformer import Attention, RMSNorm
@@ -49,11 +46,11 @@ class NativeLinear(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
 
-class NativeNorm(nn.Module):
+class NativeNorm(RMSNorm):
     """RMSNorm."""
 
     def __init__(self, kernels: NativeKernels, norm: RMSNorm) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # the weight is the other's
         self.kernels, self.eps, self.weight = kernels, norm.eps, norm.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -61,11 +58,11 @@ class NativeNorm(nn.Module):
         return self.kernels.rms_norm(x.contiguous(), self.weight, self.eps)
 
 
-class NativeAttention(nn.Module):
+class NativeAttention(Attention):
     """Attention with q, k and v in one call and the rotation in place."""
 
     def __init__(self, kernels: NativeKernels, attention: Attention, pack: PackWeight) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # Attention's own would make weights
         self.kernels = kernels
         self.layer, self.window, self.head_dim = attention.layer, attention.window, attention.head_dim
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -82,29 +79,23 @@ class NativeAttention(nn.Module):
         )
         self.norm_heads, self.clip = attention.norm_heads, attention.clip
 
-    def forward(self, x_BSD: torch.Tensor, rope: Rope, cache: KVCache | None = None) -> torch.Tensor:
-        """As Attention.forward."""
-        B, S, D = x_BSD.shape
-        outputs = self.kernels.linear(self.qkv, x_BSD.reshape(-1, D), self.biases)
-        norms = (self.q_norm, self.k_norm, None)
-        q, k, v = (self.heads(t.view(B, S, -1), norm) for t, norm in zip(outputs, norms, strict=True))
-        start = cache.positions(S) if cache else 0
-        for tensor in (q, k):
-            self.rotate(tensor, rope, start)
-        y = cache.attend(self.layer, q, k, v) if cache else causal_attention(q, k, v, window=self.window)
-        (out,) = self.kernels.linear(self.o, y.reshape(B * S, -1), self.o_bias)
-        return out.view(B, S, D)
+    def project(self, x_BSD: torch.Tensor) -> Sequence[torch.Tensor]:
+        """See Attention."""
+        ys = self.kernels.linear(self.qkv, x_BSD.reshape(-1, x_BSD.shape[-1]), self.biases)
+        return [y.view(*x_BSD.shape[:-1], -1) for y in ys]
 
-    def heads(self, x: torch.Tensor, norm: NativeNorm | None) -> torch.Tensor:
-        """As Attention.heads."""
-        return Attention.heads(cast(Attention, self), x, cast(RMSNorm | None, norm))
-
-    def rotate(self, x_BSHK: torch.Tensor, rope: Rope, start: int | torch.Tensor) -> None:
-        """Rope.rotate in place."""
+    def rotate(self, x_BSHK: torch.Tensor, rope: Rope, start: int | torch.Tensor) -> torch.Tensor:
+        """See Attention; in place."""
         S = x_BSHK.shape[1]
         cos, sin = rope.tables(start + S if isinstance(start, int) else 1, x_BSHK.device)
         for x_SHK in x_BSHK:
             self.kernels.rope_(x_SHK, start, cos, sin)
+        return x_BSHK
+
+    def output(self, y: torch.Tensor) -> torch.Tensor:
+        """See Attention."""
+        (out,) = self.kernels.linear(self.o, y.reshape(-1, y.shape[-1]), self.o_bias)
+        return out.view(*y.shape[:-1], -1)
 
 
 class NativeMLP(nn.Module):

@@ -147,15 +147,15 @@ def swap(model: Transformer, kernels: NativeKernels, precision: Precision) -> No
         assert isinstance(layer, DecoderLayer)
         _swap_parts(layer, kernels, attention, ffn)
         model.model.layers[number] = NativeLayer(kernels, layer, model.config, stack)
-    model.model.norm = NativeNorm(kernels, model.model.norm)  # type: ignore[assignment]
+    model.model.norm = NativeNorm(kernels, model.model.norm)
     head = model.lm_head.weight if isinstance(model.lm_head, PackedLinear) else head_weight(model)
     model.lm_head = NativeLinear(kernels, head, None, Packer(precision.head, wide=wide).one)
 
 
 def _swap_parts(layer: DecoderLayer, kernels: NativeKernels, attention: Packer, ffn: Packer) -> None:
-    layer.input_layernorm = NativeNorm(kernels, layer.input_layernorm)  # type: ignore[assignment]
-    layer.post_attention_layernorm = NativeNorm(kernels, layer.post_attention_layernorm)  # type: ignore[assignment]
-    layer.self_attn = NativeAttention(kernels, layer.self_attn, attention.one)  # type: ignore[assignment]
+    layer.input_layernorm = NativeNorm(kernels, layer.input_layernorm)
+    layer.post_attention_layernorm = NativeNorm(kernels, layer.post_attention_layernorm)
+    layer.self_attn = NativeAttention(kernels, layer.self_attn, attention.one)
     if isinstance(layer.mlp, MoE):
         _swap_mixture(layer.mlp, kernels, ffn)
     elif isinstance(layer.mlp, MLP):

@@ -22,7 +22,7 @@ from torch import nn
 
 CACHED = 1 << 20  # numbers a slice of rows may have at the widest place
 LEAST = 256  # rows below which a product's own rate falls
-SIZE = 32  # few sizes, see experts.sorted_choices
+SIZE = 32  # few sizes, see training_experts.sorted_choices
 
 
 class Products:
@@ -30,7 +30,7 @@ class Products:
     there is no low-rank change), and their scales."""
 
     def __init__(self, given: Sequence[Any], scales: Sequence[float]) -> None:
-        self.weights, self.scales = list(given[0::3]), scales
+        self.weights, self.scales, self.count = list(given[0::3]), scales, len(scales)
         pairs = enumerate(zip(given[1::3], given[2::3], strict=True))
         self.factors = {n: (a, b) for n, (a, b) in pairs if a is not None}
         self.columns, ranks = dict[int, slice](), 0
@@ -151,13 +151,13 @@ class _Projected(torch.autograd.Function):
         return dx_NI, None, *products.gradients(ctx.needs_input_grad[2::3], x_NI, dys)
 
 
-def slices(rows: slice, widest: torch.Tensor) -> Iterator[slice]:
+def slices(rows: slice, widest: torch.Tensor, parts: int = 1) -> Iterator[slice]:
     """What of the rows is done at one time: on a CPU parts of nearly equal size, multiples of SIZE, that fit the cache
-    where they are as wide as `widest` [N, ...]; elsewhere all."""
+    where they are as wide as `widest` [N, ...], of which `parts` are written by a product each; elsewhere all."""
     count = size = rows.stop - rows.start
     if widest.device.type == "cpu":
-        parts = max(1, math.ceil(count / max(LEAST, CACHED // widest.shape[1])))
-        size = SIZE * math.ceil(count / parts / SIZE)
+        pieces = max(1, math.ceil(count / max(LEAST, CACHED * parts // widest.shape[1])))
+        size = SIZE * math.ceil(count / pieces / SIZE)
     for start in range(rows.start, rows.stop, max(1, size)):
         yield slice(start, min(rows.stop, start + size))
 

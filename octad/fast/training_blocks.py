@@ -15,9 +15,8 @@ from typing import Any, cast
 
 import torch
 
-from octad.fast.dense import swap_dense
 from octad.fast.products import projected
-from octad.kernels.attention import causal_attention
+from octad.fast.training_experts import swap_dense
 from octad.kernels.passes import quick_passes
 from octad.model.cache import KVCache
 from octad.model.rope import Rope
@@ -29,6 +28,9 @@ def quicken(model: Transformer) -> None:
     swap_dense(model)
     for layer in model.model.layers:
         assert isinstance(layer, DecoderLayer)
+        own = layer.self_attn
+        own.project = functools.partial(_project, own)  # type: ignore[method-assign]
+        own.output = functools.partial(_output, own)  # type: ignore[method-assign]
         layer.forward = functools.partial(block, layer)  # type: ignore[method-assign]
     model.model.rope.apply = rotated
 
@@ -36,22 +38,17 @@ def quicken(model: Transformer) -> None:
 def block(layer: DecoderLayer, x_BSD: torch.Tensor, rope: Rope, cache: KVCache | None = None) -> torch.Tensor:
     """DecoderLayer.forward."""
     x, y = add_norm(x_BSD, None, layer.input_layernorm)
-    h, z = add_norm(x, attention(layer.self_attn, y, rope, cache), layer.post_attention_layernorm)
+    h, z = add_norm(x, layer.self_attn(y, rope, cache), layer.post_attention_layernorm)
     out: torch.Tensor = h + layer.mlp(z)
     return out
 
 
-def attention(module: Attention, x_BSD: torch.Tensor, rope: Rope, cache: KVCache | None) -> torch.Tensor:
-    """Attention.forward."""
-    start = cache.positions(x_BSD.shape[1]) if cache else 0
-    q, k, v = projected(x_BSD, module.q_proj, module.k_proj, module.v_proj)
-    q, k = (
-        rope.rotate(module.heads(q, module.q_norm), start),
-        rope.rotate(module.heads(k, module.k_norm), start),
-    )
-    v = module.heads(v, None)
-    y = cache.attend(module.layer, q, k, v) if cache else causal_attention(q, k, v, window=module.window)
-    return projected(y.flatten(2), module.o_proj)[0]
+def _project(module: Attention, x_BSD: torch.Tensor) -> list[torch.Tensor]:
+    return projected(x_BSD, module.q_proj, module.k_proj, module.v_proj)
+
+
+def _output(module: Attention, y: torch.Tensor) -> torch.Tensor:
+    return projected(y, module.o_proj)[0]
 
 
 def add_norm(

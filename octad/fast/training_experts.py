@@ -1,13 +1,16 @@
-"""Experts for training: the expert seam with a backward of its own.
+"""Feed-forward networks for training, with a backward of their own: the expert seam, and the dense network as one expert.
 
     layer.mlp.experts = TrainExperts(layer.mlp.experts)          # shares the weights
     add_low_rank(model, "experts$", LowRankSpec(rank=16))        # lowrank.py: each expert learns a change of its own
+    swap_dense(model)                       # every MLP without biases becomes a TrainMLP, which shares its layers
 
-Tokens are sorted by expert once, so that each expert multiplies one contiguous block, a few hundred rows at a time (see
-products.py). Three things make its backward cheaper than autograd through the loop: a frozen weight's gradient is never
-computed; nothing of the second half is kept (silu(gate) * up is made again, which costs no matmul); and a routing
-weight's gradient, dy . expert(x), is taken as (dy W_down) . h, which the backward has at hand anyway. One row a choice,
-[N * A], is what is stored, and about 3 % of empty rows, so that blocks have few different sizes (see sorted_choices).
+Tokens are sorted by expert once, so that each expert multiplies one contiguous block, from x to y and in the backward
+from dy to dx a few hundred rows at a time, so that what one product writes the next one finds in the cache (see
+products.py). Four things make its backward cheaper than autograd through the loop: a frozen weight's gradient is never
+computed; one that learns is a single product over all rows of its block; nothing of the second half is kept (silu(gate) *
+up is made again, which costs no matmul); and a routing weight's gradient, dy . expert(x), is taken as (dy W_down) . h,
+which the backward has at hand anyway. One row a choice, [N * A], is what is stored, and about 3 % of empty rows, so that
+blocks have few different sizes (see sorted_choices). Twins: Experts, MLP.
 
 Shapes: N tokens, D model, E experts, A experts a token, F feed-forward hidden, R = N * A choices in order of experts
 and what fills them up, L rank of a change.
@@ -22,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from octad.fast.products import Products, slices
+from octad.fast.products import Products, parts_of, slices
 from octad.kernels.passes import quick_passes
-from octad.model.moe import Experts
+from octad.model.moe import MLP, Experts
 
 PROJECTIONS = ("gate_up", "down")
 FEW = 16  # sizes of an expert's block up to the mean load
@@ -54,17 +57,36 @@ class TrainExperts(nn.Module):
         order, counts = sorted_choices(experts_NA, len(self.gate_up_proj))
         rows = (order // experts_NA.shape[1]).clamp_max_(len(x_ND) - 1)
         weights_R = F.pad(weights_NA.flatten(), (0, 1))[order].to(x_ND.dtype)
-        changes = [part for p in PROJECTIONS for part in self.factors(p)] if self.scale else []
-        y_RD = _SortedExperts.apply(  # type: ignore[no-untyped-call]
-            x_ND.index_select(0, rows),
-            weights_R,
-            counts,
-            self.scale,
-            self.gate_up_proj,
-            self.down_proj,
-            *changes,
-        )
+        stacks = (self.gate_up_proj, self.down_proj)
+        changes = [self.factors(p) if self.scale else (None, None) for p in PROJECTIONS]
+        given = [part for stack, pair in zip(stacks, changes, strict=True) for part in (stack, *pair)]
+        x_RD = x_ND.index_select(0, rows)
+        y_RD = _Gated.apply(x_RD, weights_R, counts, [self.scale] * 2, *given)  # type: ignore[no-untyped-call]
         return torch.zeros_like(x_ND).index_add(0, rows, cast(torch.Tensor, y_RD))
+
+
+class TrainMLP(nn.Module):
+    """The signature of octad.model.moe.MLP; its layers are nn.Linear or LowRankLinear, without biases."""
+
+    def __init__(self, mlp: MLP) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """y of the same shape as x, [..., D]."""
+        parts, scales = parts_of(self.gate_proj, self.up_proj, self.down_proj)
+        x_ND = x.reshape(-1, x.shape[-1])
+        given = [None if part is None else part[None] for part in parts]  # a stack of one
+        y_ND = _Gated.apply(x_ND, None, [len(x_ND)], scales, *given)  # type: ignore[no-untyped-call]
+        return cast(torch.Tensor, y_ND).view(x.shape)
+
+
+def swap_dense(model: nn.Module) -> None:
+    """Put a TrainMLP in place of every MLP that has no biases."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, MLP) and not any(n.endswith("bias") for n, _ in child.named_parameters()):
+                setattr(module, name, TrainMLP(child))
 
 
 def sorted_choices(experts_NA: torch.Tensor, experts: int) -> tuple[torch.Tensor, list[int]]:
@@ -83,82 +105,95 @@ def sorted_choices(experts_NA: torch.Tensor, experts: int) -> tuple[torch.Tensor
     return order, filled
 
 
-class _SortedExperts(torch.autograd.Function):
-    """weight * expert(x) for rows sorted by expert."""
+class _Gated(torch.autograd.Function):
+    """weight * down(silu(gate(x)) * up(x)), block of rows by block, each by a network of its own."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x_RD: torch.Tensor,
-        weights_R: torch.Tensor,
+        weights_R: torch.Tensor | None,
         counts: list[int],
-        scale: float,
-        *stacks: torch.Tensor,
+        scales: list[float],
+        *given: Any,
     ) -> torch.Tensor:
-        """y [R, D], times each row's weight; counts of E; stacks: gate_up [E, 2 F, D], down [E, D, F], and where there
-        are changes A and B of the one and of the other."""
-        hidden = x_RD.new_empty(len(x_RD), stacks[0].shape[1])
+        """y [R, D], times each row's weight where there are some; counts of E; `given`: of each layer, gate and up apart
+        or as one and then down, the stacks of weights [E, out, in] and of A and B (None without a change); its scale."""
+        hidden = x_RD.new_empty(len(x_RD), sum(stack.shape[1] for stack in given[:-3:3]))
         y_RD, thins = torch.empty_like(x_RD), list[torch.Tensor | None]()
         for e, rows in _blocks(counts):
-            gate_up, down = _products(stacks, e, scale)
-            for at in slices(rows, hidden):
-                thins.append(gate_up.forward(x_RD[at], hidden[at]))
+            into, down = _products(given, scales, e)
+            for at in slices(rows, hidden, into.count):
+                thins.append(into.forward(x_RD[at], *hidden[at].chunk(into.count, -1)))
                 thins.append(down.forward(quick_passes().swiglu(*hidden[at].chunk(2, -1)), y_RD[at]))
-        ctx.save_for_backward(x_RD, weights_R, hidden, *stacks, *thins)
-        ctx.counts, ctx.scale = counts, scale
-        return y_RD.mul_(weights_R[:, None])
+        ctx.save_for_backward(x_RD, weights_R, hidden, *given, *thins)
+        ctx.counts, ctx.scales = counts, scales
+        return y_RD if weights_R is None else y_RD.mul_(weights_R[:, None])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients from y's; None for what is frozen. Rows are weighted where they are narrow: x, y and thin ones."""
         want_x, want_weights, _, _, *want = ctx.needs_input_grad
         x_RD, weights_R, hidden, *kept = ctx.saved_tensors
-        stacks, thins = kept[: len(want)], iter(kept[len(want) :])
-        dy_RD, weights_R1 = grads[0].contiguous(), weights_R[:, None]
-        weighted_RD = dy_RD * weights_R1 if any(want) else dy_RD
+        given, thins, dy_RD = kept[: len(want)], iter(kept[len(want) :]), grads[0].contiguous()
+        weights_R1 = None if weights_R is None else weights_R[:, None]
+        weighted_RD = _times(dy_RD, weights_R1) if any(want) else dy_RD
         dx_RD = torch.empty_like(x_RD) if want_x else None
         dweights_R = torch.empty_like(weights_R) if want_weights else None
-        dstacks = [torch.zeros_like(s) if w else None for s, w in zip(stacks, want, strict=True)]
+        found = [
+            torch.zeros_like(s) if w and (len(s) > 1 or not sum(ctx.counts)) else None
+            for s, w in zip(given, want, strict=True)
+        ]
         for e, rows in _blocks(ctx.counts):
-            gate_up, down = _products(stacks, e, ctx.scale)
-            gate_up.begin()
+            into, down = _products(given, ctx.scales, e)
+            into.begin()
             down.begin()
-            dhidden = torch.empty_like(hidden[rows])
-            h_RF = hidden.new_empty(len(dhidden) if want[1] else 0, hidden.shape[1] // 2)
-            for at in slices(rows, hidden):
+            want_into, want_down = any(want[:-3:3]), want[-3]
+            wide_RF = hidden.new_empty((rows.stop - rows.start) * want_into, hidden.shape[1])
+            h_RF = hidden.new_empty((rows.stop - rows.start) * want_down, hidden.shape[1] // 2)
+            for at in slices(rows, hidden, into.count):
                 here = slice(at.start - rows.start, at.stop - rows.start)
-                weight, wide, thin = weights_R1[at], next(thins), next(thins)
+                weight = None if weights_R1 is None else weights_R1[at]
+                thin_into, thin_down = next(thins), next(thins)
                 gate, up = hidden[at].chunk(2, -1)
                 dh = torch.empty_like(gate, memory_format=torch.contiguous_format)
+                wide = wide_RF[here] if want_into else hidden.new_empty(hidden[at].shape)
                 dthin = down.to_inputs(dh, dy_RD[at])
-                h = quick_passes().swiglu_backward(dh, gate, up, *dhidden[here].chunk(2, -1))
+                h = quick_passes().swiglu_backward(dh, gate, up, *wide.chunk(2, -1))
                 if dweights_R is not None:
                     dweights_R[at] = torch.linalg.vecdot(dh, h)
-                if want[1]:
+                if want_down:
                     h_RF[here] = h
-                down.to_factors(_times(dthin, weight), h, thin, weighted_RD[at])
-                dthin = gate_up.to_inputs(None if dx_RD is None else dx_RD[at], dhidden[here])
-                gate_up.to_factors(_times(dthin, weight), x_RD[at], _times(wide, weight), dhidden[here])
-            x = x_RD[rows] * weights_R1[rows] if want[0] else x_RD[rows]
-            dgate_up, *first = gate_up.gradients(want[:1], x, [dhidden])
-            ddown, *second = down.gradients(want[1:2], h_RF, [weighted_RD[rows]])
-            for stack, gradient in zip(dstacks, (dgate_up, ddown, *first, *second), strict=False):
-                if stack is not None and gradient is not None:
-                    stack[e] = gradient
-        if dx_RD is not None:
+                down.to_factors(_times(dthin, weight), h, thin_down, weighted_RD[at])
+                parts = wide.chunk(into.count, -1)
+                dthin = into.to_inputs(None if dx_RD is None else dx_RD[at], *parts)
+                into.to_factors(_times(dthin, weight), x_RD[at], _times(thin_into, weight), *parts)
+            x = _times(x_RD[rows], None if weights_R1 is None else weights_R1[rows]) if want_into else x_RD
+            first = into.gradients(want[:-3:3], x, wide_RF.chunk(into.count, -1))
+            for n, gradient in enumerate(first + down.gradients(want[-3:-2], h_RF, [weighted_RD[rows]])):
+                if want[n] and gradient is not None:
+                    found[n] = _put(found[n], e, gradient)
+        if dx_RD is not None and weights_R1 is not None:
             dx_RD.mul_(weights_R1)
-        return dx_RD, dweights_R, None, None, *dstacks
+        return dx_RD, dweights_R, None, None, *found
 
 
-def _products(stacks: Sequence[torch.Tensor], expert: int, scale: float) -> tuple[Products, Products]:
-    """One expert's part of _SortedExperts' stacks: gate_up's and down's."""
-    gate_up, down, *factors = (stack[expert] for stack in stacks)
-    a, b, c, d = factors or (None,) * 4
-    return Products([gate_up, a, b], [scale]), Products([down, c, d], [scale])
+def _put(stack: torch.Tensor | None, expert: int, gradient: torch.Tensor) -> torch.Tensor:
+    """The stack with an expert's gradient in its place; a stack of one is that gradient."""
+    if stack is None:
+        return gradient[None]
+    stack[expert] = gradient
+    return stack
 
 
-def _times(thin: torch.Tensor | None, weights: torch.Tensor) -> torch.Tensor | None:
-    return None if thin is None else thin * weights
+def _products(given: Sequence[Any], scales: Sequence[float], expert: int) -> tuple[Products, Products]:
+    """One network's part of what _Gated is given: what makes gate and up, and down."""
+    parts = [None if stack is None else stack[expert] for stack in given]
+    return Products(parts[:-3], scales[:-1]), Products(parts[-3:], scales[-1:])
+
+
+def _times(rows: torch.Tensor | None, weights: torch.Tensor | None) -> Any:
+    return rows if rows is None or weights is None else rows * weights
 
 
 def _blocks(counts: list[int]) -> list[tuple[int, slice]]:

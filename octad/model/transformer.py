@@ -12,6 +12,8 @@ Shapes: B sequences, S positions, D model, H heads, G key/value heads, K head di
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -58,11 +60,26 @@ class Attention(nn.Module):
     def forward(self, x_BSD: torch.Tensor, rope: Rope, cache: KVCache | None = None) -> torch.Tensor:
         """y_BSD; with a cache, the positions continue where the cache ends."""
         start = cache.positions(x_BSD.shape[1]) if cache else 0
-        q = rope.rotate(self.heads(self.q_proj(x_BSD), self.q_norm), start)
-        k = rope.rotate(self.heads(self.k_proj(x_BSD), self.k_norm), start)
-        v = self.heads(self.v_proj(x_BSD), None)
+        q, k, v = self.project(x_BSD)
+        q = self.rotate(self.heads(q, self.q_norm), rope, start)
+        k = self.rotate(self.heads(k, self.k_norm), rope, start)
+        v = self.heads(v, None)
         y = cache.attend(self.layer, q, k, v) if cache else causal_attention(q, k, v, window=self.window)
-        out: torch.Tensor = self.o_proj(y.flatten(2))
+        return self.output(y.flatten(2))
+
+    # the steps that faster modules take in another way
+
+    def project(self, x_BSD: torch.Tensor) -> Sequence[torch.Tensor]:
+        """q, k and v before norms and rotation, [B, S, heads * K]."""
+        return self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
+
+    def rotate(self, x_BSHK: torch.Tensor, rope: Rope, start: int | torch.Tensor) -> torch.Tensor:
+        """q or k at its positions."""
+        return rope.rotate(x_BSHK, start)
+
+    def output(self, y: torch.Tensor) -> torch.Tensor:
+        """What goes into the residual stream, [B, S, D], of the heads' answers [B, S, H * K]."""
+        out: torch.Tensor = self.o_proj(y)
         return out
 
     def heads(self, x: torch.Tensor, norm: RMSNorm | None) -> torch.Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from octad.fast import products
-from octad.fast.dense import TrainMLP, swap_dense
+from octad.fast.training_experts import TrainMLP, swap_dense
 from octad.model.moe import MLP
 from octad.train.lowrank import LowRankLinear
 from octad.train.sections import LowRankSpec
