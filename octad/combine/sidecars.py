@@ -1,8 +1,11 @@
 """What a combined checkpoint carries besides weights: octad.json, the router statistics, and a model card.
 
     octad.json                      recipe and members, with the hashes of their files (checkpoint/provenance.py)
-    router_statistics.safetensors   calibration tokens, and for ridge the means and summed grams (statistics.py)
-    README.md                       the model card: how it was made, how to load it
+    router_statistics.octad   calibration tokens, and for ridge the means and summed grams (statistics.py)
+    README.md                 the model card: how it was made, how to load it
+
+The statistics are a safetensors file by content, but not by name: engines take every *.safetensors of a directory for
+weights. Mixtures made before that was so have it under the old name, which is still read.
 
 Shapes: L layers, E experts, D model.
 """
@@ -23,11 +26,12 @@ from octad.combine.statistics import Statistics, pack, unpack
 from octad.errors import CheckpointError
 from octad.text.windows import Window
 
-STATISTICS, CARD = "router_statistics.safetensors", "README.md"
+STATISTICS, CARD = "router_statistics.octad", "README.md"
+OLD_STATISTICS = "router_statistics.safetensors"
 
 
 def save_statistics(calibrations: Sequence[Calibration], statistics: Statistics | None) -> bytes:
-    """The bytes of router_statistics.safetensors."""
+    """The bytes of the statistics' file."""
     tensors: dict[str, torch.Tensor] = {}
     for e, calibration in enumerate(calibrations):
         for kind, windows in (("tokens", calibration.windows), ("negative", calibration.negative)):
@@ -43,6 +47,8 @@ def save_statistics(calibrations: Sequence[Calibration], statistics: Statistics 
 def load_statistics(directory: Path, experts: int) -> tuple[list[Calibration], Statistics | None]:
     """Calibrations and statistics of a mixture. Raises CheckpointError where they are missing or do not fit."""
     path = directory / STATISTICS
+    if not path.exists() and (old := directory / OLD_STATISTICS).exists():
+        path = old
     try:
         tensors = load_file(path)
         calibrations = [

@@ -114,7 +114,7 @@ def test_adding_the_eighth_is_combining_eight(sharp: World, tmp_path: Path, meth
     assert ours.pop("edits") == [f"add m{e}"]
     assert theirs.pop("edits") == []
     assert ours == theirs
-    ours, theirs = (load_file(d / "router_statistics.safetensors") for d in (output, expected))
+    ours, theirs = (load_file(d / "router_statistics.octad") for d in (output, expected))
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5)
@@ -326,7 +326,7 @@ def test_not_made_by_octad(sharp: World, tmp_path: Path) -> None:
 
 def test_damaged_records(sharp: World, tmp_path: Path) -> None:
     directory = shutil.copytree(sharp.mixture([0, 1, 2]), tmp_path / "m")
-    (directory / "router_statistics.safetensors").write_bytes(b"rubbish")
+    (directory / "router_statistics.octad").write_bytes(b"rubbish")
     assert "combine again" in refusal(CheckpointError, remove_expert, directory, "m1")
     raw = octad_json(directory)
     (directory / "octad.json").write_text(json.dumps(raw | {"experts": raw["experts"][:2]}))
