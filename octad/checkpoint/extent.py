@@ -39,10 +39,10 @@ class Extent:
     info: TensorInfo
 
     def part(self, first: int, shape: tuple[int, ...]) -> Extent:
-        """The contiguous piece of this shape that begins at value number `first`."""
-        return Extent(
-            self.path, self.offset + first * self.info.dtype.itemsize, TensorInfo(shape, self.info.dtype)
-        )
+        """The contiguous piece of this shape that begins at value number `first`. Raises CheckpointError past the end."""
+        info = TensorInfo(shape, self.info.dtype)
+        self._check_inside(first, info.numel)
+        return Extent(self.path, self.offset + first * info.dtype.itemsize, info)
 
     def read(self) -> torch.Tensor:
         """The tensor in memory of its own. Raises CheckpointError when the file cannot be read to the end."""
@@ -52,7 +52,11 @@ class Extent:
         return data.view(self.info.dtype).view(self.info.shape)
 
     def blocks(self, starts: Sequence[int], count: int) -> torch.Tensor:
-        """The runs of `count` values that begin at these value numbers, [len(starts), count]. Errors as for `read`."""
+        """The runs of `count` values that begin at these value numbers, [len(starts), count].
+
+        Raises CheckpointError as `read` does, and for a run that would reach into what lies behind the tensor."""
+        for start in (min(starts, default=0), max(starts, default=0)):
+            self._check_inside(start, count if len(starts) else 0)
         size = self.info.dtype.itemsize
         data = empty_bytes(len(starts) * count * size)
         view = byte_view(data)
@@ -60,6 +64,13 @@ class Extent:
             for place, start in enumerate(starts):
                 self.fill(file, view[place * count * size : (place + 1) * count * size], start * size)
         return data.view(self.info.dtype).view(len(starts), count)
+
+    def _check_inside(self, first: int, count: int) -> None:
+        if not 0 <= first <= first + count <= self.info.numel:
+            raise CheckpointError(
+                f"{self.path}: values {first} to {first + count} of a tensor {list(self.info.shape)} were asked for,"
+                f" which has {self.info.numel}"
+            )
 
     def copy_to(self, target: int, position: int) -> None:
         """Write the tensor's bytes at `position` of the open file `target`: in the kernel where it can, else by a buffer.
@@ -88,7 +99,9 @@ class Extent:
             os.close(file)
 
     def fill(self, file: int, view: memoryview, first: int) -> None:
-        """Fill `view` with the tensor's bytes from number `first` on, out of its opened file. Errors as for `read`."""
+        """Fill `view` with the tensor's bytes from number `first` on, out of its opened file. Errors as for `blocks`."""
+        if first + len(view) > self.info.nbytes:
+            raise CheckpointError(f"{self.path}: bytes behind the end of a tensor were asked for")
         start, done = self.offset + first, 0
         while done < len(view):
             try:

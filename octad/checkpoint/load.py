@@ -41,17 +41,18 @@ HUB_NOT = ["*/*", "consolidated*", "*.bin", "*.pt", "*.pth"]
 # ---- names to sources --------------------------------------------------------------------------------------
 
 
-def open_source(ref: str | Path, *, quantised: bool = False) -> TensorSource:
+def open_source(ref: str | Path, *, quantised: bool = False, exact: bool = False) -> TensorSource:
     """The model that `ref` names: a bundled base, a directory, a .gguf file, or a hub id (then downloaded and cached).
 
     With `quantised`, a directory whose weights `octad quantize` rounded is a QuantizedSource; without, it is refused.
+    With `exact`, nothing is rounded on reading: quantised tensors of a GGUF file come in float32, not in bfloat16.
     Raises CheckpointError, one line with the fix, for what is missing, offline, an adapter, or no model at all.
     """
     path, label = _locate(ref), str(ref)
     if path.suffix.lower() == ".gguf" and path.is_file():
         from octad.checkpoint.gguf.reader import GGUFSource
 
-        return GGUFSource(path, label)
+        return GGUFSource(path, label, exact=exact)
     if path.is_file():
         raise CheckpointError(
             f"{label}: is neither a model directory nor a .gguf file; give the directory it lies in"
@@ -63,16 +64,18 @@ def open_source(ref: str | Path, *, quantised: bool = False) -> TensorSource:
     return SafetensorsSource(path, label)
 
 
-def open_member(ref: str | Path, base: TensorSource) -> TensorSource:
-    """A member of a mixture: "base" itself, an adapter on top of it (a directory or hub id), or any other model."""
+def open_member(ref: str | Path, base: TensorSource, *, exact: bool = False) -> TensorSource:
+    """A member of a mixture: "base" itself, an adapter on top of it (a directory or hub id), or any other model.
+
+    `exact` as for open_source; of an adapter, what it changes then comes in float32."""
     if str(ref) == "base":
         return base
     path = _locate(ref)
     if not _is_adapter(path):
-        return open_source(ref)
+        return open_source(ref, exact=exact)
     from octad.checkpoint.lora import AdapterSource
 
-    return AdapterSource(base, path, str(ref))
+    return AdapterSource(base, path, str(ref), exact=exact)
 
 
 def needs_base(ref: str | Path) -> bool:

@@ -34,8 +34,28 @@ def test_blocks_are_runs_of_values(extents: dict[str, Extent]) -> None:
     values = load_file(extents["big"].path)["big"].flatten()
     found = extents["big"].blocks([0, 3, 2000], 50)
     assert torch.equal(found, torch.stack([values[i : i + 50] for i in (0, 3, 2000)]))
+
+
+def test_no_read_reaches_behind_its_tensor(extents: dict[str, Extent]) -> None:
+    """What lies there is the next tensor of the file, so nothing else would notice."""
+    big = extents["big"]
+    size = big.info.numel
+    assert big.blocks([size - 5], 5).shape == (1, 5)
+    for starts, count in (([size - 4], 5), ([0, size], 1), ([-1], 1), ([0], size + 1)):
+        with pytest.raises(CheckpointError, match="were asked for"):
+            big.blocks(starts, count)
+    with pytest.raises(CheckpointError, match="were asked for"):
+        big.part(1, big.info.shape)
+    with big.opened() as file, pytest.raises(CheckpointError, match="behind the end"):
+        big.fill(file, memoryview(bytearray(8)), big.info.nbytes - 4)
+
+
+def test_a_file_that_became_shorter(extents: dict[str, Extent]) -> None:
+    big = extents["big"]
+    with open(big.path, "r+b") as file:
+        file.truncate(big.offset + 8)
     with pytest.raises(CheckpointError, match="became shorter"):
-        extents["z"].blocks([0], 10_000)
+        big.read()
 
 
 def by_the_kernel(patch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from octad.checkpoint.gguf.header import GGUFHeader
 from octad.checkpoint.gguf.reader import GGUFSource
+from octad.checkpoint.load import open_source
 from octad.checkpoint.names import tensor_plan
 from octad.errors import CheckpointError, OctadError
 from octad.model import cost
@@ -187,9 +188,26 @@ def test_quantised_values(quant, tmp_path):
         read = source.read(hub).numpy()
         np.testing.assert_array_equal(interleave(read, heads) if heads else read, values[stored])
     default = GGUFSource(tmp_path / "tiny.gguf")
-    expected = torch.float32 if quant == Q.F32 else torch.bfloat16
+    expected = torch.float32 if quant in (Q.F32, Q.F16) else torch.bfloat16  # norms are F32 in every file
     assert default.info("model.norm.weight").dtype == default.read("model.norm.weight").dtype == expected
-    assert default.config.torch_dtype == str(expected).removeprefix("torch.")
+    weights = torch.float16 if quant == Q.F16 else expected
+    assert default.config.torch_dtype == str(weights).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("quant", [Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0])
+def test_exactly(quant, tmp_path):
+    """No value that a file stands for is rounded on reading: F16 stays float16, what is quantised comes in float32."""
+    values = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), "llama", quant)
+    source = open_source(tmp_path / "tiny.gguf", exact=True)
+    name, stored = "model.layers.1.mlp.down_proj.weight", "blk.1.ffn_down.weight"
+    found = source.read(name)
+    expected = {Q.F16: torch.float16, Q.BF16: torch.bfloat16}.get(quant, torch.float32)
+    assert found.dtype == source.info(name).dtype == expected
+    np.testing.assert_array_equal(found.float().numpy(), values[stored])
+    assert source.read("model.norm.weight").dtype == torch.float32
+    if quant == Q.F16:
+        default = open_source(tmp_path / "tiny.gguf").read(name)
+        np.testing.assert_array_equal(default.float().numpy(), values[stored])
 
 
 @pytest.mark.parametrize("quant", [Q.Q2_K, Q.Q3_K, Q.Q4_K, Q.Q5_K, Q.Q6_K, Q.IQ4_NL, Q.IQ4_XS])

@@ -1,6 +1,7 @@
 """Adapters made by peft from tiny models, compared with peft's merging or, where that is not exact, its forward."""
 
 import json
+import shutil
 from pathlib import Path
 
 import peft
@@ -368,3 +369,119 @@ def test_a_bundled_specialist_fits_the_bundled_base():
     parts = {n.split(".")[-2] for n in source.changed()}
     assert (len(source.changed()), parts) == (90, {"gate_proj", "up_proj", "down_proj"})
     assert source.config == base.config
+
+
+# ---- as adapters lie about ---------------------------------------------------------------------------------
+
+
+def resized(model, rows):
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    return model
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("rows", [99, 90])
+def test_a_base_whose_vocabulary_was_resized(tied, rows, tmp_path):
+    """The embedding and head that the adapter carries are the vocabulary; the base's own does not matter."""
+    base = MemorySource(base_model(tied=tied))
+    adapted = train(
+        resized(base_model(tied=tied), rows),
+        tmp_path,
+        target_modules=["up_proj"],
+        modules_to_save=["embed_tokens", "lm_head"],
+    )
+    source = AdapterSource(base, tmp_path / "adapter")
+    assert source.config.vocab_size == rows
+    tokens = torch.arange(24).view(2, 12)
+    assert_same_logits(source, adapted, tokens)
+
+
+def assert_same_logits(source, adapted, tokens):
+    from octad.checkpoint.load import load_model
+
+    with torch.no_grad():
+        theirs = adapted(tokens).logits
+        torch.testing.assert_close(load_model(source)(tokens), theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_that_were_added_and_saved_with_the_adapter(tied, tmp_path):
+    """`save_embedding_layers`: nothing of the vocabulary was trained; embedding and head are saved whole, tied or not."""
+    base = MemorySource(base_model(tied=tied))
+    adapted = peft.get_peft_model(
+        resized(base_model(tied=tied), 100), peft.LoraConfig(r=4, lora_alpha=6, target_modules=["up_proj"])
+    ).eval()
+    with torch.no_grad():
+        for value in adapted.parameters():
+            if value.requires_grad:
+                value.add_(torch.randn_like(value) * 0.2)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    source = AdapterSource(base, tmp_path / "adapter")
+    assert source.config.vocab_size == 100
+    assert source.config.tie_word_embeddings == tied
+    assert_same_logits(source, adapted, torch.arange(24).view(2, 12))
+
+
+def test_rows_that_were_added_and_not_saved(tmp_path):
+    """The line names what the adapter lacks, not the base."""
+    base = MemorySource(base_model())
+    train(resized(base_model(), 100), tmp_path, target_modules=["up_proj"], modules_to_save=["embed_tokens"])
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({k: v for k, v in load_file(weights).items() if "lm_head" not in k}, weights)
+    with pytest.raises(
+        CheckpointError, match=r"trained with 100 vocabulary rows \(the base has 96\)"
+    ) as caught:
+        AdapterSource(base, tmp_path / "adapter")
+    assert "save_embedding_layers=True" in str(caught.value)
+    factors = {k: v for k, v in load_file(weights).items() if "embed_tokens" not in k}
+    stem = "base_model.model.lm_head.lora_"
+    save_file(
+        {**factors, f"{stem}A.weight": torch.ones(4, 32), f"{stem}B.weight": torch.ones(100, 4)}, weights
+    )
+    with pytest.raises(CheckpointError, match=r"does not carry all of lm_head\.weight"):
+        AdapterSource(base, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": ALL_LINEAR}, {"target_modules": ["embed_tokens", "up_proj"]},
+                                      {"target_modules": ["up_proj"], "modules_to_save": ["lm_head"]}], ids=str)  # fmt: skip
+def test_keys_that_name_the_adapter(settings, tmp_path):
+    """A raw state dict: lora_A.default.weight, modules_to_save.default.weight beside original_module.weight."""
+    base = MemorySource(base_model())
+    adapted = train(base_model(), tmp_path, **settings)
+    expected = AdapterSource(base, tmp_path / "adapter")
+    raw = {k: v.contiguous() for k, v in adapted.state_dict().items() if "lora_" in k or "modules_to_save" in k
+           or "original_module" in k}  # fmt: skip
+    assert any(".default" in key for key in raw)
+    shutil.copytree(tmp_path / "adapter", tmp_path / "raw")
+    weights = tmp_path / "raw" / "adapter_model.safetensors"
+    save_file(raw, weights)
+    found = AdapterSource(base, tmp_path / "raw")
+    assert found.changed() == expected.changed() != set()
+    for name in found.changed():
+        assert torch.equal(found.read(name), expected.read(name))
+    twice = {key.replace(".default", ".other"): value for key, value in raw.items()}
+    save_file({**raw, **{k: v.clone() for k, v in twice.items()}}, weights)
+    with pytest.raises(CheckpointError, match=r"several adapters \(default, other\)"):
+        AdapterSource(base, tmp_path / "raw")
+
+
+def test_an_empty_file(adapter):
+    base, directory = adapter
+    save_file({}, directory / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="is empty: it holds no tensor"):
+        AdapterSource(base, directory)
+
+
+def test_exactly(adapter):
+    """A bfloat16 base: the sum is rounded by whoever writes it, once."""
+    base, directory = adapter
+    for name in base.tensors:
+        base.tensors[name] = base.tensors[name].bfloat16()
+    plain, exact = AdapterSource(base, directory), AdapterSource(base, directory, exact=True)
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert exact.read(name).dtype == exact.info(name).dtype == torch.float32
+    a, b, scale = exact.delta_factors(name)
+    torch.testing.assert_close(exact.read(name), base.read(name).float() + scale * (b @ a))
+    assert torch.equal(exact.read(name).bfloat16(), plain.read(name))
+    untouched = "model.layers.1.mlp.down_proj.weight"
+    assert exact.read(untouched).dtype == torch.bfloat16

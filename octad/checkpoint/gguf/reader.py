@@ -58,6 +58,7 @@ _IGNORED = re.compile(r"(blk\.\d+\.)?(rope_freqs|attn_rot_embd)\.weight")
 _LAYER = re.compile(r"blk\.(?P<layer>\d+)\.(?P<part>\w+?)(?:\.(?P<expert>\d+))?\.(?P<kind>weight|bias)")
 _SINGLE: Mapping[str, Part] = {"ffn_gate": "gate", "ffn_up": "up", "ffn_down": "down"}
 _STACKED: Mapping[str, Part] = {f"{part}_exps": name for part, name in _SINGLE.items()}
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 _CHUNK = 1 << 22  # values dequantised at a time: 16 MiB of float32
 
 
@@ -74,8 +75,9 @@ class _Piece:
 
 
 class GGUFSource:
-    """A TensorSource over one GGUF file. `dtype`: of what `read` returns (default: float32 for an all-F32
-    file, else bfloat16).
+    """A TensorSource over one GGUF file. `dtype`: of what `read` returns; by default that of each tensor in a file of F32
+    and F16, else bfloat16. With `exact`, each tensor's own in any file, and float32 for quantised ones, which holds
+    whatever they stand for.
 
     Raises CheckpointError for a file that is damaged, of another architecture, or does not hold what its
     metadata say.
@@ -83,13 +85,22 @@ class GGUFSource:
 
     directory: Path | None = None
 
-    def __init__(self, path: str | Path, label: str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        label: str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        exact: bool = False,
+    ) -> None:
         self.path = Path(path)
         self.label = label or str(path)
         self.header = GGUFHeader.read(self.path)
         self._codec = _Codec.load()
         self._check_extents()
-        self.dtype = dtype or self._default_dtype()
+        types = {self._codec.type_name(tensor.type) for tensor in self.header.tensors.values()}
+        plain = types <= {"F32", "F16"}
+        self._asked = dtype if dtype or exact or plain else torch.bfloat16
         self.config = self._read_config()
         self._pieces = self._map_names()
         self._check_plan()
@@ -101,10 +112,11 @@ class GGUFSource:
 
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype of what `read` returns."""
-        return TensorInfo(self._piece(name).shape, self.dtype)
+        piece = self._piece(name)
+        return TensorInfo(piece.shape, self._dtype_of(self.header.tensors[piece.tensor]))
 
     def read(self, name: str) -> torch.Tensor:
-        """Read, dequantise, put interleaved rows back, round to `dtype`."""
+        """Read, dequantise, put interleaved rows back, in the dtype that `info` tells."""
         piece = self._piece(name)
         tensor = self.header.tensors[piece.tensor]
         values = self._dequantised(tensor, piece).view(piece.shape)
@@ -131,9 +143,15 @@ class GGUFSource:
                     f"{self.path}: truncated: {name} ends at byte {end} of {size}; fetch it again"
                 )
 
-    def _default_dtype(self) -> torch.dtype:
-        floats = {self._codec.type_name(tensor.type) for tensor in self.header.tensors.values()}
-        return torch.float32 if floats == {"F32"} else torch.bfloat16
+    def _dtype_of(self, tensor: GGUFTensor) -> torch.dtype:
+        """What the tensor's values are read in."""
+        return self._asked or FLOATS.get(self._codec.type_name(tensor.type), torch.float32)
+
+    def _model_dtype(self) -> str:
+        """What config.json of the same model would call its weights' type: that of the embeddings."""
+        embedding = self.header.tensors.get("token_embd.weight")
+        dtype = self._dtype_of(embedding) if embedding is not None else torch.bfloat16
+        return str(dtype).removeprefix("torch.")
 
     def _read_config(self) -> ModelConfig:
         factors = None
@@ -142,9 +160,7 @@ class GGUFSource:
                 tensor, _Piece(ROPE_FACTORS, None, tensor.shape), torch.float32
             ).tolist()
         try:
-            return ModelConfig.from_dict(
-                config_dict(self.header, factors, str(self.dtype).removeprefix("torch."))
-            )
+            return ModelConfig.from_dict(config_dict(self.header, factors, self._model_dtype()))
         except ConfigError as error:
             raise CheckpointError(f"{self.path}: its metadata, read as {error}") from error
         except (TypeError, ValueError, ZeroDivisionError) as error:
@@ -236,7 +252,7 @@ class GGUFSource:
         rows = int(np.prod(piece.shape, dtype=np.int64)) // row
         row_bytes = self._codec.nbytes(tensor.type, (row,), piece.tensor)
         start = tensor.offset + (piece.expert or 0) * rows * row_bytes
-        out = torch.empty(rows * row, dtype=dtype or self.dtype)
+        out = torch.empty(rows * row, dtype=dtype or self._dtype_of(tensor))
         step = max(1, _CHUNK // row)
         with self.path.open("rb") as file:
             file.seek(start)
