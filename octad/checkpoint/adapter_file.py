@@ -4,9 +4,9 @@
     adapter.changes()["model.layers.0.mlp.up_proj.weight"]     # Change(a=..., b=..., scale=2.0)
 
 Which rank and alpha hold for which module follows PEFT (`get_pattern_key` in peft/utils/other.py). Keys come as PEFT
-saves them, or as a raw state dict has them, with the adapter's name inside. What a sum of base and low-rank product cannot
-represent (DoRA, activated LoRA, an adapter that is relative to a base other than the one it names, ...) is refused by
-the name of the field that asks for it.
+saves them, or as a raw state dict has them, with the adapter's name inside. What a sum of base and low-rank product
+cannot represent (DoRA, activated LoRA, an adapter that is relative to a base other than the one it names, ...) is
+refused by the name of the field that asks for it.
 """
 
 from __future__ import annotations

@@ -442,8 +442,15 @@ def test_rows_that_were_added_and_not_saved(tmp_path):
         AdapterSource(base, tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("settings", [{"target_modules": ALL_LINEAR}, {"target_modules": ["embed_tokens", "up_proj"]},
-                                      {"target_modules": ["up_proj"], "modules_to_save": ["lm_head"]}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ALL_LINEAR},
+        {"target_modules": ["embed_tokens", "up_proj"]},
+        {"target_modules": ["up_proj"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=str,
+)
 def test_keys_that_name_the_adapter(settings, tmp_path):
     """A raw state dict: lora_A.default.weight, modules_to_save.default.weight beside original_module.weight."""
     base = MemorySource(base_model())
