@@ -34,6 +34,7 @@ from octad.errors import OctadError
 from octad.fast.variants import make_variant
 from octad.machine import memory_of, synchronise
 from octad.model import cost
+from octad.model.observe import watching
 from octad.model.transformer import Transformer
 
 Ids = list[int]
@@ -155,15 +156,12 @@ def answer_room(prompts: Sequence[Sequence[int]], steps: int) -> int:
 def counting(model: Transformer) -> Iterator[list[int]]:
     """The number of different experts of each routed layer and step inside the block."""
     used: list[int] = []
-    gates = [m for name, m in model.named_modules() if name.endswith(".mlp.gate")]
-    handles = [
-        g.register_forward_hook(lambda m, a, out: used.append(distinct_experts(out[1]))) for g in gates
-    ]
-    try:
+
+    def hear(layer: int, gate: Any, x_ND: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> None:
+        used.append(distinct_experts(experts))
+
+    with watching(model, hear):
         yield used
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

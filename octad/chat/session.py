@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from octad.chat import transcript as record
-from octad.chat.speakers import choose_expert, listening
+from octad.chat.speakers import expert_number
 from octad.chat.transcript import Turn, check_text
+from octad.engine.params import mix_seed
 from octad.errors import CheckpointError, DataError, RequestError
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Answer:
         self.text += delta.text
         self.tokens += len(delta.token_ids)
         self.finish_reason = delta.finish_reason
+        self.cached_tokens = delta.num_cached_tokens
         self.speakers.update(delta.speakers or ())
 
     @property
@@ -103,15 +105,15 @@ class Session:
         label: str = "",
         speaker: str | None = None,
     ) -> None:
-        """`label` is what the user calls the model, `speaker` the one expert that `llm` was told to use.
+        """`label` is what the user calls the model, `speaker` the one expert that is to answer.
 
-        Raises CheckpointError for a model without a chat template."""
+        Raises CheckpointError for a model without a chat template, RequestError for an expert that is not there."""
         require_chat_template(llm.tokenizer, label)
         self.llm, self.params, self.label = llm, params, label
         self.set_system(system or None)
         self.turns: list[Turn] = []
         self.forgotten = 0  # of the turns, how many are no longer sent
-        self.speaker = speaker
+        self.only(speaker)
         self.show_speakers = False
         self.last: Answer | None = None
         self._tries = 0  # at the last question
@@ -157,7 +159,7 @@ class Session:
 
     def only(self, expert: str | None) -> None:
         """Sends every token to one expert; None lets the routers choose again. Raises RequestError for an unknown one."""
-        choose_expert(self.llm, expert)
+        self._only = None if expert is None else (expert_number(self.llm, expert),)
         self.speaker = expert
 
     def _answer(self, question: str, history: Sequence[Turn]) -> Generator[Delta]:
@@ -169,15 +171,11 @@ class Session:
         return self._stream(question, prompt, answer, keep=len(history))
 
     def _stream(self, question: str, prompt: Sequence[int], answer: Answer, keep: int) -> Generator[Delta]:
-        before = self.llm.engine.stats.prefix_hit_tokens
         deltas = self.llm.stream(prompt, self._params(len(prompt), keep))
         try:
-            with listening(self.llm) as speakers:
-                for silent in deltas:
-                    delta = replace(silent, speakers=speakers())
-                    answer.add(delta)
-                    answer.cached_tokens = self.llm.engine.stats.prefix_hit_tokens - before
-                    yield delta
+            for delta in deltas:
+                answer.add(delta)
+                yield delta
         finally:
             if answer.text or answer.finish_reason:
                 self.turns[keep:] = [Turn(question, answer.text)]
@@ -213,8 +211,9 @@ class Session:
         left = self.context - prompt_tokens
         seed = self.params.seed
         if seed is not None:
-            seed = (seed + 1000 * turn + self._tries) % 2**63
-        return replace(self.params, max_tokens=min(self.params.max_tokens or left, left), seed=seed)
+            seed = mix_seed(seed, turn, self._tries)
+        most = min(self.params.max_tokens or left, left)
+        return replace(self.params, max_tokens=most, seed=seed, only_experts=self._only)
 
     # ---- files ---------------------------------------------------------------------------------------------
 

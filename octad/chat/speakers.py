@@ -15,8 +15,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,8 +25,6 @@ from rich.style import Style
 from rich.text import Text
 
 from octad.errors import RequestError
-from octad.model.observe import recording, stack
-from octad.model.observe import speakers as who_spoke
 from octad.report import terminal
 
 if TYPE_CHECKING:
@@ -49,33 +46,15 @@ def speak(llm: LLM, prompt: Sequence[int], params: SamplingParams, console: Cons
     """Print the answer (of several, the first) as it comes, each word in its speaker's colour; returns all there is.
 
     Raises RequestError for a prompt that the model cannot take."""
-    words = Words()
-    engine = llm.engine
-    engine.add_request("speak", prompt, params)
+    words, stream = Words(), llm.submit(prompt, params)
     try:
-        while engine.has_unfinished():
-            for delta in engine.step():
-                if delta.index == 0:
-                    write(console, words.add(delta))
-        return engine.output("speak")
+        for delta in stream:
+            if delta.index == 0:
+                write(console, words.add(delta))
+        return stream.output()
     finally:
-        engine.abort("speak")  # does nothing once it has finished
+        stream.close()
         write(console, [*words.rest(), Word("\n", None)])
-
-
-@contextmanager
-def listening(llm: LLM) -> Iterator[Callable[[], tuple[int, ...] | None]]:
-    """Inside, where one answer at a time is given, the call tells the speaker of the newest token (None: a dense model).
-
-    A request's own `routed_experts` would give the same, but then its whole prompt is computed again: the prefix cache
-    holds no traces of it."""
-    with recording(llm.model) as record:
-
-        def newest() -> tuple[int, ...] | None:
-            last = [out and (out[0][-1:], out[1][-1:]) for out in record]
-            return tuple(who_spoke(*stack(last, 1))) if any(last) else None
-
-        yield newest
 
 
 @dataclass(frozen=True)
@@ -127,11 +106,11 @@ def write_prompt(console: Console, text: str) -> None:
     console.print(Segments([Segment(visible(text), Style(dim=True))]), end="", crop=False)
 
 
-def choose_expert(llm: LLM, name: str | None) -> None:
-    """Send every token to this expert; None gives the routers back. Raises RequestError for one that is not there."""
-    if name is not None and llm.expert_names and name not in llm.expert_names:
+def expert_number(llm: LLM, name: str) -> int:
+    """The number of an expert by its name. Raises RequestError, with the nearest name, for one that is not there."""
+    if llm.expert_names and name not in llm.expert_names:
         raise RequestError(f"{name}: no such expert; {nearest(name, llm.expert_names)}")
-    llm.only(name)
+    return llm.expert_number(name)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -62,6 +62,8 @@ def generate(
         structured=_structured(schema, regex, grammar),
     )
     text = pipe.read_prompt(prompt)
+    if n > 1 and params.greedy:
+        raise RequestError(f"n: found {n}, allowed: 1 at temperature 0, where all answers would be the same")
     llm = open_llm(model, quantize, only)
     if routes and not llm.expert_names:
         raise RequestError(f"{model}: is dense, there are no routes to show; leave out --routes")
@@ -120,7 +122,7 @@ def chat(
 
 def open_llm(model: str, quantize: str | None = None, only: str | None = None) -> LLM:
     """The model behind an engine, with a sign of life on stderr while it is read."""
-    from octad.chat.speakers import choose_expert
+    from octad.chat.speakers import expert_number
     from octad.dist import keep_freed_memory, spare_the_collector
     from octad.engine.llm import LLM
 
@@ -131,7 +133,7 @@ def open_llm(model: str, quantize: str | None = None, only: str | None = None) -
         llm = LLM(model, quantize=quantize)
     spare_the_collector()
     if only is not None:
-        choose_expert(llm, only)
+        llm.only(expert_number(llm, only))
     return llm
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from octad.engine.detokenize import Detokenizer
 from octad.engine.outputs import CompletionOutput, Delta, FinishReason, TokenLogprobs
-from octad.model.observe import Trace, speakers
+from octad.model.observe import Speaker, Trace, speakers
 
 if TYPE_CHECKING:
     import torch
@@ -42,9 +42,10 @@ class Answer:
         self.longest = min(limit, self.begin + (self.params.max_tokens or limit))
         self.stop_reason: int | str | None = None
         self.logprobs: list[TokenLogprobs] | None = None if self.params.logprobs is None else []
-        self.trace = Trace() if sequence.request.traced else None
+        start = min(self.params.routed_experts_prompt_start, self.begin - 1)
+        self.trace = Trace(start) if sequence.request.traced else None
 
-    def take(self, sampled: Sampled, speaker: int | None) -> Delta:
+    def take(self, sampled: Sampled, speaker: Speaker | None) -> Delta:
         """Add a token; says what is new. Sets the sequence's finish_reason where it is the last one."""
         sequence, token = self.sequence, sampled.token_id
         sequence.token_ids.append(token)
@@ -59,9 +60,11 @@ class Answer:
             text,
             (token,),
             None if self.logprobs is None else tuple(self.logprobs[-1:]),
-            None if speaker is None else (speaker,),
+            None if speaker is None else (speaker[0],),
             sequence.finish_reason,
             self.stop_reason,
+            None if speaker is None else (speaker[1],),
+            sequence.request.num_cached_tokens or 0,
         )
 
     def output(self) -> CompletionOutput:
@@ -77,20 +80,25 @@ class Answer:
         if self.logprobs is not None:
             answer.logprobs = list(self.logprobs)
             answer.cumulative_logprob = sum(entry.chosen.logprob for entry in self.logprobs)
-        if self.trace is not None and len(self.trace):
+        if self.trace is not None and len(self.trace) >= self.begin:
             experts, weights = self.trace.rows(self.begin - 1, len(sequence) - 1)
             answer.routed_experts, answer.routed_weights = experts, weights
             answer.speakers = speakers(experts, weights)
         return answer
 
     def prompt_trace(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """(experts, weights) of the prompt's tokens, as far as they have been computed; None where nobody asked."""
+        """(experts, weights) of the prompt's tokens from where the trace starts, as far as they have been computed; None
+        where nobody asked."""
         if self.trace is None or not len(self.trace):
             return None, None
-        return self.trace.rows(0, self.begin)
+        return self.trace.rows(self.trace.start, self.begin)
 
     def _end(self, token: int) -> FinishReason | None:
-        """Why this token, the newest, is the last: an end token, a stop id, the form's end, or the length."""
+        """Why this token, the newest, is the last: the form failed, an end token, a stop id, the form's end, or the
+        length."""
+        if (failure := self.state.failure) is not None:
+            self.stop_reason = failure
+            return "error"
         if token in self.eos_ids:
             return "stop"
         if token in self.params.stop_token_ids:

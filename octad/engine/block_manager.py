@@ -92,9 +92,12 @@ class BlockManager:
 
     def cached(self, sequence: Sequence) -> list[int]:
         """The cached blocks that the sequence begins with. Its last token is never among them: the model has to run on
-        at least one token to say what follows."""
+        at least one token to say what follows. The first answer leaves what its request wants to see computed."""
         found: list[int] = []
-        for i in range((len(sequence) - 1) // self.block_size):
+        most, allowed = len(sequence) - 1, sequence.request.max_cached
+        if allowed is not None and sequence.index == 0:
+            most = min(most, allowed)
+        for i in range(most // self.block_size):
             block = self.named.get(self._name(sequence, i))
             if block is None:
                 break

@@ -9,21 +9,27 @@
 Requests come and go between steps: decoding is bound by reading the weights, so that a step with sixteen sequences costs
 little more than one with a single sequence. What the model computes for a request does not depend on the others; only the
 order of floating-point sums may. Text, files and printing are other people's business: prompts are token ids.
+
+Programs use it through an EngineLoop, whose one thread calls `step`; a lock keeps a second caller from doing harm. What
+can take long, checking a request and compiling its form, is `prepare`, which any thread may do.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from octad.engine.answer import Answer
 from octad.engine.block_manager import BlockManager
 from octad.engine.detokenize import token_text
 from octad.engine.model_runner import ModelRunner, Stacked
-from octad.engine.outputs import Delta, RequestMetrics, RequestOutput
+from octad.engine.outputs import Delta, RequestMetrics, RequestOutput, TokenLogprobs
+from octad.engine.prompts import token_ids
 from octad.engine.sampling import Sampler, SamplingState
 from octad.engine.scheduler import Piece, Scheduler
 from octad.engine.sequence import Request
@@ -31,13 +37,17 @@ from octad.engine.sequence import Sequence as Sequence_
 from octad.engine.structured import GrammarCompiler
 from octad.errors import RequestError
 from octad.kernels.paged import PagedAttention, paged_attention
-from octad.model.observe import mixtures, speakers
+from octad.model.observe import Speaker, said
 from octad.model.paged_cache import affordable_blocks
 
 if TYPE_CHECKING:
+    import torch
+
     from octad.engine.params import SamplingParams
     from octad.model.transformer import Transformer
     from octad.text.tokenizer import Tokenizer
+
+SCORED_ROWS = 64  # rows of logits at a time, of prompts that are scored
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,14 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """A request that has been checked, with its answers; the engine has not heard of it."""
+
+    request: Request
+    answers: list[Answer]
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """A snapshot: sequences running and waiting, blocks, and counts since the engine began."""
 
@@ -79,7 +97,7 @@ class EngineStats:
 
 
 class Engine:
-    """Continuous batching over a paged cache. Not thread-safe: one thread calls it.
+    """Continuous batching over a paged cache.
 
     `attention` is any function with paged_attention's signature. `max_model_len` is the context that there is: the
     model's or the config's, or what the whole cache holds if that is less.
@@ -108,54 +126,84 @@ class Engine:
         self.requests: dict[str, Request] = {}
         self.answers: dict[Request, list[Answer]] = {}
         self._arrivals = self._resets = self._prompt_tokens = self._generated_tokens = 0
+        self._lock = threading.RLock()
 
     # ---- requests ------------------------------------------------------------------------------------------
 
     def add_request(
         self, request_id: str, prompt: Sequence[int], params: SamplingParams, prompt_text: str | None = None
     ) -> None:
-        """Queue a prompt. Raises RequestError for an empty prompt, one that can never fit, ids that the model does not
-        have, a schema that does not compile, or a request id in use.
+        """Queue a prompt. Raises RequestError for an empty prompt, one that can never fit, ids or experts that the model
+        does not have, a form that does not compile, or a request id in use.
 
-        A request for routing traces computes its whole prompt: what is in the prefix cache left no trace.
+        A request for routing traces, or for its prompt's log-probabilities, computes what it wants to see: that much of
+        the prompt is not taken from the prefix cache.
         """
-        self._check(request_id, prompt, params)
-        self._arrivals += 1
-        traced = params.routed_experts and bool(mixtures(self.model))
-        shared = self.config.enable_prefix_caching and not traced
-        salt = f"{self._resets}" if shared else f"{self._resets} {self._arrivals}"
-        metrics = RequestMetrics(time.monotonic())
-        request = Request(
-            request_id, list(prompt), params, metrics, self._arrivals, salt.encode(), prompt_text
-        )
-        request.traced = traced
-        self.answers[request] = [self._answer(sequence) for sequence in request.sequences]
-        self.requests[request_id] = request
-        self.scheduler.add(request)
-        self._prompt_tokens += len(prompt)
+        self.enqueue(self.prepare(request_id, prompt, params, prompt_text))
+
+    def prepare(
+        self, request_id: str, prompt: Sequence[int], params: SamplingParams, prompt_text: str | None = None
+    ) -> Prepared:
+        """The request with its answers, checked and not yet queued; for any thread. Raises as add_request does."""
+        ids = token_ids(prompt)
+        self._check(ids, params)
+        request = Request(request_id, ids, params, RequestMetrics(time.monotonic()), text=prompt_text)
+        request.traced = params.routed_experts and self.runner.watch.mixed
+        if request.traced:
+            request.max_cached = params.routed_experts_prompt_start
+        if params.prompt_logprobs is not None:
+            request.max_cached = 0
+            request.prompt_logprobs = [None] * len(ids)
+        return Prepared(request, [self._answer(sequence) for sequence in request.sequences])
+
+    def enqueue(self, prepared: Prepared, sink: Callable[[Delta], None] | None = None) -> None:
+        """Queue what `prepare` made. `sink` hears each of its deltas, whoever calls `step`. Raises RequestError for a
+        request id in use."""
+        request = prepared.request
+        with self._lock:
+            if request.request_id in self.requests:
+                raise RequestError(f"request {request.request_id!r}: this id is in use; choose another")
+            self._arrivals += 1
+            request.arrival, request.sink, request.salt = self._arrivals, sink, self._salt(request.params)
+            for sequence in request.sequences:
+                sequence.order = (request.arrival, sequence.index)
+            if not self.config.enable_prefix_caching:
+                request.salt += f" {self._arrivals}".encode()
+            self.answers[request] = prepared.answers
+            self.requests[request.request_id] = request
+            self.scheduler.add(request)
+            self._prompt_tokens += len(request.prompt)
+
+    def _salt(self, params: SamplingParams) -> bytes:
+        """What keys the cached blocks: how often the cache was reset, and the experts that may work."""
+        return f"{self._resets} {params.only_experts or ''}".encode()
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """Stop a request and forget it; what it had so far (finish_reason "abort"), None for an unknown id."""
-        request = self.requests.get(request_id)
-        if request is None:
-            return None
-        for sequence in request.sequences:
-            if sequence.finish_reason is None:
-                sequence.finish_reason = "abort"
-                self.scheduler.finish(sequence)
-        return self.output(request_id)
+        with self._lock:
+            request = self.requests.get(request_id)
+            if request is None:
+                return None
+            for sequence in request.sequences:
+                if sequence.finish_reason is None:
+                    sequence.finish_reason = "abort"
+                    self.scheduler.finish(sequence)
+            return self.output(request_id)
 
     def output(self, request_id: str) -> RequestOutput:
         """All that a request has so far. A finished request is handed out once and forgotten.
 
         Raises RequestError for an unknown id.
         """
-        request = self.requests.get(request_id)
-        if request is None:
-            raise RequestError(f"request {request_id!r}: there is none; it was never added, or handed out")
-        answers = self.answers[request]
-        if request.finished:
-            del self.requests[request_id], self.answers[request]
+        with self._lock:
+            request = self.requests.get(request_id)
+            if request is None:
+                raise RequestError(
+                    f"request {request_id!r}: there is none; it was never added, or handed out"
+                )
+            answers = self.answers[request]
+            if request.finished:
+                del self.requests[request_id], self.answers[request]
         experts, weights = answers[0].prompt_trace()
         return RequestOutput(
             request_id,
@@ -167,6 +215,7 @@ class Engine:
             request.metrics,
             experts,
             weights,
+            request.prompt_logprobs,
         )
 
     def has_unfinished(self) -> bool:
@@ -199,36 +248,58 @@ class Engine:
     def step(self) -> list[Delta]:
         """One forward pass: schedule, run, sample. Returns what was added, at most one delta an answer; [] when idle
         or while prompts are still being read."""
-        pieces = self.scheduler.schedule()
-        if not pieces:
-            return []
-        traced = any(piece.sequence.request.traced for piece in pieces)
-        logits_RV, routing = self.runner.run(pieces, traced)
-        ready = [self.answers[p.sequence.request][p.sequence.index] for p in pieces if p.last]
-        sampled = self.sampler.sample(logits_RV, [answer.state for answer in ready])
-        # so far nothing has changed but blocks that were handed out: a step that was interrupted can be repeated
-        said = self._record(pieces, routing) if routing else {}
-        self.scheduler.computed(pieces)
-        deltas = [a.take(s, said.get(a.sequence)) for a, s in zip(ready, sampled, strict=True)]
-        self._generated_tokens += len(ready)
-        self._settle(ready)
-        return deltas
+        with self._lock:
+            pieces = self.scheduler.schedule()
+            if not pieces:
+                return []
+            logits_RV, routing = self.runner.run(pieces, True, partial(self._read, pieces))
+            ready = [self.answers[p.sequence.request][p.sequence.index] for p in pieces if p.last]
+            sampled = self.sampler.sample(logits_RV, [answer.state for answer in ready])
+            # so far nothing has changed but blocks that were handed out: a step that was interrupted can be repeated
+            speakers = self._record(pieces, routing) if routing else [None] * len(ready)
+            self.scheduler.computed(pieces)
+            deltas = [a.take(s, speaker) for a, s, speaker in zip(ready, sampled, speakers, strict=True)]
+            self._generated_tokens += len(ready)
+            self._settle(ready)
+            for answer, delta in zip(ready, deltas, strict=True):
+                if (sink := answer.sequence.request.sink) is not None:
+                    sink(delta)
+            return deltas
 
-    def _record(self, pieces: Sequence[Piece], routing: Stacked) -> dict[Sequence_, int]:
-        """Keep the routing of the sequences that asked for it; says who speaks next in each."""
-        said: dict[Sequence_, int] = {}
-        end = 0
-        for piece in pieces:
-            start, end = end, end + piece.count
+    def _record(self, pieces: Sequence[Piece], routing: Stacked) -> Sequence[Speaker | None]:
+        """Keep the routing of the sequences that asked for it; says who speaks next in each that is ready."""
+        ends = list(accumulate(piece.count for piece in pieces))
+        for piece, end in zip(pieces, ends, strict=True):
             sequence = piece.sequence
             trace = self.answers[sequence.request][sequence.index].trace
-            if trace is None:
+            if trace is not None:
+                rows = slice(end - piece.count, end)
+                trace.write(piece.start, routing[0][rows], routing[1][rows])
+        last = [end - 1 for piece, end in zip(pieces, ends, strict=True) if piece.last]
+        return said(routing[0][last], routing[1][last])
+
+    def _read(self, pieces: Sequence[Piece], hidden_ND: torch.Tensor) -> None:
+        """The log-probabilities of the prompts' own tokens, where somebody asked: of `hidden_ND`, a row a token."""
+        end = 0
+        for piece in pieces:
+            begin, end = end, end + piece.count
+            request = piece.sequence.request
+            if request.prompt_logprobs is None or piece.sequence.index:
                 continue
-            experts_SLA, weights_SLA = routing[0][start:end], routing[1][start:end]
-            trace.write(piece.start, experts_SLA, weights_SLA)
-            if piece.last:
-                said[sequence] = speakers(experts_SLA[-1:], weights_SLA[-1:])[0]
-        return said
+            wanted = request.prompt[piece.start + 1 : piece.start + piece.count + 1]
+            found = self._scored(
+                hidden_ND[begin : begin + len(wanted)], wanted, request.params.prompt_logprobs
+            )
+            request.prompt_logprobs[piece.start + 1 : piece.start + 1 + len(found)] = found
+
+    def _scored(self, hidden_ND: torch.Tensor, wanted: list[int], count: int | None) -> list[TokenLogprobs]:
+        """Of each row what `wanted` is worth there; the head runs on a few rows at a time."""
+        found: list[TokenLogprobs] = []
+        for at in range(0, len(wanted), SCORED_ROWS):
+            tokens = wanted[at : at + SCORED_ROWS]
+            logits_RV = self.model.head(hidden_ND[at : at + SCORED_ROWS])
+            found += self.sampler.report(logits_RV, tokens, [count or 0] * len(tokens))
+        return found
 
     def _settle(self, answers: Sequence[Answer]) -> None:
         """Free what has ended, and note when requests began to answer and when they were done."""
@@ -245,10 +316,8 @@ class Engine:
 
     # ---- checks --------------------------------------------------------------------------------------------
 
-    def _check(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> None:
+    def _check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         vocabulary = self.model.config.vocab_size
-        if request_id in self.requests:
-            raise RequestError(f"request {request_id!r}: this id is in use; choose another")
         if not prompt:
             raise RequestError("the prompt is empty; give some text")
         if len(prompt) >= self.max_model_len:
@@ -261,6 +330,13 @@ class Engine:
                 f"the prompt holds ids outside 0..{vocabulary - 1}; encode it with this model's tokenizer"
             )
         params.check_vocabulary(vocabulary)
+        experts = self.model.config.num_experts
+        if params.only_experts and not experts:
+            raise RequestError("only_experts: this model is dense, it has no experts; leave it out")
+        if params.only_experts and params.only_experts[-1] >= experts:
+            raise RequestError(
+                f"only_experts: found {params.only_experts[-1]}, allowed: numbers from 0 to {experts - 1}"
+            )
 
     def _why_so_short(self) -> str:
         given = _context(self.config, self.model.config.max_position_embeddings)

@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from octad.errors import DataError
 from octad.model.cache import ContiguousCache
-from octad.model.moe import Router
+from octad.model.observe import watching
 from octad.model.transformer import Transformer
 
 
@@ -77,15 +78,8 @@ def routing_weight(model: Transformer) -> Iterator[torch.Tensor]:
     """shares_E: the last position's routing weight of each expert, summed over the layers run inside the block."""
     shares = torch.zeros(model.config.num_experts)
 
-    def observe(
-        module: torch.nn.Module, args: tuple[torch.Tensor, ...], out: tuple[torch.Tensor, torch.Tensor]
-    ) -> None:
-        weights, experts = out
+    def add(layer: int, gate: Any, x_ND: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> None:
         shares.index_add_(0, experts[-1].cpu(), weights[-1].float().cpu())
 
-    handles = [m.register_forward_hook(observe) for m in model.modules() if isinstance(m, Router)]
-    try:
+    with watching(model, add):
         yield shares
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -5,19 +5,15 @@
     for delta in llm.stream_chat([{"role": "user", "content": "Hi"}]): print(delta.text, end="")
 
 Opens what `octad.checkpoint.load` opens, puts an Engine around it and speaks in text. The checkpoint's generation_config
-is not applied: what SamplingParams says is what is sampled. Several streams can be open at once; each step of one moves
-them all on.
-
-Not thread-safe: one thread calls it.
+is not applied: what SamplingParams says is what is sampled. Several streams can be open at once, and several threads may
+ask: one thread owns the engine (octad.engine.loop).
 """
 
 from __future__ import annotations
 
 import json
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +21,10 @@ import torch
 
 from octad.dist import compute_dtype, keep_freed_memory
 from octad.engine.engine import Engine, EngineConfig
+from octad.engine.loop import EngineLoop, Stream, Submission
 from octad.engine.outputs import Delta, RequestOutput
 from octad.engine.params import SamplingParams
 from octad.errors import CheckpointError, RequestError
-from octad.model.moe import FixedRouter
-from octad.model.observe import mixtures
 
 if TYPE_CHECKING:
     from octad.model.config import ModelConfig
@@ -76,9 +71,8 @@ class LLM:
         self.config, self.model = transformer.config, transformer
         self.expert_names = _expert_names(directory, self.config.num_experts)
         self.engine = Engine(transformer, self.tokenizer, settings, attention)
-        self._routers = {layer: mlp.gate for layer, mlp in mixtures(transformer).items()}
-        self._ids = count(1)
-        self._inboxes: dict[str, deque[Delta]] = {}
+        self.loop = EngineLoop(self.engine)
+        self._only: int | None = None
 
     # ---- text in, text out ---------------------------------------------------------------------------------
 
@@ -96,31 +90,28 @@ class LLM:
         """
         batch: Sequence[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else prompts
         each = _for_each(params, len(batch))
-        ids: list[str] = []
+        made = [self._submission(prompt, own) for prompt, own in zip(batch, each, strict=True)]
+        streams = self.loop.submit_all(made, deltas=False)
         try:
-            for prompt, own in zip(batch, each, strict=True):
-                ids.append(self._add(prompt, own))
-            self._finish(ids, progress)
-            return [self.engine.output(request_id) for request_id in ids]
+            return self._finish(streams, each, progress)
         finally:
-            for request_id in ids:
-                self.engine.abort(request_id)
+            for stream in streams:
+                stream.close()
 
     def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[Delta]:
         """The answer(s) as they come. The request begins with the first `next` and closing the iterator aborts it."""
-        request_id = self._add(prompt, params or SamplingParams())
-        inbox = self._inboxes[request_id] = deque()
+        stream = self.submit(prompt, params)
         try:
-            unfinished = (params or SamplingParams()).n
-            while unfinished:
-                while not inbox:
-                    self._step()
-                delta = inbox.popleft()
-                unfinished -= delta.finish_reason is not None
-                yield delta
+            yield from stream
         finally:
-            del self._inboxes[request_id]
-            self.engine.abort(request_id)
+            stream.close()
+
+    def submit(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, deltas: bool = True
+    ) -> Stream:
+        """The request, begun: a stream that can be iterated over, blocking or async, and that must be closed."""
+        made = self._submission(prompt, params or SamplingParams())
+        return self.loop.submit(*made, deltas=deltas)
 
     def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, **template_variables: Any
@@ -143,18 +134,16 @@ class LLM:
     # ---- experts -------------------------------------------------------------------------------------------
 
     def only(self, expert: str | int | None) -> None:
-        """Send every token to one expert, by name or number; None gives the routers back. Drops the prefix cache.
+        """Send every token of the requests that come from now on to one expert, by name or number; None gives the choice
+        back to the routers. What is running goes on as it was, and so does what asks for experts itself.
 
-        Raises RequestError for a dense model, an expert that is not there, or while requests are running.
+        Raises RequestError for a dense model, or an expert that is not there.
         """
-        if self.engine.has_unfinished():
-            raise RequestError(
-                "the experts cannot be changed while requests are running; finish or abort them"
-            )
-        number = None if expert is None else self._expert(expert)
-        for layer, mlp in mixtures(self.model).items():
-            mlp.gate = self._routers[layer] if number is None else FixedRouter([number])
-        self.engine.reset_prefix_cache()
+        self._only = None if expert is None else self.expert_number(expert)
+
+    def expert_number(self, expert: str | int) -> int:
+        """The number of an expert, by name or number. Raises RequestError for one that is not there."""
+        return self._expert(expert)
 
     def _expert(self, expert: str | int) -> int:
         names = self.expert_names
@@ -168,40 +157,28 @@ class LLM:
 
     # ---- the engine's side ---------------------------------------------------------------------------------
 
-    def _add(self, prompt: str | Sequence[int], params: SamplingParams) -> str:
-        request_id = f"llm-{next(self._ids)}"
-        if isinstance(prompt, str):
-            ids = self.tokenizer.encode_prompt(prompt)
-            # a text of nothing is refused even where the tokenizer puts a bos before it
-            self.engine.add_request(request_id, ids if prompt else [], params, prompt)
-        elif isinstance(prompt, int):
-            raise RequestError(
-                "prompts: found a list of ids; give a list of prompts, [[1, 2, 3]] for one of ids"
-            )
-        else:
-            self.engine.add_request(request_id, prompt, params)
-        return request_id
+    def _submission(self, prompt: str | Sequence[int], params: SamplingParams) -> Submission:
+        """What the loop takes: ids, params with the expert that `only` named, and the text."""
+        if self._only is not None and params.only_experts is None:
+            params = replace(params, only_experts=(self._only,))
+        if not isinstance(prompt, str):
+            return prompt, params, None
+        # a text of nothing is refused even where the tokenizer puts a bos before it
+        return self.tokenizer.encode_prompt(prompt) if prompt else [], params, prompt
 
-    def _step(self) -> list[Delta]:
-        """One step of the engine; open streams get what is theirs."""
-        deltas = self.engine.step()
-        for delta in deltas:
-            if delta.request_id in self._inboxes:
-                self._inboxes[delta.request_id].append(delta)
-        return deltas
-
-    def _finish(self, ids: Sequence[str], progress: bool) -> None:
-        """Run until all these requests are done."""
+    def _finish(
+        self, streams: Sequence[Stream], params: Sequence[SamplingParams], progress: bool
+    ) -> list[RequestOutput]:
+        """All that these requests give, once they are done."""
         from rich.progress import Progress
 
-        open_answers = sum(self.engine.requests[request_id].params.n for request_id in ids)
+        outputs = []
         with Progress(disable=not progress) as bar:
-            task = bar.add_task("answers", total=open_answers)
-            mine = set(ids)
-            while open_answers:
-                done = sum(d.finish_reason is not None and d.request_id in mine for d in self._step())
-                open_answers -= done
-                bar.advance(task, done)
+            task = bar.add_task("answers", total=sum(own.n for own in params))
+            for stream, own in zip(streams, params, strict=True):
+                outputs.append(stream.output())
+                bar.advance(task, own.n)
+        return outputs
 
 
 def _for_each(params: SamplingParams | Sequence[SamplingParams] | None, prompts: int) -> list[SamplingParams]:

@@ -1,7 +1,7 @@
-"""ModelRunner: from a step's pieces to logits, and routing where somebody asked.
+"""ModelRunner: from a step's pieces to logits, and the routing of a mixture.
 
     runner = ModelRunner(model, num_blocks=1024, block_size=16)
-    logits_RV, routing = runner.run(pieces)         # a row for each piece that is its sequence's last
+    logits_RV, routing = runner.run(pieces, traced=True)         # a row for each piece that is its sequence's last
 
 One forward pass over all tokens of the step, side by side. Decoding one sequence takes a few milliseconds on a CPU and
 less on an accelerator, so that what happens here counts: lists become arrays once a step, and nothing loops over tokens.
@@ -11,7 +11,7 @@ Shapes: N tokens of the step, R rows that get logits, V vocabulary, D model, L l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 
 from octad.engine.scheduler import Piece
 from octad.kernels.paged import PagedAttention, PagedBatch, paged_attention
-from octad.model.observe import recording, stack
+from octad.model.observe import Watch
 from octad.model.paged_cache import BlockPool, PagedCache
 from octad.model.transformer import Transformer
 
@@ -41,19 +41,30 @@ class ModelRunner:
         weight = model.model.norm.weight  # of the activations' dtype, whatever the matrices are packed into
         self.model, self.attention, self.device = model, attention, weight.device
         self.block_size = block_size
+        self.watch = Watch(model)
         self.pool = BlockPool(model.config, num_blocks, block_size, weight.dtype, self.device)
 
     @torch.inference_mode()
-    def run(self, pieces: Sequence[Piece], traced: bool = False) -> tuple[torch.Tensor, Stacked | None]:
-        """logits_RV in the model's dtype, and with `traced` the routing of all N tokens (experts_NLA, weights_NLA)."""
+    def run(
+        self,
+        pieces: Sequence[Piece],
+        traced: bool = False,
+        read: Callable[[torch.Tensor], None] | None = None,
+    ) -> tuple[torch.Tensor, Stacked | None]:
+        """logits_RV in the model's dtype, and with `traced` the routing of all N tokens (experts_NLA, weights_NLA; None
+        for a dense model). `read` gets the hidden states of all tokens, [N, D]."""
         tokens_1N, cache = self.prepare(pieces)
+        only = [(piece.count, piece.sequence.request.params.only_experts) for piece in pieces]
         routing = None
-        if traced:
-            with recording(self.model) as record:
+        if self.watch.mixed and (traced or any(allowed is not None for _, allowed in only)):
+            cache.watch = self.watch
+            with self.watch.step(only):
                 hidden_ND = self.model.model(tokens_1N, cache)[0]
-            routing = stack(record, len(hidden_ND))
+            routing = self.watch.routing(len(hidden_ND)) if traced else None
         else:
             hidden_ND = self.model.model(tokens_1N, cache)[0]
+        if read is not None:
+            read(hidden_ND)
         return self._logits(hidden_ND, pieces), routing
 
     def prepare(self, pieces: Sequence[Piece]) -> tuple[torch.Tensor, PagedCache]:

@@ -5,7 +5,8 @@
 
 The names are vLLM's. A value that cannot be served raises RequestError with the field, what was found and what
 is allowed, here and not in the middle of a batch. Lists are frozen to tuples and a JSON schema to its text, so
-that a params object never changes under a running request. Imports no torch.
+that a params object never changes under a running request. Numbers are judged as float32, which is what the sampler
+computes in: a top_p that is nothing there is a top_p of nothing. Imports no torch.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from __future__ import annotations
 import json
 import math
 import numbers
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from hashlib import blake2b
 from typing import Any, NoReturn
 
 from octad.errors import RequestError
@@ -27,10 +30,12 @@ _INTEGERS = {  # field: lowest and highest value, and whether None is allowed
     "top_k": (-1, None, False),
     "seed": (-(2**63), 2**63 - 1, True),
     "logprobs": (0, None, True),
+    "prompt_logprobs": (0, None, True),
+    "routed_experts_prompt_start": (0, None, False),
 }
 _REALS = {  # field: lowest and highest value, and whether the lowest itself is allowed
     "temperature": (0.0, math.inf, True),
-    "top_p": (0.0, 1.0, False),
+    "top_p": (0.0, 1.0, True),
     "min_p": (0.0, 1.0, True),
     "repetition_penalty": (0.0, math.inf, False),
     "presence_penalty": (-2.0, 2.0, True),
@@ -75,7 +80,9 @@ class StructuredOutput:
 @dataclass(frozen=True)
 class SamplingParams:
     """How one request is answered. `top_k=0` keeps every token, `max_tokens=None` runs to the end of the context,
-    `logprobs=k` reports each token's log-probability and the k likeliest; the rest is as in vLLM.
+    `logprobs=k` reports each token's log-probability and the k likeliest, `prompt_logprobs=k` the prompt's tokens'; the
+    rest is as in vLLM. `routed_experts` asks for the routing of every token from `routed_experts_prompt_start` on: what
+    lies before may come from the prefix cache. `only_experts`: numbers of the experts that may work on this request.
     """
 
     n: int = 1
@@ -94,10 +101,13 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     skip_special_tokens: bool = True
     structured: StructuredOutput | None = None
     routed_experts: bool = False
+    routed_experts_prompt_start: int = 0
+    only_experts: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         for name, bounds in _INTEGERS.items():
@@ -113,12 +123,16 @@ class SamplingParams:
         self._set("stop", _strings("stop", self.stop))
         self._set("stop_token_ids", _ids("stop_token_ids", self.stop_token_ids))
         self._set("logit_bias", _biases(self.logit_bias))
+        if self.only_experts is not None:
+            self._set("only_experts", tuple(sorted(set(_ids("only_experts", self.only_experts)))))
+            if not self.only_experts:
+                _refuse("only_experts", [], "at least one expert")
         self._refuse_combinations()
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is always taken (temperature 0)."""
-        return self.temperature < GREEDY_BELOW
+        """Whether the likeliest token is always taken (temperature 0, or a top_p that leaves nothing else)."""
+        return self.temperature < GREEDY_BELOW or _single(self.top_p) == 0.0
 
     @property
     def penalised(self) -> bool:
@@ -138,8 +152,6 @@ class SamplingParams:
     def _refuse_combinations(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             _refuse("min_tokens", self.min_tokens, f"at most max_tokens, which is {self.max_tokens}")
-        if self.greedy and self.n > 1:
-            _refuse("n", self.n, "1 at temperature 0, where all answers would be the same")
         if self.structured is not None and (self.ignore_eos or self.min_tokens):
             name = "ignore_eos" if self.ignore_eos else "min_tokens"
             _refuse(name, getattr(self, name), "its default with structured, whose form says where to end")
@@ -161,11 +173,27 @@ def _integer(name: str, value: Any, low: int, high: int | None, optional: bool) 
 
 
 def _real(name: str, value: Any, low: float, high: float, closed: bool) -> float:
-    number = not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
-    if not number or not low <= value <= high or (value == low and not closed):
+    number = not isinstance(value, bool) and isinstance(value, numbers.Real)
+    found = _single(value) if number else math.nan
+    if not math.isfinite(found) or not low <= value <= high or (found == low and not closed):
         words = f"a number {'from' if closed else 'above'} {low:g}"
         _refuse(name, value, words + ("" if math.isinf(high) else f" to {high:g}"))
     return float(value)
+
+
+def _single(value: Any) -> float:
+    """A number as float32 has it; inf for one that it cannot hold."""
+    try:
+        found: float = struct.unpack("f", struct.pack("f", value))[0]
+    except (OverflowError, struct.error):
+        return math.inf
+    return found
+
+
+def mix_seed(seed: int, *places: int) -> int:
+    """A seed of its own for each place (an answer's index, a turn): unlike sums, no two pairs share their draws."""
+    digest = blake2b(repr((seed, *places)).encode(), digest_size=7).digest()
+    return int.from_bytes(digest)
 
 
 def _strings(name: str, value: object) -> tuple[str, ...]:

@@ -32,7 +32,9 @@ from torch import Tensor
 
 from octad.engine.draw import LEAST, Buffer, keep, likeliest, pick, total
 from octad.engine.outputs import TokenLogprob, TokenLogprobs
-from octad.engine.params import SamplingParams
+from octad.engine.params import SamplingParams, mix_seed
+
+LARGEST = 1e37  # of a logit: differences of two are still float32 numbers
 
 
 class Grammar(Protocol):
@@ -41,6 +43,10 @@ class Grammar(Protocol):
     @property
     def finished(self) -> bool:
         """Whether nothing may follow."""
+
+    @property
+    def error(self) -> str | None:
+        """Why the form failed underway, if it did."""
 
     def mask(self, logits_V: Tensor) -> None:
         """Set what the grammar does not allow next to -inf, in place."""
@@ -88,7 +94,7 @@ class TokenCounts:
         factor = params.repetition_penalty
         seen = torch.where(seen > 0, seen / factor, seen * factor)
         seen -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
-        logits_V[ids] = seen
+        logits_V[ids] = seen.clamp_(-LARGEST, LARGEST)  # an extreme penalty is no infinity
 
 
 class SamplingState:
@@ -106,7 +112,7 @@ class SamplingState:
         self.output_ids: list[int] = []
         self.generator: torch.Generator | None = None
         if params.seed is not None:
-            self.generator = torch.Generator().manual_seed(params.seed + index)
+            self.generator = torch.Generator().manual_seed(mix_seed(params.seed, index) & 0xFFFFFFFF)
         self._counts = TokenCounts(prompt_ids) if params.penalised else None
         self._ends = torch.tensor([*eos_ids, *params.stop_token_ids], dtype=torch.int64)
         self._biased = torch.tensor(list(params.logit_bias), dtype=torch.int64)
@@ -124,6 +130,11 @@ class SamplingState:
     def finished(self) -> bool:
         """Whether the grammar is complete and allows nothing more: stop, even without an end token."""
         return self.matcher is not None and self.matcher.finished
+
+    @property
+    def failure(self) -> str | None:
+        """Why the answer cannot have the form that it should, else None."""
+        return None if self.matcher is None else self.matcher.error
 
     @property
     def adjusts(self) -> bool:
@@ -208,7 +219,10 @@ class Sampler:
         while True:
             pivot_R1 = weights_RV.gather(1, chosen_R[:, None])
             likelier_RV = keep(weights_RV, pivot_R1, False, self._scratch.like(weights_RV))
-            outside_R = (total(likelier_RV) * pivot_R1 >= nucleus_R1)[:, 0]
+            mass_R1 = total(
+                likelier_RV
+            )  # nothing likelier: whatever the nucleus is, this is the end of the search
+            outside_R = ((mass_R1 > 0) & (mass_R1 * pivot_R1 >= nucleus_R1))[:, 0]
             rows = outside_R.nonzero()[:, 0].tolist()
             if not rows:
                 return chosen_R
@@ -229,24 +243,30 @@ class Sampler:
     def _logprobs(
         self, logits_RV: Tensor, tokens: list[int], states: Sequence[SamplingState], rows: list[int]
     ) -> dict[int, TokenLogprobs]:
-        """By row, for the rows that want them: a few passes over all of them together."""
+        """By row, for the rows that want them."""
+        some_RV = logits_RV if len(rows) == len(states) else logits_RV[rows]
         counts = [states[row].params.logprobs or 0 for row in rows]
-        raw_RV = self._work.padded(logits_RV if len(rows) == len(states) else logits_RV[rows])
+        return dict(zip(rows, self.report(some_RV, [tokens[row] for row in rows], counts), strict=True))
+
+    def report(self, logits_RV: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:
+        """Of each row its token's log-probability and as many of the likeliest as its count says: a few passes over all
+        rows together."""
+        raw_RV = self._work.padded(logits_RV)
         largest_R1 = raw_RV.amax(-1, keepdim=True)
         weights_RV = torch.sub(raw_RV, largest_R1, out=self._scratch.like(raw_RV)).exp_()
         norm_R1 = largest_R1 + total(weights_RV).log()
-        chosen_R1 = raw_RV.gather(1, torch.tensor([[tokens[row]] for row in rows], device=raw_RV.device))
+        chosen_R1 = raw_RV.gather(1, torch.tensor(tokens, device=raw_RV.device)[:, None])
         ranks = ((raw_RV > chosen_R1).sum(-1) + 1).tolist()
         values = (chosen_R1 - norm_R1)[:, 0].tolist()
         top_Rk, ids_Rk = raw_RV.topk(min(max(counts), logits_RV.shape[1]), -1)
         tops, ids = (top_Rk - norm_R1).tolist(), ids_Rk.tolist()
-        return {
-            row: TokenLogprobs(
-                self._told(tokens[row], values[i], ranks[i]),
+        return [
+            TokenLogprobs(
+                self._told(token, values[i], ranks[i]),
                 tuple(self._told(ids[i][j], tops[i][j], j + 1) for j in range(min(counts[i], len(ids[i])))),
             )
-            for i, row in enumerate(rows)
-        }
+            for i, token in enumerate(tokens)
+        ]
 
     def _told(self, token: int, logprob: float, rank: int) -> TokenLogprob:
         return TokenLogprob(token, logprob, rank, self._text_of(token))

@@ -14,14 +14,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from octad.engine.outputs import FinishReason, RequestMetrics
+    from collections.abc import Callable
+
+    from octad.engine.outputs import Delta, FinishReason, RequestMetrics, TokenLogprobs
     from octad.engine.params import SamplingParams
 
 
 @dataclass(eq=False)
 class Request:
     """A prompt and its answers. `arrival` counts requests (the order of service), `salt` keys its cached blocks:
-    only requests of equal salt share them."""
+    only requests of equal salt share them, and of those at most the first `max_cached` tokens are taken. `sink` hears
+    every delta, whoever drives the engine."""
 
     request_id: str
     prompt: list[int]
@@ -31,6 +34,9 @@ class Request:
     salt: bytes = b""
     text: str | None = None
     traced: bool = False  # somebody asked for the routing, and there is one
+    max_cached: int | None = None
+    sink: Callable[[Delta], None] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
     prompt_computed: bool = False
     num_cached_tokens: int | None = (
         None  # of the prompt, found in the prefix cache when it was first looked at

@@ -7,7 +7,8 @@
 The library llguidance walks the form and the vocabulary together and says which tokens may come next; the others' logits
 become -inf. What shapes it: reading a vocabulary takes about a second and a schema milliseconds, so the compiler reads
 the tokenizer at the first request, keeps the forms last used, and gives every answer a copy. White space between JSON's
-signs is bounded, as small models like to go on with it for ever.
+signs is bounded, as small models like to go on with it for ever. A form that no text has, or whose size would hold up
+others, is refused when it is compiled; `compile` may be called from any thread, so that the engine's need not wait.
 
 Shapes: V rows of the model's head, which may be more (or fewer) than the tokenizer's ids.
 """
@@ -15,6 +16,9 @@ Shapes: V rows of the model's head, which may be more (or fewer) than the tokeni
 from __future__ import annotations
 
 import math
+import re
+import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -30,6 +34,9 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 KEPT_GRAMMARS = 64
+MOST_TEXT = 400_000  # characters of a form
+MOST_REPEATED = 50_000  # characters that a pattern's repetitions stand for
+MOST_SECONDS = 3.0  # of processor time to compile a form
 JSON_SPACE = r"[ \t\r\n]{0,40}"
 ASCII_DIGITS = "d"  # \d is 0-9, as in JavaScript; the rest is Rust's regex syntax, without look-around
 
@@ -74,29 +81,57 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Tokenizer, eos_ids: Sequence[int]) -> None:
         self._tokenizer, self._eos_ids = tokenizer, list(eos_ids)
+        self._lock = threading.Lock()
         self._read: LLTokenizer | None = None
         self._grammars: OrderedDict[StructuredOutput, LLMatcher] = OrderedDict()
 
     def compile(self, spec: StructuredOutput) -> Matcher:
-        """A matcher at the beginning of the form. Raises RequestError for one that does not compile."""
-        if spec not in self._grammars:
-            self._grammars[spec] = self._compile(spec)
-            if len(self._grammars) > KEPT_GRAMMARS:
-                self._grammars.popitem(last=False)
-        self._grammars.move_to_end(spec)
-        return Matcher(self._grammars[spec].deep_copy(), self._vocabulary().vocab_size)
+        """A matcher at the beginning of the form. Raises RequestError for one that does not compile, that no text has, or
+        that is too large."""
+        with self._lock:
+            core = self._grammars.get(spec)
+        if core is None:
+            core = self._compile(spec)
+            with self._lock:
+                self._grammars[spec] = core
+                if len(self._grammars) > KEPT_GRAMMARS:
+                    self._grammars.popitem(last=False)
+        else:
+            with self._lock:
+                self._grammars.move_to_end(spec)
+        return Matcher(core.deep_copy(), self._vocabulary().vocab_size)
 
     def _compile(self, spec: StructuredOutput) -> LLMatcher:
         vocabulary = self._vocabulary()
         from llguidance import LLMatcher
 
-        core = LLMatcher(vocabulary, _grammar(spec), log_level=0)
+        _check_size(spec)
+        began = time.thread_time()
+        try:
+            core = LLMatcher(vocabulary, _grammar(spec), log_level=0)
+        except ValueError as error:
+            raise RequestError(
+                f"structured.{_field(spec)}: cannot be used: {_one_line(str(error))}"
+            ) from error
         if core.is_error():
             raise RequestError(f"structured.{_field(spec)}: cannot be used: {_one_line(core.get_error())}")
+        first = core.deep_copy()
+        first.compute_bitmask()
+        if first.is_error() or (first.is_stopped() and not first.is_accepting()):
+            raise RequestError(f"structured.{_field(spec)}: no text has this form; nothing could be answered")
+        if (seconds := time.thread_time() - began) > MOST_SECONDS:
+            raise RequestError(
+                f"structured.{_field(spec)}: too large, it took {seconds:.1f} s to compile; allowed are"
+                f" {MOST_SECONDS:g} s, so make it simpler"
+            )
         return core
 
     def _vocabulary(self) -> LLTokenizer:
         """The tokenizer as the library reads it, once."""
+        with self._lock:
+            return self._read_once()
+
+    def _read_once(self) -> LLTokenizer:
         if self._read is None:
             try:
                 from llguidance import LLTokenizer
@@ -113,6 +148,39 @@ class GrammarCompiler:
                     f"structured: llguidance cannot read this tokenizer: {_one_line(str(error))}"
                 ) from error
         return self._read
+
+
+def _check_size(spec: StructuredOutput) -> None:
+    """Raises RequestError for a form whose text or whose repetitions are too many."""
+    text = spec.regex or spec.grammar or str(spec.json or "") or "".join(spec.choice or ())
+    if len(text) > MOST_TEXT:
+        raise RequestError(
+            f"structured.{_field(spec)}: too large, found {len(text)} characters, allowed: {MOST_TEXT}"
+        )
+    if spec.choice is None and (size := _repeated(text, counts=spec.json is None)) > MOST_REPEATED:
+        raise RequestError(
+            f"structured.{_field(spec)}: too large, its repetitions stand for {size} characters, allowed:"
+            f" {MOST_REPEATED}"
+        )
+
+
+def _repeated(text: str, *, counts: bool) -> int:
+    """The size that bounded repetitions in a pattern ask for: a{3} is 3, (ab{2}){5} some 10; of a schema, its least
+    lengths."""
+    if not counts:
+        return max(map(int, re.findall(r'"min(?:Length|Items|Properties)": *(\d{1,18})', text)), default=0)
+    size, open_groups, last = 0, [], 0  # of the group so far, of those around it, of the last atom
+    for token in re.finditer(r"\\.|\[(?:\\.|[^\]\\])*\]|\{(\d{1,18})(?:,(\d{0,18}))?\}|[()]|.", text, re.S):
+        if token[0] == "(":
+            open_groups.append(size)
+            size = last = 0
+        elif token[0] == ")" and open_groups:
+            last, size = size, size + open_groups.pop()
+        elif token[1] is not None:
+            size += last * (max(int(token[1]), int(token[2] or 0)) - 1)
+        else:
+            last, size = 1, size + 1
+    return size if "{" in text else 0
 
 
 def _field(spec: StructuredOutput) -> str:

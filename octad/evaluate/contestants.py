@@ -32,6 +32,7 @@ from octad.fast.saved import load_quantized
 from octad.kernels.native import WeightArray
 from octad.kernels.packed import Packed
 from octad.model.moe import MLP, Experts, FixedRouter, MoE
+from octad.model.observe import mixtures, watching
 from octad.model.transformer import Transformer
 
 
@@ -166,23 +167,12 @@ class Load:
 @contextmanager
 def counted_load(model: Transformer, groups: int = 1) -> Iterator[Load]:
     """Counts inside the block how many tokens each expert of each layer gets."""
-    load, handles = Load(groups), []
-    for _, moe in moe_layers(model):
-        gate: Any = moe.gate
-        count = torch.zeros(groups, len(gate.weight), dtype=torch.long)
-        load.counts.append(count)
+    load, layers = Load(groups), mixtures(model)
+    load.counts = [torch.zeros(groups, len(moe.gate.weight), dtype=torch.long) for moe in layers.values()]
+    counts = dict(zip(layers, load.counts, strict=True))
 
-        def observe(
-            module: nn.Module,
-            args: tuple[torch.Tensor, ...],
-            out: tuple[torch.Tensor, torch.Tensor],
-            count: torch.Tensor = count,
-        ) -> None:
-            load.add(count, out[1])
+    def hear(layer: int, gate: Any, x_ND: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> None:
+        load.add(counts[layer], experts)
 
-        handles.append(gate.register_forward_hook(observe))
-    try:
+    with watching(model, hear):
         yield load
-    finally:
-        for handle in handles:
-            handle.remove()

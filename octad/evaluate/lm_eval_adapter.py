@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
@@ -25,6 +26,7 @@ from octad.engine.params import SamplingParams
 from octad.errors import OctadError
 from octad.evaluate.tasks.answers import write
 from octad.evaluate.tasks.likelihood import Pair, begin_ids, log_likelihoods
+from octad.evaluate.tasks.lineup import alone
 
 MARK = "\ue000 "  # a private character, where a message ends
 
@@ -49,8 +51,9 @@ class OctadLM(TemplateLM):  # type: ignore[misc]
         else:
             place = "auto" if device in (None, "cuda", "cuda:0") else device  # lm-eval's default, GPU or not
             self.llm = LLM(pretrained, dtype=dtype, device=place, quantize=quantize)
+        self._alone = ExitStack()  # for as long as this model is there
         if only is not None:
-            self.llm.only(only)
+            self._alone.enter_context(alone(self.llm, self.llm.expert_number(only)))
         self.max_gen_toks = 256  # lm-eval's default, where a task does not say
 
     @property

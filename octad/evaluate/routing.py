@@ -23,7 +23,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from torch import nn
 
 from octad.engine.detokenize import TokenWindow, token_text
 from octad.evaluate.twins import find_twins
-from octad.model.observe import mixtures
+from octad.model.observe import mixtures, watching
 from octad.model.transformer import Transformer
 from octad.text.tokenizer import Tokenizer
 from octad.text.windows import Window, batches
@@ -163,19 +162,17 @@ def observed(
     said_NE, the weight of each expert in each of these tokens, summed over the layers."""
     said_NE = torch.zeros(int(mask_N.sum()), model.config.num_experts, device=mask_N.device)
 
-    def observe(at: int, gate: Any, args: tuple[torch.Tensor, ...], out: tuple[torch.Tensor, ...]) -> None:
-        weights_NA, experts_NA = out[0][mask_N].float(), out[1][mask_N].long()
+    places = {layer: at for at, layer in enumerate(mixtures(model))}
+
+    def hear(layer: int, gate: Any, x_ND: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> None:
+        weights_NA, experts_NA = weights[mask_N].float(), experts[mask_N].long()
         said_NE.scatter_add_(1, experts_NA, weights_NA)
         if add is not None:
-            add(at, probabilities(gate, args[0], mask_N, weights_NA, experts_NA), weights_NA, experts_NA)
+            p_NE = probabilities(gate, x_ND, mask_N, weights_NA, experts_NA)
+            add(places[layer], p_NE, weights_NA, experts_NA)
 
-    gates = [moe.gate for moe in mixtures(model).values()]
-    handles = [gate.register_forward_hook(partial(observe, at)) for at, gate in enumerate(gates)]
-    try:
+    with watching(model, hear):
         yield said_NE
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def probabilities(

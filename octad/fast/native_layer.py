@@ -20,6 +20,7 @@ from itertools import takewhile
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from octad.fast.native_modules import NativeAttention, NativeExperts, NativeMLP, NativeRouter
@@ -28,6 +29,7 @@ from octad.kernels.native import BlockStruct, LayerArray, NativeKernels, StepStr
 from octad.model.cache import KVCache
 from octad.model.config import ModelConfig
 from octad.model.moe import FixedRouter, MoE
+from octad.model.observe import Watch
 from octad.model.paged_cache import BlockPool, PagedCache
 from octad.model.rope import Rope
 from octad.model.transformer import DecoderLayer
@@ -67,7 +69,8 @@ class NativeLayer(nn.Module):
             done: tuple[torch.Tensor, int] | None = cache.batch.memo.get("decoded")
             if done is not None and done[0] is x_BSD and self._place < done[1]:
                 return x_BSD
-            if self.fused:
+            barred = cache.watch is not None and cache.watch.bias_NE is not None
+            if self.fused and not (barred and cache.watch.alone_N is None):  # type: ignore[union-attr]
                 return self.decode(x_BSD, rope, cache)
         h_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, cache)
         out: torch.Tensor = h_BSD + self.mlp(self.post_attention_layernorm(h_BSD))
@@ -101,7 +104,9 @@ class NativeLayer(nn.Module):
         """This layer and those behind it that route alike, for one new token of each sequence."""
         routing, behind = self.routing, (layer() for layer in self._stack[self._place :])
         assert routing is not None
-        given, top_k = routing[0] != "routed", routing[1]
+        watch = cache.watch
+        alone_R = watch.alone_N if watch is not None and routing[0] == "routed" else None
+        given, top_k = routing[0] != "routed" or alone_R is not None, 1 if alone_R is not None else routing[1]
         layers = [
             layer
             for layer in takewhile(lambda one: one is not None and one.routing == routing, behind)
@@ -109,14 +114,23 @@ class NativeLayer(nn.Module):
         ]
         shape = (len(layers), x_1RD.shape[1], top_k)
         weights_LRA, experts_LRA = torch.empty(shape), torch.empty(shape, dtype=torch.int64)
-        if given:
+        if alone_R is not None:
+            weights_LRA.fill_(1.0)
+            experts_LRA[:] = alone_R[:, None]
+        elif given:
             _fill_in(layers, x_1RD[0], weights_LRA, experts_LRA)
         step = _step(cache, rope, x_1RD, given)
         array = self._array(layers, cache.pool)
         y = self.kernels.layers(array, step, x_1RD, weights_LRA, experts_LRA)
         cache.batch.memo["decoded"] = y, self._place + len(layers)
-        if not given:
-            _tell_observers(layers, x_1RD, weights_LRA, experts_LRA)
+        if alone_R is not None:  # as wide as the routers' own answers; what is left over weighs nothing
+            missing = routing[1] - 1
+            weights_LRA, experts_LRA = (
+                F.pad(weights_LRA, (0, missing)),
+                experts_LRA.expand(-1, -1, routing[1]),
+            )
+        if routing[0] == "routed":
+            _tell_observers(layers, x_1RD, weights_LRA, experts_LRA, watch)
         return y
 
     def _array(self, layers: list[NativeLayer], pool: BlockPool) -> LayerArray:
@@ -142,12 +156,20 @@ def _fill_in(
 
 
 def _tell_observers(
-    layers: list[NativeLayer], x_1RD: torch.Tensor, weights_LRA: torch.Tensor, experts_LRA: torch.Tensor
+    layers: list[NativeLayer],
+    x_1RD: torch.Tensor,
+    weights_LRA: torch.Tensor,
+    experts_LRA: torch.Tensor,
+    watch: Watch | None,
 ) -> None:
-    """What calling the routers would have told their hooks."""
+    """What calling the routers would have told their hooks; the engine's own hears it all at once."""
+    if watch is not None:
+        watch.hear([layer.layer for layer in layers], weights_LRA, experts_LRA)
     for number, layer in enumerate(layers):
         gate: Any = layer.router
         for hook in gate._forward_hooks.values():
+            if getattr(hook, "steps", False) and watch is not None:
+                continue
             hook(gate, (x_1RD,), (weights_LRA[number], experts_LRA[number]))
 
 

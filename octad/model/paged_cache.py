@@ -21,6 +21,7 @@ from octad.kernels.paged import PagedAttention, PagedBatch
 from octad.machine import available_memory
 from octad.model import cost
 from octad.model.config import ModelConfig
+from octad.model.observe import Watch
 from octad.model.transformer import Transformer
 
 
@@ -66,7 +67,8 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 class PagedCache:
-    """The KVCache of one step: tokens of R sequences side by side, B = 1. `start`: as KVCache.positions returns it."""
+    """The KVCache of one step: tokens of R sequences side by side, B = 1. `start`: as KVCache.positions returns it.
+    `watch` is told of the routing, by layers that decode in one call."""
 
     def __init__(
         self,
@@ -75,7 +77,9 @@ class PagedCache:
         start: int | torch.Tensor,
         slots_N: torch.Tensor,
         attention: PagedAttention,
+        watch: Watch | None = None,
     ) -> None:
+        self.watch = watch
         self.pool, self.batch, self.attention = pool, batch, attention
         self.start, self.slots_N = start, slots_N
         self.decoding = len(batch.queries) == len(slots_N)  # every sequence has one new token

@@ -3,7 +3,7 @@
 The environment is the one that templates on the hub are written for (transformers'
 utils/chat_template_utils.py): sandboxed and immutable, trim_blocks and lstrip_blocks, loop controls, a tojson
 that does not escape HTML, raise_exception and strftime_now; `{% generation %}` blocks render as their
-content.
+content. Messages are brought into the form that templates read by octad.text.chat_messages.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from octad.errors import CheckpointError, DataError
+from octad.text.chat_messages import plain_messages, simplified, tools_as_text, with_tools
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+_OPEN = "\ufdd1"  # a Unicode noncharacter: where a message that is to be continued ends
 
 
 class _Refused(Exception):
@@ -44,31 +45,73 @@ class _Generation(Extension):
 def render_chat(
     template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], label: str
 ) -> str:
-    """The prompt of a chat. Raises DataError for what the caller can mend in the messages, CheckpointError
-    for a broken template.
+    """The prompt of a chat; a template that knows no tools gets them as text, one that refuses the order of the roles a
+    simpler order. With `continue_final_message` among the variables the last message stays open at its end.
+
+    Raises DataError for what the caller can mend in the messages, CheckpointError for a broken template.
     """
-    chat = [_checked(message, i) for i, message in enumerate(messages)]
+    chat = plain_messages(messages)
     try:
-        return _environment().from_string(template).render(messages=chat, **variables)
-    except (_Refused, jinja2.UndefinedError) as error:
-        raise DataError(f"{label}: the chat template refuses these messages: {_one_line(error)}") from error
-    except Exception as error:  # a template can fail in any way a program can
+        compiled = _environment().from_string(template)
+        known = meta.find_undeclared_variables(_environment().parse(template))
+    except Exception as error:  # whatever a broken program can do
         raise CheckpointError(
             f"{label}: the chat template fails: {type(error).__name__}: {_one_line(error)}"
         ) from error
+    options = dict(variables)
+    open_ended = bool(options.pop("continue_final_message", False))
+    if open_ended:
+        chat, options = _opened(chat), options | {"add_generation_prompt": False}
+    tools = options.get("tools") or []
+    if tools and "tools" not in known:
+        chat = with_tools(chat, tools)
+    elif "tool_calls" not in template:
+        chat = tools_as_text(chat, answers="tool" not in template)
+    if "developer" not in template:
+        chat = [m | {"role": "system"} if m["role"] == "developer" else m for m in chat]
+    text = _rendered(compiled, chat, options, label)
+    return text[: text.index(_OPEN)] if open_ended and _OPEN in text else text
 
 
-def _checked(message: Any, index: int) -> dict[str, Any]:
-    """A copy of a message that has a known role and something to say."""
-    if not isinstance(message, Mapping):
+def _rendered(
+    template: jinja2.Template, chat: list[dict[str, Any]], options: Mapping[str, Any], label: str
+) -> str:
+    """By the template as it is, else in the first simpler form that it takes; its first complaint where it takes none."""
+    try:
+        return template.render(messages=chat, **options)
+    except Exception as error:  # a template can fail in any way a program can
+        complaint = error
+    for system in (True, False):
+        try:
+            return template.render(messages=simplified(chat, system=system), **options)
+        except Exception:
+            continue
+    told = _one_line(complaint)
+    if isinstance(complaint, (_Refused, jinja2.UndefinedError)):
+        place = _first_refused(template, chat, options)
         raise DataError(
-            f"message {index}: should be an object with 'role' and 'content', found {type(message).__name__}"
-        )
-    if (role := message.get("role")) not in ROLES:
-        raise DataError(f"message {index}: unknown role {role!r} (known: {', '.join(ROLES)})")
-    if "content" not in message and "tool_calls" not in message:
-        raise DataError(f"message {index}: has no 'content'")
-    return dict(message)
+            f"{label}: the chat template refuses these messages: {told} (at message {place})"
+        ) from complaint
+    raise CheckpointError(
+        f"{label}: the chat template fails: {type(complaint).__name__}: {told}"
+    ) from complaint
+
+
+def _first_refused(template: jinja2.Template, chat: list[dict[str, Any]], options: Mapping[str, Any]) -> int:
+    """The place of the message with which the template begins to refuse."""
+    for place in range(len(chat)):
+        try:
+            template.render(messages=chat[: place + 1], **options)
+        except Exception:
+            return place
+    return len(chat) - 1
+
+
+def _opened(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With a mark at the end of the last message's text, where the prompt is to end."""
+    if not chat:
+        raise DataError("continue_final_message: there is no message to continue")
+    return [*chat[:-1], chat[-1] | {"content": chat[-1]["content"] + _OPEN}]
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import tokenizers
 
-from octad.errors import CheckpointError
+from octad.errors import CheckpointError, DataError
 from octad.guard import read_object
 from octad.text.chat_template import render_chat
 
@@ -89,7 +89,10 @@ class Tokenizer:
         With parse_special=False the spelling of a control token in the text is plain text, not the token.
         """
         core = self.core if parse_special else self._plain_core
-        ids: list[int] = core.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            ids: list[int] = core.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError:
+            raise DataError(_no_text(text)) from None
         return ids
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -101,7 +104,11 @@ class Tokenizer:
     ) -> list[list[int]]:
         """`encode` of many texts, in parallel where the library's threads allow."""
         core = self.core if parse_special else self._plain_core
-        return [e.ids for e in core.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)]
+        try:
+            return [e.ids for e in core.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)]
+        except TypeError:
+            wrong = next(text for text in texts if _no_text(text))
+            raise DataError(_no_text(wrong)) from None
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of some ids; bytes that are no whole character become U+FFFD."""
@@ -162,7 +169,8 @@ class Tokenizer:
         self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
     ) -> str:
         """The chat as text, as the model was trained to read it. `variables` (tools=..., enable_thinking=...)
-        reach the template.
+        reach the template; continue_final_message=True leaves the last message open at its end. Contents may be lists of
+        text parts or None.
 
         Raises DataError for messages that are malformed or that the template refuses, CheckpointError for a
         model without a template or with a broken one.
@@ -183,12 +191,15 @@ class Tokenizer:
     def encode_chat(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
     ) -> list[int]:
-        """Ids of a chat in which only the template can produce control tokens, never the messages' own text."""
+        """Ids of a chat in which only the template can produce control tokens, never the text of messages or tools.
+
+        Raises as apply_chat_template does."""
         added = self.core.get_added_tokens_decoder()
         special = {added[i].content: i for i in self.special_ids if added[i].content}
         masked = {text: text[0] + _MARK + text[1:] for text in sorted(special, key=len, reverse=True)}
         chat = [_map_strings(message, masked) for message in messages]
-        rendered = self.apply_chat_template(chat, add_generation_prompt, **variables)
+        given = {name: _map_strings(value, masked) for name, value in variables.items()}
+        rendered = self.apply_chat_template(chat, add_generation_prompt, **given)
         ids: list[int] = []
         for part in _split_at(rendered, list(masked)):
             if part in special:
@@ -254,6 +265,17 @@ class Tokenizer:
                 self.core.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False)])
 
 
+def _no_text(text: Any) -> str:
+    """Why this cannot be encoded; "" where it can."""
+    if not isinstance(text, str):
+        return f"expected a text, found {type(text).__name__}"
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return "the text holds half of a surrogate pair, which is no text; remove it"
+    return ""
+
+
 def _text(token: Any) -> str | None:
     """A named token is a string, or an object with the string under `content`."""
     text = token.get("content") if isinstance(token, Mapping) else token
@@ -305,7 +327,9 @@ def _map_strings(value: Any, replacements: Mapping[str, str]) -> Any:
             value = value.replace(old, new)
         return value
     if isinstance(value, Mapping):
-        return {key: _map_strings(item, replacements) for key, item in value.items()}
+        return {
+            _map_strings(key, replacements): _map_strings(item, replacements) for key, item in value.items()
+        }
     return [_map_strings(item, replacements) for item in value] if isinstance(value, (list, tuple)) else value
 
 

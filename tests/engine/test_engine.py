@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -187,18 +188,75 @@ def test_a_seed_is_the_same_alone_and_in_a_batch(model: Transformer) -> None:
 
 
 def test_n_answers_are_n_requests(model: Transformer) -> None:
-    """Answer i of seed s is the answer of seed s + i, and the prompt is computed once."""
+    """Answer 0 is that of a request for one, each has draws of its own, and the prompt is computed once."""
     prompt = prompts(1, shortest=22, longest=22)[0]
     params = SamplingParams(temperature=1.5, seed=3, n=4, max_tokens=12, ignore_eos=True)
     for caching in (True, False):
         engine = make_engine(model, enable_prefix_caching=caching)
         output = run(engine, [prompt], params)[0]
         assert [answer.index for answer in output.outputs] == [0, 1, 2, 3]
-        single = [replace(params, seed=3 + i, n=1) for i in range(4)]
-        expected = [ids(run(make_engine(model), [prompt], one))[0] for one in single]
-        assert [answer.token_ids for answer in output.outputs] == expected
+        found = [answer.token_ids for answer in output.outputs]
+        assert found[0] == ids(run(make_engine(model), [prompt], replace(params, n=1)))[0]
+        others = [ids(run(make_engine(model), [prompt], replace(params, seed=s, n=1)))[0] for s in (4, 5, 6)]
+        assert (
+            len({tuple(answer) for answer in found + others}) == 7
+        )  # answer 1 of seed 3 is not that of seed 4
+        assert found == [a.token_ids for a in run(make_engine(model), [prompt], params)[0].outputs]
         assert engine.stats.prefix_hit_tokens == 3 * 20
         assert output.num_cached_tokens == 0
+
+
+def test_several_greedy_answers_are_the_same(model: Transformer) -> None:
+    for params in (replace(GREEDY, n=3), replace(GREEDY, n=3, temperature=1.0, top_p=7e-46)):
+        answers = run(make_engine(model), [PROMPT], params)[0].outputs
+        assert [a.token_ids for a in answers] == [ids(run(make_engine(model), [PROMPT]))[0]] * 3
+
+
+def test_extreme_parameters_end(model: Transformer) -> None:
+    """Numbers at the edge of float32: every step ends, with tokens of the vocabulary."""
+    for extreme in (
+        {"top_p": 1e-45, "temperature": 3e38},
+        {"top_p": 1.2e-38, "min_p": 1e-46},
+        {"repetition_penalty": 1e-45},
+        {"repetition_penalty": 3e38, "frequency_penalty": 2.0, "presence_penalty": -2.0},
+        {"temperature": 1.1e-5, "repetition_penalty": 1e-30, "top_p": 0.9},
+    ):
+        params = SamplingParams(max_tokens=20, ignore_eos=True, seed=1, **extreme)
+        assert all(0 <= token < 96 for token in ids(run(make_engine(model), [PROMPT], params))[0])
+
+
+def test_arrays_are_prompts_and_other_things_are_not(model: Transformer) -> None:
+    expected = ids(run(make_engine(model), [PROMPT]))
+    for prompt in (
+        torch.tensor(PROMPT),
+        np.array(PROMPT, np.int32),
+        tuple(PROMPT),
+        [np.int64(t) for t in PROMPT],
+    ):
+        assert ids(run(make_engine(model), [prompt])) == expected
+    wrong = ([1.0, 2.0], [None], None, 1.5, [True], torch.tensor([0.5]), torch.tensor([[1, 2]]), "text")
+    for prompt in wrong:
+        with pytest.raises(RequestError, match="prompts: found"):
+            make_engine(model).add_request("a", prompt, GREEDY)
+
+
+def test_the_prompts_own_log_probabilities(model: Transformer) -> None:
+    batch, asked = prompts(3, shortest=20), replace(GREEDY, prompt_logprobs=2, max_tokens=2)
+    for options in ({}, {"max_num_batched_tokens": 7}):
+        engine = make_engine(model, **options)
+        run(engine, batch)  # what is cached is computed again
+        for prompt, output in zip(batch, run(engine, batch, asked), strict=True):
+            with torch.no_grad():
+                expected = model(torch.tensor([prompt]))[0].log_softmax(-1)
+            assert output.prompt_logprobs is not None
+            first, *rest = output.prompt_logprobs
+            assert first is None
+            assert [entry.chosen.token_id for entry in rest if entry] == prompt[1:]
+            ours = torch.tensor([entry.chosen.logprob for entry in rest if entry])
+            torch.testing.assert_close(ours, expected[range(len(rest)), prompt[1:]], atol=1e-4, rtol=1e-4)
+            likeliest = [entry.top[0].token_id for entry in rest if entry]
+            assert likeliest == expected[:-1].argmax(-1).tolist()
+            assert all(len(entry.top) == 2 for entry in rest if entry)
 
 
 def test_a_model_that_has_answered_can_be_trained(tiny_checkpoint: TinyCheckpoint) -> None:

@@ -153,18 +153,15 @@ def test_only_one_expert(llm: LLM, directory: Path) -> None:
     llm.only(None)
     again = llm.generate(text, GREEDY)[0]
     assert again.outputs[0].token_ids == free.outputs[0].token_ids
-    assert again.num_cached_tokens == 0
+    assert (
+        again.num_cached_tokens == len(again.prompt_token_ids) // 4 * 4 - 4
+    )  # what it read before is still there
 
 
 def test_experts_that_cannot_be(llm: LLM, tiny_checkpoint: TinyCheckpoint) -> None:
     for wrong in ("german", 3, -1):
         with pytest.raises(RequestError, match="there are base, french, maths"):
             llm.only(wrong)
-    stream = llm.stream("busy", GREEDY)
-    next(stream)
-    with pytest.raises(RequestError, match="while requests are running"):
-        llm.only("french")
-    stream.close()  # type: ignore[attr-defined]
     dense = LLM((load(tiny_checkpoint("llama")), byte_tokenizer()), num_blocks=20)
     assert dense.expert_names == []
     with pytest.raises(RequestError, match="is dense"):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from octad.engine.params import SamplingParams, StructuredOutput
+from octad.engine.params import SamplingParams, StructuredOutput, mix_seed
 from octad.errors import RequestError
 
 
@@ -28,11 +28,11 @@ def test_lists_are_frozen_and_numbers_brought_to_their_type() -> None:
         ("n", (0, 1.5, True, "2", None), (1, 7)),
         ("max_tokens", (0, -1, 2.0), (1, None)),
         ("min_tokens", (-1, None), (0, 5)),
-        ("temperature", (-0.1, float("nan"), float("inf"), "hot", None), (0, 0.5, 3)),
-        ("top_p", (0, 1.01, -1), (1e-9, 1)),
+        ("temperature", (-0.1, float("nan"), float("inf"), 1e39, 10**400, "hot", None), (0, 0.5, 3)),
+        ("top_p", (1.01, -1, float("nan")), (0, 7e-46, 1e-9, 1)),
         ("top_k", (-2, 0.5), (-1, 0, 9)),
         ("min_p", (-0.1, 1.1), (0, 1)),
-        ("repetition_penalty", (0, -1), (0.5, 1.3)),
+        ("repetition_penalty", (0, -1, 1e-46), (0.5, 1.3)),
         ("presence_penalty", (-2.1, 2.1), (-2, 2)),
         ("frequency_penalty", (-2.1, 2.1), (-2, 2)),
         ("seed", (1.0, 2**63), (None, 0, -5)),
@@ -57,7 +57,6 @@ def test_bounds(field: str, bad: tuple[object, ...], good: tuple[object, ...]) -
     ("options", "message"),
     [
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens: found 9, allowed: at most max_tokens, which is 8"),
-        ({"n": 2, "temperature": 0}, "n: found 2, allowed: 1 at temperature 0"),
         ({"structured": StructuredOutput(regex="a"), "ignore_eos": True}, "ignore_eos: found True"),
         ({"structured": StructuredOutput(regex="a"), "min_tokens": 3}, "min_tokens: found 3"),
     ],
@@ -70,7 +69,23 @@ def test_combinations_that_cannot_be(options: dict[str, object], message: str) -
 def test_greedy_is_no_temperature_to_speak_of() -> None:
     assert SamplingParams(temperature=0).greedy
     assert SamplingParams(temperature=1e-7).greedy
+    assert SamplingParams(top_p=0).greedy
+    assert SamplingParams(top_p=7e-46).greedy  # nothing in float32, which the sampler computes in
+    assert SamplingParams(temperature=0, n=3).n == 3
     assert not SamplingParams(temperature=0.01).greedy
+
+
+def test_seeds_do_not_meet() -> None:
+    places = [mix_seed(seed, index) for seed in range(-3, 40) for index in range(40)]
+    assert len(set(places)) == len(places)
+    assert mix_seed(4, 1) == mix_seed(4, 1)
+
+
+def test_experts_are_a_set_of_numbers() -> None:
+    assert SamplingParams(only_experts=[2, 0, 2]).only_experts == (0, 2)
+    for wrong in ([], [-1], ["french"], 3, [1.5]):
+        with pytest.raises(RequestError, match="only_experts: found"):
+            SamplingParams(only_experts=wrong)  # type: ignore[arg-type]
 
 
 def test_ids_that_the_model_does_not_have() -> None:

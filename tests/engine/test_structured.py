@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import TinyCheckpoint
+from tiny import byte_tokenizer, finish, load, make_engine
 from vocabularies import sentencepiece, smollm2
 
 from octad.engine.detokenize import Detokenizer
@@ -293,3 +295,37 @@ def test_without_the_library(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPat
 def test_a_model_without_an_end_token(tokenizer: Tokenizer) -> None:
     with pytest.raises(RequestError, match="no end token"):
         GrammarCompiler(tokenizer, []).compile(StructuredOutput(regex="a"))
+
+
+@pytest.mark.parametrize(
+    ("form", "told"),
+    [
+        ({"regex": "a{1000000}"}, "too large"),
+        ({"regex": "(ab{1000}){1000}"}, "too large"),
+        ({"grammar": "start: /x{900000}/"}, "too large"),
+        ({"json": {"type": "string", "minLength": 10**6}}, "too large"),
+        ({"regex": "a" * 500_000}, "too large"),
+        ({"regex": "[a&&b]"}, "no text has this form"),
+        ({"grammar": 'start: start "a"'}, "no text has this form"),
+        ({"grammar": "start: a"}, 'unknown name: "a"'),
+        ({"json": {"enum": []}}, "Unsatisfiable"),
+    ],
+)
+def test_forms_that_no_answer_can_have_are_refused(form: dict[str, Any], told: str) -> None:
+    compiler = GrammarCompiler(byte_tokenizer(), [95])
+    with pytest.raises(RequestError, match=rf"^structured\.\w+: .*{told}"):
+        compiler.compile(StructuredOutput(**form))
+
+
+def test_a_form_that_fails_underway_is_no_stop(tiny_checkpoint: TinyCheckpoint) -> None:
+    """The library gives up in the middle (here: it is made to): the finish reason says so, and not "stop"."""
+    engine = make_engine(load(tiny_checkpoint("mixtral")))
+    params = SamplingParams(temperature=0, max_tokens=20, structured=StructuredOutput(regex="[a-z]{5,9}"))
+    engine.add_request("a", [1, 2, 3], params)
+    engine.step()
+    answer = next(iter(engine.answers.values()))[0]
+    answer.state.matcher._core.consume_token(0)  # type: ignore[union-attr]  # "!", which does not fit
+    finish(engine)
+    found = engine.output("a").outputs[0]
+    assert found.finish_reason == "error"
+    assert isinstance(found.stop_reason, str)

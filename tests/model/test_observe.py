@@ -80,12 +80,18 @@ def test_deltas_tell_the_speakers(tiny_checkpoint: TinyCheckpoint) -> None:
     engine = make_engine(load(tiny_checkpoint("mixtral")))
     engine.add_request("a", prompts(1)[0], TRACED)
     engine.add_request("b", prompts(1)[0], GREEDY)
-    said, silent = [], []
+    said: dict[str, list[int]] = {"a": [], "b": []}
+    shares: list[float] = []
     while engine.has_unfinished():
         for delta in engine.step():
-            (said if delta.request_id == "a" else silent).append(delta.speakers)
-    assert [s for speakers in said for s in speakers] == engine.output("a").outputs[0].speakers
-    assert set(silent) == {None}
+            said[delta.request_id] += delta.speakers or ()
+            shares += delta.speaker_shares or ()
+    traced = engine.output("a").outputs[0]
+    assert said["a"] == said["b"][: len(said["a"])] == traced.speakers  # with a trace and without
+    assert traced.routed_weights is not None
+    most = traced.routed_weights.sum((1, 2))  # of two layers with weights that sum to 1
+    torch.testing.assert_close(most, torch.full_like(most, 2.0))
+    assert all(0.25 < share <= 1 for share in shares)
 
 
 def test_a_trace_is_whole_in_spite_of_the_prefix_cache(tiny_checkpoint: TinyCheckpoint) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from octad.engine.llm import LLM
-from octad.engine.params import SamplingParams
+from octad.engine.params import SamplingParams, mix_seed
 from octad.errors import DataError
 from octad.evaluate.tasks.scores import Measured
 from octad.evaluate.tasks.task import GenerateTask, Prompt
@@ -32,23 +32,23 @@ def write(
     progress: Callable[[float], None] = lambda done: None,
 ) -> list[list[str]]:
     """The answers to each prompt (a text, or its ids), in order. Prompts lose their beginning where the context is too
-    short for both; a seed is counted on from prompt to prompt, so that no two share their draws."""
+    short for both; a seed is mixed with the prompt's number, so that no two share their draws."""
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-    engine, ids = llm.engine, [f"task-{number}" for number in range(len(prompts))]
+    streams, texts, done, total = [], list[list[str]](), 0, sum(own.n for own in each)
     try:
         for number, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
+            room = max(1, llm.engine.max_model_len - (own.max_tokens or 1))
+            seeded = own if own.seed is None else replace(own, seed=mix_seed(own.seed, number))
             tokens = llm.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
-            room = max(1, engine.max_model_len - (own.max_tokens or 1))
-            seeded = own if own.seed is None else replace(own, seed=own.seed + number * own.n)
-            engine.add_request(ids[number], tokens[-room:], seeded)
-        done, total = 0, sum(own.n for own in each)
-        while engine.has_unfinished():
-            done += sum(delta.finish_reason is not None for delta in engine.step())
+            streams.append(llm.submit(tokens[-room:], seeded, deltas=False))
+        for stream, own in zip(streams, each, strict=True):
+            texts.append([answer.text for answer in stream.output().outputs])
+            done += own.n
             progress(done / total)
-        return [[answer.text for answer in engine.output(request).outputs] for request in ids]
+        return texts
     finally:
-        for request in ids:
-            engine.abort(request)
+        for stream in streams:
+            stream.close()
 
 
 def measure_answers(llm: LLM, task: GenerateTask, work: Work | None = None) -> list[Measured]:

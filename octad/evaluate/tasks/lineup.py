@@ -11,6 +11,7 @@ base, as in the comparison by bits per byte, so the names mean the same in both 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from octad.checkpoint.source import TensorSource
 from octad.dist import compute_dtype
 from octad.engine.llm import DTYPES, LLM
 from octad.errors import OctadError, RequestError
-from octad.evaluate.contestants import moe_layers, soup_mlp
+from octad.evaluate.contestants import Member, contestant, moe_layers, soup_mlp
 from octad.evaluate.lineup import contestant_names
 from octad.evaluate.originals import original
 
@@ -55,9 +56,8 @@ def lineup(ref: str | Path, *, members: bool = False, dtype: str = "auto") -> It
     apart = _originals(made)
     for expert, member in enumerate(contestant_names(llm.expert_names)):
         if isinstance(apart.get(member, ""), str):
-            llm.only(expert)
-            yield Entrant(member, "member", llm, str(apart.get(member, "")))
-            llm.only(None)
+            with alone(llm, expert):
+                yield Entrant(member, "member", llm, str(apart.get(member, "")))
     del llm  # one model in memory at a time
     kind = compute_dtype() if dtype == "auto" else DTYPES[dtype]
     for member, found in apart.items():
@@ -65,6 +65,15 @@ def lineup(ref: str | Path, *, members: bool = False, dtype: str = "auto") -> It
             yield Entrant(member, "member", LLM((load_model(found, kind), load_tokenizer(found))))
     if not isinstance(source, QuantizedSource):
         yield Entrant("soup", "soup", soup(source, made, kind))
+
+
+@contextmanager
+def alone(llm: LLM, expert: int) -> Iterator[LLM]:
+    """Inside, every token goes to this expert, whether the model runs in its engine or by itself."""
+    with contestant(llm.model, Member(expert)):
+        llm.loop.call(llm.engine.reset_prefix_cache)
+        yield llm
+    llm.loop.call(llm.engine.reset_prefix_cache)
 
 
 def _originals(made: Provenance | None) -> dict[str, TensorSource | str]:
