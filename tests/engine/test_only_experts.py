@@ -5,11 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import MOE, TinyCheckpoint
-from tiny import GREEDY, ids, load, make_engine, prompts, run
+from tiny import GREEDY, byte_tokenizer, ids, load, make_engine, prompts, run
 
+from octad.checkpoint.load import load_model, open_source
 from octad.engine.generate import generate
+from octad.engine.llm import LLM
 from octad.engine.params import SamplingParams
 from octad.evaluate.contestants import Member, contestant, moe_layers
+from octad.fast.optimize import native_kernels
 from octad.model.moe import Router
 from octad.model.observe import barred
 from octad.model.transformer import Transformer
@@ -108,3 +111,26 @@ def test_what_is_left_is_divided_by_hand() -> None:
 def test_a_dense_model_has_no_experts_to_choose(tiny_checkpoint: TinyCheckpoint) -> None:
     with pytest.raises(Exception, match="only_experts: this model is dense"):
         make_engine(load(tiny_checkpoint("llama"))).add_request("a", [1], SamplingParams(only_experts=[0]))
+
+
+@pytest.mark.skipif(native_kernels() is None, reason="no native kernels here")
+def test_masks_in_the_layers_that_decode_in_one_call(tiny_checkpoint: TinyCheckpoint) -> None:
+    """One expert each is decoded in one call, other masks go through the parts; both to the bit as with neighbours."""
+    directory = tiny_checkpoint("mixtral")
+    source = open_source(directory)
+
+    def make() -> LLM:
+        model = load_model(source, torch.bfloat16)
+        return LLM((model, byte_tokenizer(96)), quantize="int8", block_size=4, num_blocks=256)
+
+    llm, batch = make(), prompts(6, shortest=3)
+    masks: list[tuple[int, ...] | None] = [(0,), (1,), None, (2,), (0, 1), None]
+    params = [replace(GREEDY, only_experts=mask, logprobs=0, routed_experts=True) for mask in masks]
+    together = llm.generate(batch, params)
+    for prompt, own, beside in zip(batch, params, together, strict=True):
+        alone, answer = make().generate([prompt], own)[0].outputs[0], beside.outputs[0]
+        assert alone.logprobs == answer.logprobs
+        assert torch.equal(alone.routed_experts, answer.routed_experts)  # type: ignore[arg-type]
+        assert alone.speakers == answer.speakers
+        if own.only_experts is not None:
+            assert set(alone.speakers or ()) <= set(own.only_experts)
