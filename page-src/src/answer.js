@@ -8,8 +8,8 @@ import { ShareBar } from "./sharebar.js";
 
 export class AnswerView {
   /** `run` is the Run that fills the node, if one does; `act` is what the page can do (see main.js). */
-  constructor({ node, run, talk, experts, act, compared = false }) {
-    Object.assign(this, { node, run, talk, served: experts, experts: castOf(node, experts), act, compared });
+  constructor({ node, run, talk, server, act, compared = false }) {
+    Object.assign(this, { node, run, talk, server, experts: castOf(node, server.experts), act, compared });
     this.drawn = 0; // pieces that are on the screen
     this.thoughtDrawn = 0; // and characters of what was thought
     this.prose = el("div", { class: "prose" });
@@ -41,11 +41,12 @@ export class AnswerView {
     return el("p", { class: "mask-note" }, this.experts.describe(this.node.only));
   }
 
-  // Known from the first piece on: the answer may have been asked for before the server was ready.
-  #cast() {
-    this.experts = castOf(this.node, this.served);
+  /** See who may have spoken: known from the first piece on, as the server may not have been ready before. */
+  recast() {
+    const served = this.server.experts;
+    this.experts = castOf(this.node, served);
     addColours(this.experts);
-    const same = this.run || sameExperts(this.experts, this.served);
+    const same = sameExperts(this.experts, served);
     this.shares.speakers(this.experts, same ? (mask) => this.act.askAgain(this.node, mask) : null);
   }
 
@@ -98,7 +99,7 @@ export class AnswerView {
   #write() {
     const { pieces = [], content } = this.node;
     const from = this.drawn;
-    if (!from && pieces.length) this.#cast();
+    if (!from && pieces.length) this.recast();
     if (!pieces.length && content && !from) this.view.write(content, 0);
     for (; this.drawn < pieces.length; this.drawn += 1) this.view.write(pieces[this.drawn][0], this.drawn);
     if (this.drawn > from) this.shares.add(pieces.slice(from));

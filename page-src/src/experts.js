@@ -89,12 +89,18 @@ export const sameExperts = (a, b) =>
 
 const round = (weight) => (Number.isFinite(weight) ? Math.round(weight * 1000) / 1000 : null);
 
+const counted = new WeakMap(); // pieces -> {counts, upto}: pieces are only ever added, and counted once
+
 /** [{index, count, share}] of those who spoke, the most first. */
 export function shares(pieces) {
-  const counts = new Map();
-  for (const [, expert] of pieces) if (expert >= 0) counts.set(expert, (counts.get(expert) ?? 0) + 1);
-  const total = [...counts.values()].reduce((sum, count) => sum + count, 0);
-  return [...counts]
+  if (!counted.has(pieces)) counted.set(pieces, { counts: new Map(), upto: 0 });
+  const state = counted.get(pieces);
+  for (; state.upto < pieces.length; state.upto += 1) {
+    const expert = pieces[state.upto][1];
+    if (expert >= 0) state.counts.set(expert, (state.counts.get(expert) ?? 0) + 1);
+  }
+  const total = [...state.counts.values()].reduce((sum, count) => sum + count, 0);
+  return [...state.counts]
     .map(([index, count]) => ({ index, count, share: count / total }))
     .sort((a, b) => b.count - a.count || a.index - b.index);
 }

@@ -83,7 +83,8 @@ class Page {
       this.experts = experts;
       addColours(experts);
       this.panel.build();
-      this.#draw({ fresh: this.runs.size === 0 }); // answers that wait for it draw themselves
+      this.thread.recast();
+      this.#draw();
     }
     drawWelcome(this.server);
     this.frame.banner();
@@ -229,8 +230,7 @@ class Page {
     });
     run.talk = talk;
     this.runs.set(node.id, run);
-    const saving = setInterval(() => this.#save(talk), SAVE_EVERY);
-    this.#save(talk);
+    const stopSaving = this.#keepSaving(talk);
     if (!quiet) {
       this.thread.forget(node.id);
       this.#draw();
@@ -238,7 +238,7 @@ class Page {
     }
     this.#busy();
     await run.finish();
-    clearInterval(saving);
+    stopSaving();
     this.runs.delete(node.id);
     if (["gone", "broke"].includes(node.error?.kind)) this.server.ready(); // says so above, and when it is back
     talk.updated = Date.now();
@@ -246,9 +246,20 @@ class Page {
     this.#busy();
   }
 
+  // Saving a long conversation takes longer; it may take a fiftieth of the time.
+  #keepSaving(talk) {
+    let timer = 0;
+    const save = () => {
+      const start = performance.now();
+      this.#save(talk);
+      timer = setTimeout(save, Math.max(SAVE_EVERY, 50 * (performance.now() - start)));
+    };
+    save();
+    return () => clearTimeout(timer);
+  }
+
   /** A view has drawn what is new. */
-  drawn(view) {
-    this.thread.grown(view);
+  drawn() {
     this.panel.update();
   }
 
@@ -312,7 +323,7 @@ class Page {
   async #save(talk) {
     if (this.gone?.has(talk.id)) return;
     try {
-      await this.store.put(structuredClone(talk));
+      await this.store.put(talk);
     } catch (error) {
       this.tell(`This conversation could not be kept: ${error.message}`, "trouble");
     }

@@ -6,6 +6,8 @@ import { makeUpView } from "./makeup.js";
 import { MODES } from "./settings.js";
 import { percent, swatch } from "./sharebar.js";
 
+const NOBODY = [];
+
 export class Panel {
   /** act: setMask(mask), compareMask(), latest() -> the newest answer's node or null, talk() */
   constructor({ server, settings, act }) {
@@ -172,7 +174,8 @@ export class Panel {
   update() {
     if (!this.rows) return;
     const node = this.act.latest();
-    const told = node && sameExperts(castOf(node, this.server.experts), this.server.experts) ? (node.pieces ?? []) : [];
+    const told =
+      node && sameExperts(castOf(node, this.server.experts), this.server.experts) ? (node.pieces ?? NOBODY) : NOBODY;
     const found = new Map(shares(told).map((row) => [row.index, row.share]));
     this.about.textContent = found.size
       ? "Shares of the latest answer’s tokens"

@@ -21,7 +21,8 @@ export class ShareBar {
 
   /** ask(mask): answer again with only these experts, and compare; null where the server has other experts. */
   speakers(experts, ask) {
-    Object.assign(this, { experts, ask });
+    Object.assign(this, { experts, ask, drawn: null });
+    if (this.total) this.#draw();
   }
 
   /** Count these pieces, too, and draw. */

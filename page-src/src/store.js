@@ -54,7 +54,7 @@ export class Store {
   }
 
   async get(id) {
-    if (!this.db) return this.memory.get(id);
+    if (!this.db) return structuredClone(this.memory.get(id));
     return settled(this.db.transaction("talks").objectStore("talks").get(id));
   }
 
@@ -69,7 +69,7 @@ export class Store {
         list.put(entry(talk));
         talks.put(talk);
       });
-    } else this.memory.set(talk.id, talk);
+    } else this.memory.set(talk.id, structuredClone(talk));
     this.channel?.postMessage(talk.id);
   }
 

@@ -14,7 +14,9 @@ export class Thread {
     this.views = new Map();
     this.pair = null; // [id, id] of two answers side by side
     this.follows = true;
+    this.top = 0;
     this.scroller.addEventListener("scroll", () => this.#scrolled(), { passive: true });
+    new ResizeObserver(() => this.#resized()).observe(this.list);
     byId("to-end").addEventListener("click", () => this.toEnd());
   }
 
@@ -62,11 +64,9 @@ export class Thread {
     this.scroller.scrollTop = this.scroller.scrollHeight;
   }
 
-  /** Text has grown: go along if the reader is at the end. */
-  grown(view) {
-    if (!view.element.isConnected) return; // of another conversation
-    if (this.follows) this.scroller.scrollTop = this.scroller.scrollHeight;
-    else byId("to-end").hidden = false;
+  /** The server has other experts now. */
+  recast() {
+    for (const view of this.views.values()) for (const answer of view.answers ?? [view]) answer.recast?.();
   }
 
   #view(node) {
@@ -80,7 +80,7 @@ export class Thread {
       node,
       run: this.runs.get(node.id),
       talk: this.talk,
-      experts: this.server.experts,
+      server: this.server,
       act: this.act,
       compared,
     });
@@ -121,10 +121,27 @@ export class Thread {
     }
   }
 
+  // Text has grown, a formula was drawn, a block has come into sight: go along if the reader is at the end.
+  #resized() {
+    if (this.follows) this.scroller.scrollTop = this.scroller.scrollHeight;
+    else this.#showEnd();
+  }
+
+  // Only who goes up stops following: growth alone also takes the end away.
   #scrolled() {
+    const { scrollTop } = this.scroller;
+    if (this.#distance < NEAR) this.follows = true;
+    else if (scrollTop < this.top) this.follows = false;
+    this.top = scrollTop;
+    this.#showEnd();
+  }
+
+  get #distance() {
     const { scrollTop, scrollHeight, clientHeight } = this.scroller;
-    this.follows = scrollHeight - scrollTop - clientHeight < NEAR;
-    if (this.follows) byId("to-end").hidden = true;
-    else if (scrollHeight > clientHeight + NEAR) byId("to-end").hidden = false;
+    return scrollHeight - scrollTop - clientHeight;
+  }
+
+  #showEnd() {
+    byId("to-end").hidden = this.follows || this.#distance < NEAR;
   }
 }
