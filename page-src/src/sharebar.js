@@ -41,7 +41,9 @@ export class ShareBar {
     for (const [index] of rows)
       if (!this.bar.querySelector(`.e${index}`)) this.bar.append(el("span", { class: `e${index}` }));
     for (const part of this.bar.children) {
-      part.style.flexGrow = this.counts.get(Number(part.className.slice(1)));
+      const index = Number(part.className.slice(1));
+      part.style.flexGrow = this.counts.get(index);
+      part.style.order = rows.findIndex(([other]) => other === index);
     }
     const words = rows.map(([index, count]) => `${this.experts.name(index)} ${percent(count / this.total)}`);
     this.bar.setAttribute("aria-label", `Spoken by ${words.join(", ")}`);
