@@ -253,25 +253,19 @@ def summary(kind: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def draw(curves: Mapping[tuple[str, int], list[tuple[int, float]]], tokens: int, plot: Path) -> None:
     """Held-out bits per byte over the steps, every seed a line."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
+    from octad.report.plot import Line, document, lines
 
-    with mpl.rc_context({"svg.hashsalt": "octad", "font.size": 9}):
-        figure = Figure(figsize=(7, 4.2), layout="constrained")
-        panel = figure.subplots()
-        for (kind, seed), points in curves.items():
-            label = {"label": kind} if seed == SEEDS[0] else {}
-            panel.plot(*zip(*points, strict=True), f"C{list(KINDS).index(kind)}", lw=1, **label)
-            if kind == "dense":
-                panel.axhline(points[-1][1], color="C0", lw=0.4, ls="--")
-        panel.set(
-            xlabel=f"step ({tokens} tokens)", ylabel="held-out bits per byte, mean of 8 domains", yscale="log"
-        )
-        for which in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
-            which(ScalarFormatter())
-        panel.legend()
-        figure.savefig(plot, metadata={"Date": None})
+    series = []
+    for (kind, seed), points in curves.items():
+        steps, values = zip(*points, strict=True)
+        colour = list(KINDS).index(kind)
+        series.append(Line(kind if seed == SEEDS[0] else "", steps, values, colour))
+        if kind == "dense":
+            level = [points[-1][1]] * 2
+            series.append(Line("", [steps[0], steps[-1]], level, colour, thin=True, dashed=True))
+    drawn = lines(series, "held-out bits per byte", x_title=f"step ({tokens} tokens)", log_y=True, height=420)
+    title = "held-out bits per byte, mean of 8 domains"
+    plot.write_text(document([(title, drawn)], columns=1, width=720), encoding="utf-8")
 
 
 if __name__ == "__main__":

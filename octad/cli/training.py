@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +32,9 @@ def train(
     run = _run_directory(config, output, loaded.unused_keys())
     learner = tune_learner(loaded) if isinstance(loaded, TuneConfig) else pretrain_learner(loaded)
     trainer = Trainer(learner, run, terminal.tell)
-    outcome = trainer.fit()
+    with _bars(quiet=not trainer.world.leads) as progress:
+        trainer.progress = partial(progress, "training")
+        outcome = trainer.fit()
     if outcome is Outcome.FINISHED and learner.routers and trainer.world.leads:
         terminal.tell(draw_run(run))
     _tell_outcome(run, stopped=outcome is Outcome.STOPPED)
@@ -54,10 +57,14 @@ def branch(
     loaded = load_branch(config)
     run = _run_directory(config, output, loaded.unused_keys(ray=ray))
     carry_out = fan_out if ray else in_turn
-    bars = terminal.progress_bar() if terminal.err.is_terminal else nullcontext(lambda name, done: None)
-    with bars as progress:
+    with _bars() as progress:
         outcome = carry_out(loaded, run, echo=terminal.tell, progress=progress, only=only)
     _tell_outcome(run, stopped=outcome is Outcome.STOPPED)
+
+
+def _bars(*, quiet: bool = False) -> AbstractContextManager[Callable[[str, float], None]]:
+    """A bar for every run, on a terminal alone: a file gets the lines of the log."""
+    return terminal.progress_bar(quiet=quiet or not terminal.err.is_terminal)
 
 
 def _run_directory(config: Path, output: Path | None, unused: Iterable[str]) -> Path:

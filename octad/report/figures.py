@@ -88,3 +88,11 @@ def mean(values: Iterable[float | None]) -> float | None:
     """Of those that are known."""
     known = [v for v in values if v is not None]
     return sum(known) / len(known) if known else None
+
+
+def duration(seconds: float) -> str:
+    """About how long: 45 s, 12 min, 3.4 h, 2.1 days."""
+    for unit, size, most in (("s", 1, 99.5), ("min", 60, 99.5), ("h", 3600, 47.5)):
+        if seconds / size < most:
+            return f"{seconds / size:.{1 if unit == 'h' else 0}f} {unit}"
+    return f"{seconds / 86400:.1f} days"

@@ -4,17 +4,18 @@
 
 Four panels: bits per byte of each domain (training, and held-out where there is some), the experts' share of the choices
 by layer at the end, the worst imbalance (MaxVio) of the layers over the steps, the routers' entropy and what was dropped.
-Needs matplotlib (extra `report`); without it a line says so and nothing else is lost.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from octad.report.plot import Line, document, lines
+from octad.report.svg import heat
 from octad.train.telemetry import LOG
 
 PICTURE = "routing.svg"
@@ -24,20 +25,24 @@ Record = dict[str, Any]
 def draw_run(run: Path) -> str:
     """Draw a run's log into its directory; the line to tell the user."""
     records = read_log(run / LOG)
-    if not any(record.get("layers") for record in records):
+    told = [record for record in records if record.get("layers")]
+    if not told:
         return f"no routing to draw in {run / LOG}"
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError:
-        return f"no {PICTURE}: drawing needs matplotlib: pip install 'octad[report]'"
-    with mpl.rc_context({"svg.hashsalt": "octad", "font.size": 8}):  # the same log gives the same file
-        figure = Figure(figsize=(10, 7), layout="constrained")
-        panels = figure.subplots(2, 2).flatten()
-        told = [record for record in records if record.get("layers")]
-        for draw, panel in zip((_bits, _loads, _violations, _entropy), panels, strict=True):
-            draw(panel, records if draw is _bits else told)
-        figure.savefig(run / PICTURE, metadata={"Date": None})
+    last = told[-1]["layers"]
+    dead = [f"expert {e} of layer {n}" for n, layer in enumerate(last) for e in layer["dead"]]
+    loads = f"share of the choices at step {told[-1]['step']}" + (
+        f"; dead: {', '.join(dead)}" if dead else ""
+    )
+    panels = [
+        (
+            "bits per byte (thin: training, dots: held-out)",
+            lines(_bits(records), "bits per byte", x_title="step"),
+        ),
+        (loads, _loads(last)),
+        ("MaxVio: largest load over the mean load, less 1", _by_step(told, _violations)),
+        ("routers, mean of layers", _by_step(told, _routers)),
+    ]
+    (run / PICTURE).write_text(document(panels), encoding="utf-8")
     return f"drew {run / PICTURE}"
 
 
@@ -50,56 +55,51 @@ def read_log(path: Path) -> list[Record]:
     return [found[key] for key in sorted(found)]
 
 
-def _bits(panel: Any, records: Sequence[Record]) -> None:
-    for number, name in enumerate(sorted({n for r in records for n in r.get("bits_per_byte", {})})):
-        rows = [r for r in records if name in r.get("bits_per_byte", {})]
-        panel.plot(
-            [r["step"] for r in rows],
-            [r["bits_per_byte"][name] for r in rows],
-            f"C{number}",
-            lw=0.6,
-            alpha=0.6,
-        )
-    for number, name in enumerate(sorted({n for r in records for n in r.get("held_out", {})})):
-        rows = [r for r in records if name in r.get("held_out", {})]
-        steps, values = [r["step"] for r in rows], [r["held_out"][name] for r in rows]
-        panel.plot(steps, values, f"C{number}", marker=".", ms=3, lw=1, label=name)
-    panel.set(title="bits per byte (thin: training, dotted: held-out)", xlabel="step")
-    if panel.get_legend_handles_labels()[1]:
-        panel.legend(fontsize=6, ncols=2)
+def _bits(records: Sequence[Record]) -> list[Line]:
+    """Each domain's line of training, and of what was held out."""
+    series = []
+    for key in ("bits_per_byte", "held_out"):
+        for number, name in enumerate(sorted({n for r in records for n in r.get(key, {})})):
+            rows = [r for r in records if name in r.get(key, {})]
+            steps, values, judged = [r["step"] for r in rows], [r[key][name] for r in rows], key == "held_out"
+            series.append(Line(name if judged else "", steps, values, number, thin=not judged, dots=judged))
+    if not any(line.name for line in series):  # nothing was held out: the lines of training have the legend
+        series = [Line(name, s.x, s.y, s.colour) for s, name in zip(series, _names(records), strict=True)]
+    return series
 
 
-def _loads(panel: Any, records: Sequence[Record]) -> None:
-    share = [layer["share"] for layer in records[-1]["layers"]]
-    image = panel.imshow(share, aspect="auto", cmap="viridis", vmin=0, vmax=max(map(max, share)))
-    panel.set(title=f"share of the choices at step {records[-1]['step']}", xlabel="expert", ylabel="layer")
-    panel.yaxis.get_major_locator().set_params(integer=True)
-    panel.figure.colorbar(image, ax=panel)
-    for n, layer in enumerate(records[-1]["layers"]):
-        for e in layer["dead"]:
-            panel.text(e, n, "dead", ha="center", va="center", color="white", fontsize=6)
+def _names(records: Sequence[Record]) -> list[str]:
+    return sorted({n for r in records for n in r.get("bits_per_byte", {})})
 
 
-def _violations(panel: Any, records: Sequence[Record]) -> None:
-    steps = [r["step"] for r in records]
-    worst = [[layer["max_violation"] for layer in r["layers"]] for r in records]
-    panel.plot(steps, [max(row) for row in worst], label="worst layer")
-    panel.plot(steps, [sum(row) / len(row) for row in worst], label="mean of layers")
-    panel.set(title="MaxVio: largest load over the mean load, less 1", xlabel="step", ylim=(0, None))
-    panel.legend(fontsize=6)
+def _loads(layers: Sequence[Record]) -> Any:
+    shares = [layer["share"] for layer in layers]
+    experts = [f"expert {e}" for e in range(len(shares[0]))]
+    by_expert = [list(row) for row in zip(*shares, strict=True)]
+    peak = max(map(max, shares)) or 1.0
+    return heat(by_expert, experts, range(len(layers)), "share of the choices", peak, named=True)
 
 
-def _entropy(panel: Any, records: Sequence[Record]) -> None:
-    steps, experts = [r["step"] for r in records], len(records[-1]["layers"][0]["share"])
-    entropies = [[layer["entropy"] for layer in r["layers"]] for r in records]
-    panel.plot(steps, [sum(row) / len(row) for row in entropies], label="entropy, nats")
-    panel.axhline(math.log(experts), color="grey", lw=0.5, ls="--", label="undecided")
-    dropped = [sum(layer["dropped"] for layer in r["layers"]) / len(r["layers"]) for r in records]
-    if any(dropped):
-        panel.plot(steps, dropped, label="dropped, share of choices")
-    dead = [sum(len(layer["dead"]) for layer in r["layers"]) for r in records]
-    if any(dead):
-        panel.plot(steps, dead, label="dead experts, all layers")
-    panel.set(title="routers, mean of layers", xlabel="step")
-    panel.set_ylim(0, 1.05 * panel.get_ylim()[1])
-    panel.legend(fontsize=6)
+def _by_step(records: Sequence[Record], of: Callable[[Sequence[Record]], dict[str, float]]) -> Any:
+    """Lines of what a function finds in each record's layers; of those that are never above zero none."""
+    steps, found = [r["step"] for r in records], [of(r["layers"]) for r in records]
+    names = [name for name in found[0] if any(row[name] for row in found)]
+    series = [Line(n, steps, [row[n] for row in found], dashed=n == UNDECIDED) for n in names]
+    return lines(series, "routers", x_title="step", zero=True)
+
+
+UNDECIDED = "undecided"
+
+
+def _violations(layers: Sequence[Record]) -> dict[str, float]:
+    worst = [layer["max_violation"] for layer in layers]
+    return {"worst layer": max(worst), "mean of layers": sum(worst) / len(worst)}
+
+
+def _routers(layers: Sequence[Record]) -> dict[str, float]:
+    return {
+        "entropy, nats": sum(layer["entropy"] for layer in layers) / len(layers),
+        UNDECIDED: math.log(len(layers[0]["share"])),
+        "dropped, share of choices": sum(layer["dropped"] for layer in layers) / len(layers),
+        "dead experts, all layers": sum(len(layer["dead"]) for layer in layers),
+    }

@@ -26,14 +26,15 @@ from octad.dist import World
 from octad.model import cost
 from octad.model.balance import LoadStatistics
 from octad.model.config import ModelConfig
+from octad.report.figures import duration
 from octad.train.data import IGNORED, Batch
 
 LOG = "log.jsonl"
 
 
 class Telemetry:
-    """Adds up what happens between two records. `echo` gets one line a record; `lengths_V` are the tokens' bytes.
-    Of many ranks, rank 0 writes, for all."""
+    """Adds up what happens between two records, from `step` on. `echo` gets one line a record; `lengths_V` are the
+    tokens' bytes. Of many ranks, rank 0 writes, for all."""
 
     def __init__(
         self,
@@ -43,12 +44,14 @@ class Telemetry:
         flops_per_token: float,
         peak: float,
         world: World,
+        step: int = 0,
     ) -> None:
         self.echo, self.flops_per_token, self.peak = echo, flops_per_token, peak
         self.lengths = torch.tensor(lengths)
         self.world = world
         self.log = (run / LOG if world.leads else Path(os.devnull)).open("a", encoding="utf-8")
         self.board = _tensorboard(run) if world.leads else None
+        self.step = step
         self._clear()
 
     def count(self, batch: Batch, losses_N: torch.Tensor) -> None:
@@ -67,7 +70,8 @@ class Telemetry:
 
     def write(self, step: int, steps: int, facts: Mapping[str, Any]) -> dict[str, Any]:
         """The record of the interval; it is returned, and the sums begin anew. Every rank has to call this."""
-        rate = self.tokens / max(1e-9, time.perf_counter() - self.since)
+        took = max(1e-9, time.perf_counter() - self.since)
+        rate, self.pace, self.step = self.tokens / took, took / max(1, step - self.step), step
         told = self.world.gather((self.nats, self.bytes))
         nats = {n: sum(part[n] for part, _ in told) for n in sorted({n for part, _ in told for n in part})}
         bits = {n: x / math.log(2) / max(1, sum(sizes[n] for _, sizes in told)) for n, x in nats.items()}
@@ -75,7 +79,8 @@ class Telemetry:
         record |= {"mfu": rate * self.flops_per_token / self.peak, "bits_per_byte": bits}
         layers = [LoadStatistics.over(layer) for layer in zip(*self.routing, strict=True)]
         record["layers"] = [dict(layer.__dict__) for layer in layers]
-        self.echo(console_line(record, steps))
+        left = f"  {duration((steps - step) * self.pace)} left" if step < steps else ""
+        self.echo(console_line(record, steps) + left)
         self._put(record)
         self._clear()
         return record

@@ -30,6 +30,8 @@ from octad.fast.document_attention import DocumentAttention
 from octad.fast.training_blocks import quicken
 from octad.kernels.passes import not_native
 from octad.model.balance import LoadStatistics
+from octad.model.cost import parameters
+from octad.report.figures import duration, human
 from octad.staging import explained
 from octad.text.windows import Window, read_windows
 from octad.train.compiled import compile_model
@@ -46,6 +48,7 @@ from octad.train.state import Saver, check_resumable, latest_state, load_facts, 
 from octad.train.telemetry import Telemetry, training_flops
 
 FADE = 0.1  # the last part of the steps, over which router biases go to zero
+USUAL = 0.5  # of the measured peak, what a step reaches about
 MEMORY = 0.95  # of the running mean of losses that a spike is measured by
 
 
@@ -117,6 +120,7 @@ class Trainer:
         with explained(self.run), self.world.watched():
             self.run.mkdir(parents=True, exist_ok=True)
             with closing(self._telemetry()) as telemetry, closing(self.saver), StopRequest() as stop:
+                self.echo(self._opening(telemetry.peak))
                 if self.step == 0:
                     self._judge(telemetry)
                 while self.step < self.config.steps and not self.world.total(stop.requested):
@@ -283,7 +287,21 @@ class Trainer:
     def _telemetry(self) -> Telemetry:
         lengths = self.learner.tokenizer.byte_lengths
         peak = self.world.size * product_rate(self.dtype, self.device)
-        return Telemetry(self.run, lengths, self.echo, self.flops, peak, self.world)
+        return Telemetry(self.run, lengths, self.echo, self.flops, peak, self.world, self.step)
+
+    def _opening(self, peak: float) -> str:
+        """What is going to be done, and about how long it takes."""
+        spec, config, data = self.config, self.model.config, self.learner.data
+        learning = sum(p.numel() for p in self.learner.trainable.values())
+        tokens = spec.batch.windows * data.window
+        text = sum(len(source.shard.tokens) for source in self.stream.sources)
+        left = (spec.steps - self.step) * tokens * self.flops / (USUAL * peak)
+        return (
+            f"{config.model_type}, {human(parameters(config))} parameters, {human(learning)} learn; "
+            f"{human(text)} tokens of {len(data.sources)} source{'s' * (len(data.sources) > 1)}; "
+            f"steps {self.step + 1} to {spec.steps} of {tokens:,} tokens in {str(self.dtype).removeprefix('torch.')} "
+            f"on {self.device.type}: about {duration(left)}"
+        )
 
 
 def head_of(model: torch.nn.Module) -> Head:

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 from small import checkpoint, jsonl, texts, tune_file
 
 from octad.cli.main import main as cli
+from octad.report.figures import human
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -28,6 +30,13 @@ def test_train_tells_writes_and_is_done_once(mixture, tmp_path, monkeypatch, cap
     printed = capsys.readouterr()
     assert "no effect: low_rank (mode 'router' has no low-rank changes)" in printed.err
     assert "step 8/8  loss" in printed.err
+    opening, *lines = [line for line in printed.err.splitlines() if "no effect" not in line]
+    parameters = sum(t.numel() for t in load_file(mixture / "model.safetensors").values())
+    assert opening.startswith(
+        f"mixtral, {human(parameters)} parameters, 192 learn; "
+    )  # two routers of three rows of 32
+    assert "of 2 sources; steps 1 to 8 of 128 tokens in float32 on cpu: about " in opening
+    assert [line.endswith(" left") for line in lines if line.startswith("step ")] == [True, False]
     assert printed.out == f"wrote {tmp_path / 'out'}\n"
     assert run(monkeypatch, "train", file, "-o", tmp_path / "out") == 2
     assert "is finished (8 steps); raise steps, or choose another -o" in capsys.readouterr().err
