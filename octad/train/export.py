@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from octad.checkpoint.load import content_names
 from octad.checkpoint.adapter_file import CONFIG_FILE, WEIGHTS_FILE
+from octad.checkpoint.load import content_names
 from octad.checkpoint.names import parameter_sources, tensor_plan
 from octad.checkpoint.source import TensorInfo, TensorSource
 from octad.checkpoint.writer import CheckpointWriter
