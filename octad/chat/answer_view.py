@@ -18,8 +18,7 @@ from rich.text import Text
 
 from octad.chat.speakers import Word, legend, visible, write
 from octad.report import terminal
-
-MOST_EXPERTS = 12  # columns of a table that a terminal has room for; of more experts the busiest are shown
+from octad.report.table import busiest
 
 if TYPE_CHECKING:
     from octad.engine.llm import LLM
@@ -53,10 +52,10 @@ def show(llm: LLM, output: RequestOutput, console: Console, *, routes: bool = Fa
 def routing_table(llm: LLM, answer: CompletionOutput) -> Table:
     """A row a token: its speaker, and each expert's share of the routing weight over all layers, in per cent.
 
-    Of more than MOST_EXPERTS the busiest have a column each, and the others one together."""
+    Of many experts the busiest have a column each, and the others one together."""
     table = Table(box=None, pad_edge=False, title="share of each token's routing, %", title_justify="left")
     shares_TE = expert_shares(answer, len(llm.expert_names))
-    shown = sorted(shares_TE.sum(0).argsort(descending=True, stable=True)[:MOST_EXPERTS].tolist())
+    shown = busiest(shares_TE.sum(0).tolist())
     others_T = 1 - shares_TE[:, shown].sum(1)
     table.add_column("token", no_wrap=True)
     table.add_column("speaker", no_wrap=True)

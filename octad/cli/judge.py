@@ -96,7 +96,7 @@ def _conclude(
     if outputs.as_json:
         print(json.dumps(made, indent=2))
     else:
-        for part in render(made, terminal.COLOURS):
+        for part in render(made):
             terminal.out.print(part)
         commands_tasks.show(tasks)
     tell = terminal.err.print if outputs.as_json else terminal.out.print

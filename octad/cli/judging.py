@@ -29,6 +29,9 @@ def evaluate(
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Where results are kept. [~/.cache/octad]")] = None,
     seed: Annotated[int, typer.Option(help="Of the intervals.")] = 0,
+    smallest: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of its bits per byte below which a difference is none.")
+    ] = 0.002,
     tasks: Annotated[
         str | None, typer.Option(help="Tasks by name or file, with commas: octad-code,humaneval,my.yaml.")
     ] = None,
@@ -50,7 +53,7 @@ def evaluate(
     options = {"members": members, "limit": limit, "samples": samples, "weak_sandbox": weak_sandbox}
     run_tasks = partial(commands_tasks.run, model, tasks, **options) if tasks is not None else None
     if data is not None:
-        settings = Settings(tokens=tokens, window=window, seed=seed)
+        settings = Settings(tokens=tokens, window=window, seed=seed, smallest=smallest)
         outputs = commands_evaluate.Outputs(report, cache, card, as_json)
         commands_evaluate.evaluate(model, data, settings, outputs, dense or [], require, run_tasks)
     elif run_tasks is not None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from octad.evaluate.bootstrap import Interval
 from octad.evaluate.compare import Comparison
+from octad.report.figures import share
 
 LOSS = 0.005  # of a domain's bits per byte: a smaller loss to its best member is not worth a retraining
 NEAR_CHANCE = 0.25  # how far a best expert's share must be from an even one towards all that it can have
@@ -29,6 +30,7 @@ def advise(found: Comparison) -> list[str]:
     if not found.mixtures:
         return []
     rules = (
+        _not_held,
         _blind_router,
         _shuffled,
         _no_better_than_soup,
@@ -38,6 +40,20 @@ def advise(found: Comparison) -> list[str]:
         _more_text,
     )
     return [line for rule in rules for line in rule(found)]
+
+
+def _not_held(found: Comparison) -> Iterator[str]:
+    """Members of which the mixture lacks something: no router can bring that back."""
+    if found.lineup.lost:
+        yield (
+            f"the mixture lacks a part of {_list(list(found.lineup.lost))} (see above): combine with shared: mean or"
+            " ties, tune all of it (octad train, repair), or make specialists that differ in their feed-forward"
+            " nets alone (octad branch)"
+        )
+
+
+def _list(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 @dataclass(frozen=True)
@@ -90,7 +106,7 @@ def _clear(found: Comparison, domain: str) -> bool:
 def _blind_router(found: Comparison) -> Iterator[str]:
     """The router does not send domains to their best experts, nor anywhere else in particular."""
     routing = _Routing.of(found)
-    if routing is None or routing.shuffled or found.difference(found.own, "oracle").interval.answer == "yes":
+    if routing is None or routing.shuffled or found.difference(found.own, "oracle").answer == "yes":
         return
     if routing.mean_own > routing.even + NEAR_CHANCE * (_most(found) - routing.even):
         return
@@ -118,7 +134,7 @@ def _no_better_than_soup(found: Comparison) -> Iterator[str]:
     if "soup" not in found.rows:
         return
     difference = found.difference(found.own, "soup")
-    if difference.interval.answer == "yes":
+    if difference.answer == "yes":
         return
     yield (
         f"routing is not for certain better than averaging the weights ({difference.relative:+.2%} to the soup, which is"
@@ -130,31 +146,33 @@ def _losing_domains(found: Comparison) -> Iterator[str]:
     """Domains that their best member does better, for certain and by enough."""
     if not found.members:
         return
+    routed: list[str] = []  # where the router is not to blame
     for domain in found.domains:
-        best = found.chosen[domain]
         difference = found.difference(found.own, "oracle", domain)
-        if difference.relative > LOSS and difference.interval.answer == "no":
-            yield f"{domain} is {difference.relative:.2%} above {best}: {_cure(found, domain, best)}"
+        if difference.relative > LOSS and difference.answer == "no":
+            told = f"{domain} is {share(difference.relative)} above {found.chosen[domain]}"
+            if cure := _cure(found, domain, found.chosen[domain]):
+                yield f"{told}: {cure}"
+            else:
+                routed.append(told)
+    if routed:
+        yield f"{'; '.join(routed)}: tune router and experts together on such text (octad train, repair)"
 
 
 def _cure(found: Comparison, domain: str, best: str) -> str:
-    """What to try where a domain loses, by whom the router chose there."""
+    """What to try where a domain loses, by whom the router chose there; "" where it chose well."""
     better = [name for name in found.mixtures if name != found.own and _beats(found, name, found.own, domain)]
-    shares = found.shares(domain)
-    share = (
-        None
-        if shares is None or best not in found.lineup.experts
-        else shares[found.lineup.experts.index(best)]
-    )
+    shares, experts = found.shares(domain), found.lineup.experts
+    given = None if shares is None or best not in experts else shares[experts.index(best)]
     most = _most(found)
-    if share is not None and share < 0.75 * most:
-        told = f"the router gives {best} {share:.0%} of its choices, of at most {most:.0%}"
+    if given is not None and given < 0.75 * most:
+        told = f"the router gives {best} {given:.0%} of its choices, of at most {most:.0%}"
         return f"{told}: retrain the router on {domain}, with more calibration text of it"
     if better:
         return (
             f"{better[0]} is better there: try it, or tune the router on {domain} with fewer experts a token"
         )
-    return f"tune router and experts together on {domain} (octad train, repair)"
+    return ""
 
 
 def _most(found: Comparison) -> float:
@@ -163,7 +181,7 @@ def _most(found: Comparison) -> float:
 
 
 def _beats(found: Comparison, name: str, other: str, domain: str) -> bool:
-    return found.difference(name, other, domain).interval.answer == "yes"
+    return found.difference(name, other, domain).answer == "yes"
 
 
 def _other_top_k(found: Comparison) -> Iterator[str]:
@@ -174,7 +192,7 @@ def _other_top_k(found: Comparison) -> Iterator[str]:
             continue
         difference, cost = found.difference(name, own), found.rows[name].price.flops_per_token
         price = "" if not cost or not mine else f" at {cost / mine:.2f} times the FLOPs"
-        if difference.interval.answer == "yes":
+        if difference.answer == "yes":
             yield f"{name} is better for certain ({difference.relative:+.2%}{price}): set num_experts_per_tok to it"
         elif cost and mine and cost < mine and _at_most(difference.interval, CHEAPER * found.mean(own)):
             yield f"{name} is as good within {CHEAPER:.1%} ({difference.relative:+.2%}{price}): it is the cheaper one"
@@ -205,8 +223,9 @@ def _more_text(found: Comparison) -> Iterator[str]:
     names = [*found.of_kind("soup", "ensemble", "oracle"), *([found.best_member()] if found.members else [])]
     factors = {}
     for name in names:
-        interval = found.difference(found.own, name).interval
-        if interval.answer == "unclear" and interval.value:
+        difference = found.difference(found.own, name)
+        interval = difference.interval
+        if difference.answer == "unclear" and abs(interval.value) >= difference.smallest:
             factors[name] = ((interval.high - interval.low) / 2 / interval.value) ** 2
     near = {name: factor for name, factor in factors.items() if factor < 20}
     if near:

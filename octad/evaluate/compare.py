@@ -45,13 +45,15 @@ ELSEWHERE = "oracle chosen elsewhere\n"  # like no contestant's name: those are 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to judge on and how sure to be. `tokens` are those of one domain; `level` is that of the intervals."""
+    """What to judge on and how sure to be. `tokens` are those of one domain; `level` is that of the intervals;
+    differences below the share `smallest` of a contestant's bits per byte matter to nobody."""
 
     tokens: int = 4096
     window: int = 512
     seed: int = 0
     resamples: int = 2000
     level: float = 0.95
+    smallest: float = 0.002
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,13 +69,23 @@ class Row:
 
 @dataclass(frozen=True)
 class Difference:
-    """Bits per byte of one contestant minus those of another, in one domain or the mean."""
+    """Bits per byte of one contestant minus those of another, in one domain or the mean. `smallest`: bits per byte below
+    which it does not matter."""
 
     of: str
     against: str
     domain: str
     interval: Interval
     relative: float
+    smallest: float = 0.0
+
+    @property
+    def answer(self) -> str:
+        """Whether it is better: "yes" or "no" where that is certain and large enough to matter, "same" where it certainly
+        does not matter, else "unclear"."""
+        if -self.smallest < self.interval.low and self.interval.high < self.smallest:
+            return "same"
+        return self.interval.answer if abs(self.interval.value) >= self.smallest else "unclear"
 
 
 @dataclass
@@ -253,7 +265,14 @@ def differences(found: Comparison) -> list[Difference]:
     nats = [np.stack([sums[a][g] - sums[b][g] for a, b in pairs]) for g in range(len(units))]
     intervals = dict(zip(pairs, draws.differences(nats), strict=True))
     return [
-        Difference(a, b, domain, interval, interval.value / found.value(b, domain))
+        Difference(
+            a,
+            b,
+            domain,
+            interval,
+            interval.value / found.value(b, domain),
+            found.settings.smallest * found.value(b, domain),
+        )
         for a, b in pairs
         if b in found.rows
         for domain, interval in zip([*found.domains, MEAN], _honest(intervals, a, b), strict=True)

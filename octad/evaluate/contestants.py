@@ -29,7 +29,7 @@ from octad.fast.native_modules import NativeExperts, NativeMLP
 from octad.fast.optimize import Packer, optimize
 from octad.fast.quantize import PackedExperts
 from octad.fast.saved import load_quantized
-from octad.kernels.native import WeightArray
+from octad.kernels.native import DTYPES, PACKED, WIDE, WeightArray
 from octad.kernels.packed import Packed
 from octad.model.moe import MLP, Experts, FixedRouter, MoE
 from octad.model.observe import mixtures, watching
@@ -122,7 +122,7 @@ def soup_mlp(experts: nn.Module, chosen: Sequence[int], dtype: torch.dtype) -> n
     mlp.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
     if not isinstance(experts, NativeExperts):
         return mlp
-    packer = Packer(16)
+    packer = Packer(32 if dtype == torch.float32 else 16)
     return NativeMLP(experts.kernels, mlp, packer.pair, packer.one)
 
 
@@ -132,19 +132,18 @@ def expert_weights(experts: nn.Module, e: int) -> tuple[torch.Tensor, torch.Tens
         gate, up = experts.gate_up_proj[e].float().chunk(2)
         return gate, up, experts.down_proj[e].float()
     if isinstance(experts, PackedExperts):
-        packed = (experts.gate[e], experts.up[e], experts.down[e])
-    else:
-        assert isinstance(experts, NativeExperts)
-        packed = (_packed(experts.gate, e), _packed(experts.up, e), _packed(experts.down, e))
-    gate, up, down = (weight.unpack() for weight in packed)
-    return gate, up, down
+        return experts.gate[e].unpack(), experts.up[e].unpack(), experts.down[e].unpack()
+    assert isinstance(experts, NativeExperts)
+    return _unpacked(experts.gate, e), _unpacked(experts.up, e), _unpacked(experts.down, e)
 
 
-def _packed(weights: WeightArray, e: int) -> Packed:
-    """One weight of those described for the native kernels."""
-    bits = {2: 16, 3: 8, 4: 4}[int(weights.structs[e].format)]
-    shape = (int(weights.structs[e].outputs), int(weights.structs[e].inputs))
-    return Packed(weights.tensors[e], *shape, bits, int(weights.structs[e].group))
+def _unpacked(weights: WeightArray, e: int) -> torch.Tensor:
+    """One weight of those described for the native kernels, in float32."""
+    struct, data = weights.structs[e], weights.tensors[e]
+    if struct.format in DTYPES.values():
+        return data.float()
+    bits = 16 if struct.format == WIDE else next(b for b, f in PACKED.items() if f == struct.format)
+    return Packed(data, int(struct.outputs), int(struct.inputs), bits, int(struct.group)).unpack()
 
 
 @dataclass

@@ -2,17 +2,22 @@
 
     lineup = line_up(source, texts, dense=["qwen3-0.6b"])
     lineup.entries["python"].who, lineup.own, lineup.missing
+    members_of(source)                  # the members and their soup alone
 
-A mixture that octad made names its members in octad.json. Of another one nothing is known; its experts are judged as
-routes through one expert each where that is a model at all: where weights are renormalised (a single expert then has
-weight 1, as in training) and nothing else works beside the experts. What could not be judged, and why, is in `missing`.
+A mixture that octad made names its members in octad.json. A member that it does not hold exactly is opened where it came
+from; the soup is then the mean of the members' own weights, attention included (soup.py), else the mean of the experts,
+which is the same where they differ in nothing else. Tasks have the same members and the same soup. Of another mixture
+nothing is known; its experts are judged as routes through one expert each where that is a model at all: where weights are
+renormalised (a single expert then has weight 1, as in training) and nothing else works beside the experts. What could not
+be judged, and why, is in `missing`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from octad.checkpoint.load import load_tokenizer, open_source
 from octad.checkpoint.provenance import TAKEN, Provenance
@@ -21,8 +26,9 @@ from octad.errors import OctadError, RequestError
 from octad.evaluate.contestants import Contestant, Member, Original, Soup, TopK, Whole
 from octad.evaluate.heldout import Texts
 from octad.evaluate.originals import original
+from octad.evaluate.soup import AveragedSource
 
-MOST_EXPERTS = 16  # judged one by one, and all at once
+MOST_JUDGED = 16  # experts judged one by one, and all at once
 FORCED = "every token through this one expert: what it was before is not known"
 
 
@@ -37,16 +43,21 @@ class Entry:
 
 @dataclass
 class LineUp:
-    """Entries by name, in order; `own`: the model as it is; inexact: members that the mixture does not hold exactly;
+    """Entries by name, in order; `own`: the model as it is; lost: what the mixture does not hold of its members;
     as_held: those of them that are judged as it holds them, and why; missing: what is not there, in sentences."""
 
     entries: dict[str, Entry]
     own: str
     experts: list[str]
     bases: list[str] = field(default_factory=list)
-    inexact: list[str] = field(default_factory=list)
+    lost: dict[str, str] = field(default_factory=dict)
     as_held: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+
+    @property
+    def inexact(self) -> list[str]:
+        """Members of which the mixture does not hold everything."""
+        return list(self.lost)
 
     @property
     def members(self) -> list[str]:
@@ -78,44 +89,72 @@ def _dense(source: TensorSource) -> LineUp:
 
 
 def _mixture(source: TensorSource, texts: Texts) -> LineUp:
-    names, made = named_experts(source)
-    own = f"mixture top-{source.config.num_experts_per_tok}"
-    found = LineUp({}, own, names)
-    if made:
-        _add_members(found, names, made, texts)
-    else:
-        _add_forced(found, source)
+    found = members_of(source, max(max(window.ids) for window in texts.windows))
     E = source.config.num_experts
-    ks = {1, min(2, E), source.config.num_experts_per_tok} | ({E} if E <= MOST_EXPERTS else set())
+    ks = {1, min(2, E), source.config.num_experts_per_tok} | ({E} if E <= MOST_JUDGED else set())
     for k in sorted(ks):
         name = f"mixture top-{k}"
-        found.entries[name] = Entry(
-            TopK(k), "mixture", "as it is" if name == own else f"with {k} of {E} experts a token"
-        )
+        note = "as it is" if name == found.own else f"with {k} of {E} experts a token"
+        found.entries[name] = Entry(TopK(k), "mixture", note)
     return found
 
 
-def _add_members(found: LineUp, names: Sequence[str], made: Provenance, texts: Texts) -> None:
-    originals, found.as_held = find_originals(made, texts)
-    records = dict(zip(names, made.experts, strict=True))
-    found.inexact = [name for name, record in records.items() if not record.get("exact")]
+def members_of(source: TensorSource, largest: int = -1) -> LineUp:
+    """The members of a mixture and their soup. `largest`: the largest id of the texts that all of them must read."""
+    names, made = named_experts(source)
+    found = LineUp({}, f"mixture top-{source.config.num_experts_per_tok}", names)
+    if made:
+        _add_members(found, made, largest)
+    else:
+        _add_forced(found, source)
+    return found
+
+
+def _add_members(found: LineUp, made: Provenance, largest: int) -> None:
+    records = dict(zip(found.experts, made.experts, strict=True))
+    found.lost = {name: _lost(record) for name, record in records.items() if not record.get("exact")}
+    originals, found.as_held = find_originals(made, {name: records[name] for name in found.lost}, largest)
     found.bases = [name for name, record in records.items() if record.get("kind") == "base"]
-    for e, name in enumerate(names):
+    for e, name in enumerate(found.experts):
         who = Original(originals[name]) if name in originals else Member(e)
         note = "not held exactly: judged as it was" if name in originals else None
         if name in found.as_held:
             note = f"judged as the mixture holds it, with its attention ({found.as_held[name]})"
         found.entries[name] = Entry(who, "member", note)
-    specialists = tuple(e for e, name in enumerate(names) if name not in found.bases)
-    note = "mean of the feed-forward weights of all members" + (" but the base" if found.bases else "")
-    found.entries["soup"] = Entry(Soup(specialists or tuple(range(len(names)))), "soup", note)
+    specialists = [name for name in found.experts if name not in found.bases] or found.experts
+    found.entries["soup"] = _soup(found, made, {name: records[name] for name in specialists}, largest)
+
+
+def _soup(found: LineUp, made: Provenance, records: Mapping[str, Mapping[str, Any]], largest: int) -> Entry:
+    """The mean of these members' weights; of their feed-forward weights alone where some cannot be opened."""
+    whom = "all members" + (" but the base" if found.bases else "")
+    inside = Soup(tuple(found.experts.index(name) for name in records))
+    if not found.lost.keys() & records.keys():
+        return Entry(inside, "soup", f"mean of the weights of {whom}")
+    opened, reasons = find_originals(made, records, largest)
+    try:
+        if reasons:
+            raise RequestError("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+        mean = Original(AveragedSource(tuple(opened.values())))
+        return Entry(mean, "soup", f"mean of all weights of {whom}, attention included")
+    except OctadError as error:
+        note = f"mean of the feed-forward weights of {whom}, with the mixture's attention ({error})"
+        return Entry(inside, "soup", note)
+
+
+def _lost(record: Mapping[str, Any]) -> str:
+    """What of a member is not in the mixture, as far as octad.json says it."""
+    told = record.get("held")
+    if isinstance(told, str) and told:
+        return told
+    return "the attention, norms and embeddings that it had of its own"
 
 
 def _add_forced(found: LineUp, source: TensorSource) -> None:
     config = source.config
     found.missing.append("octad did not make this mixture: what its experts were before is not known")
     whole = config.norm_topk_prob and not config.shared_expert_intermediate_size
-    if not whole or config.num_experts > MOST_EXPERTS:
+    if not whole or config.num_experts > MOST_JUDGED:
         reason = "a single one is no model" if not whole else f"there are {config.num_experts}"
         found.missing.append(
             f"its experts are not judged one by one ({reason}): there is no soup, ensemble or oracle"
@@ -146,14 +185,13 @@ def contestant_names(experts: Sequence[str]) -> list[str]:
     return found
 
 
-def find_originals(made: Provenance, texts: Texts) -> tuple[dict[str, TensorSource], dict[str, str]]:
-    """Of the members that the mixture does not hold exactly: those found where they lay, and why not, the others."""
+def find_originals(
+    made: Provenance, records: Mapping[str, Mapping[str, Any]], largest: int
+) -> tuple[dict[str, TensorSource], dict[str, str]]:
+    """Of these members: those found where they lay, and why not, the others."""
     found: dict[str, TensorSource] = {}
     reasons: dict[str, str] = {}
-    largest = max(max(window.ids) for window in texts.windows)
-    for name, record in zip(contestant_names(made.names), made.experts, strict=True):
-        if record.get("exact"):
-            continue
+    for name, record in records.items():
         try:
             source = original(made, record)
         except OctadError as error:

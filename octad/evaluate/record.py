@@ -43,6 +43,7 @@ def make_report(
                 "seed": settings.seed,
                 "resamples": settings.resamples,
                 "level": settings.level,
+                "smallest": settings.smallest,
             },
             "machine": machine(),
             "domains": found.texts.facts(),
@@ -51,6 +52,7 @@ def make_report(
             "routing": routing,
             "load": {d: found.shares(d) for d in found.domains} if found.load is not None else None,
             "experts": found.lineup.experts,
+            "experts_per_token": int(found.own.rpartition("-")[2]) if found.mixtures else None,
             "own": found.own,
             "tasks": list(tasks),
             "verdict": make_verdict(found),
@@ -101,4 +103,5 @@ def _difference(d: Difference) -> dict[str, Any]:
         "low": d.interval.low,
         "high": d.interval.high,
         "relative": d.relative,
+        "answer": d.answer,
     }

@@ -1,9 +1,10 @@
 """The verdict: what the numbers say, in words; nothing in it is said of a model that its figures do not say.
 
-    verdict = make_verdict(comparison)      # {"headline", "sentences", "questions", "worse_on", "advice"}
+    verdict = make_verdict(comparison)      # {"headline", "sentences", "details", "questions", "worse_on", "advice"}
 
-A question is answered "yes" or "no" only where the interval of the difference leaves no doubt; "unclear" is an answer. It
-is better than every member only if it is better than each for certain. advice.py says what to try next.
+A question is answered "yes" or "no" only where the interval of the difference leaves no doubt and the difference is large
+enough to matter (Settings.smallest); "same" says that it is certainly too small, and "unclear" is an answer. It is better
+than every member only if it is better than each for certain. advice.py says what to try next.
 """
 
 from __future__ import annotations
@@ -13,6 +14,13 @@ from typing import Any
 
 from octad.evaluate.advice import advise
 from octad.evaluate.compare import Comparison, Difference
+from octad.report.figures import share
+
+WHOM = {
+    "oracle": "always knowing the right specialist",
+    "soup": "averaging their weights",
+    "ensemble": "running them all",
+}
 
 
 def make_verdict(found: Comparison) -> dict[str, Any]:
@@ -22,6 +30,7 @@ def make_verdict(found: Comparison) -> dict[str, Any]:
     return {
         "headline": headline(found, asked),
         "sentences": [s for s in sentences(found, worse) if s],
+        "details": [_against(found, name) for name in _opponents(found)],
         "questions": asked,
         "worse_on": worse,
         "advice": advise(found),
@@ -33,9 +42,8 @@ def questions(found: Comparison) -> list[dict[str, Any]]:
     asked = []
     if found.members and found.mixtures:
         hardest = found.difference(found.own, found.best_member())
-        others = [found.difference(found.own, name).interval for name in found.members]
-        answer = hardest.interval.answer
-        if answer == "yes" and not all(interval.answer == "yes" for interval in others):
+        answer = hardest.answer
+        if answer == "yes" and any(found.difference(found.own, m).answer != "yes" for m in found.members):
             answer = "unclear"
         asked.append(_question("better than every member?", hardest, answer))
     for name in found.of_kind("soup", "ensemble", "oracle", "dense"):
@@ -48,16 +56,18 @@ def _question(text: str, difference: Difference, answer: str | None = None) -> d
     interval = difference.interval
     return {
         "question": text,
-        "answer": answer or interval.answer,
+        "answer": answer or difference.answer,
         "difference": interval.value,
         "low": interval.low,
         "high": interval.high,
+        "relative": difference.relative,
         "against": difference.against,
     }
 
 
 def worse_on(found: Comparison) -> list[dict[str, Any]]:
-    """Where the mixture needs more bits than the domain's best member, or than the soup: the largest loss first."""
+    """Where the mixture certainly needs more bits than the domain's best member, or than the soup: the largest loss
+    first. What may be chance is not listed."""
     if not found.members or not found.mixtures:
         return []
     worse = []
@@ -65,61 +75,79 @@ def worse_on(found: Comparison) -> list[dict[str, Any]]:
         for name, label in (("oracle", found.chosen[domain]), ("soup", "soup")):
             if name not in found.rows:
                 continue
-            interval = found.difference(found.own, name, domain).interval
-            if interval.value > 0:
-                worse.append(
-                    {
-                        "domain": domain,
-                        "against": label,
-                        "difference": interval.value,
-                        "low": interval.low,
-                        "high": interval.high,
-                    }
-                )
-    return sorted(worse, key=lambda entry: -entry["difference"])
+            difference = found.difference(found.own, name, domain)
+            if difference.answer == "no":
+                interval = difference.interval
+                entry = {"difference": interval.value, "low": interval.low, "high": interval.high}
+                worse.append({"domain": domain, "against": label, "relative": difference.relative} | entry)
+    return sorted(worse, key=lambda entry: -float(entry["difference"]))
 
 
 # ---- words -----------------------------------------------------------------------------------------------------
 
 
 def headline(found: Comparison, asked: Sequence[dict[str, Any]]) -> str:
-    """One line: what is beaten, what is not, what cannot be told."""
-    mean = f"{found.mean(found.own):.4f} bits per byte"
+    """One sentence: how it stands to the best of its parts, to knowing the right one, and to whatever else beats it."""
+    few = _few_documents(found)
     if not asked:
-        return f"{found.own}: {mean} over {_count(len(found.domains), 'domain')}; there is nothing to compare it with."
-    names = {a: [_whom(q) for q in asked if q["answer"] == a] for a in ("yes", "unclear", "no")}
-    parts = [
-        f"better than {_list(names['yes'])}" if names["yes"] else "",
-        f"not to be told from {_list(names['unclear'])}" if names["unclear"] else "",
-        f"worse than {_list(names['no'])}" if names["no"] else "",
-    ]
-    return f"{found.own} ({mean}): {', '.join(part for part in parts if part)}."
+        mean = f"{found.mean(found.own):.4f} bits per byte"
+        domains = _count(len(found.domains), "domain")
+        return f"{found.own}: {mean} over {domains}{few}; there is nothing to compare it with."
+    first = {"better than every member?", "better than the oracle?"}
+    dense = {q["question"] for q in asked if q["against"] in found.of_kind("dense")}
+    told = [q for q in asked if q["question"] in first | dense or q["answer"] != "yes"]
+    told.sort(key=lambda q: (q["question"] not in first, q["question"] in dense))
+    text = "; ".join(_standing(q, found) for q in told)
+    return f"{text[:1].upper()}{text[1:]}{few}."
 
 
-def _whom(question: dict[str, Any]) -> str:
-    whom = question["question"].removeprefix("better than ").removesuffix("?")
-    if whom == "every member" and question["answer"] != "yes":
-        return f"the best member ({question['against']})"
-    return str(whom)
+def _standing(question: dict[str, Any], found: Comparison) -> str:
+    """8.6 % better than the best of its parts."""
+    against = question["against"]
+    whom = WHOM.get(against, against)
+    if against in found.members:
+        whom = "the best of its parts" + (f" ({against})" if question["answer"] != "yes" else "")
+    size = share(abs(question["relative"]))
+    return {
+        "yes": f"{size} better than {whom}",
+        "no": f"{size} worse than {whom}",
+        "same": f"about as good as {whom}",
+        "unclear": f"not to be told from {whom}",
+    }[question["answer"]]
+
+
+def _few_documents(found: Comparison) -> str:
+    """Said in the headline, since it makes every interval too narrow."""
+    facts = found.texts.facts()
+    few = [f["name"] for f in facts if f["units"] != "documents"]
+    if not few:
+        return ""
+    where = "each domain" if len(few) == len(facts) else _list(few)
+    return f" (not for certain: fewer than five documents in {where})"
+
+
+def _opponents(found: Comparison) -> list[str]:
+    """The best member, then those that are made of all members, then dense models."""
+    if not found.mixtures:
+        return found.of_kind("dense")
+    best = [found.best_member()] if found.members else []
+    return [*best, *found.of_kind("soup", "ensemble", "oracle", "dense")]
 
 
 def sentences(found: Comparison, worse: Sequence[dict[str, Any]]) -> list[str]:
-    """By how much, with what certainty, where not, at what price, and what is missing."""
-    told = [
-        _against(found, name)
-        for name in [
-            *([found.best_member()] if found.members else []),
-            *found.of_kind("soup", "ensemble", "oracle", "dense"),
-        ]
-        if found.mixtures or name in found.of_kind("dense")
-    ]
+    """Where not, what it does not hold of its members, at what price, with what certainty, and what is missing."""
     return [
-        *told,
         _where(found, worse),
+        *_lost(found),
         _price(found),
         _certainty(found),
         *map(_sentence, found.lineup.missing),
     ]
+
+
+def _lost(found: Comparison) -> list[str]:
+    """What the mixture does not hold of its members."""
+    return [f"Of {name} it does not hold {what}." for name, what in found.lineup.lost.items()]
 
 
 def _against(found: Comparison, name: str) -> str:
@@ -142,18 +170,12 @@ def _against(found: Comparison, name: str) -> str:
 def _where(found: Comparison, worse: Sequence[dict[str, Any]]) -> str:
     if not found.members or not found.mixtures:
         return ""
-    against = [w for w in worse if w["against"] != "soup"]
+    against, domains = [w for w in worse if w["against"] != "soup"], _count(len(found.domains), "domain")
     if not against:
-        return f"On none of {_count(len(found.domains), 'domain')} is the domain's best member better."
-    certain = [w for w in against if w["low"] > 0]
-    parts = [
-        f"{w['domain']} ({w['difference'] / found.value(w['against'], w['domain']):+.2%} over {w['against']}"
-        f"{'' if w['low'] > 0 else ', not certain'})"
-        for w in against
-    ]
+        return f"On none of {domains} is the domain's best member better for certain."
+    parts = [f"{w['domain']} ({share(w['relative'])} behind {w['against']})" for w in against]
     return (
-        f"The domain's best member is better on {len(against)} of {_count(len(found.domains), 'domain')}"
-        f" ({len(certain)} for certain): {', '.join(parts)}."
+        f"The domain's best member is better for certain on {len(against)} of {domains}: {', '.join(parts)}."
     )
 
 

@@ -77,6 +77,14 @@ def percent(value: float | None, places: int = 0) -> str:
     return MISSING if value is None else f"{100 * value:.{places}f} %".replace("-", "−")
 
 
+def share(value: float | None) -> str:
+    """A share as a percentage in two figures or so: 0.32 %, 1.7 %, 12 %."""
+    if value is None:
+        return MISSING
+    size = abs(100 * value)
+    return percent(value, 2 if size < 0.995 else 1 if size < 9.95 else 0)
+
+
 def interval(low: float | None, high: float | None, places: int = 4) -> str:
     """An interval in brackets; "" where there is none."""
     if low is None or high is None:

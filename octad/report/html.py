@@ -23,7 +23,7 @@ from octad.report.table import Table
 
 ASSETS = "octad.report.page"
 EMPTY = {"octad": None, "model": None, "command": None, "settings": None}
-NO_VERDICT = {"headline": None, "sentences": (), "advice": ()}
+NO_VERDICT = {"headline": None, "sentences": (), "details": (), "advice": ()}
 
 
 def page(report: Mapping[str, Any]) -> str:

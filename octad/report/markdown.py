@@ -21,6 +21,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     verdict = report.get("verdict") or {}
     parts = [f"# {escaped(verdict.get('headline') or report.get('model') or 'Report')}"]
     parts.append(" ".join(escaped(s) for s in verdict.get("sentences") or []))
+    parts += _tables([quality.standing(report), quality.standing_by_domain(report)])
     parts += _tables([sections.questions(report), sections.worse_on(report)])
     if advice := verdict.get("advice"):
         parts += ["## What to try next", "\n".join(f"- {escaped(a)}" for a in advice)]
@@ -56,7 +57,11 @@ def _routing(routing: Mapping[str, Any]) -> list[str]:
 
 
 def _tables(tables: Sequence[Table | None]) -> list[str]:
-    return [f"**{escaped(t.caption)}**\n\n{table(t)}" for t in tables if t is not None and t.rows]
+    shown = [t for t in tables if t is not None and t.rows]
+    return [
+        f"**{escaped(t.caption)}**\n\n{table(t)}" + (f"\n\n{escaped(t.note)}" if t.note else "")
+        for t in shown
+    ]
 
 
 def table(t: Table) -> str:

@@ -20,6 +20,7 @@ from markupsafe import Markup
 from octad.report.figures import human, number
 
 ROW = 26  # pixels: height of a row of a forest plot
+MARK = 6.0  # pixels: half the width of a mark
 LABEL = 15  # pixels: a label needs this much height
 CHARACTER = 7.0  # pixels: width of a character of a label, about
 NARROW = 300.0  # pixels: the plot's width on a telephone, for which labels are placed
@@ -273,7 +274,8 @@ def _labels(
     points: Sequence[Point], xs: Scale, y_at: Callable[[float], float], top: float, bottom: float
 ) -> list[Markup]:
     """Labels beside their points, moved up or down until none covers another on a narrow screen."""
-    taken: list[tuple[float, float, float]] = []
+    places = [(xs.at(p.x) / 100 * NARROW, y_at(p.y)) for p in points]
+    taken = [(x - MARK, x + MARK, y) for x, y in places]
     parts = []
     for p in sorted((p for p in points if p.label), key=lambda p: y_at(p.y)):
         left = xs.at(p.x) > 60

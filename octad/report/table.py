@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
+MOST_EXPERTS = 16  # side by side; of more, those that are used most
+
 
 @dataclass(frozen=True)
 class Column:
@@ -69,6 +71,11 @@ class Table:
         """Each row with its mark."""
         marks = list(self.marks) or [""] * len(self.rows)
         return list(zip(marks, self.rows, strict=True))
+
+
+def busiest(used: Sequence[float]) -> list[int]:
+    """The experts that have room beside each other: all, or the MOST_EXPERTS that are used most, in their own order."""
+    return sorted(sorted(range(len(used)), key=lambda e: -used[e])[:MOST_EXPERTS])
 
 
 def judged(low: float | None, high: float | None, *, lower_is_better: bool = True) -> str:

@@ -25,7 +25,6 @@ out = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 err = Console(stderr=True, highlight=False)
 # The first is the terminal's own text colour, whatever its background; no two of the others are shades of one colour.
 COLOURS = ("default", "green", "cyan", "magenta", "yellow", "bright_red", "bright_blue", "sandy_brown")
-MOST_COLUMNS = 12  # of experts beside each other; of more those are shown that are used most
 STYLES = {"best": "bold", "better": "green", "yes": "green", "worse": "red", "no": "red", "unclear": "yellow"}
 ROWS = {"mixture": "cyan", "mean": "bold"}
 GAP = 2  # blanks between columns

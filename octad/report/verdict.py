@@ -1,8 +1,8 @@
-"""The verdict at a terminal: a short paragraph, then the figures beside the price.
+"""The verdict at a terminal: a sentence, who is better and where, whom the router chose, what else is to be said.
 
     for part in render(report): console.print(part)
 
-Takes the report's dict (record.py), so that what is printed is what is in the file.
+Takes the report's dict (evaluate/record.py), so that what is printed is what is in the files, and the tables of the page.
 """
 
 from __future__ import annotations
@@ -11,75 +11,52 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
+from octad.report.figures import percent
+from octad.report.page import quality, routes
+from octad.report.table import Cell, Column, Table, busiest
+from octad.report.terminal import table
+
 Report = Mapping[str, Any]
-MOST_EXPERTS = (
-    12  # columns that a terminal has room for; of more experts those are shown that some text chooses most
-)
-ANSWERS = {"yes": "green", "no": "red", "unclear": "yellow"}
 
 
-def render(report: Report, colours: Sequence[str]) -> Iterator[RenderableType]:
-    """Table of figures, load, verdict, requirements. `colours`: of the experts."""
-    yield figures(report)
-    if report.get("load"):
-        yield load(report, colours)
-    yield verdict(report)
+def render(report: Report) -> Iterator[RenderableType]:
+    """Sentence, tables, sentences, advice, requirements."""
+    found = report["verdict"]
+    yield Text(f"\n{found['headline']}", style="bold")
+    for t in (quality.standing(report), quality.standing_by_domain(report), load(report)):
+        if t is not None:
+            yield Text()
+            yield table(t)
+    yield Text("\n" + "\n".join(found["sentences"]))
+    if found["advice"]:
+        yield Text("\nwhat to try next", style="bold")
+        yield from (Text(f"- {line}") for line in found["advice"])
     if report["requirements"]:
         yield requirements(report["requirements"])
 
 
-def figures(report: Report) -> Table:
-    """One row a contestant, one column a domain, then what it costs; the best of a column in bold."""
-    domains, rows = report["domains"], report["contestants"]
-    counts = sorted(d["tokens"] for d in domains)
-    table = _table(f"bits per byte, held-out text, {_range(counts[0], counts[-1])} tokens a domain")
-    table.add_column("", no_wrap=True)
-    for column in (*(d["name"] for d in domains), "mean", "active", "tokens/s"):
-        table.add_column(escape(column), justify="right")
-    names = [d["name"] for d in domains]
-    best = {name: min(row["bits_per_byte"][name] for row in rows) for name in names}
-    lowest = min(row["mean"] for row in rows)
-    for row in rows:
-        cells = [_figure(row["bits_per_byte"][name], best[name]) for name in names]
-        price = row["price"]
-        cost = (_millions(price["active_parameters"]), _rounded(price["tokens_per_second"]))
-        style = "cyan" if row["kind"] == "mixture" else None
-        table.add_row(escape(row["name"]), *cells, _figure(row["mean"], lowest), *cost, style=style)
-    return table
-
-
-def load(report: Report, colours: Sequence[str]) -> Table:
-    """The share of choices that each expert gets, by domain, over all layers; those chosen least in one column."""
-    rows, experts = report["load"], report["experts"]
-    most = [max(shares[e] for shares in rows.values()) for e in range(len(experts))]
-    shown = sorted(sorted(range(len(experts)), key=lambda e: -most[e])[:MOST_EXPERTS])
-    table = _table("\nshare of choices per expert, mean over layers")
-    table.add_column("text", no_wrap=True)
-    for e in shown:
-        table.add_column(escape(experts[e]), justify="right", style=colours[e % len(colours)], no_wrap=True)
+def load(report: Report) -> Table | None:
+    """The share of choices that each expert gets, by kind of text, over all layers; those chosen least in one column."""
+    rows, experts = report.get("load"), report.get("experts") or []
+    if not rows:
+        return None
+    shown = busiest([max(shares[e] for shares in rows.values()) for e in range(len(experts))])
+    columns = [Column("text"), *(Column(experts[e], numeric=True, speaker=e) for e in shown)]
     if left := len(experts) - len(shown):
-        table.add_column(f"{left} others", justify="right", no_wrap=True)
+        columns.append(Column(f"{left} others", numeric=True))
+    cells = []
     for domain, shares in rows.items():
-        cells = [shares[e] for e in shown]
-        cells += [1 - sum(cells)] if left else []
-        table.add_row(escape(domain), *(f"{100 * share:.0f} %" for share in cells))
-    return table
-
-
-def verdict(report: Report) -> Group:
-    """Headline, answers, sentences, advice."""
-    found = report["verdict"]
-    parts: list[RenderableType] = [Text(f"\n{found['headline']}", style="bold")]
-    parts += [_answer(question) for question in found["questions"]]
-    parts.append(Text(" ".join(found["sentences"])))
-    if found["advice"]:
-        parts.append(Text("\nwhat to try next", style="bold"))
-        parts += [Text(f"  - {line}") for line in found["advice"]]
-    return Group(*parts)
+        values = [shares[e] for e in shown]
+        values += [1 - sum(values)] if left else []
+        cells.append([Cell(domain), *(Cell(percent(v), v) for v in values)])
+    return Table(
+        "Who is chosen: each expert's share, mean over the layers",
+        columns,
+        cells,
+        routes.most_possible(report),
+    )
 
 
 def requirements(found: Sequence[Mapping[str, Any]]) -> Group:
@@ -103,33 +80,3 @@ def _requirement(entry: Mapping[str, Any]) -> Text:
 
 def _distance(case: Mapping[str, Any]) -> float:
     return abs(float(case["left_value"]) - float(case["right_value"]))
-
-
-def _answer(question: Mapping[str, Any]) -> Text:
-    against = f" ({question['against']})" if question["question"].startswith("better than every") else ""
-    low, high = (f"{v:+.4f}" if v is not None else "?" for v in (question["low"], question["high"]))
-    return Text.assemble(
-        f"  {question['question']:27}",
-        (f"{question['answer']:8}", ANSWERS[question["answer"]]),
-        f"{question['difference']:+.4f}  [{low}, {high}]{against}",
-    )
-
-
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=None, pad_edge=False)
-
-
-def _figure(value: float, best: float) -> str:
-    return f"[bold]{value:.4f}[/]" if value == best else f"{value:.4f}"
-
-
-def _range(low: int, high: int) -> str:
-    return f"{low:,}" if low == high else f"{low:,}-{high:,}"
-
-
-def _millions(count: int | None) -> str:
-    return "-" if count is None else f"{count / 1e6:,.0f} M" if count >= 1e6 else f"{count:,}"
-
-
-def _rounded(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.0f}"

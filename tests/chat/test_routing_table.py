@@ -8,7 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from octad.chat.answer_view import MOST_EXPERTS, routing_table
+from octad.chat.answer_view import routing_table
+from octad.report.table import MOST_EXPERTS
 
 
 def shown(experts: int, chosen: list[list[int]]) -> list[list[str]]:

@@ -132,8 +132,9 @@ def test_an_original_that_is_gone(
     assert found.nats["far"]["one"] != pytest.approx(result.nats["far"]["one"], rel=1e-4)
     assert list(found.lineup.as_held) == found.lineup.inexact == ["far"]
     assert reason in found.lineup.as_held["far"]
-    assert {n: row for n, row in found.bits.items() if n not in ("far", "oracle", "ensemble")} == {
-        n: row for n, row in result.bits.items() if n not in ("far", "oracle", "ensemble")
+    touched = ("far", "oracle", "ensemble", "soup")  # all that the original has a part in
+    assert {n: row for n, row in found.bits.items() if n not in touched} == {
+        n: row for n, row in result.bits.items() if n not in touched
     }
 
 
@@ -151,17 +152,41 @@ def test_originals_of_averaged_attention(world: World, tmp_path: Path) -> None:
         agree(found, name, theirs(world.models[name]), world)
     agree(found, "lora", PeftModel.from_pretrained(theirs(world.base), world.models["lora"]).eval(), world)
     agree(found, "mixture top-2", theirs(mixture), world)
+    states = [theirs(world.models[n]).state_dict() for n in ("full", "far")]
+    states.append(
+        PeftModel.from_pretrained(theirs(world.base), world.models["lora"]).merge_and_unload().state_dict()
+    )
+    soup = theirs(world.base)
+    soup.load_state_dict({k: torch.stack([s[k] for s in states]).mean(0) for k in states[0]})
+    agree(found, "soup", soup, world)
 
 
 def test_the_soup_is_a_model_of_mean_weights(world: World, result: Comparison) -> None:
+    """Of all weights, the attention of the member that has one of its own included."""
     lora = PeftModel.from_pretrained(theirs(world.base), world.models["lora"]).merge_and_unload()
     parts = [lora, theirs(world.models["full"]), theirs(world.models["far"])]
     soup = theirs(world.base)
-    with torch.no_grad():
-        for place, layer in enumerate(soup.model.layers):
-            states = [p.model.layers[place].mlp.state_dict() for p in parts]
-            layer.mlp.load_state_dict({k: torch.stack([s[k] for s in states]).mean(0) for k in states[0]})
+    states = [part.state_dict() for part in parts]
+    soup.load_state_dict({k: torch.stack([s[k] for s in states]).mean(0) for k in states[0]})
     agree(result, "soup", soup, world)
+    assert "attention included" in str(result.rows["soup"].note)
+
+
+def test_a_soup_of_a_member_that_is_gone_says_what_it_is(world: World, tmp_path: Path) -> None:
+    mixture = Path(shutil.copytree(world.mixture, tmp_path / "m"))
+    raw = json.loads((mixture / "octad.json").read_text())
+    raw["experts"][3]["path"] = str(tmp_path / "nowhere")
+    (mixture / "octad.json").write_text(json.dumps(raw))
+    found = compare(open_source(mixture), world.domains, SETTINGS)
+    lora = PeftModel.from_pretrained(theirs(world.base), world.models["lora"]).merge_and_unload()
+    parts = [lora, theirs(world.models["full"]), theirs(world.models["far"])]
+    soup = theirs(world.base)
+    for place, layer in enumerate(soup.model.layers):
+        states = [p.model.layers[place].mlp.state_dict() for p in parts]
+        layer.mlp.load_state_dict({k: torch.stack([s[k] for s in states]).mean(0) for k in states[0]})
+    agree(found, "soup", soup, world)
+    assert "with the mixture's attention (far:" in str(found.rows["soup"].note)
+    assert "nowhere" in str(found.rows["soup"].note)
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])

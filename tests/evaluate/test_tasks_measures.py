@@ -16,11 +16,9 @@ from judging import World, theirs
 from members import make_base
 from peft import PeftModel
 
-from octad.checkpoint.load import load_model, open_source
 from octad.engine.llm import LLM
 from octad.engine.params import SamplingParams
 from octad.errors import DataError, RequestError, SandboxError
-from octad.evaluate.contestants import Soup, contestant
 from octad.evaluate.tasks import humaneval, writing
 from octad.evaluate.tasks.answers import is_right, normalise, write
 from octad.evaluate.tasks.choice import measure_choice
@@ -329,8 +327,11 @@ def test_members_and_soup_are_the_models_themselves(world: World) -> None:
         )
     lora = PeftModel.from_pretrained(theirs(world.base), world.models["lora"])
     assert found["lora"][0] == pytest.approx(their_likelihood(lora, *pair)[0], rel=1e-4)
-    with contestant(load_model(open_source(world.mixture), torch.float32), Soup((1, 2, 3))) as soup:
-        assert found["soup"][0] == pytest.approx(log_likelihoods(soup, [pair])[0].nats, rel=1e-5)
+    parts = [theirs(world.models[name]).state_dict() for name in ("full", "far")]
+    parts.append(lora.merge_and_unload().state_dict())
+    soup = theirs(world.base)
+    soup.load_state_dict({k: torch.stack([part[k] for part in parts]).mean(0) for k in parts[0]})
+    assert found["soup"][0] == pytest.approx(their_likelihood(soup, *pair)[0], rel=1e-4)
     mixture = transformers.AutoModelForCausalLM.from_pretrained(world.mixture, dtype=torch.float32).eval()
     assert found["mixture top-2"][0] == pytest.approx(their_likelihood(mixture, *pair)[0], rel=1e-4)
 
@@ -379,7 +380,8 @@ def test_a_member_that_is_gone_is_judged_as_the_mixture_holds_it(world: World, t
     file = tmp_path / "quiz.jsonl"
     file.write_text(json.dumps({"question": "q", "choices": ["yes", "no"], "answer": 0}) + "\n")
     acc, _ = run_tasks(moved, [str(file)], members=True, dtype="float32")
-    assert list(acc["notes"]) == ["far"]
+    assert list(acc["notes"]) == ["far", "soup"]
+    assert "with the mixture's attention" in acc["notes"]["soup"]
     assert acc["notes"]["far"].startswith("as the mixture holds it, with its attention (")
     assert "far" in acc["scores"]
 

@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,8 @@ from octad.evaluate.price import Price
 from octad.evaluate.record import make_report, plain
 from octad.evaluate.verdict import make_verdict
 from octad.report import verdict as views
+from octad.report.table import MOST_EXPERTS, Table
+from octad.report.terminal import table
 from octad.text.windows import Window
 
 DOMAINS = ["python", "french", "maths"]
@@ -34,12 +37,23 @@ SOUP = {"soup": dict.fromkeys(DOMAINS, 2.3)}
 
 
 def comparison(
-    rates: Rates, shares: Any = None, *, quirk: float = 0.02, missing: tuple[str, ...] = ()
+    rates: Rates,
+    shares: Any = None,
+    *,
+    quirk: float = 0.02,
+    missing: tuple[str, ...] = (),
+    documents: Mapping[str, int] | None = None,
 ) -> Comparison:
     """Contestants with these rates; documents differ, and contestants a little from document to document."""
     random = np.random.default_rng(0)
     texts = Texts(
-        {d: [Window(tuple(range(TOKENS + 1)), 4 * TOKENS, n) for n in range(DOCUMENTS)] for d in DOMAINS}
+        {
+            d: [
+                Window(tuple(range(TOKENS + 1)), 4 * TOKENS, n % (documents or {}).get(d, DOCUMENTS))
+                for n in range(DOCUMENTS)
+            ]
+            for d in DOMAINS
+        }
     )
     common = random.normal(0, 0.3, (len(DOMAINS), DOCUMENTS))
     rows: dict[str, Row] = {}
@@ -82,10 +96,21 @@ def test_a_mixture_that_beats_everything() -> None:
     found = comparison(mixture(flat(1.9)), RIGHT)
     verdict = make_verdict(found)
     assert set(answers(found).values()) == {"yes"}
-    assert verdict["headline"].endswith("better than every member, the soup, the ensemble and the oracle.")
+    best = found.difference("mixture top-2", found.best_member()).relative
+    oracle = found.difference("mixture top-2", "oracle").relative
+    assert verdict["headline"] == (
+        f"{-100 * best:.0f} % better than the best of its parts;"
+        f" {-100 * oracle:.1f} % better than always knowing the right specialist."
+    )
     assert verdict["worse_on"] == []
     assert verdict["advice"] == []
     assert any("On none of 3 domains" in s for s in verdict["sentences"])
+    assert [s.split(":")[0].partition(" below ")[2] for s in verdict["details"]] == [
+        f"the best single member, {found.best_member()}",
+        "the soup",
+        "the ensemble",
+        "the oracle",
+    ]
 
 
 def test_a_mixture_a_little_behind_its_specialists() -> None:
@@ -94,7 +119,7 @@ def test_a_mixture_a_little_behind_its_specialists() -> None:
     assert answers(found)["better than every member?"] == "yes"
     assert answers(found)["better than the soup?"] == "yes"
     assert answers(found)["better than the oracle?"] == "no"
-    assert "worse than the oracle" in verdict["headline"]
+    assert "worse than always knowing the right specialist" in verdict["headline"]
     first = verdict["worse_on"][0]
     assert (first["domain"], first["against"]) == ("french", "french")
     assert first["difference"] == pytest.approx(0.05 / 4 / np.log(2), rel=0.5)
@@ -112,7 +137,8 @@ def test_a_random_router() -> None:
     assert answers(found)["better than the oracle?"] == "no"
     assert "the router does not know the domains" in verdict["advice"][0]
     assert any("not for certain better than averaging" in line for line in verdict["advice"])
-    assert any("3 of 3 domains (3 for certain)" in s for s in verdict["sentences"])
+    assert any("better for certain on 3 of 3 domains" in s for s in verdict["sentences"])
+    assert "averaging their weights" in verdict["headline"]
 
 
 def test_shuffled_experts() -> None:
@@ -193,22 +219,88 @@ def test_the_report_is_plain() -> None:
     assert plain({"a": (float("inf"), 1)}) == {"a": [None, 1]}
 
 
-# ---- the model card --------------------------------------------------------------------------------------------
+def test_what_is_too_small_to_matter_is_neither_better_nor_worse() -> None:
+    """One document is like the next here, so the interval is narrow whatever it says."""
+    tiny = comparison(mixture(dict.fromkeys(DOMAINS, 2.0 * 0.9999)), RIGHT, quirk=1e-6)
+    verdict = make_verdict(tiny)
+    interval = tiny.difference("mixture top-2", "oracle").interval
+    assert interval.high < 0  # certain, and 0.01 %
+    assert answers(tiny)["better than the oracle?"] == "same"
+    assert "about as good as always knowing the right specialist" in verdict["headline"]
+    assert verdict["worse_on"] == []
+    worse = comparison(mixture(dict.fromkeys(DOMAINS, 2.0 * 1.001)), RIGHT, quirk=1e-6)
+    assert worse.difference("mixture top-2", "oracle").interval.low > 0
+    assert make_verdict(worse)["worse_on"] == []
+    strict = replace(worse, settings=Settings(resamples=300, smallest=0.0001))
+    strict.differences = differences(strict)
+    assert answers(strict)["better than the oracle?"] == "no"
+    assert sorted(w["domain"] for w in make_verdict(strict)["worse_on"]) == sorted(DOMAINS)
+    assert [d["answer"] for d in make_report(strict)["differences"] if d["against"] == "oracle"] == ["no"] * 4
 
 
-def source(directory: Path | None) -> Any:
-    return SimpleNamespace(directory=directory, label="m")
+def test_what_may_be_chance_is_not_listed_as_a_loss() -> None:
+    found = comparison(mixture({"python": 2.0, "french": 2.05, "maths": 2.004}), RIGHT, quirk=0.03)
+    difference = found.difference("mixture top-2", "oracle", "maths")
+    assert difference.answer == "unclear"
+    assert [w["domain"] for w in make_verdict(found)["worse_on"]] == ["french"]
+
+
+def test_too_few_documents_are_said_in_the_headline() -> None:
+    few = comparison(mixture(flat(1.9)), RIGHT, documents={"french": 4})
+    assert "(not for certain: fewer than five documents in french)" in make_verdict(few)["headline"]
+    none = comparison(mixture(flat(1.9)), RIGHT, documents=dict.fromkeys(DOMAINS, 3))
+    assert "fewer than five documents in each domain" in make_verdict(none)["headline"]
+
+
+def test_what_the_mixture_lacks_of_its_members_is_repeated() -> None:
+    found = comparison(mixture(flat(1.9)), RIGHT)
+    found.lineup.lost = {"french": "its attention (0.031 from the base)"}
+    verdict = make_verdict(found)
+    assert "Of french it does not hold its attention (0.031 from the base)." in verdict["sentences"]
+    assert "lacks a part of french" in verdict["advice"][0]
+
+
+# ---- at a terminal ---------------------------------------------------------------------------------------------
+
+
+def shown(report: Mapping[str, Any], width: int) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    for part in views.render(report):
+        console.print(part)
+    return console.export_text()
+
+
+def test_eighty_columns_are_enough() -> None:
+    found = comparison(mixture({"python": 2.0, "french": 2.05, "maths": 2.0}, flat(2.2)), RIGHT)
+    text = shown(make_report(found), 80)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "…" not in text
+    assert " ".join(text.split()).startswith(make_verdict(found)["headline"])
+    for name in found.rows:
+        (row,) = [line for line in lines if line.startswith(name) and f"{found.mean(name):.4f}" in line]
+        assert name == found.own or ("better" in row or "worse" in row)
+    assert f"{found.mean('mixture top-2'):.4f}" in text
+    assert "oracle: the best part for each kind of text" in text
+    assert "50 % is the most that one can have" in " ".join(text.split())
 
 
 def test_the_load_of_more_experts_than_a_terminal_has_room_for() -> None:
     experts = [f"[red]e{e}" for e in range(40)]
     shares = {"one": [1 / 40] * 40, "two": [0.0] * 39 + [1.0]}
-    console = Console(width=140, record=True, file=io.StringIO())
-    console.print(views.load({"load": shares, "experts": experts}, ["red", "green"]))
-    header, one, two = console.export_text().splitlines()[2:]
-    assert header.split() == ["text", *experts[: views.MOST_EXPERTS - 1], experts[39], "28", "others"]
-    assert one.replace("%", "").split() == ["one", *["2"] * views.MOST_EXPERTS, "70"]
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table(views.load({"load": shares, "experts": experts}) or Table("", [], [])))
+    header, one, two = console.export_text().splitlines()[1:]
+    assert header.split() == ["text", *experts[: MOST_EXPERTS - 1], experts[39], "24", "others"]
+    assert one.replace("%", "").split() == ["one", *["2"] * MOST_EXPERTS, "60"]
     assert two.split()[-4:] == ["100", "%", "0", "%"]
+
+
+# ---- the model card --------------------------------------------------------------------------------------------
+
+
+def source(directory: Path | None) -> Any:
+    return SimpleNamespace(directory=directory, label="m")
 
 
 def test_the_card_holds_one_verdict(tmp_path: Path) -> None:

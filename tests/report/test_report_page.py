@@ -18,7 +18,7 @@ from octad.report.html import page
 from octad.report.markdown import escaped, markdown
 from octad.report.page import parts as sections
 from octad.report.page import quality, routes
-from octad.report.table import judged
+from octad.report.table import MOST_EXPERTS, judged
 
 DENSE: dict[str, Any] = {
     "routing": None,
@@ -250,7 +250,7 @@ def test_many_experts_are_cut_to_those_in_use() -> None:
     row[3], row[38] = 0.25, 0.75
     found = routing() | {"experts": names, "share": {"a": [row, row]}}
     shown = routes.shown_experts(found)
-    assert len(shown) == routes.MOST_EXPERTS
+    assert len(shown) == MOST_EXPERTS
     assert {3, 38} <= set(shown)
     assert routes.shares(found).note == "the 16 most used of 40 experts"
 

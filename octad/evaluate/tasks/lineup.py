@@ -3,9 +3,8 @@
     for entrant in lineup("mixture/", members=True):
         entrant.name, entrant.llm
 
-A member that the mixture holds exactly is the mixture with every token sent to that expert: nothing is loaded for it. A
-member that had an attention of its own is opened where it came from. The soup is the mean of the members that are not the
-base, as in the comparison by bits per byte, so the names mean the same in both tables.
+They are those of the comparison by bits per byte (evaluate/lineup.py), so a name means the same in both tables. A member
+that the mixture holds exactly is the mixture with every token sent to that expert: nothing is loaded for it.
 """
 
 from __future__ import annotations
@@ -18,15 +17,13 @@ from pathlib import Path
 import torch
 
 from octad.checkpoint.load import load_model, load_tokenizer, open_source
-from octad.checkpoint.provenance import Provenance
 from octad.checkpoint.quantized import QuantizedSource
 from octad.checkpoint.source import TensorSource
 from octad.dist import compute_dtype
 from octad.engine.llm import DTYPES, LLM
-from octad.errors import OctadError, RequestError
-from octad.evaluate.contestants import Member, contestant, moe_layers, soup_mlp
-from octad.evaluate.lineup import contestant_names
-from octad.evaluate.originals import original
+from octad.errors import RequestError
+from octad.evaluate.contestants import Member, Original, Soup, contestant, moe_layers, soup_mlp
+from octad.evaluate.lineup import LineUp, members_of
 
 
 @dataclass(frozen=True)
@@ -47,54 +44,37 @@ def lineup(ref: str | Path, *, members: bool = False, dtype: str = "auto") -> It
     config = source.config
     if members and not config.is_moe:
         raise RequestError(f"{source.label}: is dense, it has no members; leave out --members")
+    found = members_of(source) if members else LineUp({}, "model", [])
     name = f"mixture top-{config.num_experts_per_tok}" if config.is_moe else "model"
     llm = LLM(ref, dtype=dtype)
-    yield Entrant(name, "mixture" if config.is_moe else "model", llm)
-    if not members:
-        return
-    made = Provenance.of(source)
-    apart = _originals(made)
-    for expert, member in enumerate(contestant_names(llm.expert_names)):
-        if isinstance(apart.get(member, ""), str):
-            with alone(llm, expert):
-                yield Entrant(member, "member", llm, str(apart.get(member, "")))
+    yield Entrant(name, "mixture" if config.is_moe else "model", llm, "; ".join(found.missing))
+    for member, entry in found.entries.items():
+        if isinstance(entry.who, Member):
+            with alone(llm, entry.who):
+                yield Entrant(member, "member", llm, str(entry.note) if member in found.as_held else "")
     del llm  # one model in memory at a time
     kind = compute_dtype() if dtype == "auto" else DTYPES[dtype]
-    for member, found in apart.items():
-        if not isinstance(found, str):
-            yield Entrant(member, "member", LLM((load_model(found, kind), load_tokenizer(found))))
-    if not isinstance(source, QuantizedSource):
-        yield Entrant("soup", "soup", soup(source, made, kind))
+    for member, entry in found.entries.items():
+        note = str(entry.note) if entry.kind == "soup" and found.lost else ""
+        if isinstance(entry.who, Original):
+            other = entry.who.source
+            yield Entrant(member, entry.kind, LLM((load_model(other, kind), load_tokenizer(other))), note)
+        elif isinstance(entry.who, Soup) and not isinstance(source, QuantizedSource):
+            yield Entrant(member, entry.kind, soup(source, entry.who, kind), note)
 
 
 @contextmanager
-def alone(llm: LLM, expert: int) -> Iterator[LLM]:
+def alone(llm: LLM, member: Member) -> Iterator[LLM]:
     """Inside, every token goes to this expert, whether the model runs in its engine or by itself."""
-    with contestant(llm.model, Member(expert)):
+    with contestant(llm.model, member):
         llm.loop.call(llm.engine.reset_prefix_cache)
         yield llm
     llm.loop.call(llm.engine.reset_prefix_cache)
 
 
-def _originals(made: Provenance | None) -> dict[str, TensorSource | str]:
-    """The members that the mixture does not hold exactly: the originals, or why they are judged as it holds them."""
-    found: dict[str, TensorSource | str] = {}
-    if made is None:
-        return found
-    for name, record in zip(contestant_names(made.names), made.experts, strict=True):
-        if not record.get("exact"):
-            try:
-                found[name] = original(made, record)
-            except OctadError as error:
-                found[name] = f"as the mixture holds it, with its attention ({error})"
-    return found
-
-
-def soup(source: TensorSource, made: Provenance | None, dtype: torch.dtype) -> LLM:
-    """The members' weights averaged: a dense model of the same attention."""
+def soup(source: TensorSource, who: Soup, dtype: torch.dtype) -> LLM:
+    """The experts' weights averaged: a dense model of the mixture's attention."""
     model = load_model(source, dtype)
-    records = made.experts if made else []
-    chosen = [e for e, record in enumerate(records) if record.get("kind") != "base"]
     for layer, moe in moe_layers(model):
-        layer.mlp = soup_mlp(moe.experts, chosen or range(source.config.num_experts), dtype)
+        layer.mlp = soup_mlp(moe.experts, who.experts, dtype)
     return LLM((model, load_tokenizer(source)))

@@ -15,11 +15,10 @@ from typing import Any
 
 from octad.report import svg
 from octad.report.figures import interval, number, percent, signed
-from octad.report.page.quality import Report, kind_of
+from octad.report.page.quality import ANSWERS, Report, answer, kind_of
 from octad.report.table import Cell, Column, Table, judged
 
 MEAN = "mean"
-ANSWERS = {"yes": "better", "no": "worse", "unclear": "unclear"}
 
 
 # ---- the verdict ---------------------------------------------------------------------------------------------
@@ -41,11 +40,11 @@ def questions(report: Report) -> Table | None:
     ]
     rows = []
     for q in asked:
-        mark = ANSWERS.get(q.get("answer"), "unclear")
+        mark = ANSWERS.get(str(q.get("answer")), "unclear")
         rows.append(
             [
                 Cell(q["question"], small=f"against {q['against']}" if q.get("against") else ""),
-                Cell(q.get("answer") or "unclear", mark=f"chip {mark}"),
+                Cell("as good" if mark == "same" else q.get("answer") or "unclear", mark=f"chip {mark}"),
                 *_difference_cells(q, scale, mark, q["question"]),
             ]
         )
@@ -145,10 +144,10 @@ def _forest(rows: Sequence[Mapping[str, Any]], by: str, caption: str) -> Table:
     ]
     cells = []
     for d in rows:
-        mark = judged(d.get("low"), d.get("high"))
+        mark = answer(d)
         relative = d.get("relative")
         share = f"{signed(100 * relative, 1)} %" if relative is not None else ""
-        told = Cell(mark, relative, mark=f"chip {mark}", small=share)
+        told = Cell("as good" if mark == "same" else mark, relative, mark=f"chip {mark}", small=share)
         cells.append([Cell(str(d[by])), *_difference_cells(d, scale, mark, str(d[by])), told])
     marks = ["mean" if by == "domain" and d["domain"] == MEAN else "" for d in rows]
     return Table(caption, columns, cells, axis=svg.axis(scale), kind="forest", marks=marks)

@@ -14,8 +14,8 @@ from typing import Any
 from markupsafe import Markup
 
 from octad.report import svg
-from octad.report.figures import human, mean, number
-from octad.report.table import Cell, Column, Table
+from octad.report.figures import human, mean, number, share
+from octad.report.table import Cell, Column, Table, judged
 
 Report = Mapping[str, Any]
 PRICES = (
@@ -104,6 +104,92 @@ def price(report: Report) -> Table | None:
             ]
         )
     return Table("Price", columns, cells, kind="wide", marks=[str(c.get("kind") or "") for c in rows])
+
+
+# ---- who is better -------------------------------------------------------------------------------------------
+
+ANSWERS = {"yes": "better", "no": "worse", "same": "same", "unclear": "unclear"}
+EXPLAINED = (
+    "oracle: the best part for each kind of text, told which kind it is; soup: one model, the mean of the parts' weights;"
+    " ensemble: all parts run and are weighed; bits per byte: how badly a text is foreseen, less is better."
+)
+
+
+def standing(report: Report) -> Table | None:
+    """Who is better, best first, and at what price: the table beside the verdict."""
+    rows = sorted(contestants(report), key=lambda c: mean_of(c) or 0.0)
+    if not rows:
+        return None
+    found = {d["against"]: d for d in _of_own(report) if d.get("domain") == "mean"}
+    titles = ["contestant", ">bits/byte", f"{own(report)} is", ">active", ">tokens/s"]
+    cells = [
+        [
+            Cell(c["name"], small=_kind(c)),
+            Cell(number(mean_of(c)), mean_of(c)),
+            is_better(found.get(c["name"])),
+            _price_cell(c, "active_parameters"),
+            _price_cell(c, "tokens_per_second"),
+        ]
+        for c in rows
+    ]
+    marks = [str(c.get("kind") or "") if c["name"] == own(report) else "" for c in rows]
+    note = EXPLAINED if any(c.get("kind") == "oracle" for c in rows) else EXPLAINED.rpartition("; ")[2]
+    return Table.of("Who is better, mean over the kinds of text", titles, cells, note=note, marks=marks)
+
+
+def standing_by_domain(report: Report) -> Table | None:
+    """The mixture on each kind of text beside the member that is best there."""
+    rows = contestants(report)
+    mine = next((c for c in rows if c["name"] == own(report)), None)
+    members = [c for c in rows if c.get("kind") == "member"]
+    if mine is None or not members:
+        return None
+    soup = next((c for c in rows if c.get("kind") == "soup"), None)
+    found = {d["domain"]: d for d in _of_own(report) if d.get("against") == "oracle"}
+    titles = ["text", f">{own(report)}", ">best member", "the mixture is", *([">soup"] if soup else [])]
+    cells = []
+    for domain in domain_names(report):
+        known = [c for c in members if c["bits_per_byte"].get(domain) is not None]
+        best = min(known, key=lambda c: float(c["bits_per_byte"][domain]), default=None)
+        theirs = _bits_cell(best, domain, best["name"] if best else "")
+        row = [Cell(domain), _bits_cell(mine, domain), theirs, is_better(found.get(domain))]
+        cells.append([*row, _bits_cell(soup, domain)] if soup else row)
+    return Table.of("By kind of text, bits per byte", titles, cells)
+
+
+def own(report: Report) -> str:
+    """The contestant that the verdict is about."""
+    named = report.get("own") or next((str(d["of"]) for d in report.get("differences") or []), None)
+    return str(named or "the model")
+
+
+def _of_own(report: Report) -> list[Mapping[str, Any]]:
+    return [d for d in report.get("differences") or [] if d["of"] == own(report)]
+
+
+def answer(d: Mapping[str, Any]) -> str:
+    """better, worse, same or unclear: as the verdict found it, else by the interval."""
+    return ANSWERS.get(str(d.get("answer")), judged(d.get("low"), d.get("high")))
+
+
+def is_better(d: Mapping[str, Any] | None) -> Cell:
+    """8.6 % better, as good, unclear +0.3 %."""
+    if d is None or d.get("relative") is None:
+        return Cell("")
+    mark, size = answer(d), share(abs(d["relative"]))
+    if mark == "unclear":
+        return Cell(mark, d["relative"], "chip unclear", small=f"{'+' if d['relative'] > 0 else '−'}{size}")
+    return Cell("as good" if mark == "same" else f"{size} {mark}", d["relative"], f"chip {mark}")
+
+
+def _bits_cell(c: Mapping[str, Any] | None, domain: str, small: str = "") -> Cell:
+    value = c["bits_per_byte"].get(domain) if c else None
+    return Cell(number(value), value, small=small)
+
+
+def _price_cell(c: Mapping[str, Any], key: str) -> Cell:
+    value = (c.get("price") or {}).get(key)
+    return Cell(human(value), value)
 
 
 def price_axis(report: Report) -> tuple[str, str] | None:

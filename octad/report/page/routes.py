@@ -16,22 +16,19 @@ from markupsafe import Markup
 
 from octad.report import svg
 from octad.report.figures import MISSING, human, mean, number, percent
-from octad.report.table import Cell, Column, Table
+from octad.report.table import Cell, Column, Table, busiest
 
 Routing = Mapping[str, Any]
-MOST_EXPERTS = 16
 COLOURS = 8  # of experts; from the ninth on they repeat, and the numbers tell them apart
 
 
 def shown_experts(routing: Routing) -> list[int]:
     """The experts to draw: all, or of many those with the largest share in some domain, in their own order."""
-    count = len(routing["experts"])
-    if count <= MOST_EXPERTS:
-        return list(range(count))
-    largest = [
-        max((_mean_share(rows, e) for rows in routing["share"].values()), default=0.0) for e in range(count)
+    tables = routing["share"].values()
+    most = [
+        max((_mean_share(rows, e) for rows in tables), default=0.0) for e in range(len(routing["experts"]))
     ]
-    return sorted(sorted(range(count), key=lambda e: -largest[e])[:MOST_EXPERTS])
+    return busiest(most)
 
 
 def _mean_share(rows: Sequence[Sequence[float]], expert: int) -> float:
@@ -63,6 +60,14 @@ def shares(routing: Routing) -> Table:
         )
     note = "" if len(experts) == len(names) else f"the {len(experts)} most used of {len(names)} experts"
     return Table("Share of the choices, mean over layers", columns, rows, note=note, kind="wide tinted")
+
+
+def most_possible(report: Mapping[str, Any]) -> str:
+    """What a share of 50 % means: each token is read by so many experts."""
+    k = report.get("experts_per_token")
+    if not k or k == 1:
+        return ""
+    return f"Each token is read by {k} experts: {percent(1 / k)} is the most that one can have, and means every token."
 
 
 @dataclass(frozen=True)
