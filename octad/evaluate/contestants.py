@@ -29,7 +29,7 @@ from octad.fast.native_modules import NativeExperts, NativeMLP
 from octad.fast.optimize import Packer, optimize
 from octad.fast.quantize import PackedExperts
 from octad.fast.saved import load_quantized
-from octad.kernels.native import DTYPES, PACKED, WIDE, WeightArray
+from octad.kernels.native import PACKED, WIDE, WeightArray
 from octad.kernels.packed import Packed
 from octad.model.moe import MLP, Experts, FixedRouter, MoE
 from octad.model.observe import mixtures, watching
@@ -140,7 +140,7 @@ def expert_weights(experts: nn.Module, e: int) -> tuple[torch.Tensor, torch.Tens
 def _unpacked(weights: WeightArray, e: int) -> torch.Tensor:
     """One weight of those described for the native kernels, in float32."""
     struct, data = weights.structs[e], weights.tensors[e]
-    if struct.format in DTYPES.values():
+    if data.dtype.is_floating_point:
         return data.float()
     bits = 16 if struct.format == WIDE else next(b for b, f in PACKED.items() if f == struct.format)
     return Packed(data, int(struct.outputs), int(struct.inputs), bits, int(struct.group)).unpack()
