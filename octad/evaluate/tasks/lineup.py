@@ -50,7 +50,7 @@ def lineup(ref: str | Path, *, members: bool = False, dtype: str = "auto") -> It
     yield Entrant(name, "mixture" if config.is_moe else "model", llm, "; ".join(found.missing))
     for member, entry in found.entries.items():
         if isinstance(entry.who, Member):
-            with alone(llm, entry.who):
+            with alone(llm, entry.who.expert):
                 yield Entrant(member, "member", llm, str(entry.note) if member in found.as_held else "")
     del llm  # one model in memory at a time
     kind = compute_dtype() if dtype == "auto" else DTYPES[dtype]
@@ -64,9 +64,9 @@ def lineup(ref: str | Path, *, members: bool = False, dtype: str = "auto") -> It
 
 
 @contextmanager
-def alone(llm: LLM, member: Member) -> Iterator[LLM]:
+def alone(llm: LLM, expert: int) -> Iterator[LLM]:
     """Inside, every token goes to this expert, whether the model runs in its engine or by itself."""
-    with contestant(llm.model, member):
+    with contestant(llm.model, Member(expert)):
         llm.loop.call(llm.engine.reset_prefix_cache)
         yield llm
     llm.loop.call(llm.engine.reset_prefix_cache)
