@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 
 LLAMA_FLAGS := -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON
 
-.PHONY: help install demo test test-slow test-page page lint bench-combine bench-large bench-engine clean
+.PHONY: help install demo test test-slow test-page page lint bench-combine bench-large bench-engine wheel clean
 
 help:
 	@echo "make demo           combine eight real models into one mixture, judge it, let it write"
@@ -17,6 +17,7 @@ help:
 	@echo "make lint           ruff and mypy"
 	@echo "make bench-combine  quality, speed and memory of combining, beside mergekit-moe"
 	@echo "make bench-large    combining at 20 GB of output, beside a plain copy"
+	@echo "make wheel          a wheel with the native library, which needs no compiler where it is installed"
 	@echo "make bench-engine   speed and memory of running the demo's mixture, beside transformers and llama.cpp"
 
 install: $(READY)
@@ -77,5 +78,10 @@ bench-engine: $(READY)
 		--quantize none --quantize int8 --quantize int4 \
 		$(if $(LLAMA_BENCH),--llama-bench $(LLAMA_BENCH)) $(addprefix --gguf ,$(GGUF))
 
+# Into dist/, with the native library of every instruction set of this kind of processor (setup.py).
+wheel: $(READY)
+	rm -rf build
+	$(BIN)/pip wheel -q --no-deps -w dist .
+
 clean:
-	rm -rf $(VENV) demo-output demo-output-report build *.egg-info
+	rm -rf $(VENV) demo-output demo-output-report build dist *.egg-info

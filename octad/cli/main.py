@@ -19,6 +19,7 @@ import typer
 
 from octad.cli import answering, combining, inspecting, judging, training
 from octad.errors import OctadError
+from octad.kernels.build import IsaError
 
 app = typer.Typer(
     help="One mixture-of-experts language model out of eight smaller ones.",
@@ -73,7 +74,7 @@ def main() -> None:
         if code == 130:
             raise KeyboardInterrupt
         sys.exit(code)
-    except OctadError as error:
+    except (OctadError, IsaError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # of torchrun's processes one a machine speaks
             print(f"octad: {' '.join(str(error).splitlines())}", file=sys.stderr)
         sys.exit(2)

@@ -1,18 +1,33 @@
-/* octad's native kernels for CPUs: what decoding needs, on plain pointers, one OpenMP region a call.
+/* octad's native kernels for CPUs: what decoding needs, and the passes of training, on plain pointers, one OpenMP region
+   a call.
 
    Decoding one token is bound by reading the active weights once. So weights are kept as 8 or 4 bit integers (or bf16),
    laid out so that one 64-byte load feeds 16 outputs, and everything between two weight matrices (activation, routing
    weight, sum over experts) happens in registers and cache. Integer products take activations that are rounded to 8 bits
-   per group of inputs. packed.py holds the formats and the slow twin; build.py compiles this file with -march=native, so
-   that `#ifdef __AVX512...` is the dispatch, and the plain loops serve every other machine.
+   per group of inputs. packed.py holds the formats and the slow twin.
 
-   native_src/rows.h     numbers, and rows of activations
-   native_src/panels.h   16 outputs times a few rows: where the time goes
-   native_src/parts.h    the decoder's operations inside one parallel region
+   build.py compiles this file once for each instruction set, with its flags and -DISA=name, which all functions carry:
+   octad_avx2_linear; and once without, for the function that says what the processor runs. `#ifdef __AVX...` chooses
+   the code inside.
+
+   native_src/detect.h     what this processor runs
+   native_src/numbers.h    numbers, and vectors of eight
+   native_src/rows.h       rows of activations
+   native_src/panels.h     16 outputs times a few rows: where the time goes
+   native_src/parts.h      the decoder's operations inside one parallel region
    native_src/attention.h  queries over pages of keys and values
-   native_src/layers.h   whole layers of them
-   here                  what Python calls. dtype is F_F32 or F_BF16; functions return 0, 1 without memory,
-                          or 2 for an expert that is not there. */
+   native_src/layers.h     whole layers of them
+   native_src/passes.h     the passes between the products of training
+   here                    what Python calls. dtype is F_F32 or F_BF16; functions return 0, 1 without memory,
+                           or 2 for an expert that is not there. */
+
+#ifndef ISA
+#include "native_src/detect.h"
+#else
+
+#define JOINED(isa, name) octad_##isa##_##name
+#define OF_ISA(isa, name) JOINED(isa, name)
+#define NAME(name) OF_ISA(ISA, name)
 
 #include "native_src/numbers.h"
 #include "native_src/rows.h"
@@ -20,9 +35,10 @@
 #include "native_src/parts.h"
 #include "native_src/attention.h"
 #include "native_src/layers.h"
+#include "native_src/passes.h"
 
 /* y = x W^T + b. x [N, K]; outputs[i] [N, O_i] in the same dtype; biases[i] float32 [O_i] or null. */
-int octad_linear(const Weight *w, int64_t count, const void *x, int64_t dtype, int64_t N, void **outputs,
+int NAME(linear)(const Weight *w, int64_t count, const void *x, int64_t dtype, int64_t N, void **outputs,
                  const float *const *biases, int64_t threads) {
     Rows rows;
     float *scratch = malloc((N * w->inputs + 16) * sizeof(float));
@@ -43,7 +59,7 @@ int octad_linear(const Weight *w, int64_t count, const void *x, int64_t dtype, i
 
 /* y = the sum over a token's experts of weight * down(silu(gate x) * up x). gate, up [E] of [F, D], down [E] of [D, F];
    x, y [N, D]; weights float32 [N, A], experts int64 [N, A]. Only the chosen experts' weights are read. */
-int octad_experts(const Weight *gate, const Weight *up, const Weight *down, int64_t E, const void *x, int64_t dtype,
+int NAME(experts)(const Weight *gate, const Weight *up, const Weight *down, int64_t E, const void *x, int64_t dtype,
                   int64_t N, const float *weights, const int64_t *experts, int64_t A, void *y, int64_t threads) {
     int64_t D = gate->inputs, F = gate->outputs, pairs = N * A;
     if (!slots_valid(experts, pairs, E)) return 2;
@@ -70,7 +86,7 @@ int octad_experts(const Weight *gate, const Weight *up, const Weight *down, int6
 }
 
 /* y = x / rms(x) * weight, x and y [N, D], weight [D], all in one dtype. */
-int octad_rms_norm(const void *x, int64_t dtype, int64_t N, int64_t D, const void *weight, float eps, void *y,
+int NAME(rms_norm)(const void *x, int64_t dtype, int64_t N, int64_t D, const void *weight, float eps, void *y,
                    int64_t threads) {
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (N * D > 65536)
@@ -90,7 +106,7 @@ int octad_rms_norm(const void *x, int64_t dtype, int64_t N, int64_t D, const voi
 }
 
 /* x [N, heads, K] rotated in place to positions [N] (or start, start + 1, ...); cosines, sines float32 [T, K]. */
-void octad_rope(void *x, int64_t dtype, int64_t N, int64_t heads, int64_t K, const int64_t *positions, int64_t start,
+void NAME(rope)(void *x, int64_t dtype, int64_t N, int64_t heads, int64_t K, const int64_t *positions, int64_t start,
                 const float *cosines, const float *sines, int64_t threads) {
 #pragma omp parallel for num_threads(threads) if (N * heads * K > 65536)
     for (int64_t n = 0; n < N; n++) {
@@ -100,7 +116,7 @@ void octad_rope(void *x, int64_t dtype, int64_t N, int64_t heads, int64_t K, con
 }
 
 /* weights float32 [N, A] and experts int64 [N, A] of x [N, D]; W float32 [E, D]. */
-int octad_route(const void *x, int64_t dtype, int64_t N, int64_t D, const float *W, int64_t E, int64_t A,
+int NAME(route)(const void *x, int64_t dtype, int64_t N, int64_t D, const float *W, int64_t E, int64_t A,
                 int64_t normalise, float *weights, int64_t *experts, int64_t threads) {
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (N * D * E > 262144)
@@ -120,7 +136,7 @@ int octad_route(const void *x, int64_t dtype, int64_t N, int64_t D, const float 
 
 /* q, y [R, H, K], one token a sequence; keys, values [blocks, block_size, G, K]; lengths [R] and tables [R, width] int32,
    as in paged.py. */
-int octad_paged_attention(const void *q, const void *keys, const void *values, int64_t dtype, const int32_t *lengths,
+int NAME(paged_attention)(const void *q, const void *keys, const void *values, int64_t dtype, const int32_t *lengths,
                           const int32_t *tables, int64_t R, int64_t width, int64_t block_size, int64_t H, int64_t G,
                           int64_t K, int64_t window, float scale, void *y, int64_t threads) {
     Pages pages = {keys, values, dtype, block_size, G, K, window};
@@ -152,7 +168,7 @@ int octad_paged_attention(const void *q, const void *keys, const void *values, i
 
 /* y = the L layers of x, x and y [R, D], as layers.h says; keys and values [L] are the layers' pages. weights float32
    [L, R, A] and experts int64 [L, R, A] say how the tokens were routed. */
-int octad_layers(const Block *const *blocks, int64_t L, const Step *s, const void *x, void *const *keys,
+int NAME(layers)(const Block *const *blocks, int64_t L, const Step *s, const void *x, void *const *keys,
                  void *const *values, void *y, float *weights, int64_t *experts, int64_t A, int64_t threads) {
     int64_t pairs = s->R * A, D = blocks[0]->D;
     for (int64_t l = 0; s->given && l < L; l++)
@@ -177,10 +193,12 @@ int octad_layers(const Block *const *blocks, int64_t L, const Step *s, const voi
     return failed;
 }
 
-int octad_features(void) { /* bit 0: vectors of integers, bit 1: bf16 dot products, bit 2: OpenMP */
+int NAME(features)(void) { /* bit 0: vectors of integers, bit 1: bf16 dot products, bit 2: OpenMP */
     int features = VECTOR_INT | 2 * BF16_DOT;
 #ifdef _OPENMP
     features |= 4;
 #endif
     return features;
 }
+
+#endif

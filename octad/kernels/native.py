@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from octad.kernels.calls import DTYPES, check, typed
+from octad.kernels.build import Library
+from octad.kernels.calls import DTYPES, check
 from octad.kernels.calls import FLOAT as _F
 from octad.kernels.calls import INT as _I
 from octad.kernels.calls import POINTER as _P
@@ -116,18 +117,18 @@ def describe(weights: Sequence[torch.Tensor | Packed]) -> WeightArray:
 class NativeKernels:
     """The compiled library with its argument types."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self.features = int(library.octad_features())
-        self._linear = typed(library.octad_linear, [_P, _I, _P, _I, _I, _P, _P, _I])
-        self._experts = typed(library.octad_experts, [_P, _P, _P, _I, _P, _I, _I, _P, _P, _I, _P, _I])
-        self._norm = typed(library.octad_rms_norm, [_P, _I, _I, _I, _P, _F, _P, _I])
-        self._rope = typed(library.octad_rope, [_P, _I, _I, _I, _I, _P, _I, _P, _P, _I])
-        self._route = typed(library.octad_route, [_P, _I, _I, _I, _P, _I, _I, _I, _P, _P, _I])
-        self._attend = typed(
-            library.octad_paged_attention,
+    def __init__(self, library: Library) -> None:
+        self.isa, self.features = library.isa, int(library.function("features")())
+        self._linear = library.function("linear", [_P, _I, _P, _I, _I, _P, _P, _I])
+        self._experts = library.function("experts", [_P, _P, _P, _I, _P, _I, _I, _P, _P, _I, _P, _I])
+        self._norm = library.function("rms_norm", [_P, _I, _I, _I, _P, _F, _P, _I])
+        self._rope = library.function("rope", [_P, _I, _I, _I, _I, _P, _I, _P, _P, _I])
+        self._route = library.function("route", [_P, _I, _I, _I, _P, _I, _I, _I, _P, _P, _I])
+        self._attend = library.function(
+            "paged_attention",
             [_P, _P, _P, _I, _P, _P, _I, _I, _I, _I, _I, _I, _I, _F, _P, _I],
         )
-        self._layers = typed(library.octad_layers, [_P, _I, _P, _P, _P, _P, _P, _P, _P, _I, _I])
+        self._layers = library.function("layers", [_P, _I, _P, _P, _P, _P, _P, _P, _P, _I, _I])
 
     @property
     def vectors(self) -> bool:

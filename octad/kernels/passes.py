@@ -4,8 +4,8 @@
     h_NF = passes.swiglu(gate_NF, up_NF)
 
 Products run at the machine's rate; what lies between them is bound by reading and writing, so that one pass in place of
-four counts. Plain functions of tensors without autograd. passes.c is the native half, Passes the slow twin that defines
-it, and what serves where there is no compiler, on other devices and in other precisions.
+four counts. Plain functions of tensors without autograd. native_src/passes.h is the native half, Passes the slow twin
+that defines it, and what serves where there is no compiler, on other devices and in other precisions.
 
 Shapes: N rows, D model, F feed-forward hidden, V vocabulary, X batches of R * T query rows, S keys or positions, B
 sequences, H heads, K head dimension.
@@ -13,21 +13,18 @@ sequences, H heads, K head dimension.
 
 from __future__ import annotations
 
-import ctypes
 import functools
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from octad.kernels.attention import causal_mask
-from octad.kernels.build import BuildError, load
-from octad.kernels.calls import DTYPES, check, typed
+from octad.kernels.build import BuildError, Library, load
+from octad.kernels.calls import DTYPES, check
 from octad.kernels.calls import FLOAT as _F
 from octad.kernels.calls import INT as _I
 from octad.kernels.calls import POINTER as _P
 
-SOURCE = Path(__file__).with_name("passes.c")
 CACHED = 1 << 19  # logits that are worked on at a time: in float32 they fit a core's cache
 
 
@@ -127,19 +124,19 @@ class Passes:
 class NativePasses(Passes):
     """Through the compiled library, for float32 and bfloat16 on the CPU."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._swiglu = typed(library.octad_swiglu, [_P, _P, _I, _I, _I, _I, _P, _I])
-        self._swiglu_backward = typed(
-            library.octad_swiglu_backward, [_P, _P, _I, _P, _I, _I, _I, _P, _P, _P, _I, _I]
+    def __init__(self, library: Library) -> None:
+        self._swiglu = library.function("swiglu", [_P, _P, _I, _I, _I, _I, _P, _I])
+        self._swiglu_backward = library.function(
+            "swiglu_backward", [_P, _P, _I, _P, _I, _I, _I, _P, _P, _P, _I, _I]
         )
-        self._softmax = typed(library.octad_causal_softmax, [_P, _I, _I, _I, _I, _I, _F, _I])
-        self._softmax_backward = typed(library.octad_softmax_backward, [_P, _P, _I, _I, _I, _I, _I, _F, _I])
-        self._cross_entropy = typed(library.octad_cross_entropy, [_P, _I, _I, _I, _P, _P, _I])
-        self._add_norm = typed(library.octad_add_norm, [_P, _P, _P, _F, _I, _I, _I, _P, _P, _P, _I])
-        self._add_norm_backward = typed(
-            library.octad_add_norm_backward, [_P, _P, _P, _P, _P, _I, _I, _I, _P, _P, _I]
+        self._softmax = library.function("causal_softmax", [_P, _I, _I, _I, _I, _I, _F, _I])
+        self._softmax_backward = library.function("softmax_backward", [_P, _P, _I, _I, _I, _I, _I, _F, _I])
+        self._cross_entropy = library.function("cross_entropy", [_P, _I, _I, _I, _P, _P, _I])
+        self._add_norm = library.function("add_norm", [_P, _P, _P, _F, _I, _I, _I, _P, _P, _P, _I])
+        self._add_norm_backward = library.function(
+            "add_norm_backward", [_P, _P, _P, _P, _P, _I, _I, _I, _P, _P, _I]
         )
-        self._rotate = typed(library.octad_rotate, [_P, _I, _I, _I, _I, _I, _P, _P, _F, _P, _I])
+        self._rotate = library.function("rotate", [_P, _I, _I, _I, _I, _I, _P, _P, _F, _P, _I])
 
     def swiglu(self, gate_NF: torch.Tensor, up_NF: torch.Tensor) -> torch.Tensor:
         """See Passes."""
@@ -275,7 +272,7 @@ class NativePasses(Passes):
 @functools.cache
 def _built() -> tuple[Passes, str]:
     try:
-        return NativePasses(load(source=SOURCE)), ""
+        return NativePasses(load()), ""
     except BuildError as error:
         return Passes(), str(error)
 

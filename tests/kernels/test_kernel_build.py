@@ -101,13 +101,13 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_changed_source_is_built_anew(tmp_path: Path, source: Path) -> None:
     cache = tmp_path / "cache"
-    before = load(cache, QUICK, source=source).octad_features()
+    before = NativeKernels(load(cache, QUICK, source=source)).features
     load(cache, QUICK, source=source)
     assert len(list(cache.iterdir())) == 1
     part = source.parent / "native_src" / "parts.h"
     part.write_text(part.read_text() + "\n#define CHANGED 64\n")
     source.write_text(source.read_text().replace("return features;", "return features | CHANGED;"))
-    assert load(cache, QUICK, source=source).octad_features() == before | 64
+    assert NativeKernels(load(cache, QUICK, source=source)).features == before | 64
     assert len(list(cache.iterdir())) == 2
     load(cache, [*QUICK, "-DOTHER=1"], source=source)
     load(cache, QUICK, openmp=False, source=source)
@@ -122,8 +122,8 @@ def test_an_error_in_the_source_is_its_own_reason(tmp_path: Path, source: Path) 
 
 def test_processes_that_build_at_once(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from octad.kernels.build import load;"
-        f"print(load(Path({str(tmp_path / 'cache')!r}), {QUICK!r}).octad_features())"
+        "from pathlib import Path; from octad.kernels.build import load;"
+        f"print(load(Path({str(tmp_path / 'cache')!r}), {QUICK!r}).function('features')())"
     )
     runs = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)

@@ -4,14 +4,13 @@ Bounds: integer sums are exact, so that what is left is float32's rounding of su
 magnitudes; results in bfloat16 are within one unit in its last place (2^-8) more.
 """
 
-import platform
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from octad.kernels.build import load
+from octad.kernels.build import load, runnable
 from octad.kernels.native import NativeKernels, WeightArray, describe
 from octad.kernels.packed import Packed, linear_reference, pack, pack_raw
 from octad.kernels.paged import PagedBatch, paged_attention_reference
@@ -20,8 +19,7 @@ from octad.model.moe import Experts, Router
 from octad.model.rope import Rope
 from octad.model.transformer import RMSNorm
 
-OTHER_CPU = ["-march=x86-64"] if platform.machine() in ("x86_64", "AMD64") else []
-BUILDS = {"this machine": [], "plain C": OTHER_CPU, "one thread": ["-O1"]}
+BUILDS = [*runnable(), "one thread"]
 DTYPES = [torch.float32, torch.bfloat16]
 ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 21]
 ULP = 2**-8
@@ -30,10 +28,13 @@ WIDE = -16  # bfloat16 weights, float32 activations
 
 @pytest.fixture(scope="module", params=BUILDS)
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> NativeKernels:
-    flags = BUILDS[request.param]
-    cache = tmp_path_factory.mktemp("native") if flags else None
-    made = NativeKernels(load(cache, flags, openmp=request.param != "one thread"))
-    if request.param == "plain C":
+    """Every instruction set that this machine runs; and the best one without OpenMP."""
+    if request.param == "one thread":
+        made = NativeKernels(load(tmp_path_factory.mktemp("native"), ["-O1"], openmp=False))
+    else:
+        made = NativeKernels(load(isa=request.param))
+        assert made.isa == request.param
+    if request.param == "portable":
         assert made.features & 3 == 0
     assert bool(made.features & 4) == (request.param != "one thread")
     return made

@@ -54,10 +54,15 @@ static inline int panel_outputs(const Weight *w, int64_t p) { return (int)min64(
 
 static inline int64_t panel_count(const Weight *w) { return (w->outputs + PANEL - 1) / PANEL; }
 
+/* Whether the format's kernel takes two panels at once. */
+static inline int takes_two(int64_t format) {
+    return TWO_PANELS && (format == F_Q8 || format == F_Q4 || (format == F_P16 && BF16_DOT));
+}
+
 /* out[i][r][0..15] = rows x[r] times panel data[i], for P <= 2 panels of the shape of w and n <= ROWS rows. What lies
    `ahead` bytes behind is fetched meanwhile: the weights that come next. 0 says that these panels have just been read, for
    other rows. From memory one panel at a time is quickest, whatever the number of rows: two streams that lie so near each
-   other reach two thirds of its bandwidth. From the cache it is both at once, which share the loads of x. */
+   other reach two thirds of its bandwidth. From the cache it is both at once where the kernel can, since they share the loads of x. */
 static void panels(const Weight *w, const uint8_t *const *data, const int *outs, int P, int64_t ahead, const Row *x, int n,
                    float *out) {
     if (w->format <= F_BF16) {
@@ -67,22 +72,32 @@ static void panels(const Weight *w, const uint8_t *const *data, const int *outs,
         }
         return;
     }
-    if (P == 2 && ahead) {
+    if (P == 2 && (ahead || !takes_two(w->format))) {
         panels(w, data, outs, 1, ahead, x, n, out);
         panels(w, data + 1, outs + 1, 1, ahead, x, n, out + ROWS * PANEL);
         return;
     }
     int64_t groups = (w->inputs + w->group - 1) / w->group;
-#define CASE(P_, n_)                                                                                                   \
-    case P_ * 16 + n_:                                                                                                 \
-        if (w->format == F_Q8) panel_int(data, P_, 8, groups, w->group, ahead, x, n_, out);                            \
-        else if (w->format == F_Q4) panel_int(data, P_, 4, groups, w->group, ahead, x, n_, out);                       \
-        else if (w->format == F_P32) panel_wide(data, P_, 4, groups * w->group, ahead, x, n_, out);                    \
-        else if (w->format == F_P16 && BF16_DOT) panel_p16(data, P_, groups * w->group, ahead, x, n_, out);            \
-        else panel_wide(data, P_, 2, groups * w->group, ahead, x, n_, out);                                            \
+#define CASE(n_)                                                                                                       \
+    case n_:                                                                                                           \
+        if (w->format == F_Q8) panel_int(data, 1, 8, groups, w->group, ahead, x, n_, out);                             \
+        else if (w->format == F_Q4) panel_int(data, 1, 4, groups, w->group, ahead, x, n_, out);                        \
+        else if (w->format == F_P32) panel_wide(data[0], 4, groups * w->group, ahead, x, n_, out);                     \
+        else if (w->format == F_P16 && BF16_DOT) panel_p16(data, 1, groups * w->group, ahead, x, n_, out);             \
+        else panel_wide(data[0], 2, groups * w->group, ahead, x, n_, out);                                             \
         break;
-    switch (P * 16 + n) {
-        CASE(1, 1) CASE(1, 2) CASE(1, 3) CASE(1, 4) CASE(1, 5) CASE(1, 6)
-        CASE(2, 1) CASE(2, 2) CASE(2, 3) CASE(2, 4) CASE(2, 5) CASE(2, 6)
+#define CASE_OF_TWO(n_)                                                                                                \
+    case n_:                                                                                                           \
+        if (w->format == F_Q8) panel_int(data, 2, 8, groups, w->group, ahead, x, n_, out);                             \
+        else if (w->format == F_Q4) panel_int(data, 2, 4, groups, w->group, ahead, x, n_, out);                        \
+        else panel_p16(data, 2, groups * w->group, ahead, x, n_, out);                                                 \
+        break;
+    if (P == 1) switch (n) {
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
     }
+#if TWO_PANELS
+    else switch (n) {
+        CASE_OF_TWO(1) CASE_OF_TWO(2) CASE_OF_TWO(3) CASE_OF_TWO(4) CASE_OF_TWO(5) CASE_OF_TWO(6)
+    }
+#endif
 }

@@ -6,6 +6,7 @@
    16 bits. Like the wide panels, few rows take both halves of a panel at once, more one after the other. */
 
 #define VECTOR_INT 1
+#define TWO_PANELS 0
 
 INLINE __m256 scales8(const uint16_t *s) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)s)), 16));
@@ -86,11 +87,10 @@ INLINE void int_halves(const uint8_t *w, const int bits, const int first, const 
 
 INLINE void panel_int(const uint8_t *const *data, const int P, const int bits, int64_t groups, int64_t group,
                       int64_t ahead, const Row *x, const int n, float *out) {
-    for (int p = 0; p < P; p++, out += ROWS * PANEL) {
-        if (n <= (bits == 8 ? 2 : 3)) int_halves(data[p], bits, 0, 2, groups, group, ahead, x, n, out);
-        else {
-            int_halves(data[p], bits, 0, 1, groups, group, ahead, x, n, out);
-            int_halves(data[p], bits, 1, 2, groups, group, ahead, x, n, out);
-        }
+    (void)P; /* one panel */
+    if (n <= (bits == 8 ? 2 : 3)) int_halves(data[0], bits, 0, 2, groups, group, ahead, x, n, out);
+    else {
+        int_halves(data[0], bits, 0, 1, groups, group, ahead, x, n, out);
+        int_halves(data[0], bits, 1, 2, groups, group, ahead, x, n, out);
     }
 }

@@ -3,6 +3,7 @@
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 
 #define VECTOR_INT 1
+#define TWO_PANELS 1
 static inline __m512 scales16(const uint16_t *s) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)s)), 16));
 }

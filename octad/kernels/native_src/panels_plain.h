@@ -1,6 +1,7 @@
 /* Integer panels in plain C, for processors that no other file knows. Part of panels.h. */
 
 #define VECTOR_INT 0
+#define TWO_PANELS 0
 
 static void panel_int(const uint8_t *const *data, int P, int bits, int64_t groups, int64_t group, int64_t ahead,
                       const Row *x, int n, float *out) {

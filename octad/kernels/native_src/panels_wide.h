@@ -37,13 +37,10 @@ INLINE void wide_halves(const uint8_t *w, const int size, const int first, const
         for (int r = 0; r < n; r++) store8(out + r * PANEL + 8 * h, even[h][r] + odd[h][r]);
 }
 
-INLINE void panel_wide(const uint8_t *const *data, const int P, const int size, int64_t K, int64_t ahead, const Row *x,
-                       const int n, float *out) {
-    for (int p = 0; p < P; p++, out += ROWS * PANEL) {
-        if (n <= 3) wide_halves(data[p], size, 0, 2, K, ahead, x, n, out);
-        else {
-            wide_halves(data[p], size, 0, 1, K, ahead, x, n, out);
-            wide_halves(data[p], size, 1, 2, K, ahead, x, n, out);
-        }
+INLINE void panel_wide(const uint8_t *w, const int size, int64_t K, int64_t ahead, const Row *x, const int n, float *out) {
+    if (n <= 3) wide_halves(w, size, 0, 2, K, ahead, x, n, out);
+    else {
+        wide_halves(w, size, 0, 1, K, ahead, x, n, out);
+        wide_halves(w, size, 1, 2, K, ahead, x, n, out);
     }
 }

@@ -252,8 +252,8 @@ static void experts_part(const Team *t, const Weight *gate, const Weight *up, co
 
 /* ---- one token's small operations ---------------------------------------------------------------------------------- */
 
-/* y = x / rms(x) * weight, all of n values; weight in `dtype`. */
-ONE void norm_row(const float *x, int64_t n, const void *weight, int64_t dtype, float eps, float *y) {
+/* y = x / rms(x) * weight, all of n values; weight in `dtype`. Returns 1 / rms(x). */
+ONE float norm_row(const float *x, int64_t n, const void *weight, int64_t dtype, float eps, float *y) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < n; i++) sum += x[i] * x[i];
@@ -262,16 +262,23 @@ ONE void norm_row(const float *x, int64_t n, const void *weight, int64_t dtype, 
         for (int64_t i = 0; i < n; i++) y[i] = x[i] * scale * ((const float *)weight)[i];
     else
         for (int64_t i = 0; i < n; i++) y[i] = x[i] * scale * from_bf16(((const uint16_t *)weight)[i]);
+    return scale;
 }
 
-/* heads x K values rotated in place, the half-split layout; c and s are this position's rows of the tables. */
-ONE void rope_row(void *x, int64_t dtype, int64_t start, int64_t heads, int64_t K, const float *c, const float *s) {
-    int64_t half = K / 2;
+/* One head's K values rotated, the half-split layout; c and s are the position's rows of the tables. turn: 1, or -1 for the
+   way back. */
+ONE void rotate_head(const float *x, int64_t K, const float *c, const float *s, float turn, float *y) {
+    const float *a = x, *b = x + K / 2, *d = c + K / 2, *t = s + K / 2;
+    for (int64_t i = 0; i < K / 2; i++) y[i] = a[i] * c[i] - turn * b[i] * s[i];
+    for (int64_t i = 0; i < K / 2; i++) y[K / 2 + i] = b[i] * d[i] + turn * a[i] * t[i];
+}
+
+/* heads x K values rotated in place. */
+static void rope_row(void *x, int64_t dtype, int64_t start, int64_t heads, int64_t K, const float *c, const float *s) {
     float from[K], to[K];
     for (int64_t at = start; at < start + heads * K; at += K) {
         load_row(from, x, dtype, at, K);
-        for (int64_t i = 0; i < half; i++) to[i] = from[i] * c[i] - from[half + i] * s[i];
-        for (int64_t i = 0; i < half; i++) to[half + i] = from[half + i] * c[half + i] + from[i] * s[half + i];
+        rotate_head(from, K, c, s, 1.0f, to);
         store_row(x, dtype, at, to, K);
     }
 }

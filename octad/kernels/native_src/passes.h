@@ -1,4 +1,5 @@
-/* The passes over activations between the matrix products of training, on plain pointers, one OpenMP loop a call.
+/* The passes over activations between the matrix products of training, on plain pointers, one OpenMP loop a call. Part of
+   native.c.
 
    Each is one pass where PyTorch makes several, in float32 inside whatever the activations are. passes.py has the slow
    twins. Rows are shared out among the threads; but for the sums over rows (a norm's weight) the bits do not depend on how
@@ -6,8 +7,6 @@
 
    Letters: N rows, D model, F feed-forward hidden, V vocabulary, S keys or positions, T queries of a block, H heads, K head
    dimension. */
-
-#include "native_src/numbers.h"
 
 /* store_row, by the processor's own rounding where it has one (which takes the smallest numbers for zero). */
 static void put_row(void *to, int64_t dtype, int64_t start, const float *from, int64_t n) {
@@ -56,7 +55,7 @@ static float exp_row(float *row, int64_t n, float most, float scale) {
 /* ---- silu(gate) * up ------------------------------------------------------------------------------------------- */
 
 /* h [N, F] = silu(gate) * up, whose rows are `stride` apart. */
-int octad_swiglu(const void *gate, const void *up, int64_t stride, int64_t dtype, int64_t N, int64_t F, void *h,
+int NAME(swiglu)(const void *gate, const void *up, int64_t stride, int64_t dtype, int64_t N, int64_t F, void *h,
                  int64_t threads) {
     ROWS_BEGIN(N, 2 * F)
     float *u = row + F;
@@ -68,7 +67,7 @@ int octad_swiglu(const void *gate, const void *up, int64_t stride, int64_t dtype
 }
 
 /* h again, and from its gradient dh [N, F] those of gate and up, into rows `stride` apart as well; dup may be dh. */
-int octad_swiglu_backward(const void *gate, const void *up, int64_t stride, const void *dh, int64_t dtype, int64_t N,
+int NAME(swiglu_backward)(const void *gate, const void *up, int64_t stride, const void *dh, int64_t dtype, int64_t N,
                           int64_t F, void *h, void *dgate, void *dup, int64_t dstride, int64_t threads) {
     ROWS_BEGIN(N, 3 * F)
     float *u = row + F, *d = u + F;
@@ -110,7 +109,7 @@ static void store_seen(void *to, int64_t dtype, int64_t n, int64_t S, const floa
 }
 
 /* Softmax of scale * scores [N, S] in place, causal within a window (0: none). */
-int octad_causal_softmax(void *scores, int64_t dtype, int64_t N, int64_t S, int64_t T, int64_t window, float scale,
+int NAME(causal_softmax)(void *scores, int64_t dtype, int64_t N, int64_t S, int64_t T, int64_t window, float scale,
                          int64_t threads) {
     ROWS_BEGIN(N, padded(S))
     int64_t from, to;
@@ -127,7 +126,7 @@ int octad_causal_softmax(void *scores, int64_t dtype, int64_t N, int64_t S, int6
 }
 
 /* From the probabilities p and their gradient dp, both [N, S], that of the scores before scaling, in dp's place. */
-int octad_softmax_backward(const void *p, void *dp, int64_t dtype, int64_t N, int64_t S, int64_t T, int64_t window,
+int NAME(softmax_backward)(const void *p, void *dp, int64_t dtype, int64_t N, int64_t S, int64_t T, int64_t window,
                            float scale, int64_t threads) {
     ROWS_BEGIN(N, 2 * padded(S))
     int64_t from, to;
@@ -148,7 +147,7 @@ int octad_softmax_backward(const void *p, void *dp, int64_t dtype, int64_t N, in
 
 /* Logits [N, V] into their own gradient, softmax - target, in place; losses float32 [N] are -ln p(target). Rows whose
    target is negative are not learnt: zeros. */
-int octad_cross_entropy(void *logits, int64_t dtype, int64_t N, int64_t V, const int64_t *targets, float *losses,
+int NAME(cross_entropy)(void *logits, int64_t dtype, int64_t N, int64_t V, const int64_t *targets, float *losses,
                         int64_t threads) {
     ROWS_BEGIN(N, V)
     int64_t target = targets[n];
@@ -172,29 +171,25 @@ int octad_cross_entropy(void *logits, int64_t dtype, int64_t N, int64_t V, const
 
 /* h = x + delta (where there is one), y = h / rms(h) * weight; x, delta, h, y [N, D], weight [D], inverse float32 [N]
    keeps 1 / rms(h). */
-int octad_add_norm(const void *x, const void *delta, const void *weight, float eps, int64_t dtype, int64_t N, int64_t D,
+int NAME(add_norm)(const void *x, const void *delta, const void *weight, float eps, int64_t dtype, int64_t N, int64_t D,
                    void *h, void *y, float *inverse, int64_t threads) {
     ROWS_BEGIN(N, 2 * D)
-    float *w = row + D, sum = 0;
+    float *d = row + D;
     load_row(row, x, dtype, n * D, D);
     if (delta) {
-        load_row(w, delta, dtype, n * D, D);
-        for (int64_t i = 0; i < D; i++) row[i] += w[i];
+        load_row(d, delta, dtype, n * D, D);
+        for (int64_t i = 0; i < D; i++) row[i] += d[i];
         put_row(h, dtype, n * D, row, D);
         load_row(row, h, dtype, n * D, D); /* as it was rounded */
     }
-    load_row(w, weight, dtype, 0, D);
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < D; i++) sum += row[i] * row[i];
-    float scale = inverse[n] = 1.0f / sqrtf(sum / (float)D + eps);
-    for (int64_t i = 0; i < D; i++) row[i] *= scale * w[i];
+    inverse[n] = norm_row(row, D, weight, dtype, eps, row);
     put_row(y, dtype, n * D, row, D);
     ROWS_END
 }
 
 /* From the gradients dh (where there is one) and dy that of x, which is delta's too, in dx; each thread adds its rows' part
    of the weight's to its row of dweight float32 [threads, D], where there is one. */
-int octad_add_norm_backward(const void *h, const void *weight, const float *inverse, const void *dh, const void *dy,
+int NAME(add_norm_backward)(const void *h, const void *weight, const float *inverse, const void *dh, const void *dy,
                             int64_t dtype, int64_t N, int64_t D, void *dx, float *dweight, int64_t threads) {
     ROWS_BEGIN(N, 4 * D)
     float *w = row + D, *g = w + D, *r = g + D, scale = inverse[n], sum = 0;
@@ -225,21 +220,13 @@ int octad_add_norm_backward(const void *h, const void *weight, const float *inve
 
 /* y = x rotated, both [N, H, K], row n to position n % S: half-split layout, cosines and sines float32 [S, K], which say
    the same twice. `turn` is 1, or -1 for the way back. */
-int octad_rotate(const void *x, int64_t dtype, int64_t N, int64_t H, int64_t K, int64_t S, const float *cosines,
+int NAME(rotate)(const void *x, int64_t dtype, int64_t N, int64_t H, int64_t K, int64_t S, const float *cosines,
                  const float *sines, float turn, void *y, int64_t threads) {
     ROWS_BEGIN(N, 2 * H * K)
     const float *c = cosines + n % S * K, *s = sines + n % S * K;
     float *z = row + H * K;
-    int64_t half = K / 2;
     load_row(row, x, dtype, n * H * K, H * K);
-    for (int64_t h = 0; h < H; h++) {
-        const float *a = row + h * K, *b = a + half;
-        float *to = z + h * K, *end = to + half;
-        for (int64_t i = 0; i < half; i++) {
-            to[i] = a[i] * c[i] - turn * b[i] * s[i];
-            end[i] = b[i] * c[half + i] + turn * a[i] * s[half + i];
-        }
-    }
+    for (int64_t h = 0; h < H; h++) rotate_head(row + h * K, K, c, s, turn, z + h * K);
     put_row(y, dtype, n * H * K, z, H * K);
     ROWS_END
 }
