@@ -15,10 +15,11 @@ import importlib.util
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from octad.checkpoint.hf import INDEX, SINGLE, SafetensorsSource
 from octad.checkpoint.names import EMBEDDING, parameter_sources, tensor_plan
@@ -158,16 +159,31 @@ def load_model(
 ) -> Transformer:
     """A Transformer in eval mode with the source's weights on `device`. `dtype`: of every parameter; by default that
     of the embeddings on disk. Parameters to `leave` stay on the meta device, without memory."""
-    from octad.model.transformer import Transformer
-
     dtype = dtype or source.info(EMBEDDING).dtype
-    with torch.device("meta"):
-        model = Transformer(source.config)
+    model = empty_model(source.config)
     for parameter, names in parameter_sources(source.config).items():
         if parameter in leave:
             continue
-        _assign(model, parameter, _gather(source, source.config, parameter, names, dtype, device))
-    return model.eval()
+        assign(model, parameter, _gather(source, source.config, parameter, names, dtype, device))
+    return model
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Inside, torch.nn.init does nothing. On the meta device there is nothing to fill, and asking for it would load the
+    compiler of PyTorch, which takes seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def empty_model(config: ModelConfig) -> Transformer:
+    """A Transformer in eval mode on the meta device: shapes without memory."""
+    from octad.model.transformer import Transformer
+
+    with torch.device("meta"), _NoInitialisation():
+        return Transformer(config).eval()
 
 
 def load_tokenizer(source: TensorSource) -> Tokenizer:
@@ -223,7 +239,7 @@ def _gather(
     return stacked.view(config.num_experts, -1, columns)
 
 
-def _assign(model: nn.Module, parameter: str, value: torch.Tensor) -> None:
+def assign(model: nn.Module, parameter: str, value: torch.Tensor) -> None:
     """Put a tensor in the place of a parameter that was made on the meta device."""
     module, _, leaf = parameter.rpartition(".")
     expected = model.get_parameter(parameter)

@@ -19,14 +19,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from octad.checkpoint.load import load_tokenizer, open_source
 from octad.dist import compute_dtype, keep_freed_memory
 from octad.engine.engine import Engine, EngineConfig
 from octad.engine.loop import EngineLoop, Stream, Submission
 from octad.engine.outputs import Delta, RequestOutput
 from octad.engine.params import SamplingParams
 from octad.errors import CheckpointError, RequestError
+from octad.fast.loading import open_fast
+from octad.fast.optimize import optimize
 
 if TYPE_CHECKING:
+    from octad.checkpoint.source import TensorSource
     from octad.model.config import ModelConfig
     from octad.model.transformer import Transformer
     from octad.text.tokenizer import Message, Tokenizer
@@ -58,16 +62,16 @@ class LLM:
         engine: EngineConfig | None = None,
         **engine_options: Any,
     ) -> None:
-        from octad.fast.optimize import optimize
-
         keep_freed_memory()
         settings = replace(engine or EngineConfig(), **engine_options)
         directory = None
         if isinstance(model, tuple):
             transformer, self.tokenizer = model
+            attention = optimize(transformer, quantize=quantize, native=native)
         else:
-            transformer, self.tokenizer, directory = _load(model, dtype, device)
-        attention = optimize(transformer, quantize=quantize, native=native)
+            source, kind, place = _open(model, dtype, device)
+            self.tokenizer, directory = load_tokenizer(source), source.directory
+            transformer, attention = open_fast(source, kind, place, quantize=quantize, native=native)
         self.config, self.model = transformer.config, transformer
         self.expert_names = _expert_names(directory, self.config.num_experts)
         self.engine = Engine(transformer, self.tokenizer, settings, attention)
@@ -191,20 +195,12 @@ def _for_each(params: SamplingParams | Sequence[SamplingParams] | None, prompts:
     return list(params)
 
 
-def _load(model: str | Path, dtype: str, device: str) -> tuple[Transformer, Tokenizer, Path | None]:
-    """The model in the wanted dtype on the wanted device, its tokenizer, and where its side files lie."""
-    from octad.checkpoint.load import load_model, load_tokenizer, open_source
-    from octad.checkpoint.quantized import QuantizedSource
-    from octad.fast.saved import load_quantized
-
+def _open(model: str | Path, dtype: str, device: str) -> tuple[TensorSource, torch.dtype, torch.device]:
+    """What lies on disk, the dtype of the activations and the device."""
     if dtype not in ("auto", *DTYPES):
         raise RequestError(f"dtype: found {dtype!r}, allowed: auto, {', '.join(DTYPES)}")
-    source = open_source(model, quantised=True)
-    place = _device(device)
-    kind = compute_dtype(place) if dtype == "auto" else DTYPES[dtype]
-    if isinstance(source, QuantizedSource):
-        return load_quantized(source, kind, place), load_tokenizer(source), source.directory
-    return load_model(source, kind, place), load_tokenizer(source), source.directory
+    source, place = open_source(model, quantised=True), _device(device)
+    return source, compute_dtype(place) if dtype == "auto" else DTYPES[dtype], place
 
 
 def _device(name: str) -> torch.device:

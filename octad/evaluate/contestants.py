@@ -21,14 +21,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from octad.checkpoint.load import load_model
-from octad.checkpoint.quantized import QuantizedSource
 from octad.checkpoint.source import TensorSource
-from octad.dist import compute_dtype
+from octad.fast.loading import open_fast
 from octad.fast.native_modules import NativeExperts, NativeMLP
-from octad.fast.optimize import Packer, optimize
+from octad.fast.optimize import Packer
 from octad.fast.quantize import PackedExperts
-from octad.fast.saved import load_quantized
 from octad.kernels.native import PACKED, WIDE, WeightArray
 from octad.kernels.packed import Packed
 from octad.model.moe import MLP, Experts, FixedRouter, MoE
@@ -76,11 +73,7 @@ def fast_model(
     source: TensorSource, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> Transformer:
     """The source's model on the fast modules of the engine; a quantised checkpoint with the weights that it holds."""
-    dtype = dtype or compute_dtype(device)
-    quantised = isinstance(source, QuantizedSource)
-    model = load_quantized(source, dtype, device) if quantised else load_model(source, dtype, device)  # type: ignore[arg-type]
-    optimize(model)
-    return model
+    return open_fast(source, dtype, device)[0]
 
 
 def moe_layers(model: Transformer) -> list[tuple[nn.Module, MoE]]:

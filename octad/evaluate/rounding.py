@@ -13,14 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from octad.checkpoint.load import load_model
 from octad.checkpoint.quantized import QuantizedSource
 from octad.checkpoint.source import TensorSource
-from octad.dist import compute_dtype
 from octad.evaluate.nats import bits_per_byte, window_nats
-from octad.fast.optimize import optimize
+from octad.fast.loading import open_fast
 from octad.fast.quantize import Precision
-from octad.fast.saved import load_quantized, save_quantized, write_figures
+from octad.fast.saved import save_quantized, write_figures
 from octad.model.transformer import Transformer
 from octad.text.windows import Window
 
@@ -52,16 +50,12 @@ def quantize_and_judge(
     """save_quantized (with its `options` and errors), and where there are texts, before and after in bits per byte,
     which are put into the output's model card too."""
     Precision.of(name)
-    before = (
-        domain_bits(load_model(source, compute_dtype()), texts, partial(progress, "before")) if texts else {}
-    )
+    before = domain_bits(open_fast(source)[0], texts, partial(progress, "before")) if texts else {}
     path = save_quantized(source, directory, name, progress=progress, **options)
     if not texts:
         return path, {}
     made = QuantizedSource(path)
-    model = load_quantized(made, compute_dtype())
-    optimize(model)
-    after = domain_bits(model, texts, partial(progress, "after"))
+    after = domain_bits(open_fast(made)[0], texts, partial(progress, "after"))
     bits = {domain: (before[domain], after[domain]) for domain in texts}
     write_figures(path, source, name, made.schemes, bits)
     return path, bits

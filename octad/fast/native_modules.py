@@ -11,16 +11,15 @@ feed-forward hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
 
-from octad.fast.quantize import PackedExperts
 from octad.kernels.native import NativeKernels, describe
 from octad.kernels.packed import Packed
 from octad.kernels.paged import PagedAttention, PagedBatch, paged_attention
-from octad.model.moe import MLP, Experts, Router
+from octad.model.moe import MLP, Router
 from octad.model.rope import Rope
 from octad.model.transformer import Attention, RMSNorm
 
@@ -119,16 +118,18 @@ class NativeExperts(nn.Module):
     """Experts: only the chosen experts' weights are read, all of them in one call."""
 
     def __init__(
-        self, kernels: NativeKernels, experts: Experts | PackedExperts, pair: PackPair, pack: PackWeight
+        self,
+        kernels: NativeKernels,
+        gates_ups: Iterable[tuple[Weight, Weight]],
+        downs: Iterable[Weight],
+        pair: PackPair,
+        pack: PackWeight,
     ) -> None:
+        """`gates_ups`, `downs`: one expert's weights after the other, each packed before the next is asked for."""
         super().__init__()
         self.kernels = kernels
-        if isinstance(experts, PackedExperts):
-            pairs = list(map(pair, experts.gate, experts.up))
-            self.down = describe([pack(weight) for weight in experts.down])
-        else:
-            pairs = [pair(*gate_up.chunk(2)) for gate_up in experts.gate_up_proj]
-            self.down = describe([pack(weight) for weight in experts.down_proj])
+        pairs = [pair(gate, up) for gate, up in gates_ups]
+        self.down = describe([pack(weight) for weight in downs])
         self.gate, self.up = describe([gate for gate, _ in pairs]), describe([up for _, up in pairs])
 
     def forward(self, x_ND: torch.Tensor, weights_NA: torch.Tensor, experts_NA: torch.Tensor) -> torch.Tensor:

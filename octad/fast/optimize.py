@@ -11,7 +11,7 @@ The layers are swapped one after the other and each frees what it replaces, so m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -27,6 +27,7 @@ from octad.fast.native_modules import (
     NativeMLP,
     NativeNorm,
     NativeRouter,
+    Weight,
     native_attention,
 )
 from octad.fast.quantize import (
@@ -45,6 +46,7 @@ from octad.kernels.paged import PagedAttention, paged_attention
 from octad.model.moe import MLP, Experts, MoE, Router
 from octad.model.transformer import DecoderLayer, Transformer
 
+ExpertWeights = tuple[Iterable[tuple[Weight, Weight]], Iterable[Weight]]  # gates and ups, downs
 LOOKED_AT = 1 << 20  # values at a time
 
 
@@ -63,7 +65,11 @@ def optimize(model: Transformer, *, quantize: str | None = None, native: bool = 
 
 
 def _precision(model: Transformer, quantize: str | None) -> Precision | None:
-    asked, held = None if quantize is None else Precision.of(quantize), held_precision(model)
+    return same_or_held(None if quantize is None else Precision.of(quantize), held_precision(model))
+
+
+def same_or_held(asked: Precision | None, held: Precision | None) -> Precision | None:
+    """The precision that a checkpoint holds, else the one asked for. Raises RequestError where they differ."""
     if asked and held and asked.name != held.name:
         raise RequestError(
             f"quantize: found {asked.name}, but the checkpoint is {held.name} already; leave it out, or give the"
@@ -139,43 +145,62 @@ def _moved(weight: Packed, panels: torch.Tensor) -> Packed:
     return replace(weight, panels=panels)
 
 
-def swap(model: Transformer, kernels: NativeKernels, precision: Precision) -> None:
-    """Put the native modules in the place of a model's own, layer by layer."""
-    wide, stack = precision.wide, Stack()
-    attention, ffn = Packer(precision.attention, wide=wide), Packer(precision.ffn, wide=wide)
-    for number, layer in enumerate(model.model.layers):
+class Swapper:
+    """Puts native modules in the place of one model's own, layer by layer, from weights in memory or still on disk."""
+
+    def __init__(self, model: Transformer, kernels: NativeKernels, precision: Precision) -> None:
+        self.model, self.kernels, self.precision, self.stack = model, kernels, precision, Stack()
+        self.attention = Packer(precision.attention, wide=precision.wide)
+        self.ffn = Packer(precision.ffn, wide=precision.wide)
+
+    def layer(self, number: int, experts: ExpertWeights | None = None) -> None:
+        """Swap one layer; `experts` are the weights of its experts where the layer does not hold them itself."""
+        layer = self.model.model.layers[number]
         assert isinstance(layer, DecoderLayer)
-        _swap_parts(layer, kernels, attention, ffn)
-        model.model.layers[number] = NativeLayer(kernels, layer, model.config, stack)
-    model.model.norm = NativeNorm(kernels, model.model.norm)
-    head = model.lm_head.weight if isinstance(model.lm_head, PackedLinear) else head_weight(model)
-    model.lm_head = NativeLinear(kernels, head, None, Packer(precision.head, wide=wide).one)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            setattr(layer, name, NativeNorm(self.kernels, getattr(layer, name)))
+        layer.self_attn = NativeAttention(self.kernels, layer.self_attn, self.attention.one)
+        if isinstance(layer.mlp, MoE):
+            self._mixture(layer.mlp, experts or expert_weights(layer.mlp.experts))
+        elif isinstance(layer.mlp, MLP):
+            layer.mlp = self._mlp(layer.mlp)
+        self.model.model.layers[number] = NativeLayer(self.kernels, layer, self.model.config, self.stack)
+
+    def ends(self, head: torch.Tensor | Packed) -> None:
+        """Swap the last norm and the head, whose weight [V, D] is given."""
+        decoder, one = self.model.model, Packer(self.precision.head, wide=self.precision.wide).one
+        decoder.norm = NativeNorm(self.kernels, decoder.norm)
+        self.model.lm_head = NativeLinear(self.kernels, head, None, one)
+
+    def _mixture(self, moe: MoE, experts: ExpertWeights) -> None:
+        moe.experts = NativeExperts(self.kernels, *experts, self.ffn.pair, self.ffn.one)
+        if isinstance(moe.gate, Router):
+            moe.gate = NativeRouter(self.kernels, moe.gate)
+        if moe.shared_expert is not None:
+            moe.shared_expert = self._mlp(moe.shared_expert)  # type: ignore[assignment]
+
+    def _mlp(self, mlp: MLP) -> nn.Module:
+        """In one call; with biases, which that call does not know, its three products."""
+        bias: torch.Tensor | None = mlp.gate_proj.bias
+        if bias is None:
+            return NativeMLP(self.kernels, mlp, self.ffn.pair, self.ffn.one)
+        for name, child in list(mlp.named_children()):
+            setattr(mlp, name, NativeLinear(self.kernels, child.weight, child.bias, self.ffn.one))  # type: ignore[arg-type]
+        return mlp
 
 
-def _swap_parts(layer: DecoderLayer, kernels: NativeKernels, attention: Packer, ffn: Packer) -> None:
-    layer.input_layernorm = NativeNorm(kernels, layer.input_layernorm)
-    layer.post_attention_layernorm = NativeNorm(kernels, layer.post_attention_layernorm)
-    layer.self_attn = NativeAttention(kernels, layer.self_attn, attention.one)
-    if isinstance(layer.mlp, MoE):
-        _swap_mixture(layer.mlp, kernels, ffn)
-    elif isinstance(layer.mlp, MLP):
-        layer.mlp = _native_mlp(layer.mlp, kernels, ffn)
+def swap(model: Transformer, kernels: NativeKernels, precision: Precision) -> None:
+    """Put the native modules in the place of a model's own, each layer freeing what it replaces."""
+    swapper = Swapper(model, kernels, precision)
+    for number in range(len(model.model.layers)):
+        swapper.layer(number)
+    swapper.ends(model.lm_head.weight if isinstance(model.lm_head, PackedLinear) else head_weight(model))
 
 
-def _swap_mixture(moe: MoE, kernels: NativeKernels, packer: Packer) -> None:
-    assert isinstance(moe.experts, (Experts, PackedExperts))
-    moe.experts = NativeExperts(kernels, moe.experts, packer.pair, packer.one)
-    if isinstance(moe.gate, Router):
-        moe.gate = NativeRouter(kernels, moe.gate)
-    if moe.shared_expert is not None:
-        moe.shared_expert = _native_mlp(moe.shared_expert, kernels, packer)  # type: ignore[assignment]
-
-
-def _native_mlp(mlp: MLP, kernels: NativeKernels, packer: Packer) -> nn.Module:
-    """In one call; with biases, which that call does not know, its three products."""
-    bias: torch.Tensor | None = mlp.gate_proj.bias
-    if bias is None:
-        return NativeMLP(kernels, mlp, packer.pair, packer.one)
-    for name, child in list(mlp.named_children()):
-        setattr(mlp, name, NativeLinear(kernels, child.weight, child.bias, packer.one))  # type: ignore[arg-type]
-    return mlp
+def expert_weights(experts: nn.Module) -> ExpertWeights:
+    """One expert's gate and up projections after the other's, and likewise the down projections."""
+    if isinstance(experts, PackedExperts):
+        return zip(experts.gate, experts.up, strict=True), experts.down
+    assert isinstance(experts, Experts)
+    halves = (weight.chunk(2) for weight in experts.gate_up_proj)
+    return ((gate, up) for gate, up in halves), experts.down_proj

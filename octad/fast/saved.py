@@ -173,18 +173,19 @@ def load_quantized(
     model = load_model(source, dtype, device, leave=rounded)
     for parameter, names in rounded.items():
         if parameter.endswith(".weight"):  # stacked experts have none
-            _place_linear(model, parameter.removesuffix(".weight"), _packed(source, names[0], device))
+            place_linear(model, parameter, packed_weight(source, names[0], device))
     for number, layer in enumerate(model.model.layers):
         assert isinstance(layer, DecoderLayer)
         if isinstance(layer.mlp, MoE):
             at = f"model.layers.{number}.mlp.experts"
-            halves = [_packed(source, name, device) for name in sources[f"{at}.gate_up_proj"]]
-            down = [_packed(source, name, device) for name in sources[f"{at}.down_proj"]]
+            halves = [packed_weight(source, name, device) for name in sources[f"{at}.gate_up_proj"]]
+            down = [packed_weight(source, name, device) for name in sources[f"{at}.down_proj"]]
             layer.mlp.experts = PackedExperts(halves[0::2], halves[1::2], down)
     return model
 
 
-def _packed(source: QuantizedSource, name: str, device: torch.device | str) -> Packed:
+def packed_weight(source: QuantizedSource, name: str, device: torch.device | str = "cpu") -> Packed:
+    """A rounded weight with the very integers and scales of the file, in the layout of the kernels."""
     scheme = source.scheme(name)
     assert scheme is not None
     raw, scales = source.integers(name)
@@ -192,8 +193,9 @@ def _packed(source: QuantizedSource, name: str, device: torch.device | str) -> P
     return Packed(packed.panels.to(device), packed.outputs, packed.inputs, packed.bits, packed.group)
 
 
-def _place_linear(model: nn.Module, path: str, weight: Packed) -> None:
-    """PackedLinear in the place of an nn.Linear, whose bias it takes over."""
+def place_linear(model: nn.Module, parameter: str, weight: Packed) -> None:
+    """PackedLinear in the place of the nn.Linear that has this `parameter` (its weight), whose bias it takes over."""
+    path = parameter.removesuffix(".weight")
     parent, _, leaf = path.rpartition(".")
     old = model.get_submodule(path)
     assert isinstance(old, nn.Linear)
