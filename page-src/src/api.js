@@ -86,7 +86,7 @@ function* parts(chunk) {
   if (delta?.content || reasoning || choice?.speakers?.length) {
     yield { content: delta?.content ?? "", speakers: choice.speakers ?? [], reasoning: reasoning ?? "" };
   }
-  if (choice?.routed_experts) yield { routes: choice.routed_experts };
+  if (choice?.routed_experts) yield { routes: choice.routed_experts, weights: choice.routed_weights };
   if (choice?.finish_reason) yield { finish: choice.finish_reason };
   if (chunk.usage) yield { usage: chunk.usage };
 }

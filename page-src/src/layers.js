@@ -1,6 +1,7 @@
 // Which experts a token went to, layer by layer: the answer's `routed_experts`, a .npy file in base64 of integers
-// [rows, layers, top_k]. A row belongs to the position that was read, the token that it led to comes one later; so the
-// rows of an answer are the last ones, as many as it has tokens.
+// [rows, layers, top_k], -1 in a layer without experts; and `routed_weights`, of the same shape, where the server sends
+// them. A row belongs to the position that was read, the token that it led to comes one later; so the rows of an answer
+// are the last ones, as many as it has tokens.
 
 const READERS = {
   "|u1": Uint8Array,
@@ -9,6 +10,7 @@ const READERS = {
   "<i2": Int16Array,
   "<i4": Int32Array,
   "<u4": Uint32Array,
+  "<f4": Float32Array,
 };
 
 export class Layers {
@@ -25,7 +27,7 @@ export class Layers {
     }
   }
 
-  /** For token `at` of an answer of `count` tokens: per layer the experts, the first chosen first; null if not traced. */
+  /** For token `at` of an answer of `count` tokens: per layer the values, the first chosen's first; null if not traced. */
   of(at, count) {
     const row = this.rows - count + at;
     if (row < 0 || row >= this.rows) return null;

@@ -17,7 +17,8 @@ export class Run extends EventTarget {
     this.note = ""; // what is being waited for, in words
     this.started = 0;
     Object.assign(node, { content: "", pieces: [] });
-    for (const old of ["error", "finish", "usage", "routes", "reasoning", "seconds", "names"]) delete node[old];
+    for (const old of ["error", "finish", "usage", "routes", "weights", "reasoning", "seconds", "names"])
+      delete node[old];
   }
 
   stop() {
@@ -55,6 +56,7 @@ export class Run extends EventTarget {
       if (part.usage)
         node.usage = { prompt_tokens: part.usage.prompt_tokens, completion_tokens: part.usage.completion_tokens };
       if (part.routes) node.routes = part.routes;
+      if (part.weights) node.weights = part.weights;
       this.dispatchEvent(new Event("change"));
     }
   }

@@ -110,7 +110,7 @@ export class TokenCard {
 
   #content(node, at, [text, expert, weight], pinned) {
     const experts = castOf(node, this.server.experts);
-    const layers = this.#layers(node)?.of(at, node.usage?.completion_tokens ?? node.pieces.length);
+    const layers = this.#layers(node, at);
     return [
       el("p", { class: "token-text" }, JSON.stringify(text)),
       el(
@@ -138,10 +138,19 @@ export class TokenCard {
     ].filter(Boolean);
   }
 
-  #layers(node) {
+  // {experts, weights}: what the routers chose and how much of it each has, both per layer; null if not traced.
+  #layers(node, at) {
     if (!node.routes) return null;
-    if (!this.traces.has(node)) this.traces.set(node, Layers.read(node.routes));
-    return this.traces.get(node);
+    if (!this.traces.has(node)) {
+      this.traces.set(node, {
+        experts: Layers.read(node.routes),
+        weights: node.weights ? Layers.read(node.weights) : null,
+      });
+    }
+    const { experts, weights } = this.traces.get(node);
+    const count = node.usage?.completion_tokens ?? node.pieces.length;
+    const chosen = experts?.of(at, count);
+    return chosen ? { chosen, weights: weights?.of(at, count) ?? null } : null;
   }
 
   #askLayers() {
@@ -170,24 +179,32 @@ const meter = (expert, weight) => {
   return el("div", { class: "meter" }, bar);
 };
 
-// One column a layer, the first chosen expert at the top.
-function grid(layers, experts) {
+// One column a layer, the first chosen expert at the top; as high as its weight, where weights are known.
+function grid({ chosen, weights }, experts) {
   const counts = new Map();
-  for (const chosen of layers) for (const index of chosen) counts.set(index, (counts.get(index) ?? 0) + 1);
+  for (const index of chosen.flat()) if (index >= 0) counts.set(index, (counts.get(index) ?? 0) + 1);
   const most = [...counts].sort((a, b) => b[1] - a[1]).slice(0, NAMED);
   const words = most.map(([index, count]) => `${experts.name(index)} in ${count}`);
   if (counts.size > NAMED) words.push(`${counts.size - NAMED} more in fewer,`);
-  const cells = layers.map((chosen, layer) =>
-    el(
-      "span",
-      { title: `layer ${layer}: ${chosen.map((index) => experts.name(index)).join(", ")}` },
-      chosen.map((index) => el("i", { class: `e${index}` })),
-    ),
-  );
+  const cells = chosen.map((indices, layer) => cell(indices, weights?.[layer], layer, experts));
   return el(
     "div",
     { class: "layers" },
     el("div", { class: "layer-grid", "aria-hidden": "true" }, cells),
-    el("p", {}, `${words.join(", ")} of ${layers.length} layers`),
+    el("p", {}, `${words.join(", ")} of ${chosen.length} layers`),
+  );
+}
+
+function cell(indices, weights, layer, experts) {
+  const said = indices.map((index, at) => `${experts.name(index)}${weights ? ` ${percent(weights[at])}` : ""}`);
+  const title = `layer ${layer}: ${indices[0] < 0 ? "no experts" : said.join(", ")}`;
+  return el(
+    "span",
+    { title },
+    indices.map((index, at) => {
+      const part = el("i", { class: `e${index}` });
+      if (weights) part.style.flexGrow = weights[at];
+      return part;
+    }),
   );
 }

@@ -89,6 +89,7 @@ function checkedNode(node, id, ids, where) {
     finish: text(node.finish),
     only: "only" in node ? numbers(node.only) : undefined,
     routes: text(node.routes),
+    weights: text(node.weights),
     seconds: Number.isFinite(node.seconds) ? node.seconds : undefined,
     usage: checkedUsage(node.usage),
     error: checkedError(node.error),

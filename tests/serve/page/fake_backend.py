@@ -54,13 +54,20 @@ class Refusal:
     times: int = 1
 
 
-def routes(tokens: int, start: int, experts: int) -> str:
-    """[rows, layers, top_k] as the wire has it: row r goes to expert (r + layer) % experts first."""
+def routes(tokens: int, start: int, experts: int) -> tuple[str, str]:
+    """Experts and weights, [rows, layers, top_k], as the wire has them: row r goes to expert (r + layer) % experts first,
+    with 5, 6, 7 or 8 tenths of the weight in turn; layer 0 has no experts."""
     rows = PROMPT_TOKENS + tokens - 1 - start
-    first = (np.arange(rows)[:, None] + start + np.arange(LAYERS)) % experts
-    table = np.stack([first, (first + 1) % experts], axis=-1).astype(np.uint8)
+    turn = np.arange(rows)[:, None] + start + np.arange(LAYERS)
+    chosen = np.stack([turn % experts, (turn + 1) % experts], axis=-1).astype(np.int16)
+    chosen[:, 0] = -1
+    first = (5 + turn % 4) / 10
+    return _npy(chosen), _npy(np.stack([first, 1 - first], axis=-1).astype(np.float32))
+
+
+def _npy(values: np.ndarray) -> str:
     buffer = io.BytesIO()
-    np.save(buffer, table)
+    np.save(buffer, values)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -72,6 +79,7 @@ class FakeBackend:
         self.by_mask: dict[tuple[str, ...], list[Said]] = {}
         self.names = NAMES
         self.routing = True
+        self.weights = True  # routed_weights beside routed_experts
         self.key: str | None = None
         self.health: dict[str, Any] | None = None  # a body for 503
         self.refusal: Refusal | None = None
@@ -107,9 +115,9 @@ class FakeBackend:
             yield self._chunk(choices=[choice])
         last: dict[str, Any] = {"index": 0, "delta": {}, "finish_reason": self.finish}
         if body.get("return_routed_experts"):
-            last["routed_experts"] = routes(
-                len(said), body.get("routed_experts_prompt_start", 0), len(self.names)
-            )
+            start = body.get("routed_experts_prompt_start", 0)
+            last["routed_experts"], weights = routes(len(said), start, len(self.names))
+            last |= {"routed_weights": weights} if self.weights else {}
         yield self._chunk(choices=[last])
         usage = {
             "prompt_tokens": PROMPT_TOKENS,

@@ -107,7 +107,9 @@ def test_a_narrow_window_has_no_sideways_scroll(browser_page: Any, backend: Fake
     assert box["y"] + box["height"] <= 700
     page.tap("#open-panel")
     page.wait_for_selector("#panel:not([hidden])")
-    page.tap("button[aria-label='Solo french']")
+    solo = page.locator("button[aria-label='Solo french']")
+    assert solo.evaluate("e => getComputedStyle(e).opacity") == "1"  # nothing hovers on a phone
+    solo.tap()
     assert page.evaluate(width)
     page.keyboard.press("Escape")
     page.tap(".tok >> nth=0")

@@ -109,6 +109,23 @@ def test_an_enter_that_ends_a_composition_does_not_send(browser_page: Any, backe
     assert backend.requests[0]["messages"][0]["content"] == "にほん"
 
 
+def test_a_real_composition(browser_page: Any, backend: FakeBackend) -> None:
+    """Through chromium's own input method editor: Enter while it composes, then commit, then Enter."""
+    input_method = browser_page.context.new_cdp_session(browser_page)
+    browser_page.focus("#prompt")
+    input_method.send("Input.imeSetComposition", {"text": "日本", "selectionStart": 2, "selectionEnd": 2})
+    browser_page.evaluate("""() => document.querySelector('#prompt').addEventListener(
+        'keydown', (event) => (window.composing = event.isComposing), {once: true})""")
+    browser_page.keyboard.press("Enter")
+    browser_page.wait_for_timeout(200)
+    assert browser_page.evaluate("window.composing") is True
+    assert backend.requests == []
+    input_method.send("Input.insertText", {"text": "日本語"})
+    browser_page.keyboard.press("Enter")
+    browser_page.wait_for_selector(".answer")
+    assert "日本語" in backend.requests[0]["messages"][0]["content"]
+
+
 def test_conversations_are_found_renamed_deleted(browser_page: Any, backend: FakeBackend) -> None:
     page = browser_page
     for question, reply in (("Apples", "They grow on trees."), ("Boats", "They float on rivers.")):

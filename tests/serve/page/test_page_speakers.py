@@ -111,7 +111,11 @@ def test_hover_and_keyboard_tell_the_weight(browser_page: Any, backend: FakeBack
     card.wait_for(state="hidden")
 
 
-def test_layers_are_those_that_the_server_traced(browser_page: Any, backend: FakeBackend) -> None:
+@pytest.mark.parametrize("weights", [True, False])
+def test_layers_are_those_that_the_server_traced(
+    browser_page: Any, backend: FakeBackend, weights: bool
+) -> None:
+    backend.weights = weights
     ask(browser_page, "Before")
     assert "return_routed_experts" not in backend.requests[0]
     browser_page.check("text=Trace layers")
@@ -123,11 +127,13 @@ def test_layers_are_those_that_the_server_traced(browser_page: Any, backend: Fak
     )  # what the last prompt held is not read again
     last = browser_page.locator(".answer").nth(1)
     last.locator(".tok[data-i='2']").click()
-    # row of token 2: the position before it, PROMPT_TOKENS + 1; the fake sends row r, layer l to (r + l) % 8 first
-    expected = [
-        f"layer {layer}: {NAMES[(PROMPT_TOKENS + 1 + layer) % 8]}, {NAMES[(PROMPT_TOKENS + 2 + layer) % 8]}"
-        for layer in range(LAYERS)
-    ]
+    expected = ["layer 0: no experts"]
+    for layer in range(1, LAYERS):
+        turn = PROMPT_TOKENS + 1 + layer  # token 2 comes from the position before it
+        first, second = NAMES[turn % 8], NAMES[(turn + 1) % 8]
+        tenths = 5 + turn % 4
+        said = f"{first} {tenths}0 %, {second} {10 - tenths}0 %" if weights else f"{first}, {second}"
+        expected.append(f"layer {layer}: {said}")
     cells = browser_page.locator(".layer-grid span")
     assert cells.evaluate_all("all => all.map(e => e.title)") == expected
 
