@@ -44,7 +44,7 @@ await build({
   legalComments: "none",
   charset: "utf8",
 });
-for (const name of ["index.html", "icon.svg"]) cpSync(join(HERE, "src", name), join(OUT, name));
+for (const name of ["index.html", "icon.svg", "theme.js"]) cpSync(join(HERE, "src", name), join(OUT, name));
 const styles = readdirSync(join(HERE, "src", "styles")).sort();
 writeFileSync(
   join(OUT, "style.css"),

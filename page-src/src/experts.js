@@ -8,7 +8,7 @@ export class Experts {
   constructor(answer = {}) {
     const rows = Array.isArray(answer.data) ? answer.data : [];
     this.list = rows.map((row, at) => ({
-      index: row.index ?? at,
+      index: Number.isInteger(row.index) && row.index >= 0 ? row.index : at,
       name: String(row.name ?? at),
       domain: row.domain ?? "",
     }));

@@ -251,7 +251,7 @@ class Page {
     let timer = 0;
     const save = () => {
       const start = performance.now();
-      this.#save(talk);
+      this.#save(talk, { listed: timer !== 0 });
       timer = setTimeout(save, Math.max(SAVE_EVERY, 50 * (performance.now() - start)));
     };
     save();
@@ -320,7 +320,7 @@ class Page {
     if (talk && talk.updated > this.talk.updated) this.#open(talk);
   }
 
-  async #save(talk) {
+  async #save(talk, { listed = false } = {}) {
     if (this.gone?.has(talk.id)) return;
     try {
       await this.store.put(talk);
@@ -329,7 +329,7 @@ class Page {
     }
     if (talk === this.talk && path(talk).length && location.hash !== `#${talk.id}`)
       history.replaceState(null, "", `#${talk.id}`);
-    this.sidebar.refresh(this.talk.id);
+    if (!listed) this.sidebar.refresh(this.talk.id);
   }
 
   // A mask is for the mixture that it was made for.

@@ -31,8 +31,12 @@ function verdictView(verdict) {
 
 // An address on this server, or on the web.
 function safe(address) {
-  const url = URL.parse ? URL.parse(address, document.baseURI) : new URL(address, document.baseURI);
-  return url && ["http:", "https:"].includes(url.protocol) ? url.href : null;
+  try {
+    const url = new URL(address, document.baseURI);
+    return ["http:", "https:"].includes(url.protocol) ? url.href : null;
+  } catch {
+    return null;
+  }
 }
 
 function factsView(made, experts) {

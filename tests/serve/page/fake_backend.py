@@ -84,6 +84,7 @@ class FakeBackend:
         self.health: dict[str, Any] | None = None  # a body for 503
         self.refusal: Refusal | None = None
         self.pace = 0.0  # seconds between tokens
+        self.slices: int | None = None  # bytes that are sent at a time, with \\r\\n as the end of lines
         self.break_after: int | None = None  # tokens after which the connection is cut
         self.finish = "stop"
         self.make_up: dict[str, Any] | None = None
@@ -194,11 +195,17 @@ def _handler(backend: FakeBackend) -> type[BaseHTTPRequestHandler]:
                         return
                     backend.hold.wait(20)
                     time.sleep(backend.pace)
-                    self.wfile.write(f": keep-alive\n\ndata: {json.dumps(chunk)}\n\n".encode())
-                    self.wfile.flush()
+                    self.frame(f": keep-alive\n\ndata: {json.dumps(chunk, ensure_ascii=False)}\n\n".encode())
                 self.wfile.write(b"data: [DONE]\n\n")
             except (BrokenPipeError, ConnectionResetError):
                 backend.cancelled += 1
+
+        def frame(self, data: bytes) -> None:
+            if backend.slices:
+                data = data.replace(b"\n", b"\r\n")
+            for at in range(0, len(data), backend.slices or len(data)):
+                self.wfile.write(data[at : at + (backend.slices or len(data))])
+                self.wfile.flush()
 
         def error(self, refusal: Refusal) -> None:
             error = {"message": refusal.message, "type": "error", "param": None, "code": refusal.code}

@@ -132,7 +132,7 @@ def test_keyboard_alone(browser_page: Any, backend: FakeBackend) -> None:
     page.keyboard.press("Control+/")
     assert page.locator("dialog tr").count() >= 12
     page.keyboard.press("Escape")
-    assert page.locator("dialog").count() == 0
+    until(page, "document.querySelectorAll('dialog').length === 0")
     page.focus(".chip >> nth=0")
     page.keyboard.press("Enter")
     assert page.evaluate("document.activeElement.getAttribute('role')") == "menuitem"
@@ -193,6 +193,26 @@ def test_themes(browser_page: Any, backend: FakeBackend) -> None:
     browser_page.click("#theme")
     browser_page.emulate_media(color_scheme="light")
     assert browser_page.evaluate(paper) == dark
+
+
+@pytest.mark.parametrize("browser_page", [{"forced_colors": "active"}], indirect=True)
+def test_the_systems_high_contrast_colours(browser_page: Any, backend: FakeBackend) -> None:
+    backend.reply = [*spoken("one", "python"), *spoken(" two", "french")]
+    ask(browser_page)
+    kinds = "[...document.querySelectorAll('.tok')].map(e => getComputedStyle(e).textDecorationStyle)"
+    assert browser_page.evaluate(kinds) == ["dashed", "double"]
+
+
+def test_right_to_left_text(browser_page: Any, backend: FakeBackend) -> None:
+    backend.reply = spoken("مرحبا بالعالم\n\nplain text")
+    ask(browser_page, "שלום")
+    left = """(e) => {
+        const range = document.createRange();
+        range.selectNodeContents(e);
+        return range.getBoundingClientRect().left - e.getBoundingClientRect().left;
+    }"""
+    assert browser_page.locator(".prose p").nth(0).evaluate(left) > 200  # at the right
+    assert browser_page.locator(".prose p").nth(1).evaluate(left) < 1
 
 
 def test_sampling_presets_and_system_prompt(browser_page: Any, backend: FakeBackend) -> None:

@@ -29,6 +29,23 @@ def test_request_and_answer(browser_page: Any, backend: FakeBackend) -> None:
     ]
 
 
+@pytest.mark.parametrize("slices", [1, 3])
+def test_frames_cut_anywhere(browser_page: Any, backend: FakeBackend, slices: int) -> None:
+    """Frames whose lines end in CR LF, cut within characters, line ends and comments."""
+    text = "Añadir 漢字 😀 «fin»\r\nnext"
+    backend.reply = [Said(char) for char in text]
+    backend.slices = slices
+    ask(browser_page)
+    kept = browser_page.evaluate("""async () => {
+        const open = indexedDB.open('octad');
+        await new Promise((done) => (open.onsuccess = done));
+        const all = open.result.transaction('talks').objectStore('talks').getAll();
+        await new Promise((done) => (all.onsuccess = done));
+        return Object.values(all.result[0].nodes).map((node) => node.content);
+    }""")
+    assert kept == ["Hello?", text]
+
+
 def test_it_streams_and_stops(browser_page: Any, backend: FakeBackend) -> None:
     backend.reply = spoken("word " * 400)
     backend.pace = 0.02

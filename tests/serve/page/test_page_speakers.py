@@ -276,6 +276,7 @@ def test_answers_keep_the_names_of_the_mixture_that_gave_them(
     ask(page)
     page.hover(".experts li[data-expert='1']")
     page.click("button[aria-label='Mask python']")
+    page.wait_for_timeout(500)  # to be kept
     backend.names = ["law", "medicine", "music"]
     page.reload()
     page.wait_for_selector("text=The mask of this conversation was for another mixture")
