@@ -12,13 +12,11 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console, RenderableType
 
 from octad.chat.speakers import Word, legend, visible, write
 from octad.report import terminal
-from octad.report.table import busiest
+from octad.report.table import Cell, Column, Table, busiest
 
 if TYPE_CHECKING:
     from octad.engine.llm import LLM
@@ -49,28 +47,29 @@ def show(llm: LLM, output: RequestOutput, console: Console, *, routes: bool = Fa
         console.print(legend(llm.expert_names, Counter(output.outputs[0].speakers or ())))
 
 
-def routing_table(llm: LLM, answer: CompletionOutput) -> Table:
+def routing_table(llm: LLM, answer: CompletionOutput) -> RenderableType:
     """A row a token: its speaker, and each expert's share of the routing weight over all layers, in per cent.
 
     Of many experts the busiest have a column each, and the others one together."""
-    table = Table(box=None, pad_edge=False, title="share of each token's routing, %", title_justify="left")
-    shares_TE = expert_shares(answer, len(llm.expert_names))
+    names, shares_TE = llm.expert_names, expert_shares(answer, len(llm.expert_names))
     shown = busiest(shares_TE.sum(0).tolist())
     others_T = 1 - shares_TE[:, shown].sum(1)
-    table.add_column("token", no_wrap=True)
-    table.add_column("speaker", no_wrap=True)
-    for expert in shown:
-        name, style = Text(llm.expert_names[expert]), terminal.speaker_style(expert)
-        table.add_column(name, justify="right", style=style, no_wrap=True)
-    if fewer := len(shown) < len(llm.expert_names):
-        table.add_column("others", justify="right")
+    columns = [
+        Column("token"),
+        Column("speaker"),
+        *(Column(names[e], numeric=True, speaker=e) for e in shown),
+    ]
+    if fewer := len(shown) < len(names):
+        columns.append(Column("others", numeric=True))
     columns_TC = torch.cat((shares_TE[:, shown], others_T[:, None]), 1) if fewer else shares_TE
-    for token, speaker, shares_C in zip(answer.token_ids, answer.speakers or [], columns_TC, strict=True):
-        styled = Text(llm.expert_names[speaker], style=terminal.speaker_style(speaker))
-        table.add_row(_token(llm, token), styled, *_percent(shares_C))
-    if len(columns_TC):
-        table.add_row("all", "", *_percent(columns_TC.mean(0)), style="bold")
-    return table
+    rows = [
+        [Cell(_token(llm, token)), Cell(names[speaker], speaker=speaker), *_percent(shares_C)]
+        for token, speaker, shares_C in zip(answer.token_ids, answer.speakers or [], columns_TC, strict=True)
+    ]
+    marks = [""] * len(rows)
+    if rows:
+        rows, marks = [*rows, [Cell("all"), Cell(""), *_percent(columns_TC.mean(0))]], [*marks, "mean"]
+    return terminal.table(Table("share of each token's routing, %", columns, rows, marks=marks))
 
 
 def expert_shares(answer: CompletionOutput, num_experts: int) -> torch.Tensor:
@@ -85,18 +84,13 @@ def expert_shares(answer: CompletionOutput, num_experts: int) -> torch.Tensor:
     return shares_TE / shares_TE.sum(-1, keepdim=True)
 
 
-def logprob_table(answer: CompletionOutput) -> Table:
+def logprob_table(answer: CompletionOutput) -> RenderableType:
     """A row a token: its log-probability (natural logarithm) and rank, and the likeliest tokens at its place."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("token", no_wrap=True)
-    table.add_column("logprob", justify="right")
-    table.add_column("rank", justify="right")
-    table.add_column("likeliest", no_wrap=True)
+    rows = []
     for place in answer.logprobs or []:
         top = "  ".join(f"{_shown(t.text)} {t.logprob:.3f}" for t in place.top)
-        chosen = place.chosen
-        table.add_row(Text(_shown(chosen.text)), f"{chosen.logprob:.3f}", str(chosen.rank), Text(top))
-    return table
+        rows.append([_shown(place.chosen.text), f"{place.chosen.logprob:.3f}", str(place.chosen.rank), top])
+    return terminal.table(Table.of("", ["token", ">logprob", ">rank", "likeliest"], rows))
 
 
 def _answer(llm: LLM, answer: CompletionOutput, routes: bool) -> dict[str, Any]:
@@ -124,8 +118,8 @@ def _logprob(token: TokenLogprob) -> dict[str, Any]:
     return {"text": token.text, "token": token.token_id, "logprob": token.logprob, "rank": token.rank}
 
 
-def _token(llm: LLM, token: int) -> Text:
-    return Text(_shown(llm.tokenizer.decode([token], skip_special_tokens=False)))
+def _token(llm: LLM, token: int) -> str:
+    return _shown(llm.tokenizer.decode([token], skip_special_tokens=False))
 
 
 def _shown(text: str) -> str:
@@ -133,5 +127,5 @@ def _shown(text: str) -> str:
     return visible(text.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")).replace(" ", "␣")
 
 
-def _percent(shares_C: torch.Tensor) -> list[str]:
-    return [f"{100 * share:.0f}" if share >= 0.005 else "·" for share in shares_C.tolist()]
+def _percent(shares_C: torch.Tensor) -> list[Cell]:
+    return [Cell(f"{100 * share:.0f}" if share >= 0.005 else "·") for share in shares_C.tolist()]

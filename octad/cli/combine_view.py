@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from octad.model import cost
+from octad.report import table as report_table
 from octad.report import terminal
 from octad.report.figures import human, sparkline
 
@@ -60,10 +61,10 @@ def _distance(values: Sequence[float] | None) -> str:
 
 def show_rounding(bits: Mapping[str, tuple[float, float]]) -> None:
     """Bits per byte of each domain before and after weights were rounded."""
-    table = Table(title="bits per byte, held-out text", title_justify="left", box=None, pad_edge=False)
-    for column in ("text", "before", "rounded", "change"):
-        table.add_column(column, justify="left" if column == "text" else "right")
     mean = [sum(pair[side] for pair in bits.values()) / len(bits) for side in (0, 1)]
-    for name, (before, after) in {**bits, "mean": (mean[0], mean[1])}.items():
-        table.add_row(name, f"{before:.4f}", f"{after:.4f}", f"{after / before - 1:+.2%}")
-    terminal.out.print(table)
+    rows = [
+        [name, f"{before:.4f}", f"{after:.4f}", f"{after / before - 1:+.2%}"]
+        for name, (before, after) in {**bits, "mean": (mean[0], mean[1])}.items()
+    ]
+    titles = ["text", ">before", ">rounded", ">change"]
+    terminal.out.print(terminal.table(report_table.Table.of("bits per byte, held-out text", titles, rows)))

@@ -12,14 +12,14 @@ import math
 from collections.abc import Sequence
 from itertools import combinations
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from octad.checkpoint.distance import Comparison
 from octad.checkpoint.inspect import Inspection, RouterNorm
+from octad.report import terminal
 from octad.report.figures import digits, human, sparkline
+from octad.report.table import Table
 
 MATRIX_EXPERTS = 16  # above this a matrix is no longer readable, and the extremes are told instead
 
@@ -34,14 +34,9 @@ def render(found: Inspection) -> RenderableType:
     return Group(*blocks)
 
 
-def header(found: Inspection) -> Table:
+def header(found: Inspection) -> RenderableType:
     """What the model is, in a handful of lines."""
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim", no_wrap=True)
-    grid.add_column()
-    for name, value in _facts(found):
-        grid.add_row(name, Text(value))
-    return grid
+    return terminal.facts(_facts(found))
 
 
 def _facts(found: Inspection) -> list[tuple[str, str]]:
@@ -85,12 +80,12 @@ def comparison_blocks(comparison: Comparison, names: Sequence[str]) -> list[Rend
     shared = ", ".join(f"{part} {digits(value)}" for part, value in comparison.shared.items())
     blocks: list[RenderableType] = [
         Text(comparison.verdict, style="bold"),
-        experts_table(comparison, names),
+        terminal.table(experts_table(comparison, names)),
         Text(f"other parts: {shared}"),
     ]
     count = len(comparison.pairs)
     if 1 < count <= MATRIX_EXPERTS:
-        blocks += [Text(), pairs_table(comparison, names)]
+        blocks += [Text(), terminal.table(pairs_table(comparison, names))]
     elif count > 1:
         blocks.append(Text(_extremes(comparison)))
     if comparison.near_copies:
@@ -100,30 +95,25 @@ def comparison_blocks(comparison: Comparison, names: Sequence[str]) -> list[Rend
 
 def experts_table(comparison: Comparison, names: Sequence[str]) -> Table:
     """One line an expert: its distance, and how it runs over the layers (all on one scale from 0 to the largest)."""
-    table = _table()
-    table.add_column("#", justify="right")
-    table.add_column("expert", no_wrap=True)
-    table.add_column("distance", justify="right")
-    table.add_column("cosine", justify="right")
     first, last = comparison.layers[0], comparison.layers[-1]
-    table.add_column(f"layers {first}–{last}", no_wrap=True)
     top = max((d for expert in comparison.experts for d in expert.layers if math.isfinite(d)), default=0.0)
-    for e, (expert, name) in enumerate(zip(comparison.experts, names, strict=True)):
-        spark = sparkline(expert.layers, top)
-        table.add_row(str(e), Text(name), digits(expert.mean), f"{expert.cosine:.3f}", spark)
-    return table
+    rows = [
+        [str(e), name, digits(expert.mean), f"{expert.cosine:.3f}", sparkline(expert.layers, top)]
+        for e, (expert, name) in enumerate(zip(comparison.experts, names, strict=True))
+    ]
+    return Table.of("", [">#", "expert", ">distance", ">cosine", f"layers {first}–{last}"], rows)
 
 
 def pairs_table(comparison: Comparison, names: Sequence[str]) -> Table:
     """Distances of the experts from each other, [E, E]."""
-    table = _table()
-    table.add_column("")
-    for e in range(len(names)):
-        table.add_column(str(e), justify="right", no_wrap=True)
-    for e, (name, row) in enumerate(zip(names, comparison.pairs, strict=True)):
-        cells = ["·" if e == other else digits(distance) for other, distance in enumerate(row)]
-        table.add_row(Text(f"{e} {name}".rstrip()), *cells)
-    return table
+    rows = [
+        [
+            f"{e} {name}".rstrip(),
+            *("·" if e == other else digits(distance) for other, distance in enumerate(row)),
+        ]
+        for e, (name, row) in enumerate(zip(names, comparison.pairs, strict=True))
+    ]
+    return Table.of("", ["", *(f">{e}" for e in range(len(names)))], rows)
 
 
 def _extremes(comparison: Comparison) -> str:
@@ -149,7 +139,3 @@ def routers_line(routers: Sequence[RouterNorm]) -> Text:
         f"router norm {sparkline(norms, max(norms))} {digits(min(norms))}–{digits(max(norms))}"
         f" over layers, an expert's row {digits(low)}–{digits(high)}"
     )
-
-
-def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim", show_edge=False)

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
 from rich.text import Text
 
 from octad.dist import keep_freed_memory
 from octad.report import terminal
+from octad.report.table import Table
 
 
 def tell(rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
@@ -39,10 +39,8 @@ def run(model: str | Path, tasks: str, **options: Any) -> list[dict[str, Any]]:
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
     """One table a measure: a contestant a line, best first where there is a best, with the difference to the first."""
     for row in rows:
-        chance = f", guessing {row['chance']:.3f}" if row["chance"] is not None else ""
-        title = f"{row['name']}: {row['metric']}, {row['examples']} examples{chance}; 95 % intervals"
-        terminal.out.print(Text(f"\n{title}", style="italic"), soft_wrap=True)
-        terminal.out.print(_table(row))
+        terminal.out.print()
+        terminal.out.print(terminal.table(_table(row)))
     for name, note in (rows[0]["notes"] if rows else {}).items():
         terminal.out.print(Text(f"  {name}: {note}"), style="dim")
     for wall in dict.fromkeys(row["sandbox"] for row in rows if "sandbox" in row):
@@ -50,21 +48,20 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _table(row: Mapping[str, Any]) -> Table:
-    table = Table(box=None, pad_edge=False)
+    chance = f", guessing {row['chance']:.3f}" if row["chance"] is not None else ""
+    caption = f"{row['name']}: {row['metric']}, {row['examples']} examples{chance}; 95 % intervals"
     differences = {d["against"]: d for d in row["differences"]}
     of = row["differences"][0]["of"] if row["differences"] else ""
-    table.add_column("", no_wrap=True)
-    table.add_column(row["metric"], justify="right")
-    table.add_column("interval", justify="right")
-    if differences:
-        table.add_column(f"{of} less this", justify="right")
-        table.add_column("interval", justify="right")
+    titles = ["", f">{row['metric']}", ">interval"]
+    titles += [f">{of} less this", ">interval"] if differences else []
+    cells = []
     for name, score in _ordered(row):
-        cells = [f"{score['value']:.3f}", f"{score['low']:.3f}-{score['high']:.3f}"]
-        if other := differences.get(name):
-            cells += [f"{other['difference']:+.3f}", f"{other['low']:+.3f} to {other['high']:+.3f}"]
-        table.add_row(Text(name), *cells, style="cyan" if name == of else None)
-    return table
+        line = [name, f"{score['value']:.3f}", f"{score['low']:.3f}-{score['high']:.3f}"]
+        if differences:
+            d = differences.get(name)
+            line += [f"{d['difference']:+.3f}", f"{d['low']:+.3f} to {d['high']:+.3f}"] if d else ["", ""]
+        cells.append(line)
+    return Table.of(caption, titles, cells, marks=["mixture" * (line[0] == of) for line in cells])
 
 
 def _ordered(row: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float]]]:

@@ -119,7 +119,7 @@ def _add_members(found: LineUp, made: Provenance, largest: int) -> None:
         who = Original(originals[name]) if name in originals else Member(e)
         note = "not held exactly: judged as it was" if name in originals else None
         if name in found.as_held:
-            note = f"judged as the mixture holds it, with its attention ({found.as_held[name]})"
+            note = f"as the mixture holds it, with its attention ({found.as_held[name]})"
         found.entries[name] = Entry(who, "member", note)
     specialists = [name for name in found.experts if name not in found.bases] or found.experts
     found.entries["soup"] = _soup(found, made, {name: records[name] for name in specialists}, largest)

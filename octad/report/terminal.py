@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,6 +63,15 @@ def progress_bar(*, quiet: bool = False) -> Iterator[Callable[[str, float], None
 def table(t: Table) -> RenderableType:
     """A table to print: caption, headings, rows, note; drawings are left out."""
     return _Fitted(t)
+
+
+def facts(pairs: Iterable[tuple[str, str]]) -> RenderableType:
+    """Names and what is said of them, a line each, what is long going on beneath itself."""
+    grid = rich.table.Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    for name, value in pairs:
+        grid.add_row(name, Text(value))
+    return grid
 
 
 class _Fitted:
