@@ -14,27 +14,28 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 from octad.bench.figures import nearest, ratio, speed
 from octad.report.figures import human
+from octad.report.table import Cell, Table
+from octad.report.terminal import table
 
 Contestant = Mapping[str, Any]
-NOTHING = "[dim]-[/]"
+NOTHING = "-"
 
 
 def render(results: Mapping[str, Any]) -> Iterator[RenderableType]:
     """The parts, top to bottom."""
     yield heading(results)
     yield _title("reading a prompt", "tokens/s: median (lowest-highest), share of the arithmetic limit (MFU)")
-    yield one_user(results, "prefill")
+    yield table(one_user(results, "prefill"))
     yield _title("writing, one user", "tokens/s, share of the bandwidth at that moment (MBU), time per token")
-    yield one_user(results, "decode")
+    yield table(one_user(results, "decode"))
     yield _title("many users", "tokens/s of all together (times one user's), wait for the first token")
-    yield many_users(results)
+    yield table(many_users(results))
     yield _title("memory", "weights as they lie in memory; the whole process once loaded, and at most")
-    yield memory(results)
+    yield table(memory(results))
     if price := price_line(results):
         yield price
     yield ""
@@ -100,40 +101,32 @@ def heading(results: Mapping[str, Any]) -> str:
 def one_user(results: Mapping[str, Any], measure: str) -> Table:
     """One row a contestant: tokens/s at each length with the share of the limit, and how many times the peers' it is."""
     cells = [c for c in results["contestants"][0]["cells"] if c["users"] == 1 and c["measure"] == measure]
-    table = _table()
-    for cell in cells:
-        length = cell["length"]
-        title = f"{length} tokens" if measure == "prefill" else f"behind {length}"
-        table.add_column(title, justify="right", no_wrap=True)
+    lengths = [f">{c['length']} tokens" if measure == "prefill" else f">behind {c['length']}" for c in cells]
     beside = max(cells, key=lambda c: c["length"]) if measure == "prefill" else cells[0]
-    for peer in _peer_systems(results):
-        table.add_column(f"x {peer}", justify="right")
+    peers, rows = _peer_systems(results), []
     for contestant in _measured(results):
         row = [_figure(same(contestant, cell)) for cell in cells]
-        row += [_beside(contestant, results, peer, beside) for peer in _peer_systems(results)]
-        table.add_row(contestant["name"], *row, style="cyan" if contestant["role"] == "model" else None)
-    return table
+        rows.append([contestant["name"], *row, *(_beside(contestant, results, p, beside) for p in peers)])
+    marks = ["mixture" * (c["role"] == "model") for c in _measured(results)]
+    return Table.of("", ["", *lengths, *(f">x {peer}" for peer in peers)], rows, marks=marks)
 
 
 def many_users(results: Mapping[str, Any]) -> Table:
     """One row a contestant and context: tokens/s of all users together, how many times those of one user that is, and
     how long the median user waits for the first token when all ask at once."""
     users = sorted({c["users"] for c in results["contestants"][0]["cells"]})
-    table = _table()
-    table.add_column("behind", justify="right")
-    for count in users:
-        table.add_column(f"{count} user{'s' * (count > 1)}", justify="right")
+    rows = []
     for contestant in _measured(results):
         contexts = dict.fromkeys(c["length"] for c in contestant["cells"] if c["measure"] == "decode")
         for context in contexts if contestant["role"] != "price" else ():
-            row = [_batch(contestant, context, count) for count in users]
-            table.add_row(contestant["name"], f"{context}", *row)
-    return table
+            rows.append(
+                [contestant["name"], f"{context}", *(_batch(contestant, context, count) for count in users)]
+            )
+    return Table.of("", ["", ">behind", *(f">{n} user{'s' * (n > 1)}" for n in users)], rows)
 
 
 def memory(results: Mapping[str, Any]) -> Table:
     """Weights, and what the process holds of memory once loaded and at most."""
-    table = _table()
     columns = {
         "weights": "weights",
         "resident": "process",
@@ -143,12 +136,11 @@ def memory(results: Mapping[str, Any]) -> Table:
     shown = {
         k: v for k, v in columns.items() if any(c["memory_bytes"].get(k) for c in results["contestants"])
     }
-    for title in shown.values():
-        table.add_column(title, justify="right")
-    for contestant in _measured(results):
-        sizes = [contestant["memory_bytes"].get(key) for key in shown]
-        table.add_row(contestant["name"], *(human(size, "B") if size else NOTHING for size in sizes))
-    return table
+    rows = [
+        [c["name"], *(human(s, "B") if (s := c["memory_bytes"].get(key)) else NOTHING for key in shown)]
+        for c in _measured(results)
+    ]
+    return Table.of("", ["", *(f">{title}" for title in shown.values())], rows)
 
 
 def price_line(results: Mapping[str, Any]) -> str:
@@ -162,12 +154,6 @@ def price_line(results: Mapping[str, Any]) -> str:
 
 def _title(what: str, how: str) -> str:
     return f"\n[bold]{what}[/]: [dim]{how}[/]"
-
-
-def _table() -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("", no_wrap=True)
-    return table
 
 
 def _measured(results: Mapping[str, Any]) -> list[Contestant]:
@@ -184,15 +170,16 @@ def same(contestant: Contestant, cell: Mapping[str, Any]) -> Mapping[str, Any] |
     return next((c for c in contestant["cells"] if all(c[k] == cell[k] for k in key)), None)
 
 
-def _figure(cell: Mapping[str, Any] | None) -> str:
+def _figure(cell: Mapping[str, Any] | None) -> Cell:
     """1,234 (1,200-1,250)  45 %  0.8 ms: share and time where they are known."""
     if cell is None or cell["tokens_per_s"]["median"] is None:
-        return NOTHING
+        return Cell(NOTHING)
     found = cell["tokens_per_s"]
     share = cell.get("mfu") if cell["measure"] == "prefill" else cell.get("mbu_now", {}).get("median")
-    text = f"{_number(found['median'])} [dim]({_number(found['min'])}-{_number(found['max'])})[/]"
-    text += f" {100 * share:3.0f} %" if share is not None else "      "
-    return text + (f" {1000 * cell['tpot_s']['median']:5.1f} ms" if "tpot_s" in cell else "")
+    told = f"({_number(found['min'])}-{_number(found['max'])})"
+    told += f" {100 * share:3.0f} %" if share is not None else "      "
+    told += f" {1000 * cell['tpot_s']['median']:5.1f} ms" if "tpot_s" in cell else ""
+    return Cell(_number(found["median"]), found["median"], small=told)
 
 
 def _number(value: float) -> str:
@@ -209,15 +196,15 @@ def _beside(contestant: Contestant, results: Mapping[str, Any], system: str, cel
     return f"{times:.2f}" if times is not None else NOTHING
 
 
-def _batch(contestant: Contestant, context: int, users: int) -> str:
+def _batch(contestant: Contestant, context: int, users: int) -> Cell:
     total = speed(contestant, ("decode", context, users))
     if total is None:
-        return NOTHING
+        return Cell(NOTHING)
     alone = speed(contestant, ("decode", context, 1))
     cell = same(contestant, {"measure": "decode", "length": context, "users": users})
     wait = cell["ttft_s"]["median"] if cell else None
-    times = f" [dim](x {total / alone:.1f})[/]" if alone and users > 1 else ""
-    return f"{_number(total)}{times}" + (f"  {_seconds(wait)}" if wait is not None else "")
+    told = [f"(x {total / alone:.1f})"] if alone and users > 1 else []
+    return Cell(_number(total), total, small=" ".join(told + ([_seconds(wait)] if wait is not None else [])))
 
 
 def _seconds(value: float) -> str:

@@ -33,9 +33,18 @@ OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
 }
 EXAMPLE = 'such as "mean<=oracle, every<=member*1.01"'
-_NUMBER = re.compile(r"\d+(\.\d*)?([eE][+-]?\d+)?|\.\d+([eE][+-]?\d+)?")
-_WORD = re.compile(r"""\s*("[^"]*"|'[^']*'|[^<>=*,"']+?)\s*(?=[<>=*,"']|$)""")
-_COMPARE = re.compile(r"<=|>=|<|>")
+_NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"
+_WORD = r"""(?:"[^"]*"|'[^']*'|[^<>=*,"']+?)(?=\s*(?:[<>=*,"']|$))"""
+_ONE = re.compile(  # each part is there only if those before it are, so that the last one tells where it went wrong
+    rf"\s*(?:(?P<left>{_WORD})\s*(?:(?P<compare><=|>=|<|>)\s*"
+    rf"(?:(?P<right>{_WORD})\s*(?:(?P<times>\*)\s*(?P<factor>{_NUMBER})?)?)?)?)?\s*"
+)
+_NEXT = {
+    None: "mean, every or a domain's name",
+    "left": "<=, <, >= or >",
+    "compare": "oracle, member, soup, ensemble, a contestant's name or a number",
+    "times": "a number such as 1.01",
+}
 
 
 @dataclass(frozen=True)
@@ -91,54 +100,23 @@ class Requirement:
 
 def parse(text: str) -> list[Requirement]:
     """All requirements of an option's text. Raises RequestError naming the spot."""
-    reader = _Reader(text)
-    found = [reader.requirement()]
-    while not reader.at_end():
-        reader.take(",", "a comma or the end")
-        found.append(reader.requirement())
-    return found
-
-
-class _Reader:
-    """The text and how far it has been read."""
-
-    def __init__(self, text: str) -> None:
-        self.text, self.place = text, 0
-
-    def at_end(self) -> bool:
-        return not self.text[self.place :].strip()
-
-    def requirement(self) -> Requirement:
-        """The next one: left, comparison, right, and perhaps a factor."""
-        start = self.place
-        left = self.word("mean, every or a domain's name")
-        compare = self.match(_COMPARE, "<=, <, >= or >")
-        right = self.word("oracle, member, soup, ensemble, a contestant's name or a number")
-        factor = 1.0
-        if self.text[self.place :].lstrip().startswith("*"):
-            self.take("*", "*")
-            factor = float(self.match(_NUMBER, "a number such as 1.01"))
-        number = float(right) if _NUMBER.fullmatch(right) else None
-        if number is not None:
-            number, factor = number * factor, 1.0
-        text = self.text[start : self.place].strip()
-        return Requirement(text, left, compare, right if number is None else number, factor)
-
-    def word(self, expected: str) -> str:
-        return self.match(_WORD, expected).strip().strip("\"'")
-
-    def take(self, what: str, expected: str) -> str:
-        return self.match(re.compile(re.escape(what)), expected)
-
-    def match(self, pattern: re.Pattern[str], expected: str) -> str:
-        rest = self.text[self.place :]
-        skipped = len(rest) - len(rest.lstrip())
-        found = pattern.match(self.text, self.place + skipped)
-        if not found or not found[0].strip():
-            raise self.refused(self.place + skipped, expected)
-        self.place = found.end()
-        return found[0]
-
-    def refused(self, place: int, expected: str) -> RequestError:
-        spot = repr(self.text[place : place + 12]) if place < len(self.text) else "the end"
-        return RequestError(f"--require: at character {place + 1} ({spot}): expected {expected}, {EXAMPLE}")
+    found, place = [], 0
+    while True:
+        one = _ONE.match(text, place)
+        assert one is not None  # of nothing, at least
+        place, expected = one.end(), _NEXT.get(one.lastgroup, "")
+        if not expected and text[place : place + 1] not in ("", ","):
+            expected = "a comma or the end"
+        if expected:
+            spot = repr(text[place : place + 12]) if place < len(text) else "the end"
+            raise RequestError(
+                f"--require: at character {place + 1} ({spot}): expected {expected}, {EXAMPLE}"
+            )
+        left, right = (one[name].strip("\"'") for name in ("left", "right"))
+        factor = float(one["factor"] or 1.0)
+        if re.fullmatch(_NUMBER, one["right"]):
+            right, factor = float(right) * factor, 1.0
+        found.append(Requirement(one[0].strip(), left, one["compare"], right, factor))
+        if place == len(text):
+            return found
+        place += 1
