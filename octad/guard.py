@@ -47,9 +47,11 @@ def read_object(path: Path, error: type[OctadError] = CheckpointError) -> dict[s
     return found
 
 
-def read_json(path: Path, error: type[OctadError] = CheckpointError) -> Any:
+def read_json(
+    path: Path, error: type[OctadError] = CheckpointError, complaint: str = "is not valid JSON"
+) -> Any:
     """The value in a JSON file; a byte-order mark is no part of it. Raises `error`."""
-    return parse_json(read_bytes(path, error), str(path), error)
+    return parse_json(read_bytes(path, error), str(path), error, complaint=complaint)
 
 
 def parse_json(
@@ -126,7 +128,7 @@ def _check_strings(values: Iterable[Any], unfit: re.Pattern[str] = _UNFIT) -> No
     for value in values:
         if isinstance(value, str) and (found := unfit.search(value)):
             what = (
-                "a NUL character" if found[0] == "\0" else "half of a surrogate pair, which is no character"
+                "a NUL character" if found[0] == "\0" else "half of a surrogate pair, which is no character of UTF-8"
             )
             raise ValueError(f"a string holds {what}")
 

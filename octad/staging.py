@@ -1,58 +1,75 @@
-"""A directory that appears whole or not at all: built under a hidden sibling name, renamed when complete.
+"""What is written appears whole or not at all: built under a hidden name beside its own, put in place when complete.
 
     with StagedDirectory("mixture") as stage:
         (stage.path / "config.json").write_text(text)
         stage.commit()                                # fsync, rename; without it everything is removed again
+    replace_file(Path("report.json"), text)           # one file: written beside it, fsync, rename
+    recover(Path("mixture"))                          # before reading: puts back what a killed run had moved away
+    refuse_inputs(output, [source.directory])         # an output must not take the place of what it is made of
 
-The hidden directory is `.{name}.{pid}.incomplete`. A process that is killed leaves it behind; the next one
-that wants the same name removes it, once its pid is gone and its lock is free (the lock tells a reused pid
-from a living one).
+A directory that takes the place of an older one is exchanged with it in one step, where the system can (Linux);
+elsewhere the old one is moved aside first, and comes back when the process dies before the new one is in place. The
+hidden names are `.{name}.{pid}.{kind}`. A process that is killed leaves them behind; the next one that wants the same
+name removes them, once the pid is gone and the lock is free (the lock tells a reused pid from a living one).
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
-import glob
+import functools
 import os
+import re
 import shutil
-import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from octad.errors import OutputError
 
+MARKER = "config.json"  # without it a directory is no checkpoint
+LITTER = ("incomplete", "trash", "probe", r"new\d*")
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # renameat2(2)
+
 
 class StagedDirectory:
     """One output directory in the making. Raises OutputError where it exists or cannot be written.
 
     With `overwrite`, an earlier checkpoint (a directory with a config.json, or an empty one) is replaced at
-    commit; a path that is anything else is never removed.
+    commit; a path that is anything else is never removed. `own_place`: nobody but octad writes where it lies, so that
+    what killed processes left there under any name is removed too.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    def __init__(
+        self, directory: str | os.PathLike[str], *, overwrite: bool = False, own_place: bool = False
+    ) -> None:
         self.final = Path(directory).resolve()
         if not self.final.name:
             raise OutputError(f"{self.final}: exists; choose another -o")
-        self.overwrite = overwrite
+        self.overwrite, self.own_place = overwrite, own_place
         self.path = _sibling(self.final, "incomplete")
         self._lock: int | None = None
 
     def check(self) -> None:
         """Refuse now what entering would refuse: an output that exists, or a place where no directory can be made."""
         with explained(self.final):
+            recover(self.final)
             self._check_output()
             place = next(path for path in self.final.parents if path.exists())
-            with tempfile.TemporaryDirectory(prefix=f".{self.final.name}.", dir=place):
-                pass
+            probe = _sibling(place / self.final.name, "probe")
+            _clean_up(place, self.final.name)
+            probe.mkdir()
+            probe.rmdir()
 
     def __enter__(self) -> Self:
         with explained(self.final):
             self.final.parent.mkdir(parents=True, exist_ok=True)
-            _clean_up(self.final)
+            recover(self.final)
+            _clean_up(self.final.parent, None if self.own_place else self.final.name)
             self._check_output()
             self.path.mkdir()
             self._lock = _lock(self.path)
@@ -85,27 +102,68 @@ class StagedDirectory:
             return
         if not self.overwrite:
             raise OutputError(f"{self.final}: exists; choose another -o or remove it")
-        if any(self.final.iterdir()) and not (self.final / "config.json").is_file():
+        if any(self.final.iterdir()) and not (self.final / MARKER).is_file():
             raise OutputError(
-                f"{self.final}: has no config.json, so it is no checkpoint to overwrite; remove it yourself"
+                f"{self.final}: has no {MARKER}, so it is no checkpoint to overwrite; remove it yourself"
             )
 
     def _rename(self) -> None:
-        old = _sibling(self.final, "old")
-        if self.overwrite and self.final.exists():
-            self.final.rename(old)
-        try:
+        if not (self.overwrite and self.final.exists()):
             self.path.rename(self.final)
-        except OSError:
-            if old.exists():
+        elif _exchange(self.path, self.final):  # the older one now has the hidden name, and goes with it
+            _discard(self.path, self.final)
+        else:
+            old = _sibling(self.final, "old")
+            self.final.rename(old)
+            try:
+                self.path.rename(self.final)
+            except OSError:
                 old.rename(self.final)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+                raise
+            _discard(old, self.final)
+
+
+def replace_file(path: Path, content: str | bytes, *, own_place: bool = False) -> None:
+    """Write one file, whole or not at all; what it replaces keeps its permissions. `own_place` as for StagedDirectory.
+
+    Raises OutputError where it cannot be written; the file is then as it was."""
+    with explained(path):
+        _clean_up(path.parent, None if own_place else path.name)
+        new = _sibling(path, f"new{threading.get_ident()}")
+        try:
+            with open(new, "wb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                file.write(content.encode("utf-8") if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+                if path.exists():
+                    os.fchmod(file.fileno(), path.stat().st_mode & 0o7777)
+                os.replace(new, path)
+        finally:
+            new.unlink(missing_ok=True)
+
+
+def recover(directory: Path) -> None:
+    """Put a directory back that a process which was killed between two renames had moved away."""
+    with contextlib.suppress(OSError, ValueError):  # whoever goes on from here meets the error, and says it
+        if not os.path.lexists(directory):
+            found = _leftovers(directory.parent, _hidden(directory.name, ("old",)))
+            for path in [path for path, pid in found if _abandoned(path, pid)][:1]:
+                path.rename(directory)
+
+
+def refuse_inputs(output: str | os.PathLike[str], inputs: Iterable[Path | None]) -> None:
+    """Raises OutputError where the output is, or holds, one of the files and directories that it is made of."""
+    final = Path(output).resolve()
+    for path in inputs:
+        if path is not None and path.exists() and final in ((place := path.resolve()), *place.parents):
+            what = "is itself" if place == final else f"holds {path},"
+            raise OutputError(f"{output}: {what} what is read; choose another -o")
 
 
 @contextlib.contextmanager
 def explained(directory: Path, needed: int | None = None) -> Iterator[None]:
-    """Turns the operating system's refusals to write a directory into one line for the user."""
+    """Turns the operating system's refusals to write a directory or file into one line for the user."""
     try:
         yield
     except OSError as error:
@@ -123,26 +181,85 @@ def space(place: Path, needed: int | None = None) -> str:
     return free if needed is None else f"{needed:,} bytes are needed, {free}"
 
 
-def _sibling(directory: Path, kind: str) -> Path:
-    return directory.with_name(f".{directory.name}.{os.getpid()}.{kind}")
+# ---- hidden names ------------------------------------------------------------------------------------------
 
 
-def _clean_up(directory: Path) -> None:
-    """Remove what killed runs left; a checkpoint that one had only just moved away is put back."""
-    for kind in ("incomplete", "old"):
-        for path in directory.parent.glob(f".{glob.escape(directory.name)}.[0-9]*.{kind}"):
-            if not _abandoned(path):
+def _sibling(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
+
+
+def _hidden(name: str | None, kinds: Iterable[str]) -> re.Pattern[str]:
+    """What matches the hidden names of these kinds, of one name or of all; the group is the pid."""
+    own = ".+" if name is None else re.escape(name)
+    return re.compile(rf"\.{own}\.(\d+)\.(?:{'|'.join(kinds)})", re.DOTALL)
+
+
+def _leftovers(place: Path, pattern: re.Pattern[str]) -> list[tuple[Path, int]]:
+    found = [(path, pattern.fullmatch(path.name)) for path in place.iterdir()]
+    return sorted((path, int(match[1])) for path, match in found if match)
+
+
+def _clean_up(place: Path, name: str | None) -> None:
+    """Remove what killed runs left under a name, or under any; an old directory too, once the new one is in place."""
+    _remove(place, _hidden(name, LITTER))
+    _remove(place, _hidden(name, ("old",)), lambda path: os.path.lexists(_visible(path)))
+
+
+def _visible(path: Path) -> Path:
+    return path.with_name(path.name[1:].rsplit(".", 2)[0])
+
+
+def _remove(
+    place: Path, pattern: re.Pattern[str], wanted: Callable[[Path], bool] = lambda path: True
+) -> None:
+    for path, pid in _leftovers(place, pattern):
+        with contextlib.suppress(FileNotFoundError):  # another process may be as fast
+            if not (_abandoned(path, pid) and wanted(path)):
                 continue
-            if kind == "old" and not directory.exists():
-                path.rename(directory)
-            else:
+            if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
 
 
-def _abandoned(path: Path) -> bool:
+def _discard(path: Path, final: Path) -> None:
+    """Remove a directory that was replaced: first from among the names that are ever put back, then so that it is no
+    checkpoint any more, then all of it. What a kill leaves of it is removed by the next run."""
+    trash = _sibling(final, "trash")
+    shutil.rmtree(trash, ignore_errors=True)
+    path.rename(trash)
+    with contextlib.suppress(OSError):
+        (trash / MARKER).unlink()
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+# ---- what the system offers --------------------------------------------------------------------------------
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Give two directories each other's name in one step; False where the system cannot. Raises OSError."""
+    call = _renameat2()
+    if call is None:
+        return False
+    if call(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):  # an old kernel, or a file system without it
+        return False
+    raise OSError(code, os.strerror(code), str(one))
+
+
+@functools.cache
+def _renameat2() -> Callable[..., int] | None:
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is not None:
+        call.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+    return call
+
+
+def _abandoned(path: Path, pid: int) -> bool:
     """True where no live process holds it: the pid in its name is gone (or reused by us), and the lock is free."""
-    pid = path.name.split(".")[-2]
-    if not pid.isdigit() or (int(pid) != os.getpid() and _alive(int(pid))):
+    if pid != os.getpid() and _alive(pid):
         return False
     try:
         os.close(_lock(path))
@@ -161,9 +278,9 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _lock(directory: Path) -> int:
-    """A descriptor that holds the directory's lock until it is closed or the process dies."""
-    fd = os.open(directory, os.O_RDONLY)
+def _lock(path: Path) -> int:
+    """A descriptor that holds the lock of a file or directory until it is closed or the process dies."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

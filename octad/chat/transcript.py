@@ -9,14 +9,14 @@ system, turns = read(Path("talk.json"))
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from octad.errors import DataError, OutputError
+from octad.guard import read_json
+from octad.staging import replace_file
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,7 @@ def write(path: Path, model: str, system: str | None, turns: Sequence[Turn]) -> 
     if path.exists() and not _is_conversation(path):
         raise OutputError(f"{path}: exists and is no saved conversation; give another name")
     content = {"model": model, "messages": messages(system, turns)}
-    part = path.with_name(f".{path.name}.incomplete")
-    try:
-        part.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink()
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None
+    replace_file(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
 
 def read(path: Path) -> tuple[str | None, list[Turn]]:
@@ -88,12 +81,7 @@ def _content(message: Any, role: str, where: str) -> str:
 
 
 def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError):
-        raise DataError(f"{path}: is not JSON; expected a conversation that /save wrote") from None
+    return read_json(path, DataError, complaint="is not JSON; expected a conversation that /save wrote")
 
 
 def _is_conversation(path: Path) -> bool:

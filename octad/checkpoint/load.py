@@ -26,7 +26,9 @@ from octad.checkpoint.names import EMBEDDING, parameter_sources, tensor_plan
 from octad.checkpoint.quantized import QuantizedSource, is_quantised
 from octad.checkpoint.source import TensorSource
 from octad.errors import CheckpointError
+from octad.guard import exists
 from octad.model.config import ModelConfig
+from octad.staging import recover
 
 if TYPE_CHECKING:
     from octad.model.transformer import Transformer
@@ -89,7 +91,8 @@ def _locate(ref: str | Path) -> Path:
     text, path = str(ref), Path(ref).expanduser()
     if text in BUNDLED:
         return _bundled(text)
-    if path.exists():
+    recover(path)
+    if exists(path):
         return path
     if HUB_ID.fullmatch(text) and path.suffix.lower() != ".gguf":
         return _download(text)

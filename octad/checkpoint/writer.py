@@ -69,6 +69,7 @@ class CheckpointWriter:
         self._shards, self._places = _layout(self.plan, max_shard_bytes)
         self._needed = sum(shard.size for shard in self._shards)
         self._written: set[str] = set()
+        self._finished = False
         self._left = Counter(shard for shard, _ in self._places.values())
         self._lock = Lock()
         self._files: list[int] = []
@@ -166,8 +167,8 @@ class CheckpointWriter:
         with self._explained():
             shutil.copyfile(path, self._side(Path(path).name))
 
-    def commit(self) -> Path:
-        """Headers, index, fsync, rename: from here on the checkpoint exists. Returns its directory."""
+    def finish(self) -> Path:
+        """Headers and index: from here on the hidden directory, which is returned, can be read as a checkpoint."""
         if missing := [name for name in self.plan if name not in self._written]:
             raise CheckpointError(
                 f"{self.directory}: {len(missing)} planned tensors not written, first {missing[0]}"
@@ -180,6 +181,13 @@ class CheckpointWriter:
                 os.pwrite(fd, shard.header, 0)
         if len(self._shards) > 1:
             self.add_text(INDEX, json.dumps(self._index(), indent=2) + "\n")
+        self._finished = True
+        return self._stage.path
+
+    def commit(self) -> Path:
+        """Finish, fsync, rename: from here on the checkpoint exists. Returns its directory."""
+        if not self._finished:
+            self.finish()
         return self._stage.commit()
 
     # ---- inside --------------------------------------------------------------------------------------------

@@ -9,8 +9,10 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from octad.checkpoint.provenance import PROVENANCE
 from octad.cli import answering, combining
 from octad.cli import judge as commands_evaluate
+from octad.errors import OutputError
 from octad.report import terminal
 
 HERE = Path(__file__).parent
@@ -29,6 +31,8 @@ def run(output: Path) -> None:
 
     started = time.monotonic()
     heading("1. eight models, one mixture")
+    if output.is_dir() and any(output.iterdir()) and not (output / PROVENANCE).is_file():
+        raise OutputError(f"{output}: holds something that octad did not make; choose another --output")
     combining.combine(HERE / "recipe.yaml", output, overwrite=True)
     heading("2. is it better than its parts?")
     report = output.with_name(f"{output.name}-report")

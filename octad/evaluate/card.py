@@ -17,7 +17,7 @@ from typing import Any
 from octad.checkpoint.provenance import PROVENANCE
 from octad.checkpoint.source import TensorSource
 from octad.errors import OutputError
-from octad.staging import explained
+from octad.staging import explained, replace_file
 
 CARD = "README.md"
 BEGIN, END = "<!-- octad verdict: {tokens} tokens -->", "<!-- end of octad verdict -->"
@@ -48,14 +48,7 @@ def write_verdict(source: TensorSource, report: Mapping[str, Any]) -> Path:
             before = _read(path)
         except UnicodeDecodeError:
             raise OutputError(f"{path}: is not UTF-8 text; leave out --card") from None
-        new = path.with_name(f".{CARD}.{os.getpid()}.new")
-        try:
-            new.write_text(with_verdict(before, report), encoding="utf-8")
-            if path.exists():
-                os.chmod(new, path.stat().st_mode)
-            new.replace(path)
-        finally:
-            new.unlink(missing_ok=True)
+    replace_file(path, with_verdict(before, report))
     return path
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -30,7 +29,9 @@ from safetensors.torch import save
 from octad.checkpoint.load import content_names
 from octad.checkpoint.names import parameter_sources
 from octad.checkpoint.source import TensorSource
+from octad.errors import OutputError
 from octad.evaluate.contestants import Contestant, Member, Original, Soup, TopK
+from octad.staging import replace_file
 
 VERSION = 1
 VARIABLE = "OCTAD_CACHE"  # the directory of all of octad's caches
@@ -103,10 +104,8 @@ class Cache:
         """What cannot be written (a full disk, a directory of somebody else) is not kept: that costs time alone."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".new-", delete=False) as file:
-                file.write(content)
-            os.replace(file.name, path)
-        except OSError:
+            replace_file(path, content, own_place=True)
+        except (OSError, OutputError):
             return
 
     def _path(self, key: str, kind: str = "safetensors") -> Path:

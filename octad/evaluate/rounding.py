@@ -18,8 +18,9 @@ from octad.checkpoint.source import TensorSource
 from octad.evaluate.nats import bits_per_byte, window_nats
 from octad.fast.loading import open_fast
 from octad.fast.quantize import Precision
-from octad.fast.saved import save_quantized, write_figures
+from octad.fast.saved import save_quantized
 from octad.model.transformer import Transformer
+from octad.staging import StagedDirectory
 from octad.text.windows import Window
 
 Texts = Mapping[str, list[Window]]
@@ -48,14 +49,18 @@ def quantize_and_judge(
     **options: Any,
 ) -> tuple[Path, Bits]:
     """save_quantized (with its `options` and errors), and where there are texts, before and after in bits per byte,
-    which are put into the output's model card too."""
+    which are in the output's model card too: it appears when it has been judged."""
     Precision.of(name)
-    before = domain_bits(open_fast(source)[0], texts, partial(progress, "before")) if texts else {}
-    path = save_quantized(source, directory, name, progress=progress, **options)
     if not texts:
-        return path, {}
-    made = QuantizedSource(path)
-    after = domain_bits(open_fast(made)[0], texts, partial(progress, "after"))
-    bits = {domain: (before[domain], after[domain]) for domain in texts}
-    write_figures(path, source, name, made.schemes, bits)
-    return path, bits
+        return save_quantized(source, directory, name, progress=progress, **options), {}
+    StagedDirectory(directory, overwrite=bool(options.get("overwrite"))).check()
+    bits: Bits = {}
+    before = domain_bits(open_fast(source)[0], texts, partial(progress, "before"))
+
+    def judge(made: Path) -> Bits:
+        model = open_fast(QuantizedSource(made, str(directory)))[0]
+        after = domain_bits(model, texts, partial(progress, "after"))
+        bits.update({domain: (before[domain], after[domain]) for domain in texts})
+        return bits
+
+    return save_quantized(source, directory, name, progress=progress, judge=judge, **options), bits

@@ -31,6 +31,7 @@ from octad.kernels.packed import GROUPS, Packed, pack_raw, quantize
 from octad.model.config import ModelConfig
 from octad.model.moe import MoE
 from octad.model.transformer import DecoderLayer, Transformer
+from octad.staging import refuse_inputs
 
 CARD, COPIED = "README.md", (PROVENANCE, "generation_config.json")
 SMALLEST_GROUP = 8
@@ -48,9 +49,14 @@ def save_quantized(
     overwrite: bool = False,
     max_shard_bytes: float = 5e9,
     progress: Callable[[str, float], None] = lambda stage, done: None,
+    judge: Callable[[Path], Bits] | None = None,
 ) -> Path:
     """Write the model with weights rounded to `name` ("int8", "int4"); returns the directory, which appears whole or not
-    at all. Raises RequestError for an unknown name or sizes that no group divides, OutputError as CheckpointWriter."""
+    at all. `judge` gets it before that, complete but for the card, and says what rounding costs.
+
+    Raises RequestError for an unknown name or sizes that no group divides, OutputError as CheckpointWriter, and where the
+    source would be replaced."""
+    refuse_inputs(directory, [source.directory, Path(source.label)])
     schemes = plan_schemes(source.config, Precision.of(name), source.label)
     tokenizer = load_tokenizer(source)
     plan = _plan(source, schemes)
@@ -65,7 +71,8 @@ def save_quantized(
         for file in COPIED:
             if source.directory is not None and (source.directory / file).is_file():
                 writer.copy_in(source.directory / file)
-        writer.add_text(CARD, card(source, name, schemes))
+        bits = judge(writer.finish()) if judge is not None else None
+        writer.add_text(CARD, card(source, name, schemes, bits))
         return writer.commit()
 
 
@@ -134,13 +141,6 @@ Made from `{Path(source.label).name}` with `octad quantize --to {name}`: feed-fo
 norms as they were. The layout is compressed-tensors' `pack-quantized` (symmetric; scales may be negative), which octad
 runs as it is. To change an expert or fit a router, change the model that this one was made from.
 {_table(bits) if bits else ""}"""
-
-
-def write_figures(directory: Path, source: TensorSource, name: str, schemes: Schemes, bits: Bits) -> None:
-    """Put what rounding costs into the card of a checkpoint that is there already."""
-    new = directory / f".{CARD}.new"
-    new.write_text(card(source, name, schemes, bits), encoding="utf-8")
-    new.replace(directory / CARD)
 
 
 def _front_matter(source: TensorSource) -> str:

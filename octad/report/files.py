@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from typing import Any
 from octad.errors import OutputError
 from octad.report.html import page
 from octad.report.markdown import markdown
-from octad.staging import explained
+from octad.staging import explained, replace_file
 
 UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 
@@ -38,11 +36,8 @@ def write_report(report: Mapping[str, Any], directory: Path) -> Path:
         raise OutputError(f"{directory}: is a file; give a directory for the report")
     with explained(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".report.", dir=directory) as staged:
-            for name, text in files.items():
-                (Path(staged) / name).write_text(text, encoding="utf-8")
-            for name in files:
-                os.replace(Path(staged) / name, directory / name)
+    for name, text in files.items():
+        replace_file(directory / name, text)
     return directory / "index.html"
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from octad.report.plot import Line, document, lines
 from octad.report.svg import heat
+from octad.staging import replace_file
 from octad.train.telemetry import LOG
 
 PICTURE = "routing.svg"
@@ -42,15 +43,19 @@ def draw_run(run: Path) -> str:
         ("MaxVio: largest load over the mean load, less 1", _by_step(told, _violations)),
         ("routers, mean of layers", _by_step(told, _routers)),
     ]
-    (run / PICTURE).write_text(document(panels), encoding="utf-8")
+    replace_file(run / PICTURE, document(panels))
     return f"drew {run / PICTURE}"
 
 
 def read_log(path: Path) -> list[Record]:
-    """The records by step; of a step that was taken again after an interruption, the last."""
+    """The records by step; of a step that was taken again after an interruption, the last. A line that is none (a kill
+    cut it short) is left out."""
     found: dict[tuple[int, bool], Record] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        record = json.loads(line)
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
         found[int(record["step"]), "held_out" in record] = record
     return [found[key] for key in sorted(found)]
 

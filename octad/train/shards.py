@@ -108,7 +108,7 @@ def _build(
     if not all(learn):
         arrays["learn"] = np.frombuffer(learn, np.bool_)
     try:
-        with StagedDirectory(directory) as stage, explained(directory):
+        with StagedDirectory(directory, own_place=True) as stage, explained(directory):
             for name, values in arrays.items():
                 np.save(stage.path / f"{name}.npy", values)
             digests = {name: _digest(stage.path, name) for name in arrays}

@@ -110,7 +110,7 @@ class Saver:
 
     def _write(self, final: Path, tensors: dict[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
         needed = sum(t.nbytes for t in tensors.values())
-        stage = StagedDirectory(final)
+        stage = StagedDirectory(final, own_place=True)
         told = self.world.by_leader(lambda: str(stage.__enter__().path), self._group)
         try:
             with explained(final, needed):

@@ -17,7 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
@@ -50,6 +50,7 @@ class Telemetry:
         self.lengths = torch.tensor(lengths)
         self.world = world
         self.log = (run / LOG if world.leads else Path(os.devnull)).open("a", encoding="utf-8")
+        _end_line(self.log)
         self.board = _tensorboard(run) if world.leads else None
         self.step = step
         self._clear()
@@ -156,3 +157,11 @@ def _tensorboard(run: Path) -> Any:
     except ImportError:
         return None
     return SummaryWriter(str(run / "tensorboard"))
+
+
+def _end_line(log: IO[str]) -> None:
+    """A line that a kill cut short is left as it is, and the next one does not go on from it."""
+    with open(log.name, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+            log.write("\n")

@@ -19,6 +19,7 @@ from conftest import FAMILIES, TinyCheckpoint
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from octad import staging
 from octad.checkpoint.extent import Extent
 from octad.checkpoint.hf import INDEX, SINGLE, SafetensorsSource
 from octad.checkpoint.load import content_names
@@ -299,6 +300,7 @@ def test_overwrite_that_fails_keeps_the_old_one(tmp_path: Path, monkeypatch: pyt
     save(out)
     with pytest.raises(KeyboardInterrupt):
         interrupted(out, overwrite=True)
+    monkeypatch.setattr(staging, "_exchange", lambda one, other: False)
     monkeypatch.setattr(Path, "rename", rename)
     with pytest.raises(OutputError, match="cannot be written: Input/output error"):
         save(out, 2.0, overwrite=True)

@@ -20,9 +20,11 @@ from octad.checkpoint.names import is_linear, tensor_plan
 from octad.checkpoint.quantized import ATTENTION_TARGET, QuantizedSource, Scheme, pack_int32, unpack_int32
 from octad.cli.combining import quantize as quantize_verb
 from octad.errors import CheckpointError, OctadError, OutputError, RequestError
+from octad.evaluate import rounding
 from octad.evaluate.heldout import read_texts
 from octad.evaluate.nats import bits_per_byte, window_nats
 from octad.evaluate.price import bytes_per_parameter
+from octad.evaluate.rounding import quantize_and_judge
 from octad.fast.optimize import optimize
 from octad.fast.quantize import PackedExperts, PackedLinear, Precision, held_precision
 from octad.fast.saved import load_quantized, save_quantized
@@ -384,6 +386,35 @@ def test_the_command_tells_what_rounding_costs(original: Any, capsys: pytest.Cap
         assert f"| {domain} | {before:.4f} | {after:.4f} |" in written
         assert f"{after:.4f}" in printed
     assert not list(output.glob(".*"))
+
+
+def test_nothing_appears_before_it_is_judged(original: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, seen = original("llama", num_hidden_layers=1), list[bool]()
+    output = path.with_name("out")
+
+    def judged(*arguments: Any) -> dict[str, float]:
+        seen.append(output.exists())
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return {"one": 1.0}
+
+    monkeypatch.setattr(rounding, "domain_bits", judged)
+    quantize_and_judge(open_source(path), output, "int8", {"one": []})
+    assert seen == [False, False]
+    assert "| one | 1.0000 | 1.0000 |" in (output / "README.md").read_text()
+    shutil.rmtree(output)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_and_judge(open_source(path), output, "int8", {"one": []})
+    assert sorted(p.name for p in path.parent.iterdir()) == [path.name]
+
+
+@pytest.mark.parametrize("place", [".", ".."])
+def test_it_never_takes_the_place_of_what_it_reads(original: Any, place: str) -> None:
+    path = original("llama", num_hidden_layers=1)
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    with pytest.raises(OutputError, match="what is read; choose another -o"):
+        save_quantized(open_source(path), path / place, "int8", overwrite=True)
+    assert before == {file.name: file.read_bytes() for file in path.iterdir()}
 
 
 def test_the_command_refuses_before_it_works(original: Any) -> None:

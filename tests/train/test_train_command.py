@@ -24,6 +24,14 @@ def mixture(tiny_checkpoint, tmp_path: Path) -> Path:
     return checkpoint(tiny_checkpoint("mixtral"), tmp_path / "mixture")
 
 
+def test_a_model_that_no_run_made_is_not_replaced(mixture, tmp_path, monkeypatch, capsys) -> None:
+    file = tune_file(tmp_path, mixture)
+    before = {path.name: path.read_bytes() for path in mixture.iterdir()}
+    assert run(monkeypatch, "train", file, "-o", mixture) == 2
+    assert "exists and is no run; choose another -o" in capsys.readouterr().err
+    assert before == {path.name: path.read_bytes() for path in mixture.iterdir()}
+
+
 def test_train_tells_writes_and_is_done_once(mixture, tmp_path, monkeypatch, capsys) -> None:
     file = tune_file(tmp_path, mixture, mode="router", low_rank={"rank": 2}, log_every=4)
     assert run(monkeypatch, "train", file, "-o", tmp_path / "out") == 0
