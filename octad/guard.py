@@ -128,7 +128,9 @@ def _check_strings(values: Iterable[Any], unfit: re.Pattern[str] = _UNFIT) -> No
     for value in values:
         if isinstance(value, str) and (found := unfit.search(value)):
             what = (
-                "a NUL character" if found[0] == "\0" else "half of a surrogate pair, which is no character of UTF-8"
+                "a NUL character"
+                if found[0] == "\0"
+                else "half of a surrogate pair, which is no character of UTF-8"
             )
             raise ValueError(f"a string holds {what}")
 
