@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "model": BASE,
     "text": BASE,
     "checkpoint": BASE | {"model", "text"},
+    "plan": {"errors", "model", "checkpoint"},  # of the last two what imports no torch: see below
     "combine": BASE | {"model", "text", "checkpoint"},
     "fast": BASE | {"model", "text", "checkpoint"},
     "engine": BASE | {"model", "text", "checkpoint", "fast"},
@@ -45,7 +46,14 @@ NO_TORCH = [
     "model/cost.py",
     "combine/recipe.py",
     "cli/main.py",
+    *(f"plan/{path.name}" for path in sorted((PACKAGE / "plan").glob("*.py"))),
 ]
+PLAN_MAY_READ = {
+    "octad.model.config",
+    "octad.model.families",
+    "octad.model.cost",
+    "octad.checkpoint.config_file",
+}
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -86,9 +94,15 @@ def test_light_files_import_no_torch(name: str) -> None:
     assert not any(m.split(".")[0] == "torch" for m in names)
 
 
-@pytest.mark.parametrize("name", [n for n in NO_TORCH if n.startswith("model/")])
+@pytest.mark.parametrize("name", [n for n in NO_TORCH if n.startswith(("model/", "plan/"))])
 def test_light_files_leave_torch_alone(name: str) -> None:
     """In a fresh interpreter, whatever they import themselves."""
     module = "octad." + name.removesuffix(".py").replace("/", ".")
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "plan").glob("*.py")), ids=lambda p: p.name)
+def test_the_planner_reads_configs_and_costs_alone(path: Path) -> None:
+    inside = {m for m in imported_modules(path) if m.startswith(("octad.model.", "octad.checkpoint."))}
+    assert inside <= PLAN_MAY_READ

@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from octad.cli import answering, combining, inspecting, judging, training
+from octad.cli import answering, combining, inspecting, judging, plan, training
 from octad.errors import OctadError
 from octad.kernels.build import IsaError
 
@@ -37,6 +37,7 @@ app.command()(answering.chat)
 app.command()(inspecting.bench)
 app.command()(training.train)
 app.command()(training.branch)
+app.command()(plan.plan)
 
 
 @app.command()

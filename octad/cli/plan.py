@@ -1,0 +1,77 @@
+"""octad plan: how to train a model that no machine here holds, or whether and how fast a machine serves it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from octad.cli.options import Json
+from octad.errors import RequestError
+from octad.report import terminal
+
+_PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
+
+
+def plan(
+    model: Annotated[
+        str, typer.Argument(help="A name (8x7b, 8x220b), config.json, checkpoint, recipe or hub id.")
+    ],
+    hardware: Annotated[
+        str, typer.Option(help="A device, with how many a node has: h100x8, rtx4090.")
+    ] = "h100x8",
+    nodes: Annotated[int, typer.Option(min=1, max=1_000_000, help="Nodes of the cluster.")] = 1,
+    tokens: Annotated[str, typer.Option(help="Tokens to train on: 13T, 500B.")] = "1T",
+    window: Annotated[int, typer.Option(min=1, help="Tokens of a training window.")] = 4096,
+    batch: Annotated[str, typer.Option(help="Tokens of a training step.")] = "16M",
+    serve: Annotated[bool, typer.Option("--serve", help="Plan for answering instead of training.")] = False,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of a conversation, with --serve.")] = 4096,
+    users: Annotated[int, typer.Option(min=1, max=1_000_000, help="At once, with --serve.")] = 1,
+    precision: Annotated[
+        str | None, typer.Option(help="bf16, fp8, int8, int4, q8_0 or q4_0, with --serve. [default: all]")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="The host for experts that do not fit, with --serve.")
+    ] = "desktop",
+    experts: Annotated[
+        int | None, typer.Option(min=2, help="Make a mixture of so many of a dense model.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Experts a token.")] = None,
+    hardware_file: Annotated[
+        Path | None, typer.Option(help="Devices of your own (YAML), in the form of octad's table.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Plan before anything is bought: parameters, memory, time, money, energy; nothing is loaded."""
+    from octad.cli.plan_view import render
+    from octad.plan.answer import serve_answer, train_answer
+    from octad.plan.hardware import find_cluster
+    from octad.plan.memory import PRECISIONS
+    from octad.plan.shapes import readings
+
+    if precision is not None and precision not in PRECISIONS:
+        raise RequestError(f"--precision: found {precision!r}, allowed: {', '.join(PRECISIONS)}")
+    cluster = find_cluster(hardware, nodes, hardware_file)
+    found = readings(model, experts, top_k)
+    if serve:
+        behind = find_cluster(host, 1, hardware_file)
+        answer = serve_answer(found, cluster, context=context, users=users, bits=precision, host=behind)
+    else:
+        wanted, together = count(tokens, "--tokens"), count(batch, "--batch")
+        answer = train_answer(found, cluster, tokens=wanted, window=window, batch=together)
+    if as_json:
+        print(json.dumps(answer, indent=2))
+        return
+    for part in render(answer):
+        terminal.out.print(part)
+
+
+def count(text: str, option: str) -> float:
+    """13T, 500B, 16M, 4096: how many. Raises RequestError."""
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?)\s*([kmbgt]?)", text.strip().lower())
+    if match is None or float(match[1]) == 0:
+        raise RequestError(f"{option}: found {text!r}; expected a number such as 13T, 500B or 4096")
+    return float(match[1]) * _PREFIXES[match[2]]
