@@ -28,17 +28,20 @@ from octad.bench.cases import (
     BenchOptions,
     Cell,
     Entry,
+    Texts,
     check_lengths,
+    file_texts,
     find_device,
     groups,
     line_up,
+    packaged_texts,
 )
 from octad.bench.figures import report, summary
 from octad.bench.peers import Unmeasured
-from octad.bench.prompts import Texts, file_texts, packaged_texts
 from octad.checkpoint.load import load_tokenizer, open_source
 from octad.checkpoint.source import TensorSource
 from octad.errors import OctadError
+from octad.kernels.build import isa
 from octad.machine import Limits, hardware
 from octad.model import cost
 
@@ -67,7 +70,8 @@ def run(options: BenchOptions, tell: Tell | None = None, command: str | None = N
         "benchmark": "engine",
         "command": command,
         "model": describe_model(source),
-        "hardware": hardware(device) | {"load_average": {"before": load, "after": _load_average()}},
+        "hardware": hardware(device)
+        | {"kernels": isa(), "load_average": {"before": load, "after": _load_average()}},
         "versions": versions(contestants),
         "settings": settings(options, texts)
         | {"interleaved": [[entry.contestant.name for entry in group] for group in turns]},

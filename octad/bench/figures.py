@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from octad.bench.cases import BITS, BenchOptions, Cell, Entry
@@ -21,6 +22,7 @@ from octad.bench.traffic import WeightBytes
 from octad.machine import Limits
 from octad.model import cost
 
+NOISE = 0.97  # of a speed; what is nearer is as fast
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -144,7 +146,7 @@ def step_weights(entry: Entry, cell: Cell) -> tuple[float | None, float | None, 
 
 def summary(contestants: Sequence[dict[str, Any]], context: int) -> dict[str, Any]:
     """Ratios of medians: octad over each peer (one user behind `context`, and each prompt length), the price of the
-    mixture by quantisation, and the tokens/s of a batch over those of one user."""
+    mixture by quantisation, the tokens/s of a batch over those of one user, and where fewer bits are slower."""
     mine = [c for c in contestants if c["role"] == "model"]
     peers = [c for c in contestants if c["role"] == "peer"]
     one = ("decode", context, 1)
@@ -156,6 +158,7 @@ def summary(contestants: Sequence[dict[str, Any]], context: int) -> dict[str, An
         },
         "price": _price(contestants, one),
         "batch_over_one": {m["name"]: _scaling(m) for m in mine},
+        "slower_with_fewer_bits": slower(mine),
     }
 
 
@@ -171,6 +174,21 @@ def speed(contestant: Mapping[str, Any], key: tuple[str, int, int]) -> float | N
 def ratio(a: float | None, b: float | None) -> float | None:
     """a over b, three decimals; None where either is missing."""
     return None if a is None or b is None else round(a / b, 3)
+
+
+def slower(mine: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each thing that a quantisation does more slowly than the next one with more bits."""
+    by_bits = sorted(mine, key=lambda m: -BITS[m["quantize"] or "none"])
+    told = []
+    for more, fewer in pairwise(by_bits):
+        for cell in fewer["cells"]:
+            key = (cell["measure"], cell["length"], cell["users"])
+            if (times := ratio(speed(fewer, key), speed(more, key))) is not None and times < NOISE:
+                what = Cell(*key)
+                told.append(
+                    f"{fewer['name']} is slower than {more['name']} at {what}: {times:.2f} of its speed"
+                )
+    return told
 
 
 def _over(

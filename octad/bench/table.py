@@ -38,6 +38,8 @@ def render(results: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield table(memory(results))
     if price := price_line(results):
         yield price
+    for line in results["summary"].get("slower_with_fewer_bits", ()):
+        yield Text(f"\n  warning: {line}", style="yellow")
     yield ""
     for reason, names in failures(results).items():
         yield Text(f"  not measured: {', '.join(names)}: {reason}")
@@ -90,11 +92,12 @@ def heading(results: Mapping[str, Any]) -> str:
         f"{name} {human(found['best'], 'FLOP/s')}" for name, found in limits["matmul_flops_per_s"].items()
     )
     threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
+    isa = f", {machine['kernels']} kernels" if machine.get("kernels") else ""
     return (
         f"[bold]{model['name']}[/]: {model['model_type']}, {kind}, {human(model['parameters'])} parameters,"
         f" {human(model['active_parameters'])} active\n"
-        f"{machine.get('gpu') or machine['cpu']}, {threads}; reads {human(limits['read_bytes_per_s']['best'], 'B/s')},"
-        f" multiplies {peaks}"
+        f"{machine.get('gpu') or machine['cpu']}, {threads}{isa};"
+        f" reads {human(limits['read_bytes_per_s']['best'], 'B/s')}, multiplies {peaks}"
     )
 
 

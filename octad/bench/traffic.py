@@ -95,8 +95,3 @@ def _kind(name: str, model: Transformer) -> str:
     if name.startswith("model.embed_tokens") and model.lm_head is not None:
         return "idle"
     return "always"
-
-
-def distinct_experts(experts_NA: torch.Tensor) -> int:
-    """How many different experts one step uses in one layer."""
-    return int(torch.unique(experts_NA).numel())

@@ -18,23 +18,25 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from octad.bench.traffic import WeightBytes, distinct_experts
-from octad.checkpoint.load import load_tokenizer, open_source
-from octad.dist import spare_the_collector
+from octad.bench.traffic import WeightBytes
+from octad.checkpoint.load import load_model, load_tokenizer, open_source
+from octad.checkpoint.source import TensorSource
+from octad.checkpoint.views import ExpertView
+from octad.dist import compute_dtype, spare_the_collector
 from octad.engine.engine import EngineConfig
 from octad.engine.llm import LLM
 from octad.engine.params import SamplingParams
 from octad.errors import OctadError
-from octad.fast.variants import make_variant
 from octad.machine import memory_of, synchronise
 from octad.model import cost
-from octad.model.observe import watching
+from octad.model.observe import mixtures, watching
 from octad.model.transformer import Transformer
 
 Ids = list[int]
@@ -122,7 +124,7 @@ class OctadRunner:
                 if tokens:
                     first.setdefault(name, time.perf_counter() - begun)
         lengths = [len(p) + made[n] + steps / 2 for p, n in zip(prompts, names, strict=True)]
-        with counting(self.model) if warm else no_counts() as used:
+        with counting(self.model) if warm else nullcontext(list[int]()) as used:
             begun = time.perf_counter()
             tokens = sum(count for _ in range(steps) for _, count in self._step())
             seconds = time.perf_counter() - begun
@@ -158,16 +160,26 @@ def counting(model: Transformer) -> Iterator[list[int]]:
     used: list[int] = []
 
     def hear(layer: int, gate: Any, x_ND: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> None:
-        used.append(distinct_experts(experts))
+        used.append(torch.unique(experts).numel())
 
     with watching(model, hear):
         yield used
 
 
-@contextmanager
-def no_counts() -> Iterator[list[int]]:
-    """In the place of `counting` where time is taken."""
-    yield []
+# ---- variants ------------------------------------------------------------------------------------------------------
+
+
+def make_variant(source: TensorSource, variant: str, device: torch.device) -> Transformer:
+    """The price of being a mixture: "dense", expert 0 as the only feed-forward network, with no router and no path of
+    experts at all, a model of the size that a token costs at top-1; or "top-K", the mixture with K experts a token."""
+    dtype = compute_dtype(device)
+    if variant == "dense":
+        return load_model(ExpertView(source, 0), dtype, device)
+    model, k = load_model(source, dtype, device), int(variant.removeprefix("top-"))
+    for mlp in mixtures(model).values():
+        mlp.gate.top_k = k
+    model.config = replace(model.config, num_experts_per_tok=k)
+    return model
 
 
 # ---- transformers ------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from typing import Any
 from octad.checkpoint.load import load_tokenizer, needs_base, open_member
 from octad.checkpoint.names import EMBEDDING
 from octad.checkpoint.source import TensorSource
+from octad.checkpoint.views import ExpertView
 from octad.checkpoint.writer import CheckpointWriter
 from octad.combine import preflight
 from octad.combine.build import expert_record, recipe_record, write_sidecars, write_weights
@@ -39,7 +40,7 @@ from octad.combine.fit import (
 from octad.combine.mixture import MixtureSource
 from octad.combine.recipe import ExpertSpec, Recipe, SharedSpec
 from octad.combine.statistics import Statistics
-from octad.combine.views import ExpertView, WriteThrough
+from octad.combine.views import WriteThrough
 from octad.dist import compute_dtype
 from octad.errors import CheckpointError, RecipeError
 from octad.model.config import ModelConfig

@@ -20,11 +20,11 @@ from octad.checkpoint.load import open_source
 from octad.checkpoint.names import EMBEDDING, HEAD
 from octad.checkpoint.provenance import PROVENANCE, Provenance
 from octad.checkpoint.source import TensorInfo, TensorSource
+from octad.checkpoint.views import ExpertView, View
 from octad.combine.fit import Calibration
 from octad.combine.recipe import Recipe, check_name
 from octad.combine.sidecars import STATISTICS, load_statistics
 from octad.combine.statistics import Statistics
-from octad.combine.views import ExpertView, View
 from octad.errors import CheckpointError, OctadError, OutputError, RecipeError
 from octad.model.config import ModelConfig
 

@@ -17,17 +17,15 @@ from tiny import byte_tokenizer
 from octad import machine as limits
 from octad.bench import bench
 from octad.bench import cases as bench_plan
-from octad.bench.cases import BenchOptions, Cell, Entry
+from octad.bench.cases import BenchOptions, Cell, Entry, Texts, packaged_texts
 from octad.bench.figures import figures, nearest, ratio, spread, summary
 from octad.bench.peers import LlamaBench, Unmeasured, Worker, find_llama_bench
-from octad.bench.prompts import Texts, packaged_texts
 from octad.bench.table import render
 from octad.bench.traffic import WeightBytes, covered
-from octad.bench.worker import OctadRunner, answer_room, counting, serve
+from octad.bench.worker import OctadRunner, answer_room, counting, make_variant, serve
 from octad.checkpoint.load import load_model, open_source
 from octad.cli.main import main as cli
 from octad.errors import OctadError, RequestError
-from octad.fast.variants import make_variant
 from octad.kernels.packed import pack
 from octad.machine import Limits
 from octad.model import cost
@@ -127,7 +125,7 @@ def alone(path: Path) -> tuple[Transformer, Transformer]:
 def test_dense_member_is_the_mixture_with_one_expert(
     family: str, tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("octad.fast.variants.compute_dtype", lambda device: torch.float32)
+    monkeypatch.setattr("octad.bench.worker.compute_dtype", lambda device: torch.float32)
     dense, mixed = alone(tiny_checkpoint(family))
     tokens = torch.randint(0, 96, (2, 11))
     torch.testing.assert_close(dense(tokens), mixed(tokens))
@@ -144,7 +142,7 @@ def test_dense_member_needs_layers_of_one_width(tiny_checkpoint: TinyCheckpoint)
 def test_top_1_is_transformers_with_one_expert_a_token(
     tiny_checkpoint: TinyCheckpoint, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("octad.fast.variants.compute_dtype", lambda device: torch.float32)
+    monkeypatch.setattr("octad.bench.worker.compute_dtype", lambda device: torch.float32)
     model = make_variant(open_source(tiny_checkpoint("mixtral")), "top-1", CPU)
     tokens = torch.randint(0, 96, (1, 9))
     theirs = tiny_model("mixtral", num_experts_per_tok=1)
@@ -319,6 +317,17 @@ def test_summary_ratios() -> None:
     assert found["price"] == {"int8": {"top-2": 0.6, "top-1": 0.9}}
     assert found["batch_over_one"]["octad"]["4"] == {"1": 1.0, "16": 8.0}
     assert ratio(1.0, None) is None
+
+
+def test_fewer_bits_that_are_slower_are_told() -> None:
+    speeds = {"bf16": ("none", 30.0), "int8": ("int8", 29.5), "int4": ("int4", 20.0)}
+    mine = [contestant(name, "model", s, quantize=q, variant="as made") for name, (q, s) in speeds.items()]
+    found = summary(mine[::-1], context=4)["slower_with_fewer_bits"]
+    assert found == [
+        f"int4 is slower than int8 at writing behind 4 tokens, {users}: 0.68 of its speed"
+        for users in ("1 user", "16 users")
+    ]
+    assert summary(mine[:2], context=4)["slower_with_fewer_bits"] == []
 
 
 def test_the_peer_beside_which_a_quantisation_stands_has_weights_of_like_size() -> None:

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from octad.checkpoint.load import open_member, open_source
 from octad.checkpoint.source import TensorSource
+from octad.checkpoint.views import View
 from octad.combine import distances
 from octad.combine.distances import BLOCK, BLOCKS, Distances, measure
 from octad.combine.preflight import preflight
-from octad.combine.views import View
 
 EMBEDDING, GATE = "model.embed_tokens.weight", "model.layers.0.mlp.gate_proj.weight"
 
