@@ -8,8 +8,8 @@ import { ShareBar } from "./sharebar.js";
 
 export class AnswerView {
   /** `run` is the Run that fills the node, if one does; `act` is what the page can do (see main.js). */
-  constructor({ node, run, talk, server, act, compared = false }) {
-    Object.assign(this, { node, run, talk, server, experts: castOf(node, server.experts), act, compared });
+  constructor({ node, run, server, act, compared = false }) {
+    Object.assign(this, { node, run, server, experts: castOf(node, server.experts), act, compared });
     this.drawn = 0; // pieces that are on the screen
     this.thoughtDrawn = 0; // and characters of what was thought
     this.prose = el("div", { class: "prose" });
@@ -78,22 +78,16 @@ export class AnswerView {
   #draw() {
     if (!this.run) return;
     this.#write();
-    if (this.run.note) fill(this.state, el("p", { class: "waiting", role: "status" }, this.run.note));
-    else if (!this.node.content)
-      fill(
-        this.state,
-        el(
-          "p",
-          { class: "typing" },
-          el("span", { class: "sr-only" }, "Waiting for the answer"),
-          el("i"),
-          el("i"),
-          el("i"),
-        ),
-      );
-    else if (this.state.firstChild) fill(this.state);
+    this.#showWaiting();
     this.reader.hear(this.node.content);
     this.act.drawn(this);
+  }
+
+  #showWaiting() {
+    const { note } = this.run;
+    if (note) fill(this.state, el("p", { class: "waiting", role: "status" }, note));
+    else if (this.node.content) fill(this.state);
+    else if (!this.state.querySelector(".typing")) fill(this.state, typing());
   }
 
   #write() {
@@ -214,6 +208,9 @@ export class AnswerView {
     );
   }
 }
+
+const typing = () =>
+  el("p", { class: "typing" }, el("span", { class: "sr-only" }, "Waiting for the answer"), el("i"), el("i"), el("i"));
 
 /** "‹ 2 / 3 ›": the alternatives to a message; null where it is the only one. */
 export function branchButtons(node, { ids, at }, act) {

@@ -33,8 +33,9 @@ export class Composer {
     this.#fit();
   }
 
+  /** Go there, but not on a screen that would show its keyboard for it. */
   focus() {
-    this.area.focus();
+    if (!matchMedia("(hover: none)").matches) this.area.focus({ preventScroll: true });
   }
 
   #key(event) {

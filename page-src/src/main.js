@@ -145,7 +145,7 @@ class Page {
     const question = this.talk.nodes[node.parent];
     const added = this.#answer(
       question,
-      mask === undefined ? { only: this.#maskOf(node) } : { only: mask, quiet: true },
+      mask === undefined ? { only: this.talk.only ?? this.#maskOf(node) } : { only: mask, quiet: true },
     );
     if (mask !== undefined) this.thread.compare(node.id, added.id);
     return added;
@@ -237,6 +237,7 @@ class Page {
       this.thread.toEnd();
     }
     this.#busy();
+    if (document.activeElement === document.body) this.composer.focus(); // the button that was pressed is gone
     await run.finish();
     stopSaving();
     this.runs.delete(node.id);
@@ -318,6 +319,7 @@ class Page {
     if (id !== this.talk.id || this.running) return;
     const talk = await this.store.get(id);
     if (talk && talk.updated > this.talk.updated) this.#open(talk);
+    else if (talk) this.frame.title(Object.assign(this.talk, { title: talk.title, named: talk.named }));
   }
 
   async #save(talk, { listed = false } = {}) {

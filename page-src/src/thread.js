@@ -44,19 +44,17 @@ export class Thread {
 
   /** Draw this message anew when it is shown next: it is answered again in its place. */
   forget(id) {
-    for (const key of this.views.keys()) if (key.startsWith(id)) this.views.delete(key);
-  }
-
-  /** The newest answer on the screen, or null. */
-  get lastAnswer() {
-    return [...this.views.values()].reverse().find((view) => view instanceof AnswerView) ?? null;
+    for (const key of this.views.keys()) if (key.includes(id)) this.views.delete(key);
   }
 
   /** Put two answers to one question side by side. */
   compare(left, right) {
     this.pair = [left, right];
     this.show(this.talk);
-    this.list.lastElementChild.scrollIntoView({ block: "nearest" });
+    this.follows = false;
+    const [first, second] = this.list.querySelectorAll(".pair .answer");
+    const stacked = second.offsetTop > first.offsetTop; // in a narrow window; what is new is the second
+    (stacked ? second : first.closest(".pair")).scrollIntoView({ block: "start" });
   }
 
   toEnd() {
@@ -79,7 +77,6 @@ export class Thread {
     return new AnswerView({
       node,
       run: this.runs.get(node.id),
-      talk: this.talk,
       server: this.server,
       act: this.act,
       compared,

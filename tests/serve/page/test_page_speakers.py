@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from conftest import NETWORK, answers, ask, send, until
-from fake_backend import LAYERS, NAMES, PROMPT_TOKENS, FakeBackend, Said, spoken
+from fake_backend import LAYERS, NAMES, PROMPT_TOKENS, FakeBackend, Refusal, Said, spoken
 
 RICH = """# Title *one*
 
@@ -297,3 +297,30 @@ def test_experts_by_number_or_by_name(browser_page: Any, backend: FakeBackend, n
     assert browser_page.locator(".tok").evaluate_all("all => all.map(e => e.className.split(' ')[1])") == [
         "e3"
     ]
+
+
+def test_a_comparison_that_fails_can_be_tried_again(browser_page: Any, backend: FakeBackend) -> None:
+    page = browser_page
+    page.expected.append(NETWORK)
+    backend.reply = spoken("All of us.", "python")
+    backend.by_mask = {("python",): spoken("Only me.", "python")}
+    ask(page)
+    backend.refusal = Refusal(500, "Out of luck.", None)
+    page.click(".chip[data-expert='1']")
+    page.click("[role=menuitem]:has-text('python alone')")
+    page.wait_for_selector(".pair .trouble >> text=Out of luck.")
+    page.click(".pair >> text=Try again")
+    page.wait_for_selector(".pair >> text=Only me.")
+    assert [body.get("only_experts") for body in backend.requests] == [None, ["python"], ["python"]]
+    assert answers(page) == ["All of us.", "Only me."]
+
+
+def test_answer_again_under_the_mask_that_is_set(browser_page: Any, backend: FakeBackend) -> None:
+    page = browser_page
+    ask(page)
+    page.hover(".experts li[data-expert='2']")
+    page.click("button[aria-label='Mask french']")
+    page.click("button[aria-label='Answer again']")
+    page.wait_for_selector(".answer .mask-note:has-text('without french')")
+    assert backend.requests[1]["only_experts"] == [name for name in NAMES if name != "french"]
+    assert page.evaluate("document.activeElement.id") == "prompt"
