@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 
 LLAMA_FLAGS := -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON
 
-.PHONY: help install demo test test-slow test-page page lint bench-combine bench-large bench-engine wheel clean
+.PHONY: help install demo test test-slow test-page page lint bench-combine bench-large bench-engine wheel test-neon clean
 
 help:
 	@echo "make demo           combine eight real models into one mixture, judge it, let it write"
@@ -17,6 +17,7 @@ help:
 	@echo "make lint           ruff and mypy"
 	@echo "make bench-combine  quality, speed and memory of combining, beside mergekit-moe"
 	@echo "make bench-large    combining at 20 GB of output, beside a plain copy"
+	@echo "make test-neon      the ARM kernels against the portable ones, cross-compiled, under qemu"
 	@echo "make wheel          a wheel with the native library, which needs no compiler where it is installed"
 	@echo "make bench-engine   speed and memory of running the demo's mixture, beside transformers and llama.cpp"
 
@@ -77,6 +78,18 @@ bench-engine: $(READY)
 	$(BIN)/python benchmarks/engine.py $(MODEL) --peer transformers \
 		--quantize none --quantize int8 --quantize int4 \
 		$(if $(LLAMA_BENCH),--llama-bench $(LLAMA_BENCH)) $(addprefix --gguf ,$(GGUF))
+
+# Debian: apt-get install gcc-aarch64-linux-gnu qemu-user
+NEON_CC    := aarch64-linux-gnu-gcc -O2 -static -fno-math-errno -fno-trapping-math -fopenmp-simd
+NEON_BUILD := $(VENV)/.neon
+test-neon:
+	mkdir -p $(NEON_BUILD)
+	$(NEON_CC) -c -o $(NEON_BUILD)/runs.o octad/kernels/native.c
+	$(NEON_CC) -DISA=portable -c -o $(NEON_BUILD)/portable.o octad/kernels/native.c
+	$(NEON_CC) -DISA=neondot -march=armv8.2-a+dotprod -c -o $(NEON_BUILD)/neondot.o octad/kernels/native.c
+	$(NEON_CC) -DISA=neoni8mm -march=armv8.2-a+dotprod+i8mm -c -o $(NEON_BUILD)/neoni8mm.o octad/kernels/native.c
+	$(NEON_CC) -o $(NEON_BUILD)/test tests/kernels/neon.c $(NEON_BUILD)/*.o -lm
+	qemu-aarch64 -cpu max $(NEON_BUILD)/test
 
 # Into dist/, with the native library of every instruction set of this kind of processor (setup.py).
 wheel: $(READY)

@@ -50,6 +50,9 @@ class PlatformWheel(bdist_wheel):
         """Build first: whether there is a library decides what kind of wheel this is."""
         self.run_command("build")
         self.root_is_pure = not self._library().is_file()
+        self.distribution.has_ext_modules = lambda: (
+            not self.root_is_pure
+        )  # then files are of the platform, too
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:

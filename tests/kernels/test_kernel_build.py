@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from octad.kernels import build
-from octad.kernels.build import BuildError, load
+from octad.kernels.build import BuildError, IsaError, compile_all, isa, isa_flags, load, runnable
 from octad.kernels.native import NativeKernels
 
 QUICK = ["-O0"]
@@ -132,3 +132,48 @@ def test_processes_that_build_at_once(tmp_path: Path) -> None:
     assert all(run.returncode == 0 for run in runs)
     assert len(answers) == 1
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_every_path_of_this_kind_of_processor_compiles(tmp_path: Path) -> None:
+    """In one library, as a wheel has it; what the processor does not run included."""
+    refused = compile_all(tmp_path / "all.so", QUICK)
+    assert not refused
+    code = f"""
+import ctypes, torch
+from octad.kernels import build
+build.PACKAGED = build.Path({str(tmp_path / "all.so")!r})
+library = build.load()
+print(library.isa, *[isa for isa in build.isa_flags() if hasattr(library.handle, f"octad_{{isa}}_layers")])
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    best, *names = run.stdout.split()
+    assert names == list(isa_flags())
+    assert best == runnable()[0]
+
+
+def test_the_chosen_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load().isa == runnable()[0] == isa()
+    monkeypatch.setenv("OCTAD_ISA", "portable")
+    assert load().isa == "portable" == isa()
+    monkeypatch.setenv("OCTAD_ISA", "avx9")
+    with pytest.raises(
+        IsaError, match=r"^OCTAD_ISA: found 'avx9', allowed on this kind of processor: .*portable$"
+    ):
+        load()
+    if unknown := [name for name in isa_flags() if name not in runnable()]:
+        monkeypatch.setenv("OCTAD_ISA", unknown[0])
+        with pytest.raises(IsaError, match=rf"does not run {unknown[0]}; it runs .*portable$"):
+            load()
+
+
+def test_a_compiler_that_does_not_know_the_best_instruction_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The next best, in one line."""
+    if len(runnable()) < 2:
+        pytest.skip("there is one only")
+    best, second = runnable()[:2]
+    old = f"""for a in "$@"; do [ "$a" = -DISA={best} ] && echo "cc: too new" >&2 && exit 1; done; exec gcc "$@\""""
+    monkeypatch.setenv("CC", str(script(tmp_path / "cc", old)))
+    assert load(tmp_path / "cache", QUICK).isa == second
+    assert capsys.readouterr().err.endswith("native.c: cc: too new; trying the next best instruction set\n")

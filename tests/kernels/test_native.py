@@ -19,7 +19,7 @@ from octad.model.moe import Experts, Router
 from octad.model.rope import Rope
 from octad.model.transformer import RMSNorm
 
-BUILDS = [*runnable(), "one thread"]
+BUILDS = [*runnable(), "one thread", *(["emulated avxvnni"] if "avx2" in runnable() else [])]
 DTYPES = [torch.float32, torch.bfloat16]
 ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 21]
 ULP = 2**-8
@@ -31,6 +31,8 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """Every instruction set that this machine runs; and the best one without OpenMP."""
     if request.param == "one thread":
         made = NativeKernels(load(tmp_path_factory.mktemp("native"), ["-O1"], openmp=False))
+    elif request.param == "emulated avxvnni":
+        made = NativeKernels(load(tmp_path_factory.mktemp("native"), ["-DEMULATED_VNNI"], isa="avx2"))
     else:
         made = NativeKernels(load(isa=request.param))
         assert made.isa == request.param

@@ -16,8 +16,12 @@
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #include "panels_avx512.h"
+#elif defined(__AVXVNNI__) || defined(EMULATED_VNNI)
+#include "panels_avxvnni.h"
 #elif defined(__AVX2__) && defined(__FMA__)
 #include "panels_avx2.h"
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include "panels_neon.h"
 #else
 #include "panels_plain.h"
 #endif
