@@ -4,6 +4,7 @@
     parse_json(text, "talk.json", DataError)            # any JSON value
     parse_yaml(path.read_bytes())                       # plain data; yaml.YAMLError
     matches(pattern, name, "adapter_config.json")       # a regular expression of a file, which could run for ever
+    json.dumps(jsonable(result))                        # the other way: what any parser reads
 
 Limits: bytes, nesting, number of values (YAML: as if aliases were written out), digits of a number. Refused too: halves
 of surrogate pairs (no UTF-8 file can hold them again), NUL characters (no path can), keys that occur twice, and tags
@@ -12,10 +13,12 @@ of YAML for more than plain data. Dates stay text. What the values mean is for w
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -28,6 +31,7 @@ from octad.errors import CheckpointError, OctadError
 JSON_BYTES = 256 << 20  # the largest tokenizer.json of the hub has less than 100 MB
 YAML_BYTES = 2 << 20  # read by a parser that takes seconds for a megabyte
 DEPTH = 100
+UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 VALUES = 20_000_000
 YAML_VALUES = 500_000
 LARGEST = 2**127  # tokenizers write 10**30 for "no limit"
@@ -273,3 +277,20 @@ def _compiled(pattern: str) -> regex.Pattern[str]:
     if len(pattern) > PATTERN_LENGTH:
         raise ValueError(f"it has {len(pattern):,} characters")
     return regex.compile(pattern)
+
+
+# ---- what we write ------------------------------------------------------------------------------------------------
+
+
+def jsonable(value: Any) -> Any:
+    """Plain data that any JSON parser reads: dataclasses and mappings with text as keys, lists for tuples, None for
+    numbers that are none (NaN, infinite), U+FFFD for characters that no file may hold."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {jsonable(str(k)): jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(v) for v in value]
+    if isinstance(value, str):
+        return UNFIT.sub("\ufffd", value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value

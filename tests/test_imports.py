@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "fast": BASE | {"model", "text", "checkpoint"},
     "engine": BASE | {"model", "text", "checkpoint", "fast"},
     "sandbox": {"errors"},
-    "report": {"errors", "staging"},
+    "report": {"errors", "guard", "staging"},
     "bench": BASE | {"model", "text", "checkpoint", "fast", "engine", "report"},
     "chat": BASE | {"model", "text", "checkpoint", "engine", "report"},
     "serve": BASE | {"model", "text", "checkpoint", "fast", "engine", "report"},

@@ -13,7 +13,6 @@ that stays in the processor's cache.
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import torch
 
 from octad.checkpoint.source import TensorInfo
 from octad.errors import CheckpointError
+from octad.kernels.arena import fresh
 
 CHUNK_BYTES = 64 << 20
 BUFFER_BYTES = 1 << 20
@@ -160,8 +160,4 @@ def empty_bytes(count: int) -> torch.Tensor:
     """Uninitialised uint8 memory [count]; from 2 MiB on in huge pages, where the system has them."""
     if count < HUGE_PAGE_BYTES:
         return torch.empty(count, dtype=torch.uint8)
-    memory = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared has no huge pages
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel built without them: ordinary pages do
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    return fresh(count)

@@ -12,8 +12,6 @@ Shapes: E experts, D model.
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from octad.checkpoint.names import router_name
 from octad.checkpoint.provenance import Provenance
 from octad.checkpoint.quantized import QuantizedSource
 from octad.checkpoint.source import TensorSource
+from octad.guard import jsonable
 from octad.model import cost
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for json.dumps; a number that is not finite becomes None."""
-        return {key: _plain(value) for key, value in _fields(self).items()}
+        return dict(jsonable(self))
 
 
 def inspect(
@@ -181,18 +180,3 @@ def _made(source: TensorSource) -> Made | None:
         return None
     base, router, shared = str(found.recipe.get("base", "?")), found.method("router"), found.method("shared")
     return Made(base, tuple(found.names), router, shared, found.recipe, tuple(found.edits))
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses and tuples as dicts and lists, all the way down."""
-    if dataclasses.is_dataclass(value):
-        value = _fields(value)
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

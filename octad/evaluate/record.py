@@ -7,7 +7,6 @@ Values that are not known are None, lists that have nothing in them are empty; r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -17,6 +16,7 @@ import torch
 
 from octad.evaluate.compare import Comparison, Difference, Row
 from octad.evaluate.verdict import make_verdict
+from octad.guard import jsonable
 from octad.machine import hardware
 
 
@@ -30,7 +30,7 @@ def make_report(
 ) -> dict[str, Any]:
     """Plain data, ready for json.dumps."""
     settings = found.settings
-    report: dict[str, Any] = plain(
+    report: dict[str, Any] = jsonable(
         {
             "octad": version("octad"),
             "made": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -71,15 +71,6 @@ def machine() -> dict[str, Any]:
         "gpu": facts.get("gpu"),
         "memory_gb": round(facts["memory_bytes"] / 1e9, 1),
     }
-
-
-def plain(value: Any) -> Any:
-    """The same with None for what no JSON number says: infinities of intervals that know nothing."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): plain(v) for key, v in value.items()}
-    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _contestant(found: Comparison, row: Row) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class Arena:
         """An uninitialised tensor on the CPU."""
         nbytes = torch.Size(shape).numel() * dtype.itemsize
         if len(self._free) < nbytes:
-            self._free = _mapping(max(self.chunk, nbytes))
+            self._free = fresh(max(self.chunk, nbytes))
         piece, self._free = self._free[:nbytes], self._free[-(-nbytes // ALIGN) * ALIGN :]
         return piece.view(dtype).view(shape)
 
@@ -37,11 +37,13 @@ class Arena:
         return self.empty(tensor.shape, tensor.dtype).copy_(tensor)
 
 
-def _mapping(nbytes: int) -> torch.Tensor:
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(nbytes, dtype=torch.uint8)
+def fresh(nbytes: int) -> torch.Tensor:
+    """Zeros, uint8 [nbytes], in pages that cost nothing until they are touched, huge ones where the system has them.
+    Raises OSError, OverflowError or ValueError where it does not give so much."""
     # shared memory gets no huge pages
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a system built without them: ordinary pages do
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+    memory = mmap.mmap(-1, nbytes, **private)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a system built without them: ordinary pages do
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)

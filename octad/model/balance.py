@@ -12,7 +12,6 @@ Shapes: N tokens, E experts, A experts a token.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -82,8 +81,3 @@ def router_entropy(logits_NE: torch.Tensor) -> torch.Tensor:
     """Mean entropy of the tokens' probabilities, in nats: 0 when certain, ln E when undecided."""
     log_p = logits_NE.log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1).mean()
-
-
-def even_entropy(num_experts: int) -> float:
-    """The entropy of a router that cannot decide."""
-    return math.log(num_experts)

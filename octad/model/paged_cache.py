@@ -11,12 +11,10 @@ Shapes: N tokens of the step, P block size, H heads, G key/value heads, K head d
 
 from __future__ import annotations
 
-import contextlib
-import mmap
-
 import torch
 
 from octad.errors import RequestError
+from octad.kernels.arena import fresh
 from octad.kernels.paged import PagedAttention, PagedBatch
 from octad.machine import available_memory
 from octad.model import cost
@@ -53,17 +51,12 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     size = torch.Size(shape).numel() * dtype.itemsize
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
-    try:
-        pages = mmap.mmap(-1, size, **private)
+    try:  # a sequence's positions lie far apart: huge pages are fewer to find
+        return fresh(size).view(dtype).view(shape)
     except (OSError, OverflowError, ValueError) as error:
         raise RequestError(
             f"key/value cache: the system does not give {size:,} bytes a layer; ask for a smaller kv_cache_gb"
         ) from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):  # a sequence's positions lie far apart: fewer pages to find
-        with contextlib.suppress(OSError):
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 class PagedCache:

@@ -10,18 +10,15 @@ characters that no file may hold (control characters, halves of pairs) U+FFFD.
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from octad.errors import OutputError
+from octad.guard import jsonable
 from octad.report.html import page
 from octad.report.markdown import markdown
 from octad.staging import explained, replace_file
-
-UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 
 
 def write_report(report: Mapping[str, Any], directory: Path) -> Path:
@@ -39,16 +36,3 @@ def write_report(report: Mapping[str, Any], directory: Path) -> Path:
     for name, text in files.items():
         replace_file(directory / name, text)
     return directory / "index.html"
-
-
-def jsonable(value: Any) -> Any:
-    """The same with string keys, lists for tuples, and None for numbers that are none."""
-    if isinstance(value, Mapping):
-        return {jsonable(str(k)): jsonable(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(v) for v in value]
-    if isinstance(value, str):
-        return UNFIT.sub("\ufffd", value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -11,10 +11,10 @@ import pytest
 import torch
 import transformers
 from conftest import FAMILIES, TinyCheckpoint
+from plain_generation import generate
 from tiny import GREEDY, finish, ids, load, make_engine, prompts, run
 
 from octad.engine.engine import Engine, EngineConfig
-from octad.engine.generate import generate
 from octad.engine.params import SamplingParams, StructuredOutput
 from octad.errors import RequestError
 from octad.kernels.paged import paged_attention_reference

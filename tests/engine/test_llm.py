@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TinyCheckpoint
+from plain_generation import generate
 from tiny import byte_tokenizer, load
 
 from octad import LLM, SamplingParams
-from octad.engine.generate import generate
 from octad.engine.llm import DTYPES
 from octad.errors import CheckpointError, DataError, OctadError, RequestError
 from octad.evaluate.contestants import Member, contestant

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import MOE, TinyCheckpoint
+from plain_generation import generate
 from tiny import GREEDY, byte_tokenizer, ids, load, make_engine, prompts, run
 
 from octad.checkpoint.load import load_model, open_source
-from octad.engine.generate import generate
 from octad.engine.llm import LLM
 from octad.engine.params import SamplingParams
 from octad.evaluate.contestants import Member, contestant, moe_layers

@@ -20,8 +20,9 @@ from octad.evaluate.compare import Comparison, Row, Settings, _with_ensemble, _w
 from octad.evaluate.heldout import Texts
 from octad.evaluate.lineup import LineUp
 from octad.evaluate.price import Price
-from octad.evaluate.record import make_report, plain
+from octad.evaluate.record import make_report
 from octad.evaluate.verdict import make_verdict
+from octad.guard import jsonable
 from octad.report import verdict as views
 from octad.report.table import MOST_EXPERTS, Table
 from octad.report.terminal import table
@@ -216,7 +217,7 @@ def test_the_report_is_plain() -> None:
     assert rows["ensemble"]["price"]["tokens_per_second"] == pytest.approx(500 / 3)
     pairs = {(d["of"], d["against"], d["domain"]) for d in report["differences"]}
     assert len(pairs) == len(report["differences"]) == 2 * 7 * 4
-    assert plain({"a": (float("inf"), 1)}) == {"a": [None, 1]}
+    assert jsonable({"a": (float("inf"), 1)}) == {"a": [None, 1]}
 
 
 def test_what_is_too_small_to_matter_is_neither_better_nor_worse() -> None:

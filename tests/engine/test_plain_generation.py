@@ -7,9 +7,9 @@ import pytest
 import torch
 import transformers
 from conftest import TinyCheckpoint
+from plain_generation import choose, generate, routing_weight
 
 from octad.checkpoint.load import load_model, open_source
-from octad.engine.generate import choose, generate, routing_weight
 from octad.errors import DataError
 from octad.evaluate.contestants import Member, contestant, moe_layers
 from octad.model.moe import FixedRouter
