@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "model": BASE,
     "text": BASE,
     "checkpoint": BASE | {"model", "text"},
-    "plan": {"errors", "model", "checkpoint"},  # of the last two what imports no torch: see below
+    "plan": {"errors", "guard", "model", "checkpoint"},  # of the last two what imports no torch: see below
     "combine": BASE | {"model", "text", "checkpoint"},
     "fast": BASE | {"model", "text", "checkpoint"},
     "engine": BASE | {"model", "text", "checkpoint", "fast"},

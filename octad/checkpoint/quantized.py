@@ -195,8 +195,11 @@ def _check_scheme(config: Any, label: str) -> None:
         if found.get(key) != wanted
     ]
     groups = found.get("config_groups")
-    for group in groups.values() if isinstance(groups, dict) else []:
-        weights = dict(group.get("weights") or {})
+    for name, group in groups.items() if isinstance(groups, dict) else []:
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if not isinstance(weights, dict):
+            reasons.append(f"{name} has no weights")
+            continue
         wanted = {"type": "int", "symmetric": True, "strategy": "group"}
         reasons += [
             f"{key} {weights.get(key)!r}" for key, value in wanted.items() if weights.get(key) != value

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from octad.cli.options import Json
 from octad.errors import RequestError
 from octad.report import terminal
+
+if TYPE_CHECKING:
+    from octad.model.config import ModelConfig
 
 _PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 
@@ -55,7 +58,7 @@ def plan(
     if precision is not None and precision not in PRECISIONS:
         raise RequestError(f"--precision: found {precision!r}, allowed: {', '.join(PRECISIONS)}")
     cluster = find_cluster(hardware, nodes, hardware_file)
-    found = readings(model, experts, top_k)
+    found = readings(model, experts, top_k, _opened)
     if serve:
         behind = find_cluster(host, 1, hardware_file)
         answer = serve_answer(found, cluster, context=context, users=users, bits=precision, host=behind)
@@ -67,6 +70,13 @@ def plan(
         return
     for part in render(answer):
         terminal.out.print(part)
+
+
+def _opened(reference: str) -> ModelConfig:
+    """The config of a GGUF file or a bundled base, by the checkpoint's own reader."""
+    from octad.checkpoint.load import open_source
+
+    return open_source(reference).config
 
 
 def count(text: str, option: str) -> float:

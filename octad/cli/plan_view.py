@@ -49,7 +49,7 @@ def _size(reading: Answer) -> str:
 
 def _training(reading: Answer, answer: Answer) -> Iterator[RenderableType]:
     yield Text(
-        f"{human(answer['tokens'])} tokens take {human(reading['flops'], 'FLOP')}; steps of "
+        f"{human(answer['tokens'])} tokens take {reading['flops']:.3g} FLOPs; steps of "
         f"{human(answer['batch'])} tokens in windows of {answer['window']:,}"
         + (
             f"; {reading['copies']} copies on {reading['devices_a_copy']:,} devices each"

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -21,12 +20,14 @@ import yaml
 
 from octad.checkpoint.config_file import read_mapping
 from octad.errors import CheckpointError, ConfigError, RecipeError
+from octad.guard import exists, read_object
 from octad.model import cost
 from octad.model.config import ModelConfig, dense_config
 from octad.model.families import FAMILIES
 
 # the hidden units of the shared expert that a mixture of Qwen2 models must have, and that does nothing
 INERT_SHARED_EXPERT = 256
+Opened = Callable[[str], ModelConfig]
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,13 @@ def _named() -> Mapping[str, Any]:
     return dict(found)
 
 
-def readings(target: str, experts: int | None = None, top_k: int | None = None) -> list[Reading]:
-    """Every way to read the target's size. `experts`: a mixture of so many of a dense model, `top_k` of them a token.
-    Raises RecipeError, ConfigError, CheckpointError."""
-    found = _read(target)
+def readings(
+    target: str, experts: int | None = None, top_k: int | None = None, opened: Opened | None = None
+) -> list[Reading]:
+    """Every way to read the target's size. `experts`: a mixture of so many of a dense model, `top_k` of them a token;
+    `opened`: gives the config of what only a checkpoint's reader understands, GGUF files and bundled bases. Raises
+    RecipeError, ConfigError, CheckpointError."""
+    found = _read(target, opened)
     if experts is not None:
         found = replace(found, config=upcycled(found.config, experts, top_k or min(2, experts), target))
     elif top_k is not None:
@@ -72,14 +76,8 @@ def readings(target: str, experts: int | None = None, top_k: int | None = None) 
         return [found]
     dense = dense_config(found.config)
     shared = replace(found, label=f"{target}, attention shared")
-    apart = Reading(
-        f"{target}, nothing shared",
-        dense,
-        found.config.num_experts,
-        found.config.num_experts_per_tok,
-        found.note,
-    )
-    return [apart, shared]
+    copies, used = found.config.num_experts, found.config.num_experts_per_tok
+    return [Reading(f"{target}, nothing shared", dense, copies, used, found.note), shared]
 
 
 def upcycled(base: ModelConfig, experts: int, top_k: int, label: str) -> ModelConfig:
@@ -105,34 +103,29 @@ def _with_top_k(config: ModelConfig, top_k: int, label: str) -> ModelConfig:
     return replace(config, num_experts_per_tok=top_k)
 
 
-def _read(target: str) -> Reading:
+def _read(target: str, opened: Opened | None) -> Reading:
     if (named := _named().get(target.lower())) is not None:
         return Reading(target, ModelConfig.from_dict(named["config"]), note=named.get("note", ""))
     path = Path(target).expanduser()
     if path.suffix in (".yaml", ".yml"):
-        return _of_recipe(path)
-    if path.is_dir():
-        path = path / "config.json"
-    if path.suffix == ".gguf":
-        raise RecipeError(
-            f"{target}: the planner reads config.json; give the original checkpoint or its name"
-        )
-    if path.is_file():
-        return Reading(target, _of_file(path))
-    if path.name == "config.json" or target.count("/") != 1 or target.startswith((".", "/", "~")):
-        near = difflib.get_close_matches(target.lower(), _named(), 1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(_named())}"
-        raise RecipeError(f"{target}: is no file, no checkpoint and no model known by name; {hint}")
-    return Reading(target, _of_hub(target))
+        return _of_recipe(path, opened)
+    if exists(path) and path.suffix != ".gguf":
+        return Reading(target, _of_file(path / "config.json" if path.is_dir() else path))
+    if (
+        target.count("/") == 1
+        and not target.startswith((".", "/", "~"))
+        and path.suffix not in (".gguf", ".json")
+    ):
+        return Reading(target, _of_hub(target))
+    near = difflib.get_close_matches(target.lower(), _named(), 1, cutoff=0.6)
+    if opened is not None and not near:
+        return Reading(target, opened(target))
+    hint = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(_named())}"
+    raise RecipeError(f"{target}: is no file, no checkpoint and no model known by name; {hint}")
 
 
 def _of_file(path: Path) -> ModelConfig:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: expected keys and values, found {type(raw).__name__}")
+    raw = read_object(path)
     try:
         return ModelConfig.from_dict(raw)
     except ConfigError as error:
@@ -152,14 +145,14 @@ def _of_hub(name: str) -> ModelConfig:
         raise CheckpointError(f"{name}: no config.json from the hub: {line}") from None
 
 
-def _of_recipe(path: Path) -> Reading:
+def _of_recipe(path: Path, opened: Opened | None) -> Reading:
     """The mixture that a recipe would make: its base's shape, and as many experts as it lists."""
     raw = read_mapping(path, f"recipe {path}", "base and experts")
     base, experts = raw.get("base"), raw.get("experts")
     if not isinstance(base, str) or not isinstance(experts, list) or len(experts) < 2:
         raise RecipeError(f"recipe {path}: expected a base and at least two experts")
     beside = path.parent / Path(base).expanduser()
-    dense = _read(str(beside) if beside.exists() else base).config
+    dense = _read(str(beside) if exists(beside) else base, opened).config
     top_k = raw.get("top_k", 2)
     if type(top_k) is not int:
         raise RecipeError(f"recipe {path}: top_k must be a whole number, found {top_k!r}")

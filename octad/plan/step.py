@@ -19,6 +19,8 @@ from octad.plan.hardware import Cluster, reached
 from octad.plan.layout import Layout
 from octad.plan.memory import Precision, Share, weight_bytes
 
+WIDE = 4096  # hidden units of an expert, from which on its products are large
+
 
 @dataclass(frozen=True)
 class Time:
@@ -44,6 +46,13 @@ def arithmetic_hours(active: float, tokens: float, cluster: Cluster, share: str)
     return 6 * active * tokens / (need(cluster, "tflops") * reached(share)) / 3600
 
 
+def kind_of_products(config: ModelConfig) -> str:
+    """Which of the assumptions on training holds for a model."""
+    if not config.is_moe:
+        return "training_dense"
+    return "training_moe" if config.moe_intermediate_size >= WIDE else "training_moe_narrow"
+
+
 def micro_batches(layout: Layout, window: int, batch: float) -> int:
     """Of one replica in one step, at least one."""
     return max(1, round(batch / (layout.replicas * layout.micro * window)))
@@ -55,7 +64,7 @@ def step_time(config: ModelConfig, cluster: Cluster, layout: Layout, window: int
     N = layout.micro * window  # of one replica, at a time
     tokens = count * N * layout.replicas
     flops = tokens * training_flops(config, window)
-    peak = need(cluster, "tflops") * reached("training_moe" if config.is_moe else "training_dense")
+    peak = need(cluster, "tflops") * reached(kind_of_products(config))
     arithmetic = flops * (4 / 3 if layout.recompute else 1) / (layout.world * peak)
     hidden = reached("overlap") * arithmetic
     weights = _weights_seconds(config, cluster, layout, count)

@@ -1,5 +1,6 @@
 """Damaged and hostile config.json files: one line that names the key, never another exception or a hang."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 from conftest import COMMON, FAMILIES, OWN
 
 from octad.checkpoint.hf import read_config
+from octad.checkpoint.load import open_source
 from octad.errors import ConfigError, OctadError
 from octad.model.config import ModelConfig
 
@@ -121,3 +123,16 @@ def test_the_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 1e999}')
     with pytest.raises(OctadError, match=str(tmp_path)):
         read_config(tmp_path)
+
+
+GROUP = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64}
+
+
+@pytest.mark.parametrize("weights", [2, None, "x", [], [[1, 2]], GROUP | {"strategy": ["group"]}])
+def test_odd_groups_of_quantised_weights(weights: Any, tmp_path: Path) -> None:
+    told = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    groups = {"group_0": {"targets": ["Linear"], "weights": GROUP}, "group_1": {"weights": weights}}
+    raw = tiny("llama", quantization_config=told | {"config_groups": groups})
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(OctadError, match=str(tmp_path)):
+        open_source(tmp_path, quantised=True)

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from conftest import TinyCheckpoint, TinyModel
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from octad.errors import OctadError
 from octad.model import cost
@@ -82,10 +84,38 @@ def test_a_recipe_and_experts_of_a_dense_model(tiny_checkpoint: TinyCheckpoint, 
     assert found.parameters == same.parameters == dense + 3 * ffn + routers
 
 
+def test_only_the_config_comes_from_the_hub(
+    tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def download(name: str, file: str) -> str:
+        asked.append((name, file))
+        return str(tiny_checkpoint("qwen3") / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert readings("some/model")[0].config.model_type == "qwen3"
+    assert asked == [("some/model", "config.json")]
+
+
+def test_a_hub_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(name: str, file: str) -> str:
+        raise LocalEntryNotFoundError("not in the cache\nand no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(OctadError, match=r"some/model: no config\.json from the hub: not in the cache$"):
+        readings("some/model")
+
+
+def test_what_a_checkpoints_reader_alone_understands() -> None:
+    config = readings("llama-3.1-8b")[0].config
+    assert readings("weights/of.gguf", opened=lambda name: config)[0].parameters == cost.parameters(config)
+
+
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("mixtral-8x7", {}, "did you mean 'mixtral-8x7b'?"),
     ("./nowhere", {}, "is no file"),
-    ("model.gguf", {}, "config.json"),
+    ("model.gguf", {}, "is no file"),
     ("8x7b", {"experts": 4}, "is a mixture already"),
     ("8x7b", {"top_k": 9}, "top-9 is not possible with 8 experts"),
     ("olmoe-1b-7b", {"experts": 2}, "is a mixture already"),

@@ -82,11 +82,11 @@ def test_bfloat16_does_not_fit_one_a100() -> None:
 
 
 def test_whole_runs_by_their_arithmetic() -> None:
-    deepseek = arithmetic_hours(37e9, 14.8e12, find_cluster("h800x8"), "training_moe") / 1e6
+    deepseek = arithmetic_hours(37e9, 14.8e12, find_cluster("h800x8"), "training_moe_narrow") / 1e6
     assert f"| {deepseek:.2f} M hours | 2.788 M hours |" in row("DeepSeek-V3 on H800")
     glam = arithmetic_hours(96.6e9, 600e9, find_cluster("tpu-v4"), "training_moe") * 0.326 / 1000
     assert f"| {glam:.0f} MWh | 456 MWh |" in row("GLaM 64B/64E on TPU v4")
-    assert 0.4 < deepseek / 2.788 < 1
+    assert deepseek == pytest.approx(2.788, rel=0.25)
     assert 0.4 < glam / 456 < 1
 
 
