@@ -5,12 +5,14 @@
 On a CPU with a C compiler every heavy module runs on the native kernels: weights repacked, or rounded to 8 or 4 bits. A
 float32 model whose weights all are bfloat16 numbers, as those of most checkpoints are, keeps them in bfloat16: that reads
 half the memory, and loses nothing, since they are widened in registers and every product is one of float32. Without the
-kernels (no compiler, another device or dtype) the model stays as it is, and quantised weights are unpacked on the fly.
+kernels (no compiler, another device or dtype) the model stays as it is, and quantised weights are unpacked on the fly;
+where that is slower than what was asked for, the logger "octad" says so.
 The layers are swapped one after the other and each frees what it replaces, so memory peaks at the model and one layer.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -48,6 +50,7 @@ from octad.model.transformer import DecoderLayer, Transformer
 
 ExpertWeights = tuple[Iterable[tuple[Weight, Weight]], Iterable[Weight]]  # gates and ups, downs
 LOOKED_AT = 1 << 20  # values at a time
+LOG = logging.getLogger("octad")
 
 
 def optimize(model: Transformer, *, quantize: str | None = None, native: bool = True) -> PagedAttention:
@@ -56,12 +59,33 @@ def optimize(model: Transformer, *, quantize: str | None = None, native: bool = 
     precision = _precision(model, quantize)
     kernels = native_kernels() if native and suits_native(model) else None
     if kernels is None:
+        if line := slow_path(model, precision) if native else None:
+            LOG.warning(line)
         if precision is not None:
             quantize_modules(model, precision)
         return paged_attention
     with torch.no_grad():
         swap(model, kernels, precision or exact_precision(model))
     return native_attention(kernels)
+
+
+def slow_path(model: Transformer, precision: Precision | None) -> str | None:
+    """One line where PyTorch does what the native kernels would do faster: why, and what it costs."""
+    weight = model.model.norm.weight
+    on_cpu = weight.device.type == "cpu"
+    why = kernels_or_reason()[1] if suits_native(model) else f"they do not run {_kind(weight)}"
+    if precision is not None:
+        return (
+            f"{precision.name} without octad's native kernels saves memory but takes about three times as long as weights"
+            f" that are not rounded, since PyTorch unpacks them at each product: {why}"
+        )
+    if on_cpu and suits_native(model):
+        return f"no native kernels, so that a token takes several times as long: {why}"
+    return None
+
+
+def _kind(weight: torch.Tensor) -> str:
+    return f"on {weight.device.type}" if weight.device.type != "cpu" else f"in {str(weight.dtype)[6:]}"
 
 
 def _precision(model: Transformer, quantize: str | None) -> Precision | None:
@@ -85,12 +109,17 @@ def suits_native(model: Transformer) -> bool:
 
 
 def native_kernels() -> NativeKernels | None:
-    """The kernels, where they can be built and the CPU has the instructions that make them worth it."""
+    """The kernels, built for this machine or from the wheel; None where they cannot be had. On a processor without
+    instructions for them they are plain C, still faster than unpacking weights in PyTorch. Raises IsaError."""
+    return kernels_or_reason()[0]
+
+
+def kernels_or_reason() -> tuple[NativeKernels | None, str]:
+    """The kernels, or None and why there are none."""
     try:
-        kernels = NativeKernels(load())
-    except BuildError:
-        return None
-    return kernels if kernels.vectors else None
+        return NativeKernels(load()), ""
+    except BuildError as error:
+        return None, str(error)
 
 
 def exact_precision(model: Transformer) -> Precision:

@@ -130,16 +130,6 @@ class NativeKernels:
         )
         self._layers = library.function("layers", [_P, _I, _P, _P, _P, _P, _P, _P, _P, _I, _I])
 
-    @property
-    def vectors(self) -> bool:
-        """True where products of integers run on vectors, and False in plain C."""
-        return bool(self.features & 1)
-
-    @property
-    def bfloat16_dot(self) -> bool:
-        """True where the CPU has bfloat16 dot products and the compiler used them."""
-        return bool(self.features & 2)
-
     def linear(
         self, weights: WeightArray, x_NK: torch.Tensor, biases: Sequence[torch.Tensor | None] | None = None
     ) -> list[torch.Tensor]:

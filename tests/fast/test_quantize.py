@@ -10,10 +10,10 @@ from torch import nn
 
 from octad import LLM, SamplingParams
 from octad.errors import RequestError
-from octad.fast import optimize as optimize_module
 from octad.fast.native_layer import NativeLayer
 from octad.fast.optimize import native_kernels, optimize
 from octad.fast.quantize import PackedExperts, PackedLinear, Precision, held_precision, quantize_modules
+from octad.kernels.build import IsaError
 from octad.kernels.packed import Packed, pack
 from octad.model.moe import Experts, MoE
 from octad.model.transformer import Transformer
@@ -200,21 +200,28 @@ def test_only_one_expert_natively(family: str, tiny_checkpoint: TinyCheckpoint) 
 
 
 def test_without_a_compiler_an_llm_works(
-    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: TinyCheckpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """And says what that costs, in one line each; not where the kernels were not wanted."""
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert native_kernels() is None
     for quantize in (None, "int8"):
         llm = make_llm(tiny_checkpoint("mixtral"), torch.float32, quantize)
         assert not is_native(llm)
+        assert "no C compiler found" in caplog.messages[-1]
+        assert ("about three times as long" in caplog.messages[-1]) == (quantize is not None)
         slow = make_llm(tiny_checkpoint("mixtral"), torch.float32, quantize, native=False)
         assert ids(llm.generate(prompts(3), GREEDY)) == ids(slow.generate(prompts(3), GREEDY))
+    assert len(caplog.messages) == 2
 
 
 @needs_native
 def test_where_native_modules_are_used(
-    tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tiny_checkpoint("llama")
     assert is_native(make_llm(path, torch.bfloat16, None))
@@ -223,13 +230,14 @@ def test_where_native_modules_are_used(
     assert not is_native(make_llm(path, torch.float16, "int8"))
     assert not is_native(make_llm(path, torch.bfloat16, "int8", native=False))
 
-    class Weak:
-        """A CPU without the instructions."""
-
-        vectors = False
-
-    monkeypatch.setattr(optimize_module, "NativeKernels", lambda library: Weak())
-    assert not is_native(make_llm(path, torch.bfloat16, None))
+    assert "do not run in float16" in caplog.messages[-1]
+    monkeypatch.setenv("OCTAD_ISA", "portable")
+    llm = make_llm(path, torch.float32, "int8")
+    assert is_native(llm)
+    assert llm.model.model.layers[0].kernels.isa == "portable"  # type: ignore[union-attr]
+    monkeypatch.setenv("OCTAD_ISA", "avx9")
+    with pytest.raises(IsaError, match="found 'avx9'"):
+        make_llm(path, torch.float32, "int8")
 
 
 @needs_native
