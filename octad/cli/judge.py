@@ -115,8 +115,8 @@ def _routing(source: TensorSource, found: Comparison, cache: Cache, progress: An
     """What the routers do, from the cache where it is known; None for a dense model."""
     if not source.config.is_moe:
         return None
-    from octad.checkpoint.load import load_model, load_tokenizer
-    from octad.dist import compute_dtype
+    from octad.checkpoint.load import load_tokenizer
+    from octad.evaluate.contestants import fast_model
     from octad.evaluate.results import Content, key_of
     from octad.evaluate.routing import collect_routing
 
@@ -133,7 +133,7 @@ def _routing(source: TensorSource, found: Comparison, cache: Cache, progress: An
         done += tokens
         progress("routing", min(1.0, done / total))
 
-    model, tokenizer = load_model(source, compute_dtype()), load_tokenizer(source)
+    model, tokenizer = fast_model(source), load_tokenizer(source)
     routing: dict[str, Any] | None = collect_routing(model, tokenizer, texts.domains, names, progress=tick)
     cache.put_plain(key, routing)
     return routing

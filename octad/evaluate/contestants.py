@@ -127,10 +127,10 @@ def expert_weights(experts: nn.Module, e: int) -> tuple[torch.Tensor, torch.Tens
     if isinstance(experts, PackedExperts):
         return experts.gate[e].unpack(), experts.up[e].unpack(), experts.down[e].unpack()
     assert isinstance(experts, NativeExperts)
-    return _unpacked(experts.gate, e), _unpacked(experts.up, e), _unpacked(experts.down, e)
+    return unpacked(experts.gate, e), unpacked(experts.up, e), unpacked(experts.down, e)
 
 
-def _unpacked(weights: WeightArray, e: int) -> torch.Tensor:
+def unpacked(weights: WeightArray, e: int) -> torch.Tensor:
     """One weight of those described for the native kernels, in float32."""
     struct, data = weights.structs[e], weights.tensors[e]
     if data.dtype.is_floating_point:

@@ -7,7 +7,7 @@ differences from the mean of all experts of their layer, and the answer is the m
 directions it is -1 / (E - 1); of copies it is 1. Of two experts alone it would always be -1, so those whose distance is
 below NEAR_COPY of their size count as copies too, whatever the rest look like.
 
-Memory is a few blocks of BLOCK values in float32 (of quantised experts, one projection unpacked); time is one product
+Memory is a few blocks of BLOCK values in float32 (of packed experts, one projection unpacked); time is one product
 [E, K] x [K, E] per block.
 
 Shapes: E experts, K values of one expert's projection.
@@ -23,6 +23,8 @@ import torch
 from torch import nn
 
 from octad.checkpoint.distance import NEAR_COPY
+from octad.evaluate.contestants import unpacked
+from octad.fast.native_modules import NativeExperts
 from octad.fast.quantize import PackedExperts
 from octad.model.moe import Experts
 
@@ -31,8 +33,7 @@ BLOCK = 1 << 21  # values of all experts together that are compared at a time
 
 
 def find_twins(layers: Sequence[nn.Module], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Pairs of experts with a mean cosine of TWINS or more, the closest first; [] where weights cannot be read (experts
-    on native kernels)."""
+    """Pairs of experts with a mean cosine of TWINS or more, the closest first; [] where weights cannot be read."""
     cosines = [cosines_of(experts) for experts in layers]
     known = [c for c in cosines if c is not None]
     if not known:
@@ -71,3 +72,6 @@ def _blocks(experts: nn.Module) -> Iterator[torch.Tensor]:
     elif isinstance(experts, PackedExperts):
         for part in (experts.gate, experts.up, experts.down):
             yield torch.stack([packed.unpack().flatten() for packed in part])
+    elif isinstance(experts, NativeExperts):
+        for weights in (experts.gate, experts.up, experts.down):
+            yield torch.stack([unpacked(weights, e).flatten() for e in range(len(weights.outputs))])

@@ -25,6 +25,8 @@ from octad.evaluate.contestants import (
     moe_layers,
 )
 from octad.evaluate.nats import bits_per_byte, token_nats, window_nats
+from octad.evaluate.routing import _observe
+from octad.evaluate.twins import cosines_of
 from octad.fast.native_modules import NativeExperts
 from octad.fast.optimize import native_kernels
 from octad.text.windows import Window, read_windows
@@ -55,6 +57,26 @@ def test_fast_modules_are_the_plain_ones(
     ours, theirs, truth = found
     assert np.abs(ours - truth).mean() < 1.2 * np.abs(theirs - truth).mean() + 2e-3
     assert ours.sum() == pytest.approx(truth.sum(), rel=3e-3)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_routers_and_experts_are_seen_on_fast_modules_too(
+    family: str, tiny_checkpoint: TinyCheckpoint
+) -> None:
+    """What the report says of routing needs no second model: the same choices, the same likeness of experts."""
+    if native_kernels() is None:
+        pytest.skip("this CPU or compiler has no native kernels")
+    source = open_source(tiny_checkpoint(family))
+    fast, plain = fast_model(source, torch.float32), load_model(source, torch.float32)
+    seen = [_observe(model, windows(), 3, 1, 128, lambda tokens: None) for model in (fast, plain)]
+    assert torch.equal(seen[0].choices, seen[1].choices)
+    for measure in ("entropy", "confidence", "own_first"):
+        torch.testing.assert_close(getattr(seen[0], measure), getattr(seen[1], measure), rtol=1e-3, atol=1e-3)
+    assert seen[0].spoken == seen[1].spoken
+    for (_, ours), (_, theirs) in zip(moe_layers(fast), moe_layers(plain), strict=True):
+        found, exact = cosines_of(ours.experts), cosines_of(theirs.experts)
+        assert found is not None
+        torch.testing.assert_close(found, exact, atol=1e-3, rtol=0)
 
 
 def test_expert_weights_are_those_on_disk(tiny_checkpoint: TinyCheckpoint) -> None:
