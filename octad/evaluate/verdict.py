@@ -95,10 +95,15 @@ def headline(found: Comparison, asked: Sequence[dict[str, Any]]) -> str:
         return f"{found.own}: {mean} over {domains}{few}; there is nothing to compare it with."
     first = {"better than every member?", "better than the oracle?"}
     dense = {q["question"] for q in asked if q["against"] in found.of_kind("dense")}
-    told = [q for q in asked if q["question"] in first | dense or q["answer"] != "yes"]
+    told = [q for q in asked if q["question"] in first | dense or q["answer"] == "no" or _soup_is_as_good(q)]
     told.sort(key=lambda q: (q["question"] not in first, q["question"] in dense))
     text = "; ".join(_standing(q, found) for q in told)
     return f"{text[:1].upper()}{text[1:]}{few}."
+
+
+def _soup_is_as_good(question: dict[str, Any]) -> bool:
+    """Then routing was not worth it, as far as anybody can tell."""
+    return bool(question["against"] == "soup" and question["answer"] != "yes")
 
 
 def _standing(question: dict[str, Any], found: Comparison) -> str:

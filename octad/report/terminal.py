@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import rich.table
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from octad.report.table import Cell, Column, Table
+from octad.report.table import Cell, Table
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 err = Console(stderr=True, highlight=False)
@@ -92,7 +93,7 @@ class _Fitted:
 
     def _groups(self, used: list[int], width: int) -> list[list[int]]:
         """The columns that stand beside each other; the first of them stands in each group."""
-        widths = {i: max(_text(cell).cell_len for cell in self._column(i)) for i in used}
+        widths = {i: max(text.cell_len for text in self._texts(i)) for i in used}
         for i in used[1:]:  # words may go on below, figures not
             widths[i] = widths[i] if self.table.columns[i].numeric else min(widths[i], WORDS)
         first, groups, left = used[0], [used[:1]], width - widths[used[0]]
@@ -104,29 +105,35 @@ class _Fitted:
             left -= widths[i] + GAP
         return groups
 
-    def _column(self, i: int) -> list[Cell]:
-        return [Cell(self.table.columns[i].title), *(row[i] for row in self.table.rows)]
+    def _texts(self, i: int) -> list[Text]:
+        """A column from its heading down. Numbers with something behind them are filled up on the left by hand, so that
+        they stand below each other."""
+        column, cells = self.table.columns[i], [row[i] for row in self.table.rows]
+        wide = max((cell_len(cell.text) for cell in cells), default=0) if self._led(i) else 0
+        return [Text(column.title), *(_text(cell, wide) for cell in cells)]
+
+    def _led(self, i: int) -> bool:
+        return self.table.columns[i].numeric and any(row[i].small for row in self.table.rows)
 
     def _part(self, group: list[int]) -> rich.table.Table:
         part = rich.table.Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="dim")
-        for i in group:
-            part.add_column(Text(self.table.columns[i].title), **_look(self.table.columns[i]))
-        for mark, row in self.table.row_marks():
-            part.add_row(*(_text(row[i]) for i in group), style=ROWS.get(mark))
+        columns = [self._texts(i) for i in group]
+        for i, (title, *_) in zip(group, columns, strict=True):
+            column = self.table.columns[i]
+            style = None if column.speaker is None else speaker_style(column.speaker)
+            side: Any = "right" if column.numeric and not self._led(i) else "left"
+            part.add_column(title, justify=side, no_wrap=column.numeric, style=style)
+        for (mark, _), *cells in zip(self.table.row_marks(), *(texts[1:] for texts in columns), strict=True):
+            part.add_row(*cells, style=ROWS.get(mark))
         return part
 
 
-def _look(column: Column) -> dict[str, Any]:
-    style = None if column.speaker is None else speaker_style(column.speaker)
-    return {"justify": "right" if column.numeric else "left", "no_wrap": column.numeric, "style": style}
-
-
-def _text(cell: Cell) -> Text:
-    """The cell's text in the style of its mark, and what is said less loudly behind it."""
+def _text(cell: Cell, wide: int = 0) -> Text:
+    """The cell's text in the style of its mark, `wide` at least, and what is said less loudly behind it."""
     style = next((STYLES[word] for word in cell.mark.split() if word in STYLES), "")
     if cell.speaker is not None:
         style = speaker_style(cell.speaker)
-    return Text.assemble((cell.text, style), (f" {cell.small}" if cell.small else "", "dim"))
+    return Text.assemble((f"{cell.text:>{wide}}", style), (f" {cell.small}" if cell.small else "", "dim"))
 
 
 def say(line: str) -> None:

@@ -51,6 +51,13 @@ def test_columns_of_numbers_stand_on_the_right_and_drawings_are_left_out() -> No
     assert markdown.table(table) == "| a | n |\n|---|--:|\n| x | 1 |\n| y | 100 |"
 
 
+def test_numbers_stand_below_each_other_whatever_is_behind_them() -> None:
+    table = Table.of(
+        "", ["a", ">n"], [["x", Cell("9.5", small="much longer")], ["y", Cell("120.5", small="b")]]
+    )
+    assert printed(table, 80).split("\n")[1:3] == ["x    9.5 much longer", "y  120.5 b          "]
+
+
 def test_markup_of_no_kind_is_taken_from_cells() -> None:
     table = Table.of("[bold]c[/]", ["a"], [[f"[red]{EVIL}|`"]])
     assert f"[red]{EVIL}|`" in printed(table, 80)
