@@ -127,17 +127,23 @@ def replace_file(path: Path, content: str | bytes, *, own_place: bool = False) -
     """Write one file, whole or not at all; what it replaces keeps its permissions. `own_place` as for StagedDirectory.
 
     Raises OutputError where it cannot be written; the file is then as it was."""
+    with staged_file(path, own_place=own_place) as new:
+        new.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def staged_file(path: Path, *, own_place: bool = False) -> Iterator[Path]:
+    """A hidden file to write inside the block; after it, in one step, the file of that name. Else as replace_file."""
     with explained(path):
         _clean_up(path.parent, None if own_place else path.name)
         new = _sibling(path, f"new{threading.get_ident()}")
         try:
-            with open(new, "wb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                file.write(content.encode("utf-8") if isinstance(content, str) else content)
-                file.flush()
-                os.fsync(file.fileno())
+            with open(new, "wb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                yield new
                 if path.exists():
-                    os.fchmod(file.fileno(), path.stat().st_mode & 0o7777)
+                    os.fchmod(lock.fileno(), path.stat().st_mode & 0o7777)
+                os.fsync(lock.fileno())
                 os.replace(new, path)
         finally:
             new.unlink(missing_ok=True)

@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "combine": BASE | {"model", "text", "checkpoint"},
     "fast": BASE | {"model", "text", "checkpoint"},
     "engine": BASE | {"model", "text", "checkpoint", "fast"},
+    "export": BASE | {"model", "text", "checkpoint"},
     "sandbox": {"errors"},
     "report": {"errors", "guard", "staging"},
     "bench": BASE | {"model", "text", "checkpoint", "fast", "engine", "report"},

@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from octad.cli import answering, combining, inspecting, judging, plan, training
+from octad.cli import answering, combining, exporting, inspecting, judging, plan, training
 from octad.errors import OctadError
 from octad.kernels.build import IsaError
 
@@ -32,6 +32,7 @@ app.add_typer(combining.expert_app, name="expert")
 app.command()(inspecting.inspect)
 app.command()(judging.evaluate)
 app.command()(combining.quantize)
+app.command()(exporting.export)
 app.command()(answering.generate)
 app.command()(answering.chat)
 app.command()(inspecting.bench)
