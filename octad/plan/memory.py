@@ -86,10 +86,17 @@ class Share:
 
 
 def training_memory(
-    config: ModelConfig, layout: Layout, window: int, micro_batches: int = 1, learns: float = 1.0
+    config: ModelConfig,
+    layout: Layout,
+    window: int,
+    micro_batches: int = 1,
+    *,
+    learns: float = 1.0,
+    fused_norms: bool = True,
 ) -> Memory:
     """One rank's peak: at the first block of the backward pass (all activations are there), at the last (all gradients
-    are), or in the optimiser's step. `micro_batches`: a step's, a rank; `learns`: the share of the weights that learn."""
+    are), or in the optimiser's step. `micro_batches`: a step's, a rank; `learns`: the share of the weights that learn;
+    `fused_norms`: see kept_values."""
     share, N = Share.of(config, layout), layout.micro * window
     state = share.whole if layout.shard == "nothing" else share.divided
     held = {
@@ -101,13 +108,15 @@ def training_memory(
     before, own = _gradient_bytes(layout, micro_batches)
     passing = {"logits": _logits(config, layout, N), "exchange": _exchange(config, layout, N)}
     layers = -(-config.num_hidden_layers // layout.pipeline)
+    kept = kept_values(config, layout, fused_norms=fused_norms)
     moments = [Memory(held | {"gradients": GRADIENT * gradients}, "optimiser's step")]
     for name, done in (
         ("first block of the backward pass", 0.0),
         ("last block of the backward pass", 1 - 1 / layers),
     ):
         parts = held | {"gradients": (before + own * done) * gradients}
-        parts |= _activations(config, layout, N, micro_batches, layers * (1 - done))
+        flying = layers * (1 - done) * min(layout.pipeline, micro_batches)
+        parts |= _activations(config, layout, N, flying, kept)
         parts |= passing | {"gathered": _gathered(share, layout, learns, last=done > 0)}
         moments.append(Memory(parts, name))
     if layout.shard == "weights" and layout.replicas > 1:
@@ -125,27 +134,23 @@ def _gradient_bytes(layout: Layout, micro_batches: int) -> tuple[int, int]:
     return (GRADIENT if micro_batches > 1 else 0), WEIGHT
 
 
-def _activations(
-    config: ModelConfig, layout: Layout, N: int, micro_batches: int, blocks: float
-) -> dict[str, float]:
+def _activations(config: ModelConfig, layout: Layout, N: int, blocks: float, kept: float) -> dict[str, float]:
     """What `blocks` blocks keep for the backward pass, and what one needs while its own runs."""
-    kept = kept_values(config, layout)
     held = config.hidden_size / layout.tensor if layout.recompute else kept
     again = kept if layout.recompute else 0.0
     return {
-        "activations": 2.0 * N * blocks * held * min(layout.pipeline, micro_batches),
+        "activations": 2.0 * N * blocks * held,
         "block at work": 2.0 * N * (again + work_values(config, layout)),
     }
 
 
-def kept_values(config: ModelConfig, layout: Layout) -> float:
-    """Values of 16 bits that a token leaves in one block for its backward pass. Norms keep float32 copies where PyTorch
-    has no fused kernel for them, as on CPUs: that is counted."""
+def kept_values(config: ModelConfig, layout: Layout, *, fused_norms: bool = True) -> float:
+    """Values of 16 bits that a token leaves in one block for its backward pass. Without a fused kernel for norms, as on
+    CPUs, each keeps its input and its result in float32 too."""
     D, A = config.hidden_size, max(1, config.num_experts_per_tok)
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    attention = (
-        12 * D + 2 * q + 2 * kv
-    )  # two inputs, two norms and their float32 parts; q, k, v and what attention gives
+    norms = (4 if fused_norms else 12) * D  # two inputs, two results
+    attention = norms + 2 * q + 2 * kv  # q, k, v and what attention gives
     if not config.is_moe:
         return (attention + 4 * config.intermediate_size) / layout.tensor
     rows = A * (D + 2 * config.moe_intermediate_size)  # sorted by expert: their inputs, gate and up

@@ -17,7 +17,7 @@ from octad.fast.quantize import quantize_modules
 from octad.model import cost
 from octad.model.config import ModelConfig
 from octad.plan.layout import Layout
-from octad.plan.memory import PRECISIONS, Share, serving_memory, training_memory, weight_bytes
+from octad.plan.memory import PRECISIONS, Share, kept_values, serving_memory, training_memory, weight_bytes
 from octad.plan.shapes import readings
 
 MIXTRAL: dict[str, Any] = {
@@ -63,7 +63,7 @@ def test_a_rank_of_a_pretended_cluster(case: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     measured = json.loads(done.stdout.splitlines()[-1])["Total"]
     layout = Layout(world // expert, expert, recompute=recompute)
-    predicted = training_memory(ModelConfig.from_dict(raw), layout, tokens)
+    predicted = training_memory(ModelConfig.from_dict(raw), layout, tokens, fused_norms=False)
     assert predicted.total == pytest.approx(measured, rel=0.05)
 
 
@@ -132,6 +132,15 @@ def test_shares_add_up_to_the_model(layout: Layout) -> None:
     whole = parts * (share.dense - share.tables + layout.expert * share.routed) + tables
     assert whole == pytest.approx(cost.parameters(config), rel=1e-5)
     assert share.routed * parts * layout.expert == pytest.approx(cost.routed_parameters(config))
+
+
+@pytest.mark.parametrize("tensor", [1, 8])
+def test_a_layer_of_gpt_keeps_what_korthikanti_counts(tensor: int) -> None:
+    """34 bytes a value of the residual stream less two dropout masks of a byte each, scores left out (arXiv 2205.05198,
+    equations 2 and 4). A gated net of width 2 D keeps what GPT's of width 4 D does."""
+    gpt = MIXTRAL | {"model_type": "llama", "num_key_value_heads": 32, "intermediate_size": 2 * 4096}
+    kept = kept_values(ModelConfig.from_dict(gpt), Layout(tensor=tensor))
+    assert 2 * kept == (34 - 2) * 4096 / tensor
 
 
 def test_frozen_weights_need_no_state() -> None:
