@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -145,3 +146,9 @@ def _move_in(run: Path, last: str = "config.json") -> Path:
             os.replace(path, run / path.name)
         (run / _STAGING).rmdir()
     return run
+
+
+def tidy(run: Path) -> None:
+    """Remove what a run that was killed at its very last moment left: a staging directory with nothing in it."""
+    with suppress(OSError):
+        (run / _STAGING).rmdir()

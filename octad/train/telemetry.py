@@ -50,6 +50,8 @@ class Telemetry:
         self.lengths = torch.tensor(lengths)
         self.world = world
         self.log = (run / LOG if world.leads else Path(os.devnull)).open("a", encoding="utf-8")
+        if world.leads and (run / LOG).stat().st_size and not (run / LOG).read_bytes().endswith(b"\n"):
+            self.log.write("\n")  # a killed run's last line ends here
         _end_line(self.log)
         self.board = _tensorboard(run) if world.leads else None
         self.step = step

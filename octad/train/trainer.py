@@ -37,6 +37,7 @@ from octad.text.windows import Window, read_windows
 from octad.train.compiled import compile_model
 from octad.train.data import Batch, Source, Stream
 from octad.train.distill import teach
+from octad.train.export import tidy
 from octad.train.layout import Layout
 from octad.train.learner import Learner, compute_settings
 from octad.train.loss import Head, next_token_loss
@@ -253,6 +254,7 @@ class Trainer:
             if self.run.exists() and any(self.run.iterdir()) and not (self.run / "log.jsonl").exists():
                 raise OutputError(f"{self.run}: exists and is no run; choose another -o or remove it")
             return
+        self.world.by_leader(lambda: tidy(self.run))
         facts, names = load_facts(state), saved_names(state)
         saved = facts["config"] | {"identity": facts["identity"]}
         now = self.config.to_dict() | {"identity": dict(self.learner.identity)}

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from xml.etree import ElementTree
 
+from octad.dist import World
 from octad.train.plot import PICTURE, draw_run, read_log
+from octad.train.telemetry import Telemetry
 
 
 def layer(*share: float, dead: tuple[int, ...] = ()) -> dict[str, object]:
@@ -31,6 +33,15 @@ def test_a_step_taken_again_counts_once(tmp_path: Path) -> None:
     records = read_log(log(tmp_path) / "log.jsonl")
     assert [record["step"] for record in records] == [0, 5, 10, 10]
     assert records[2]["bits_per_byte"] == {"french": 1.5}
+
+
+def test_a_line_that_a_kill_cut_off_is_passed_over(tmp_path: Path) -> None:
+    file = log(tmp_path) / "log.jsonl"
+    whole = read_log(file)
+    file.write_text(file.read_text() + '{"step": 11, "bits_per')
+    assert read_log(file) == whole
+    Telemetry(tmp_path, [1], print, 1.0, 1.0, World())._put({"step": 12, "bits_per_byte": {}})
+    assert read_log(file) == [*whole, {"step": 12, "bits_per_byte": {}}]
 
 
 def test_the_picture_says_what_the_log_says_and_is_reproducible(tmp_path: Path) -> None:

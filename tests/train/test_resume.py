@@ -23,7 +23,7 @@ from small import checkpoint, tune_file
 from octad.dist import World
 from octad.errors import CheckpointError, OutputError
 from octad.staging import StagedDirectory
-from octad.train import state
+from octad.train import export, state
 from octad.train.learner import tune_learner
 from octad.train.run_config import load_config
 from octad.train.signals import StopRequest
@@ -102,6 +102,40 @@ def die(*_: object, **__: object) -> None:
 def half_written(tensors: dict[str, torch.Tensor], path: Path) -> None:
     path.write_bytes(b"half")
     die()
+
+
+@pytest.mark.parametrize(
+    "moment", ["the state's rename", "the model's rename", "the model's last file", "the end"]
+)
+def test_a_kill_leaves_no_litter_that_stays(mixture, tmp_path: Path, moment: str) -> None:
+    file = tune_file(
+        tmp_path, mixture, **SETTINGS | {"steps": 3, "schedule": {"warmup": 1}, "dtype": "float32"}
+    )
+    run = tmp_path / "run"
+
+    def doomed() -> None:
+        if moment == "the end":
+            type(run).rmdir = die
+        elif moment == "the model's last file":
+            export.os.replace = lambda old, new: (
+                die() if Path(new).name == "config.json" else os.rename(old, new)
+            )
+        else:
+            where, rename = "states" if "state" in moment else "run", StagedDirectory._rename
+            StagedDirectory._rename = lambda s: die() if s.final.parent.name == where else rename(s)
+        fit(file, run)
+
+    os.waitpid(forked(doomed), 0)
+    left = [p.name for p in run.rglob("*")]
+    assert [n for n in left if "incomplete" in n or "making" in n]
+    if (run / "config.json").exists():
+        with pytest.raises(OutputError, match="is finished"):
+            fit(file, run)
+    else:
+        fit(file, run)
+    assert [p.name for p in run.rglob("*") if "incomplete" in p.name or "making" in p.name] == []
+    fit(file, tmp_path / "whole")
+    same_bits(run, tmp_path / "whole")
 
 
 TRAPS: dict[str, tuple[object, str, Callable[..., None]]] = {
