@@ -15,9 +15,9 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import Octad, Outcome
 from members import adapter, edit_config, full_member, make_base, save_tokenizer, text_file
 from safetensors.torch import load_file, save_file
+from tiny_models import Octad, Outcome
 
 from octad.report import terminal
 

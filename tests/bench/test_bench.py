@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyCheckpoint, TinyModel
 from tiny import byte_tokenizer
+from tiny_models import TinyCheckpoint, TinyModel
 
 from octad import machine as limits
 from octad.bench import bench

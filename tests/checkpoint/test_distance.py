@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import MOE, TinyCheckpoint
+from tiny_models import MOE, TinyCheckpoint
 from upcycled import Recording, Upcycle, upcycled
 
 from octad.checkpoint.distance import CHUNK, pair_squares, squares_to

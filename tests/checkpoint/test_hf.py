@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, MOE, TinyCheckpoint, TinyModel
 from safetensors.torch import load_file, save_file
+from tiny_models import FAMILIES, MOE, TinyCheckpoint, TinyModel
 
 from octad.checkpoint.extent import empty_bytes
 from octad.checkpoint.hf import INDEX, SINGLE, SafetensorsSource

@@ -13,8 +13,8 @@ import pytest
 import torch
 import transformers
 from bundled import smollm2_path
-from conftest import FAMILIES, MOE, TinyCheckpoint
 from rich.console import Console
+from tiny_models import FAMILIES, MOE, TinyCheckpoint
 from upcycled import Recording, Upcycle, upcycled
 
 from octad.checkpoint.gguf.reader import GGUFSource

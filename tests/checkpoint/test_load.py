@@ -10,8 +10,8 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, MOE, TinyCheckpoint
 from huggingface_hub import errors
+from tiny_models import FAMILIES, MOE, TinyCheckpoint
 
 from octad.checkpoint import load
 from octad.checkpoint.hf import SafetensorsSource

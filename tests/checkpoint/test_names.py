@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, MOE, TinyCheckpoint
 from safetensors import safe_open
+from tiny_models import FAMILIES, MOE, TinyCheckpoint
 
 from octad.checkpoint import names
 from octad.checkpoint.hf import read_config

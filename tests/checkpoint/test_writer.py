@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, TinyCheckpoint
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from tiny_models import FAMILIES, TinyCheckpoint
 
 from octad import staging
 from octad.checkpoint.extent import Extent

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import make_model
 from members import (
     ATTENTION,
     DENSE,
@@ -29,6 +28,7 @@ from members import (
 )
 from peft import PeftModel
 from safetensors.torch import load_file
+from tiny_models import make_model
 
 from octad.checkpoint.load import load_model, load_tokenizer, open_member, open_source
 from octad.combine import build

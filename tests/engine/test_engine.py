@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, TinyCheckpoint
 from plain_generation import generate
 from tiny import GREEDY, finish, ids, load, make_engine, prompts, run
+from tiny_models import FAMILIES, TinyCheckpoint
 
 from octad.engine.engine import Engine, EngineConfig
 from octad.engine.params import SamplingParams, StructuredOutput

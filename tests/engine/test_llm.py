@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TinyCheckpoint
 from plain_generation import generate
 from tiny import byte_tokenizer, load
+from tiny_models import TinyCheckpoint
 
 from octad import LLM, SamplingParams
 from octad.engine.llm import DTYPES

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TinyCheckpoint
 from rich.console import Console
 from tiny import GREEDY, byte_tokenizer, ids, load, make_engine, prompts, run
+from tiny_models import TinyCheckpoint
 
 from octad import LLM, SamplingParams
 from octad.chat.speakers import speak

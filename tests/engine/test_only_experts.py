@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import MOE, TinyCheckpoint
 from plain_generation import generate
 from tiny import GREEDY, byte_tokenizer, ids, load, make_engine, prompts, run
+from tiny_models import MOE, TinyCheckpoint
 
 from octad.checkpoint.load import load_model, open_source
 from octad.engine.llm import LLM

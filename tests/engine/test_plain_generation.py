@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import TinyCheckpoint
 from plain_generation import choose, generate, routing_weight
+from tiny_models import TinyCheckpoint
 
 from octad.checkpoint.load import load_model, open_source
 from octad.errors import DataError

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyCheckpoint
 from tiny import byte_tokenizer, finish, load, make_engine
+from tiny_models import TinyCheckpoint
 from vocabularies import sentencepiece, smollm2
 
 from octad.engine.detokenize import Detokenizer

@@ -9,8 +9,8 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import MOE, TinyCheckpoint
 from tiny import byte_tokenizer, load
+from tiny_models import MOE, TinyCheckpoint
 
 from octad.evaluate.routing import collect_routing, typical_tokens
 from octad.model.config import ModelConfig

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyCheckpoint
 from judging import World, their_nats, theirs
 from members import edit_config, make_recipe, save_tokenizer
 from peft import PeftModel
+from tiny_models import TinyCheckpoint
 
 from octad.checkpoint.load import load_model, load_tokenizer, open_source
 from octad.combine import build

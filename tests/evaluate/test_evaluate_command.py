@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import Octad, Outcome
 from judging import World
 from safetensors.torch import load_file, save_file
+from tiny_models import Octad, Outcome
 
 
 @pytest.fixture(scope="module")

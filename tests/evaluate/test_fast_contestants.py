@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import TinyCheckpoint
 from judging import their_nats
+from tiny_models import TinyCheckpoint
 
 import octad
 from octad.checkpoint.load import load_model, load_tokenizer, open_source

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, TinyCheckpoint
 from judging import their_nats, theirs
+from tiny_models import FAMILIES, TinyCheckpoint
 
 from octad.checkpoint.load import load_model, open_source
 from octad.evaluate import nats as loss

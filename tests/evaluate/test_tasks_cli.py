@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Octad
 from judging import World
+from tiny_models import Octad
 
 from octad.errors import SandboxError
 from octad.sandbox.run import Sandbox

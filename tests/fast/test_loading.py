@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, TinyCheckpoint
 from tiny import byte_tokenizer
+from tiny_models import FAMILIES, TinyCheckpoint
 
 from octad.checkpoint.load import load_model, open_source
 from octad.checkpoint.source import TensorSource

@@ -6,8 +6,8 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FAMILIES, TinyCheckpoint
 from tiny import load
+from tiny_models import FAMILIES, TinyCheckpoint
 from torch import nn
 
 from octad.engine.model_runner import ModelRunner

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, TinyCheckpoint
 from tiny import byte_tokenizer, ids, load, prompts
+from tiny_models import FAMILIES, TinyCheckpoint
 from torch import nn
 
 from octad import LLM, SamplingParams

@@ -10,8 +10,8 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from conftest import FAMILIES, TinyCheckpoint
 from tiny import byte_tokenizer, ids, prompts
+from tiny_models import FAMILIES, TinyCheckpoint
 
 from octad import LLM, SamplingParams
 from octad.checkpoint.inspect import inspect

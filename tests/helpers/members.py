@@ -10,8 +10,8 @@ import peft
 import tokenizers
 import torch
 import transformers
-from conftest import make_model
 from safetensors.torch import load_file, save_file
+from tiny_models import make_model
 
 from octad.combine.recipe import Recipe
 

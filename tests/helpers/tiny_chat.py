@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TinyCheckpoint
 from members import save_tokenizer
+from tiny_models import TinyCheckpoint
 
 from octad.engine.llm import LLM
 

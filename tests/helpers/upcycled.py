@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import TinyCheckpoint
 from safetensors.torch import load_file, save_file
+from tiny_models import TinyCheckpoint
 
 from octad.checkpoint.hf import SafetensorsSource
 from octad.checkpoint.names import PARTS, expert_name

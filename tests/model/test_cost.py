@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, TinyCheckpoint
+from tiny_models import FAMILIES, TinyCheckpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from octad.checkpoint.load import load_model, open_source

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import COMMON, FAMILIES, OWN
+from tiny_models import COMMON, FAMILIES, OWN
 
 from octad.checkpoint.hf import read_config
 from octad.checkpoint.load import open_source

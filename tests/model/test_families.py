@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import COMMON, FAMILIES, MOE, OWN
+from tiny_models import COMMON, FAMILIES, MOE, OWN
 
 from octad.model import families
 from octad.model.config import ModelConfig, dense_config

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import MOE, TinyCheckpoint
 from tiny import GREEDY, finish, load, make_engine, prompts, run
+from tiny_models import MOE, TinyCheckpoint
 
 from octad.engine.outputs import RequestOutput
 from octad.model.observe import Trace, recording, speakers

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, TinyCheckpoint
+from tiny_models import FAMILIES, TinyCheckpoint
 
 from octad.bench.traffic import WeightBytes
 from octad.checkpoint.load import load_model, open_source

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import Octad
+from tiny_models import Octad
 
 from octad.errors import OctadError
 from octad.plan.answer import serve_answer, train_answer

@@ -6,8 +6,8 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from conftest import TinyCheckpoint, TinyModel
 from huggingface_hub.errors import LocalEntryNotFoundError
+from tiny_models import TinyCheckpoint, TinyModel
 
 from octad.errors import OctadError
 from octad.model import cost

@@ -16,7 +16,7 @@ from octad.serve import make_up as room
 from octad.serve.make_up import make_up
 
 if TYPE_CHECKING:
-    from conftest import TinyCheckpoint
+    from tiny_models import TinyCheckpoint
 
 
 @pytest.fixture
