@@ -1,10 +1,13 @@
 """The page for everyone: axe finds nothing, keyboard and screen reader reach all, 375 px are enough, light and dark."""
 
+# ruff: noqa: F401, F811 (fixtures are imported)
 from typing import Any
 
 import pytest
-from conftest import AXE, NETWORK, ask, send, until
+from browsing import AXE, BROWSER, NETWORK, ask, backend, browser, browser_page, send, until
 from fake_backend import FakeBackend, Refusal, spoken
+
+pytestmark = BROWSER
 
 PHONE = {"viewport": {"width": 375, "height": 700}, "is_mobile": True, "has_touch": True}
 SIZES = [

@@ -1,12 +1,15 @@
 """A conversation on the page: asked, streamed, stopped, branched, kept, found, taken away and brought back."""
 
+# ruff: noqa: F401, F811 (fixtures are imported)
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import answers, ask, send, until
+from browsing import BROWSER, answers, ask, backend, browser, browser_page, send, until
 from fake_backend import FakeBackend, Said, spoken
+
+pytestmark = BROWSER
 
 
 def test_request_and_answer(browser_page: Any, backend: FakeBackend) -> None:

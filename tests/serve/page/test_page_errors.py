@@ -1,11 +1,14 @@
 """Whatever goes wrong with the server is said, and what passes by itself is waited for."""
 
+# ruff: noqa: F401, F811 (fixtures are imported)
 import time
 from typing import Any
 
 import pytest
-from conftest import NETWORK, answers, ask, send, until
+from browsing import BROWSER, NETWORK, answers, ask, backend, browser, browser_page, send, until
 from fake_backend import FakeBackend, Refusal, spoken
+
+pytestmark = BROWSER
 
 
 @pytest.fixture(autouse=True)

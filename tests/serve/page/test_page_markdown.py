@@ -1,13 +1,16 @@
 """Markdown on the page: what markdown-it makes of it, nothing that runs or loads, and the same work for each token."""
 
+# ruff: noqa: F401, F811 (fixtures are imported)
 import re
 from html.parser import HTMLParser
 from typing import Any
 
 import pytest
-from conftest import answers, ask, until
+from browsing import BROWSER, answers, ask, backend, browser, browser_page, until
 from fake_backend import FakeBackend, Said, spoken
 from markdown_it import MarkdownIt
+
+pytestmark = BROWSER
 
 BLOCKS = ("h1", "h2", "h3", "p", "li", "pre", "th", "td", "blockquote")
 

@@ -1,11 +1,14 @@
 """Who speaks: every token in its speaker's colour through Markdown, shares, weights, layers, masks, comparisons."""
 
+# ruff: noqa: F401, F811 (fixtures are imported)
 import re
 from typing import Any
 
 import pytest
-from conftest import NETWORK, answers, ask, send, until
+from browsing import BROWSER, NETWORK, answers, ask, backend, browser, browser_page, send, until
 from fake_backend import LAYERS, NAMES, PROMPT_TOKENS, FakeBackend, Refusal, Said, spoken
+
+pytestmark = BROWSER
 
 RICH = """# Title *one*
 

@@ -1,7 +1,11 @@
-"""The page in a real browser: Debian's chromium, driven by playwright, in front of a server that a test controls.
+"""The chat page in a real browser: Debian's chromium, driven by playwright.
 
-All tests of a module share one browser; each has a fresh profile. A test fails when the page logs an error or a violation
-of its Content-Security-Policy, throws, or asks anything of another host; `page.expected` holds what it may log.
+    from browsing import BROWSER, ask, backend, browser, browser_page    # the fixtures are the last three
+    pytestmark = BROWSER
+
+`browser_page` shows the page in front of `backend`, a server that says what a test tells it to; it has a fresh profile.
+A test fails when the page logs an error or a violation of its Content-Security-Policy, throws, or asks anything of
+another host; `browser_page.expected` holds what it may log.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +21,16 @@ import pytest
 from fake_backend import FakeBackend
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-AXE = Path(__file__).parents[3] / "page-src" / "node_modules" / "axe-core" / "axe.min.js"
+AXE = Path(__file__).parents[2] / "page-src" / "node_modules" / "axe-core" / "axe.min.js"
 NETWORK = "Failed to load resource"  # chromium's own note of an answer that is an error
-
-
-def missing() -> str | None:
-    """Why the browser's tests cannot run here."""
-    if importlib.util.find_spec("playwright") is None:
-        return "playwright is not installed (make test-page installs it)"
-    return None if CHROMIUM else "there is no chromium"
-
-
-@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    reason = missing()
-    for item in items:
-        if "browser_page" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.slow)
-            if reason:
-                item.add_marker(pytest.mark.skip(reason=reason))
+BROWSER = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("playwright") is None,
+        reason="playwright is not installed (make test-page installs it)",
+    ),
+]
 
 
 @pytest.fixture
@@ -56,9 +51,16 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def browser_page(browser: Any, backend: FakeBackend, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """A page that shows the chat, of the size and colours that `@pytest.mark.parametrize(..., indirect)` may give."""
-    options: dict[str, Any] = {"viewport": {"width": 1280, "height": 800}, "bypass_csp": False}
-    context = browser.new_context(**(options | getattr(request, "param", {})))
+    """Of the size and colours that `@pytest.mark.parametrize(..., indirect=True)` may give."""
+    yield from opened(browser, backend.url, getattr(request, "param", {}))
+
+
+def opened(browser: Any, url: str, options: Mapping[str, Any]) -> Iterator[Any]:
+    """A page of a fresh profile that shows `url`. Afterwards it must have logged, thrown and violated nothing, and asked
+    nothing of another host; `page.expected` holds parts of what it may log."""
+    context = browser.new_context(
+        **{"viewport": {"width": 1280, "height": 800}, "bypass_csp": False, **options}
+    )
     context.set_default_timeout(10_000)
     page = context.new_page()
     troubles: list[str] = []
@@ -66,10 +68,9 @@ def browser_page(browser: Any, backend: FakeBackend, request: pytest.FixtureRequ
     page.on("console", lambda m: troubles.append(m.text) if m.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: troubles.append(str(error)))
     page.on(
-        "request",
-        lambda r: None if r.url.startswith((backend.url, "data:", "blob:")) else troubles.append(r.url),
+        "request", lambda r: None if r.url.startswith((url, "data:", "blob:")) else troubles.append(r.url)
     )
-    page.goto(backend.url)
+    page.goto(url)
     page.wait_for_selector("#send[aria-label]")
     yield page
     context.close()
