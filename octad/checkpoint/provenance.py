@@ -4,8 +4,10 @@
     made.names, made.recipe["router"], made.experts[3]["files"]
 
 `experts` has one entry for each expert, in order: its name; `model`, as the recipe says it; `path`, where that was
-found; kind ("base", "adapter" or "checkpoint"); exact (see combine's pre-flight); the calibration's tokens and windows;
-files with their digests. Only the names must be there: whoever needs more says so.
+found; kind ("base", "adapter" or "checkpoint"); exact; held: {"exact", "lost": {"attention": 0.12, ...}, "sentence"},
+whether the mixture holds the member as it is, the distance of what it does not hold, and that in words (see
+combine/members.py); the calibration's tokens and windows; files with their digests. Only the names must be there: whoever
+needs more says so.
 """
 
 from __future__ import annotations

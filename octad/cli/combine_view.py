@@ -22,7 +22,17 @@ def show_plan(plan: Plan, seconds: float) -> None:
     table = Table(
         title=Text(f"members beside {plan.recipe.base}"), title_justify="left", box=None, pad_edge=False
     )
-    for column in ("expert", "kind", "ffn distance", "by layer", "attention", "norms", "embeddings", "held"):
+    for column in (
+        "expert",
+        "kind",
+        "ffn distance",
+        "by layer",
+        "attention",
+        "norms",
+        "embeddings",
+        "head",
+        "held",
+    ):
         table.add_column(column, no_wrap=True)
     for report in plan.reports:
         d = report.distances
@@ -32,12 +42,13 @@ def show_plan(plan: Plan, seconds: float) -> None:
             report.kind,
             _distance(ffn),
             sparkline(ffn, max(ffn)) if ffn else "",
-            *(_distance(d.get(group)) for group in ("attention", "norms", "embeddings")),
-            {True: "exactly", False: "feed-forward only", None: "not measured"}[report.exact],
+            *(_distance(d.get(group)) for group in ("attention", "norms", "embeddings", "head")),
+            {True: "exactly", False: "in part", None: "not measured"}[report.exact],
         )
     terminal.out.print(table)
     for report in plan.reports:
-        for note in report.notes:
+        lines = [] if report.exact or not report.sentence or report.kind == "base" else [report.sentence]
+        for note in (*lines, *report.notes):
             terminal.say(f"  {report.name}: {note}")
     for note in plan.notes:
         terminal.say(f"  {note}")

@@ -19,6 +19,7 @@ from octad.checkpoint.names import router_name
 from octad.checkpoint.provenance import PROVENANCE, Provenance
 from octad.checkpoint.writer import CheckpointWriter
 from octad.combine.fit import Calibration, Progress, RouterFit, fit_routers, quiet
+from octad.combine.members import MemberReport
 from octad.combine.mixture import MixtureSource
 from octad.combine.preflight import Plan
 from octad.combine.recipe import Recipe
@@ -88,7 +89,7 @@ def plan_provenance(
 ) -> Provenance:
     """octad.json of a fresh mixture."""
     experts = [
-        expert_record(report.name, report.reference, report.kind, report.exact, c, origin)
+        expert_record(report, c, origin)
         for report, c, origin in zip(plan.reports, calibrations, origins["members"], strict=True)
     ]
     base = dict(origins["base"]) | {
@@ -104,16 +105,15 @@ def recipe_record(recipe: Recipe) -> dict[str, Any]:
     return recipe.to_dict() | {"router": router, "shared": shared}
 
 
-def expert_record(
-    name: str, reference: str, kind: str, exact: bool | None, c: Calibration, origin: Mapping[str, Any]
-) -> dict[str, Any]:
+def expert_record(report: MemberReport, c: Calibration, origin: Mapping[str, Any]) -> dict[str, Any]:
     """One expert's entry in octad.json."""
     return {
-        "name": name,
-        "model": reference,
+        "name": report.name,
+        "model": report.reference,
         "path": _path(origin),
-        "kind": kind,
-        "exact": exact,
+        "kind": report.kind,
+        "exact": report.exact,
+        "held": report.held,
         "tokens": c.tokens,
         "windows": len(c.windows),
         "files": origin.get("files", []),

@@ -101,6 +101,10 @@ def embedded(
 ) -> Callable[[Batch], torch.Tensor]:
     """The function from a batch of these texts to its embeddings, h_BSD. Of a table on disk only their rows are read."""
     ids = torch.tensor(sorted({i for batch in texts for i in batch.tokens.flatten().tolist()}))
+    if len(ids) and int(ids[-1]) >= source.config.vocab_size:
+        raise CheckpointError(
+            f"{source.label}: token {int(ids[-1])} has no row: the embeddings have {source.config.vocab_size}"
+        )
     if (extent := source.extent(EMBEDDING)) is not None:
         width = source.config.hidden_size
         rows = extent.blocks((ids * width).tolist(), width).to(dtype)

@@ -21,7 +21,7 @@ import torch
 
 from octad.checkpoint.extent import same_bytes
 from octad.checkpoint.lora import AdapterSource
-from octad.checkpoint.names import is_ffn, layer_of, tensor_plan
+from octad.checkpoint.names import EMBEDDING, HEAD, is_ffn, layer_of, tensor_plan
 from octad.checkpoint.source import TensorInfo, TensorSource
 from octad.combine.mixture import tensor_group
 
@@ -35,11 +35,14 @@ class Distances:
     """groups[part]: one value a measured layer for 'ffn' and 'attention', one in all for 'norms' and 'embeddings'.
 
     margin: half the width of the 95 % interval of the least certain value, relative to it; 0 where nothing was sampled.
-    same_shared_part: None where it was not looked at in every layer."""
+    same_shared_part: None where it was not looked at in every layer. same_ffn: no value of a feed-forward net differs.
+    lost_share: the part of all squared change that lies outside feed-forward nets; None where nothing changed."""
 
     groups: dict[str, list[float]]
     margin: float
     same_shared_part: bool | None
+    same_ffn: bool = False
+    lost_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,25 +62,30 @@ class _Ledger:
 
     names: set[str]
     parts: dict[tuple[str, int], list[_Part]] = field(default_factory=dict)
-    same: bool = True
+    differs: dict[bool, bool] = field(default_factory=lambda: {True: False, False: False})  # by is_ffn
 
     def add(self, name: str, part: _Part) -> None:
         """Enter a tensor under its group and, for the large groups, its layer."""
         group = tensor_group(name)
         layer = (layer_of(name) or 0) if group in ("ffn", "attention") else 0
         self.parts.setdefault((group, layer), []).append(part)
-        if not is_ffn(name) and any(part.squares):
-            self.same = False
+        if any(part.squares):
+            self.differs[is_ffn(name)] = True
 
 
-def measure(base: TensorSource, members: Sequence[TensorSource]) -> list[Distances]:
-    """One entry a member. Reads; raises CheckpointError for a file that has become unreadable."""
+def measure(
+    base: TensorSource, members: Sequence[TensorSource], tokens: int | None = None
+) -> list[Distances]:
+    """One entry a member. Of vocabularies, the rows of `tokens` (by default the base's) that a member has are compared.
+
+    Reads; raises CheckpointError for a file that has become unreadable."""
     layers = measured_layers(base, members)
     ledgers = [_Ledger(set(member.names())) for member in members]
-    for name in tensor_plan(base.config):
+    untied = not all(source.config.tie_word_embeddings for source in (base, *members))
+    for name in [*dict.fromkeys([*tensor_plan(base.config), *([HEAD] if untied else [])])]:
         if (layer := layer_of(name)) is not None and layer not in layers:
             continue
-        _measure_tensor(name, base, members, ledgers)
+        _measure_tensor(name, base, members, ledgers, tokens)
     complete = len(layers) == base.config.num_hidden_layers
     return [
         _distances(ledger, complete or member is base)
@@ -99,27 +107,43 @@ def measured_layers(base: TensorSource, members: Sequence[TensorSource]) -> set[
 
 
 def _measure_tensor(
-    name: str, base: TensorSource, members: Sequence[TensorSource], ledgers: Sequence[_Ledger]
+    name: str,
+    base: TensorSource,
+    members: Sequence[TensorSource],
+    ledgers: Sequence[_Ledger],
+    tokens: int | None,
 ) -> None:
-    """Enter one tensor of every member. A head that only the base has is left out: check_member has a note on it."""
-    info = base.info(name)
+    """Enter one tensor of every member. A head tied to the embeddings is these."""
+    info = base.info(_held(base, name))
+    if name in (EMBEDDING, HEAD):
+        have = [m.info(_held(m, name)).shape[0] for m in members]
+        rows = min(info.shape[0], *have, *([tokens] if tokens else []))
+        info = TensorInfo((rows, *info.shape[1:]), info.dtype)
     starts, count = _grid(info.numel)
     scale = info.numel / (len(starts) * count)
-    ours = _blocks(base, name, info, starts, count)
+    ours = _blocks(base, _held(base, name), info, starts, count)
     norms = _squares(ours)
     unsure = []
     for member, ledger in zip(members, ledgers, strict=True):
-        if name not in ledger.names:
+        theirs = _held(member, name)
+        if theirs not in ledger.names:
+            continue
+        if name == HEAD and member.config.tie_word_embeddings and base.config.tie_word_embeddings:
             continue
         if (known := _known_square(member, base, name)) is not None:
             squares = [known / scale / len(norms)] * len(norms)
         else:
-            squares = _squares(_blocks(member, name, info, starts, count), ours)
+            squares = _squares(_blocks(member, theirs, info, starts, count), ours)
         ledger.add(name, _Part(squares, norms, scale))
-        if known is None and ledger.same and not is_ffn(name):
+        if known is None and not ledger.differs[is_ffn(name)]:
             unsure.append((member, ledger))
     if len(starts) > 1:
-        _compare(name, base, unsure)
+        _compare(name, base, unsure, info.shape)
+
+
+def _held(source: TensorSource, name: str) -> str:
+    """What a source keeps a tensor under: a tied head is the embedding."""
+    return EMBEDDING if name == HEAD and source.config.tie_word_embeddings else name
 
 
 def _grid(numel: int) -> tuple[list[int], int]:
@@ -156,29 +180,37 @@ def _known_square(member: TensorSource, base: TensorSource, name: str) -> float 
     """||member - base||^2 of one tensor, where it is known without reading the member."""
     if member is base:
         return 0.0
-    if isinstance(member, AdapterSource):
+    if isinstance(member, AdapterSource) and not (name == HEAD and _held(base, name) != _held(member, name)):
         if name not in member.changed():
             return 0.0
+        if name in (EMBEDDING, HEAD):
+            return None  # rows may have been added
         if factors := member.delta_factors(name):  # ||BA||^2 = <B'B, AA'>: no need to multiply it out
             a, b, scale = factors
             return scale**2 * float(((b.T @ b) * (a @ a.T)).sum())
     return None
 
 
-def _compare(name: str, base: TensorSource, unsure: Sequence[tuple[TensorSource, _Ledger]]) -> None:
+def _compare(
+    name: str,
+    base: TensorSource,
+    unsure: Sequence[tuple[TensorSource, _Ledger]],
+    shape: tuple[int, ...],
+) -> None:
     """Whether a tensor of members that agreed so far is the base's throughout: on disk in one pass over all of them."""
-    ours, shape = base.extent(name), base.info(name).shape
+    ours, kind = base.extent(_held(base, name)), is_ffn(name)
     on_disk = []
     for member, ledger in unsure:
-        extent = member.extent(name)
+        extent = member.extent(_held(member, name))
         if ours is not None and extent is not None and extent.info.dtype == ours.info.dtype:
             on_disk.append((ledger, extent.part(0, shape)))
         else:
-            ledger.same = _equal(base.read(name), member.read(name)[: shape[0]])
+            mine, other = (source.read(_held(source, name))[: shape[0]] for source in (base, member))
+            ledger.differs[kind] |= not _equal(mine, other)
     if ours is not None:
-        same = same_bytes(ours, [extent for _, extent in on_disk])
+        same = same_bytes(ours.part(0, shape), [extent for _, extent in on_disk])
         for (ledger, _), equal in zip(on_disk, same, strict=True):
-            ledger.same = equal
+            ledger.differs[kind] |= not equal
 
 
 def _equal(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
@@ -196,7 +228,17 @@ def _distances(ledger: _Ledger, complete: bool) -> Distances:
         groups.setdefault(group, []).append(math.sqrt(squared / norm) if norm else 0.0)
         if squared and norm and math.isfinite(squared / norm):
             margin = max(margin, _margin(parts, squared, norm))
-    return Distances(groups, margin, None if ledger.same and not complete else ledger.same)
+    changed = {True: 0.0, False: 0.0}
+    for (group, _), parts in ledger.parts.items():
+        changed[group == "ffn"] += sum(part.scale * sum(part.squares) for part in parts)
+    total = sum(changed.values())
+    return Distances(
+        groups,
+        margin,
+        None if not ledger.differs[False] and not complete else not ledger.differs[False],
+        not ledger.differs[True],
+        changed[False] / total if total else None,
+    )
 
 
 def _margin(parts: Sequence[_Part], squared: float, norm: float) -> float:

@@ -17,16 +17,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from octad.checkpoint.load import load_tokenizer, needs_base, open_member
 from octad.checkpoint.names import EMBEDDING
 from octad.checkpoint.source import TensorSource
 from octad.checkpoint.views import ExpertView
 from octad.checkpoint.writer import CheckpointWriter
-from octad.combine import preflight
 from octad.combine.build import expert_record, recipe_record, write_sidecars, write_weights
 from octad.combine.calibration import calibration
+from octad.combine.conversion import conversions
 from octad.combine.distances import measure
-from octad.combine.editable import EditableMixture, generalist_of
+from octad.combine.editable import EditableMixture, RecordedBase, generalist_of
 from octad.combine.fit import (
     Calibration,
     Progress,
@@ -37,15 +39,16 @@ from octad.combine.fit import (
     runs_of,
     solve_ridge,
 )
+from octad.combine.members import MemberReport, measured, member_report
 from octad.combine.mixture import MixtureSource
 from octad.combine.recipe import ExpertSpec, Recipe, SharedSpec
 from octad.combine.statistics import Statistics
 from octad.combine.views import WriteThrough
+from octad.combine.vocabulary import Owners, Vocabulary, agree
 from octad.dist import compute_dtype
 from octad.errors import CheckpointError, RecipeError
 from octad.model.config import ModelConfig
 from octad.staging import StagedDirectory
-from octad.text.tokenizer import Tokenizer
 
 Slots = Sequence[int | None]
 Tell = Callable[[str], None]
@@ -121,12 +124,15 @@ def remove_expert(
 
 @dataclass(frozen=True)
 class Newcomer:
-    """A member that joins: checked, with its calibration text, its entry for octad.json, and the tokenizer with it."""
+    """A member that joins: checked, with its calibration text, its entry for octad.json, and the vocabulary with it.
+
+    more_ends: all ids that end a text, where it brings some that the mixture has not."""
 
     member: TensorSource
     calibration: Calibration
     record: dict[str, Any]
-    tokenizer: Tokenizer
+    vocabulary: Vocabulary
+    more_ends: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -172,13 +178,19 @@ class Edit:
         raw = dict(self.old.source.config.raw)
         rows = [self.newcomer.member.config.vocab_size] if self.newcomer else []
         counts = {key: len(self.slots) for key in EXPERT_COUNTS if key in raw}
-        return raw | counts | {"vocab_size": max([self.old.source.config.vocab_size, *rows])}
+        more = {"eos_token_id": list(ends)} if self.newcomer and (ends := self.newcomer.more_ends) else {}
+        return raw | counts | more | {"vocab_size": max([self.old.source.config.vocab_size, *rows])}
 
     def source(self) -> MixtureSource:
         """The new mixture, lazily: its shared part is the old one's, whatever the members hold."""
         config, dtype = ModelConfig.from_dict(self.config_dict), self.old.source.info(EMBEDDING).dtype
         shared = ExpertView(self.old.source, 0)
-        return MixtureSource(config, shared, self.members, SharedSpec(), dtype=dtype)
+        owners = None
+        if self.newcomer is not None and self.newcomer.vocabulary.owners.added:
+            nobody = torch.zeros(config.vocab_size, dtype=torch.bool)
+            theirs = self.newcomer.vocabulary.owners
+            owners = Owners(theirs.base, [theirs.members[0] if s is None else nobody for s in self.slots])
+        return MixtureSource(config, shared, self.members, SharedSpec(), dtype=dtype, owners=owners)
 
     @property
     def _newcomer(self) -> Newcomer:
@@ -219,7 +231,7 @@ def _change(
             experts=edit.records,
             edits=[*old.provenance.edits, note],
         )
-        tokenizer = edit.newcomer.tokenizer if edit.newcomer else load_tokenizer(old.source)
+        tokenizer = edit.newcomer.vocabulary.tokenizer if edit.newcomer else load_tokenizer(old.source)
         write_sidecars(writer, edit.config_dict, tokenizer, provenance, edit.calibrations, fit)
         return writer.commit()
 
@@ -242,27 +254,39 @@ def welcome(old: EditableMixture, recipe: Recipe, spec: ExpertSpec, base: str | 
     try:
         wanted = base is not None or needs_base(reference)
         under = old.base_for(base) if wanted else old.held_base()
-        member = open_member(reference, under)
+        member = open_member(reference, under, exact=True)
     except CheckpointError as error:
         raise RecipeError(f"expert {spec.name!r}: {error}") from None
-    report = preflight.member_report(spec.name, spec.model, member, under, "base")
-    for line in report.notes:
-        tell(f"expert {spec.name!r}: {line}")
-    alone = recipe.model_copy(update={"experts": (spec,)})
-    _, tokenizer = preflight.extended_vocabulary(alone, under, [member], load_tokenizer(old.source))
-    text = calibration(recipe, spec, tokenizer)
+    report = member_report(spec.name, spec.model, member, under, "base")
+    chosen = spec.name if recipe.chat_template == spec.name else None
+    alone = recipe.model_copy(update={"experts": (spec,), "chat_template": chosen})
+    before = load_tokenizer(old.source)
+    vocabulary = agree(alone, ExpertView(old.source, 0), [member], before, joining=True)
+    text = calibration(recipe, spec, vocabulary.tokenizer)
     (distances,) = measure(under, [member])
-    report = preflight.measured(report, distances, "base")
-    tell(f"expert {spec.name!r}: {_in_words(report)}")
-    record = expert_record(spec.name, spec.model, report.kind, report.exact, text, member.provenance())
-    return Newcomer(member, text, record, tokenizer)
+    if isinstance(under, RecordedBase) and old.generalist is None:  # feed-forward nets are expert 0's
+        distances = replace(distances, lost_share=None, same_ffn=False)
+    report = measured(report, distances, "base")
+    dtype = old.source.info(EMBEDDING).dtype
+    rounding = [line for name, line in conversions(under, [member], [spec.name], dtype) if name]
+    for told in (
+        _in_words(report, old, under),
+        *report.notes,
+        *(note for _, note in vocabulary.notes),
+        *rounding,
+    ):
+        tell(f"expert {spec.name!r}: {told}")
+    record = expert_record(report, text, member.provenance())
+    ends = vocabulary.tokenizer.eos_ids
+    return Newcomer(member, text, record, vocabulary, ends if set(ends) > set(before.eos_ids) else ())
 
 
-def _in_words(report: preflight.MemberReport) -> str:
-    """What a member is, how far from the base, and whether the mixture will hold it as it is."""
+def _in_words(report: MemberReport, old: EditableMixture, under: TensorSource) -> str:
+    """What a member is, how far from the base or the expert it was measured against, and how the mixture holds it."""
     ffn = report.distances.get("ffn", [])
-    held = {True: "held exactly", False: "held with its feed-forward nets only", None: "not measured in full"}
-    return f"{report.kind}, {sum(ffn) / max(1, len(ffn)):.4f} from the base, {held[report.exact]}"
+    held = isinstance(under, RecordedBase) and old.generalist is None
+    beside = f"expert {old.names[0]!r} (the base is no expert here)" if held else "the base"
+    return f"{report.kind}, {sum(ffn) / max(1, len(ffn)):.4f} from {beside}; {report.sentence}"
 
 
 # ---- the routers -------------------------------------------------------------------------------------------

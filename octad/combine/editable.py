@@ -138,7 +138,7 @@ class RecordedBase(ExpertView):
 
     def __init__(self, mixture: TensorSource, expert: int, recorded: Mapping[str, Any]) -> None:
         super().__init__(mixture, expert)
-        self._recorded = recorded
+        self.recorded = recorded
         self._rows = int(recorded.get("vocab_size", mixture.config.vocab_size))
 
     @property
@@ -163,7 +163,7 @@ class RecordedBase(ExpertView):
 
     def provenance(self) -> Mapping[str, Any]:
         """What octad.json says of the base."""
-        return self._recorded
+        return self.recorded
 
 
 class OpenedBase(View):
@@ -171,11 +171,11 @@ class OpenedBase(View):
 
     def __init__(self, source: TensorSource, recorded: Mapping[str, Any]) -> None:
         super().__init__(source)
-        self._recorded = recorded
+        self.recorded = recorded
 
     def provenance(self) -> Mapping[str, Any]:
         """What octad.json says of the base."""
-        return self._recorded
+        return self.recorded
 
 
 def generalist_of(records: Sequence[Mapping[str, Any]]) -> int | None:

@@ -8,6 +8,7 @@ keys that all of them know. What the target has no field for is refused with the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from octad.errors import RecipeError
@@ -22,9 +23,11 @@ CARRIED = ("pad_token_id", "bos_token_id", "eos_token_id", "initializer_range", 
 
 
 def mixture_config(
-    base: ModelConfig, num_experts: int, top_k: int, dtype: str, vocab_size: int
+    base: ModelConfig, num_experts: int, top_k: int, dtype: str, vocab_size: int, ends: Sequence[int] = ()
 ) -> dict[str, Any]:
-    """config.json of the mixture. Raises RecipeError naming what the target family cannot hold."""
+    """config.json of the mixture. `ends`: ids that end a text beside the base's.
+
+    Raises RecipeError naming what the target family cannot hold."""
     target = TARGETS.get(base.model_type)
     if target is None:
         raise RecipeError(
@@ -54,6 +57,11 @@ def mixture_config(
         "output_router_logits": False,
         "router_aux_loss_coef": 0.0,
         **{key: base.raw[key] for key in CARRIED if base.raw.get(key) is not None},
+        **(
+            {"eos_token_id": found}
+            if (found := list(dict.fromkeys([*base.eos_token_ids, *ends]))) and ends
+            else {}
+        ),
         **_target_keys(base, target, num_experts),
     }
 

@@ -20,14 +20,24 @@ from typing import Any
 import torch
 
 from octad.checkpoint.extent import Extent
-from octad.checkpoint.names import dense_mlp_name, expert_name, layer_of, router_name, tensor_plan
+from octad.checkpoint.names import (
+    EMBEDDING,
+    HEAD,
+    dense_mlp_name,
+    expert_name,
+    layer_of,
+    router_name,
+    tensor_plan,
+)
 from octad.checkpoint.source import TensorInfo, TensorSource
+from octad.combine.conversion import converted
 from octad.combine.recipe import SharedSpec
-from octad.combine.shared import METHODS
+from octad.combine.shared import METHODS, linear
+from octad.combine.vocabulary import Owners
 from octad.errors import CheckpointError
 from octad.model.config import ModelConfig
 
-VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
+FEW = 16  # a run of reads is slower than one: rows are read alone where the tensor has so many times more
 SMALLEST_WEIGHT = 1e-12  # a row that only members of weight 0 have is theirs all the same
 _INERT = re.compile(r"\.mlp\.shared_expert(_gate)?\.")
 
@@ -43,8 +53,10 @@ class MixtureSource:
         shared: SharedSpec,
         weights: Sequence[float] | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        owners: Owners | None = None,
     ) -> None:
         self.config, self.base, self.members, self.shared, self.dtype = config, base, members, shared, dtype
+        self.owners = owners or Owners.by_rows(config.vocab_size, base, members)
         total = sum(weights) if weights else 0.0
         self.weights = (
             [w / total for w in weights] if weights and total else [1 / len(members)] * len(members)
@@ -87,21 +99,24 @@ class MixtureSource:
         if name in self._origins:
             return self._origins[name]
         is_copy = self.shared.method == "base" and name not in self._router_names and not _INERT.search(name)
-        if is_copy and self.base.info(name).shape == self._shapes[name]:
-            return self.base, name
-        return None
+        if not is_copy or self.base.info(name).shape != self._shapes[name]:
+            return None
+        return None if name in (EMBEDDING, HEAD) and self.owners.added else (self.base, name)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor in the mixture's dtype. Raises CheckpointError for a router that is not fitted yet."""
         if origin := self.origin(name):
-            return origin[0].read(origin[1]).to(self.dtype)
+            return self._converted(origin[0].read(origin[1]), f"{origin[1]} of {origin[0].label}")
         if name in self._router_names:
             if name not in self.routers:
                 raise CheckpointError(f"router {name} is not fitted yet")
             return self.routers[name].to(self.dtype)
         if _INERT.search(name):
             return torch.zeros(self._shapes[name], dtype=self.dtype)
-        return self._merged(name).to(self.dtype)
+        return self._converted(self._merged(name), name)
+
+    def _converted(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
+        return converted(tensor, self.dtype, what)
 
     def extent(self, name: str) -> Extent | None:
         """See TensorSource: the input's, where the output is a copy of its bytes."""
@@ -111,26 +126,27 @@ class MixtureSource:
 
     def _merged(self, name: str) -> torch.Tensor:
         """A shared tensor by the recipe's method; rows of the vocabulary that only some members have, from those."""
-        base = self.base.read(name)
-        if name in VOCABULARY_TENSORS and self._shapes[name][0] != base.shape[0]:
-            return self._merged_vocabulary(name, base)
-        method = METHODS[self.shared.method]
+        if name in (EMBEDDING, HEAD) and not self.owners.alike:
+            return self._merged_vocabulary(name)
+        base, method = self.base.read(name), METHODS[self.shared.method]
         return method(base, Reads(self.members, name), self.weights, spec=self.shared, name=name)
 
-    def _merged_vocabulary(self, name: str, base: torch.Tensor) -> torch.Tensor:
-        """merged_VD: common rows by the method, added rows as the weighted mean of the members that have them."""
-        rows = base.shape[0]
+    def _merged_vocabulary(self, name: str) -> torch.Tensor:
+        """merged_VD, row by row from those who have its token (see Owners): by the method where the base is one of them,
+        the weighted mean of the others else; of a row without a token, whatever the base or the members have there."""
         merged = torch.zeros(self._shapes[name], dtype=torch.float32)
-        mass = torch.zeros(len(merged), 1)
-        for member, weight in zip(self.members, self.weights, strict=True):
-            if member.config.vocab_size <= rows:
-                continue
-            theirs = member.read(name)[rows:].float()
-            added = slice(rows, rows + len(theirs))
-            mass[added] += max(weight, SMALLEST_WEIGHT)
-            merged[added] += (theirs - merged[added]) * (max(weight, SMALLEST_WEIGHT) / mass[added])
-        common = Reads(self.members, name, rows)
-        merged[:rows] = METHODS[self.shared.method](base, common, self.weights, spec=self.shared, name=name)
+        for rows, in_base, members in self.owners.groups(self.base, self.members):
+            weights = [max(self.weights[e], SMALLEST_WEIGHT) for e in members]
+            shares = [weight / sum(weights) for weight in weights]
+            theirs = Reads([self.members[e] for e in members], name, rows)
+            if in_base:
+                method = METHODS[self.shared.method]
+                base = rows_of(self.base, name, rows)
+                merged[rows] = (
+                    method(base, theirs, shares, spec=self.shared, name=name) if members else base.float()
+                )
+            else:
+                merged[rows] = linear(merged[rows], theirs, shares, spec=self.shared, name=name)
         return merged
 
     def provenance(self) -> Mapping[str, Any]:
@@ -142,16 +158,26 @@ class MixtureSource:
 
 
 class Reads(Sequence[torch.Tensor]):
-    """One tensor of every member, or its first rows, read when it is asked for: eight embeddings at once are many."""
+    """One tensor of every member, or some rows, read when it is asked for: eight embeddings at once are many."""
 
-    def __init__(self, members: Sequence[TensorSource], name: str, rows: int | None = None) -> None:
+    def __init__(self, members: Sequence[TensorSource], name: str, rows: torch.Tensor | None = None) -> None:
         self.members, self.name, self.rows = members, name, rows
 
     def __len__(self) -> int:
         return len(self.members)
 
     def __getitem__(self, place: Any) -> Any:
-        return self.members[place].read(self.name)[: self.rows]
+        member = self.members[place]
+        return member.read(self.name) if self.rows is None else rows_of(member, self.name, self.rows)
+
+
+def rows_of(source: TensorSource, name: str, rows: torch.Tensor) -> torch.Tensor:
+    """Some rows of a tensor; few of one on disk are read alone. A head tied to the embeddings is these."""
+    name = EMBEDDING if source.config.tie_word_embeddings else name
+    extent, (count, width) = source.extent(name), source.info(name).shape
+    if extent is not None and len(rows) * FEW < count:
+        return extent.blocks((rows * width).tolist(), width)
+    return source.read(name)[rows]
 
 
 def _own(provenance: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,7 +186,9 @@ def _own(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tensor_group(name: str) -> str:
-    """Which part of a model a tensor belongs to: 'ffn', 'attention', 'norms' or 'embeddings'."""
+    """Which part of a model a tensor belongs to: 'ffn', 'attention', 'norms', 'embeddings' or 'head'."""
+    if name == HEAD:
+        return "head"
     if layer_of(name) is None:
         return "norms" if "norm" in name else "embeddings"
     if ".self_attn." in name:

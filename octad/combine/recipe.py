@@ -68,7 +68,10 @@ class SharedSpec(Section):
 
 
 class Recipe(ConfigFile):
-    """A whole recipe."""
+    """A whole recipe.
+
+    `chat_template` names the expert (or "base") whose template and ends of turns the mixture has; by default the base's,
+    and where the base has none, what its members agree on."""
 
     base: str = Field(min_length=1)
     top_k: int = Field(default=2, ge=1)
@@ -78,6 +81,7 @@ class Recipe(ConfigFile):
         SharedSpec()
     )
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    chat_template: str | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -87,6 +91,8 @@ class Recipe(ConfigFile):
         distinct("experts", names)
         if self.top_k > len(names):
             raise ValueError(f"top_k is {self.top_k}, but there are only {len(names)} experts")
+        if self.chat_template not in (None, "base", *names):
+            raise ValueError(f"chat_template: no expert has the name {self.chat_template!r}")
         if self.router.method == "prompts" and (
             bare := [e.name for e in self.experts if not e.positive_prompts]
         ):

@@ -80,6 +80,8 @@ def model_card(provenance: Provenance, config: Mapping[str, Any], parameters: in
         )
         for e, x in enumerate(provenance.experts)
     ]
+    held = [(x["name"], x.get("held", {}).get("sentence", "")) for x in provenance.experts if not x["exact"]]
+    lost = "".join(f"\n- {name}: {sentence}" for name, sentence in held if sentence)
     edits = (
         f"\nChanged since it was first combined: {', '.join(provenance.edits)}.\n" if provenance.edits else ""
     )
@@ -100,6 +102,7 @@ members apply.
 | expert | name | model | kind | held exactly | calibration tokens |
 |---|---|---|---|---|---|
 {chr(10).join(experts)}
+{lost}
 {edits}
 Attention, norms and embeddings: `{shared}`. Routers: `{router}`. The whole recipe and a SHA-256 digest of every input
 file are in `{PROVENANCE}`; `{STATISTICS}` lets `octad expert add | replace | remove` change one expert exactly.
@@ -107,4 +110,4 @@ file are in `{PROVENANCE}`; `{STATISTICS}` lets `octad expert add | replace | re
 
 
 def _exactness(exact: bool | None) -> str:
-    return {True: "yes", False: "feed-forward only", None: "not measured"}[exact]
+    return {True: "yes", False: "in part", None: "not measured"}[exact]

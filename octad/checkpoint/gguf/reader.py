@@ -147,11 +147,12 @@ class GGUFSource:
         """What the tensor's values are read in."""
         return self._asked or FLOATS.get(self._codec.type_name(tensor.type), torch.float32)
 
-    def _model_dtype(self) -> str:
-        """What config.json of the same model would call its weights' type: that of the embeddings."""
+    @property
+    def native_dtype(self) -> torch.dtype:
+        """The type that a model of these weights has by itself: the embeddings', bfloat16 where they are quantised."""
         embedding = self.header.tensors.get("token_embd.weight")
-        dtype = self._dtype_of(embedding) if embedding is not None else torch.bfloat16
-        return str(dtype).removeprefix("torch.")
+        kind = self._codec.type_name(embedding.type) if embedding is not None else ""
+        return self._asked or FLOATS.get(kind, torch.bfloat16)
 
     def _read_config(self) -> ModelConfig:
         factors = None
@@ -160,7 +161,9 @@ class GGUFSource:
                 tensor, _Piece(ROPE_FACTORS, None, tensor.shape), torch.float32
             ).tolist()
         try:
-            return ModelConfig.from_dict(config_dict(self.header, factors, self._model_dtype()))
+            return ModelConfig.from_dict(
+                config_dict(self.header, factors, str(self.native_dtype).removeprefix("torch."))
+            )
         except ConfigError as error:
             raise CheckpointError(f"{self.path}: its metadata, read as {error}") from error
         except (TypeError, ValueError, ZeroDivisionError) as error:
