@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from octad.combine.preflight import Plan
 
 HERE = Path(__file__).parent
-TOKENS, WINDOW = 256, 128  # held-out tokens a domain: enough to see, few enough to wait for
+TOKENS, WINDOW = 320, 64  # held-out tokens a domain, of five documents: enough to see, few enough to wait for
 SAMPLES = (
     ("Prose", "It was a dark and stormy evening when Elizabeth", 0.7),
     ("Code", 'def is_prime(n):\n    """Return True if n is a prime number."""\n', 0.0),

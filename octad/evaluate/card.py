@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from octad.checkpoint.provenance import PROVENANCE
 from octad.checkpoint.source import TensorSource
 from octad.errors import OutputError
+from octad.report import markdown
+from octad.report.page import quality
 from octad.staging import explained, replace_file
 
 CARD = "README.md"
@@ -72,33 +74,14 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
         "",
         *[f"- {sentence}" for sentence in verdict["sentences"]],
         "",
-        *_table(report["contestants"], [d["name"] for d in report["domains"]]),
-        "",
+        *(
+            f"{markdown.table(t)}\n"
+            for t in (quality.standing(report), quality.bits(report))
+            if t is not None
+        ),
         *(["What to try next:", "", *advice, ""] if advice else []),
-        "Bits per byte of held-out text (`octad evaluate`).",
+        f"Held-out text, `octad evaluate`. {quality.EXPLAINED[0].upper()}{quality.EXPLAINED[1:]}",
     ]
-
-
-def _table(contestants: Sequence[Mapping[str, Any]], domains: Sequence[str]) -> list[str]:
-    def row(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    head = [row(["", *domains, "mean", "active"]), "|---" * (len(domains) + 3) + "|"]
-    return head + [
-        row(
-            [
-                c["name"],
-                *(f"{c['bits_per_byte'][d]:.4f}" for d in domains),
-                f"{c['mean']:.4f}",
-                _size(c["price"]["active_parameters"]),
-            ]
-        )
-        for c in contestants
-    ]
-
-
-def _size(parameters: int | None) -> str:
-    return "" if parameters is None else f"{parameters / 1e6:,.1f} M"
 
 
 def _read(path: Path) -> str:

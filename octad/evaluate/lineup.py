@@ -27,6 +27,7 @@ from octad.evaluate.contestants import Contestant, Member, Original, Soup, TopK,
 from octad.evaluate.heldout import Texts
 from octad.evaluate.originals import original
 from octad.evaluate.soup import AveragedSource
+from octad.report.figures import digits
 
 MOST_JUDGED = 16  # experts judged one by one, and all at once
 FORCED = "every token through this one expert: what it was before is not known"
@@ -143,11 +144,12 @@ def _soup(found: LineUp, made: Provenance, records: Mapping[str, Mapping[str, An
 
 
 def _lost(record: Mapping[str, Any]) -> str:
-    """What of a member is not in the mixture, as far as octad.json says it."""
-    told = record.get("held")
-    if isinstance(told, str) and told:
-        return told
-    return "the attention, norms and embeddings that it had of its own"
+    """What of a member is not in the mixture as it was, as far as octad.json says it: each part's distance."""
+    held = record.get("held")
+    parts = held.get("lost") if isinstance(held, Mapping) else None
+    if not isinstance(parts, Mapping) or not parts:
+        return "attention, norms or embeddings"
+    return ", ".join(f"{part} {digits(float(far))} from the base" for part, far in parts.items())
 
 
 def _add_forced(found: LineUp, source: TensorSource) -> None:

@@ -143,16 +143,17 @@ def sentences(found: Comparison, worse: Sequence[dict[str, Any]]) -> list[str]:
     """Where not, what it does not hold of its members, at what price, with what certainty, and what is missing."""
     return [
         _where(found, worse),
-        *_lost(found),
+        _lost(found),
         _price(found),
         _certainty(found),
         *map(_sentence, found.lineup.missing),
     ]
 
 
-def _lost(found: Comparison) -> list[str]:
+def _lost(found: Comparison) -> str:
     """What the mixture does not hold of its members."""
-    return [f"Of {name} it does not hold {what}." for name, what in found.lineup.lost.items()]
+    parts = [f"{name} ({what})" for name, what in found.lineup.lost.items()]
+    return f"Not in the mixture as its members had it: {'; '.join(parts)}." if parts else ""
 
 
 def _against(found: Comparison, name: str) -> str:

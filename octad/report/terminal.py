@@ -22,7 +22,8 @@ from rich.text import Text
 
 from octad.report.table import Cell, Table
 
-out = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+PIPE = 140  # characters: how wide a pipe is, unless COLUMNS says otherwise
+out = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE)
 err = Console(stderr=True, highlight=False)
 # The first is the terminal's own text colour, whatever its background; no two of the others are shades of one colour.
 COLOURS = ("default", "green", "cyan", "magenta", "yellow", "bright_red", "bright_blue", "sandy_brown")

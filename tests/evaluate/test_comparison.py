@@ -21,6 +21,7 @@ from octad.errors import CheckpointError, DataError
 from octad.evaluate import judge as room
 from octad.evaluate.compare import Comparison, Settings, compare, read_domains
 from octad.evaluate.contestants import Member, Soup, TopK, contestant, counted_load, moe_layers
+from octad.evaluate.lineup import members_of
 from octad.model.moe import Router
 from octad.text.windows import Window, read_windows
 
@@ -108,6 +109,24 @@ def test_members_are_themselves(world: World, result: Comparison) -> None:
 def test_an_inexact_member_is_judged_as_it_was(world: World, result: Comparison) -> None:
     agree(result, "far", theirs(world.models["far"]), world)
     assert result.lineup.as_held == {}
+
+
+def test_what_a_mixture_says_that_it_lacks_is_told(world: World, result: Comparison, tmp_path: Path) -> None:
+    """octad.json's own figures where it has them; files of earlier versions say only that something is not exact."""
+    assert list(result.lineup.lost) == ["far"]
+    mixture = Path(shutil.copytree(world.mixture, tmp_path / "m"))
+    raw = json.loads((mixture / "octad.json").read_text())
+    raw["experts"][3]["held"] = {
+        "exact": False,
+        "lost": {"attention": 0.1234, "norms": 0.002},
+        "sentence": "",
+    }
+    (mixture / "octad.json").write_text(json.dumps(raw))
+    lost = members_of(open_source(mixture)).lost
+    assert lost == {"far": "attention 0.12 from the base, norms 0.0020 from the base"}
+    raw["experts"][3].pop("held")
+    (mixture / "octad.json").write_text(json.dumps(raw))
+    assert members_of(open_source(mixture)).lost == {"far": "attention, norms or embeddings"}
 
 
 @pytest.mark.parametrize(

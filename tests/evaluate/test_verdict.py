@@ -255,10 +255,13 @@ def test_too_few_documents_are_said_in_the_headline() -> None:
 
 def test_what_the_mixture_lacks_of_its_members_is_repeated() -> None:
     found = comparison(mixture(flat(1.9)), RIGHT)
-    found.lineup.lost = {"french": "its attention (0.031 from the base)"}
+    found.lineup.lost = {"french": "attention 0.031 from the base", "maths": "norms 0.12 from the base"}
     verdict = make_verdict(found)
-    assert "Of french it does not hold its attention (0.031 from the base)." in verdict["sentences"]
-    assert "lacks a part of french" in verdict["advice"][0]
+    assert (
+        "Not in the mixture as its members had it: french (attention 0.031 from the base);"
+        " maths (norms 0.12 from the base)."
+    ) in verdict["sentences"]
+    assert "lacks a part of french and maths" in verdict["advice"][0]
 
 
 # ---- at a terminal ---------------------------------------------------------------------------------------------
