@@ -2,12 +2,13 @@
 
     python benchmarks/train_step.py --corpora CORPORA --out benchmarks/results/train_step.json
 
-4 windows of 512 tokens, bfloat16, AdamW, clipping. Three tasks: low-rank changes of the feed-forward networks, those
-networks themselves, everything. transformers trains as fast as it can: bfloat16 throughout, its optimiser without
-float32 masters, adapters not cast up; octad keeps masters. Each case is a process of its own, and the two of a task take
-their steps in turn, so that what else the machine does meets both; peak memory is that of the steps, not of loading.
-MFU is by octad's count of operations (octad.train.telemetry.training_flops: no gradient for frozen weights, no
-recomputation), for both, as a share of a 2048 x 2048 product's rate measured before and after.
+4 windows of 512 tokens, AdamW, clipping, in the dtype that the machine is fast at (bfloat16 or float32) or --dtype. Three
+tasks: low-rank changes of the feed-forward networks, those networks themselves, everything. transformers trains as fast
+as it can: that dtype throughout, its optimiser without float32 masters, adapters not cast up; octad keeps masters. Each
+case is a process of its own, and the two of a task take their steps in turn, so that what else the machine does meets
+both; peak memory is that of the steps, not of loading. MFU is by octad's count of operations
+(octad.model.cost.training_flops: no gradient for frozen weights, no recomputation), for both, as a share of the rate of a
+product of side 2048 measured before and after.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from typing import Any
 
 from measure import command_line, hardware, save
 
+from octad.dist import compute_dtype, keep_freed_memory, product_rate
+
 MODES = ("ffn-adapter", "ffn", "full")
 SYSTEMS = ("octad", "transformers")
 WINDOWS, WINDOW, RANK, ALPHA, RATE = 4, 512, 16, 32.0, 1e-4
@@ -39,13 +42,16 @@ def main() -> None:
     parser.add_argument("--corpora", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/train_step.json"))
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     parser.add_argument("--eager", action="store_true", help="octad without torch.compile")
     parser.add_argument("--modes", nargs="+", default=list(MODES))
     parser.add_argument("--case", nargs=2, metavar=("SYSTEM", "MODE"), help="one case, in this process")
     given = parser.parse_args()
     text = given.corpora / "french" / "train.jsonl.gz"
+    if given.dtype == "auto":
+        given.dtype = str(compute_dtype()).removeprefix("torch.")
     if given.case:
-        case(*given.case, given.base, text, given.threads, not given.eager)
+        case(*given.case, text, given)
         return
     peaks = [float(in_turn(given, "none", ["peak"])["peak"]["flops_per_second"])]
     found: dict[str, Any] = {}
@@ -61,7 +67,7 @@ def main() -> None:
         for system in SYSTEMS:
             rate = found[mode][system]["tokens_per_second"] * found[mode]["octad"]["flops_per_token"]
             found[mode][system]["mfu"] = round(rate / peak, 4)
-    about = {"threads": given.threads, "windows": WINDOWS, "window": WINDOW, "dtype": "bfloat16"}
+    about = {"threads": given.threads, "windows": WINDOWS, "window": WINDOW, "dtype": given.dtype}
     facts = {"command": command_line(), "machine": hardware(), "peak_flops_per_second": round(peak)}
     save(given.out, facts | about | {"results": found})
 
@@ -69,7 +75,7 @@ def main() -> None:
 def in_turn(given: argparse.Namespace, mode: str, systems: Sequence[str]) -> dict[str, Any]:
     """Each system in a process of its own; a step of each after the other; what each tells last."""
     command = [sys.executable, __file__, "--base", given.base, "--corpora", str(given.corpora)]
-    command += ["--threads", str(given.threads), *(["--eager"] if given.eager else [])]
+    command += ["--threads", str(given.threads), "--dtype", given.dtype, *["--eager"] * given.eager]
     environment = os.environ | {"OMP_NUM_THREADS": str(given.threads)}
     running = {}
     for system in systems:
@@ -99,22 +105,20 @@ def told(process: subprocess.Popen[str]) -> Any:
     raise SystemExit("a case ended before its time")
 
 
-def case(system: str, mode: str, base: str, text: Path, threads: int, compiled: bool) -> None:
+def case(system: str, mode: str, text: Path, given: argparse.Namespace) -> None:
     """A step for each line of the input but the last, which asks for step seconds, tokens a second and peak memory."""
     import torch
 
-    from octad.dist import keep_freed_memory, product_rate
-
-    torch.set_num_threads(threads)
+    torch.set_num_threads(given.threads)
     keep_freed_memory()  # for both: it helps transformers too
     facts: dict[str, Any] = {}
     if system == "peak":
-        facts["flops_per_second"] = product_rate(torch.bfloat16, seconds=2.0, side=2048)
+        facts["flops_per_second"] = product_rate(getattr(torch, given.dtype), seconds=2.0, side=2048)
         step = float
     elif system == "octad":
-        step, facts = octad_step(mode, base, text, compiled)
+        step, facts = octad_step(mode, text, given)
     else:
-        step, facts = transformers_step(mode, base, text)
+        step, facts = transformers_step(mode, text, given)
     for _ in range(WARM_UP):
         step()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
@@ -136,21 +140,20 @@ def case(system: str, mode: str, base: str, text: Path, threads: int, compiled: 
 
 
 def octad_step(
-    mode: str, base: str, text: Path, compiled: bool
+    mode: str, text: Path, given: argparse.Namespace
 ) -> tuple[Callable[[], float], dict[str, Any]]:
     import yaml
 
     from octad.train.branch import branch_learner
     from octad.train.run_config import load_branch
-    from octad.train.telemetry import training_flops
     from octad.train.trainer import Trainer
 
     raw = {
-        "base": base,
+        "base": given.base,
         "mode": mode,
         "steps": 1000,
-        "dtype": "bfloat16",
-        "compile": compiled,
+        "dtype": given.dtype,
+        "compile": not given.eager,
         "batch": {"windows": WINDOWS, "micro": WINDOWS},
         "optimizer": {"lr": RATE},
         "schedule": {"name": "constant", "warmup": 0},
@@ -162,21 +165,22 @@ def octad_step(
         path.write_text(yaml.safe_dump(raw))
         config = load_branch(path)
         trainer = Trainer(branch_learner(config, config.specialists[0]), Path(directory) / "run")
-    flops = training_flops(trainer.model.config, trainer.learner.trainable, WINDOW)
-    return lambda: float(trainer.train_step()[0]["loss"]), {"flops_per_token": round(flops)}
+    return lambda: float(trainer.train_step()[0]["loss"]), {"flops_per_token": round(trainer.flops)}
 
 
-def transformers_step(mode: str, base: str, text: Path) -> tuple[Callable[[], float], dict[str, Any]]:
+def transformers_step(
+    mode: str, text: Path, given: argparse.Namespace
+) -> tuple[Callable[[], float], dict[str, Any]]:
     import peft
     import torch
     import transformers
 
     from octad.checkpoint.load import load_model, load_tokenizer, open_source
 
-    source = open_source(base)
+    source, kind = open_source(given.base), getattr(torch, given.dtype)
     config = transformers.AutoConfig.for_model(**source.config.raw)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.load_state_dict(load_model(source, torch.bfloat16).state_dict(), strict=False)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=kind)
+    model.load_state_dict(load_model(source, kind).state_dict(), strict=False)
     model.tie_weights()
     model.config.use_cache = False
     if mode == "ffn-adapter":

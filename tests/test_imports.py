@@ -107,3 +107,16 @@ def test_light_files_leave_torch_alone(name: str) -> None:
 def test_the_planner_reads_configs_and_costs_alone(path: Path) -> None:
     inside = {m for m in imported_modules(path) if m.startswith(("octad.model.", "octad.checkpoint."))}
     assert inside <= PLAN_MAY_READ
+
+
+def test_files_of_tests_have_names_of_their_own() -> None:
+    """pytest imports test files by their bare names, and of several conftests the last one is `conftest`."""
+    here = Path(__file__).parent
+    names = [path.name for path in here.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+    others = [
+        path
+        for path in here.rglob("*.py")
+        if not (path.parent / "conftest.py").exists() or path.parent == here
+    ]
+    assert [p.name for p in others if "conftest" in imported_modules(p)] == []

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Octad
 from members import ATTENTION, FFN, adapter, full_member, make_base, make_recipe, text_file
 from safetensors.torch import load_file, save_file
+from tiny_models import Octad
 
 from octad.combine.build import combine
 from octad.combine.edit import add_expert

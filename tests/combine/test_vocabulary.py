@@ -10,7 +10,6 @@ import pytest
 import sentencepiece_file
 import torch
 import transformers
-from conftest import make_model
 from gguf_files import gguf_of
 from members import (
     FFN,
@@ -25,6 +24,7 @@ from members import (
     text_file,
 )
 from safetensors.torch import load_file, save_file
+from tiny_models import make_model
 
 from octad.checkpoint.load import load_model, load_tokenizer, open_source
 from octad.combine.build import combine

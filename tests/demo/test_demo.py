@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Octad
 from judging import World
+from tiny_models import Octad
 
 from octad.demo import demo
 from octad.report import terminal

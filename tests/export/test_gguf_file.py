@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers
 from bundled import smollm2_path
-from conftest import FAMILIES, TinyCheckpoint
 from tiny import byte_tokenizer
+from tiny_models import FAMILIES, TinyCheckpoint
 
 from octad.checkpoint.gguf.reader import GGUFSource, deinterleave
 from octad.checkpoint.gguf.vocabulary import gguf_tokenizer

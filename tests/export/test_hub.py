@@ -9,11 +9,11 @@ import pytest
 import torch
 import transformers
 from bundled import smollm2_path
-from conftest import Octad, TinyCheckpoint
 from members import adapter, full_member, make_base, text_file
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer
+from tiny_models import Octad, TinyCheckpoint
 
 from octad.checkpoint.load import load_tokenizer, open_source
 from octad.errors import CheckpointError, RequestError
