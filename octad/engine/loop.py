@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
+import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
@@ -44,6 +45,8 @@ class EngineLoop:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._ids = count(1)
+        self._exit = _Exit()
+        weakref.finalize(self, self._exit.leave)  # also when the interpreter ends
 
     def submit(
         self,
@@ -100,6 +103,7 @@ class EngineLoop:
             self._inbox.append(work)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="octad engine", daemon=True)
+                self._exit.thread = self._thread
                 self._thread.start()
 
     @property
@@ -116,7 +120,7 @@ class EngineLoop:
 
     def _run(self) -> None:
         torch.set_num_threads(torch.get_num_threads())  # OpenMP keeps the number by thread
-        while self._take_inbox():
+        while self._take_inbox() and not self._exit.asked:
             try:
                 self.engine.step()
             except BaseException as error:  # whatever it is, those who wait must hear of it
@@ -152,6 +156,21 @@ class EngineLoop:
         """On the engine's thread: all of a request that has just finished."""
         self._streams.pop(request_id, None)
         return self.engine.output(request_id)
+
+
+class _Exit:
+    """How a loop's thread ends with the interpreter: after the step that runs. One that is cut off inside a kernel would
+    take the process down with it."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.thread: threading.Thread | None = None
+
+    def leave(self) -> None:
+        """Ask, and wait."""
+        self.asked = True
+        if self.thread is not None and self.thread is not threading.current_thread():
+            self.thread.join()
 
 
 class Stream(Iterator["Delta"], AsyncIterator["Delta"]):

@@ -3,6 +3,9 @@
 import asyncio
 import gc
 import io
+import shutil
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -170,3 +173,18 @@ def test_streams_of_a_checkpoint(tmp_path: Path, loop: EngineLoop) -> None:
     for delta in loop.submit([1, 2], replace(GREEDY, n=3)):
         found[delta.index] = found.get(delta.index, 0) + len(delta.token_ids)
     assert found == {0: 20, 1: 20, 2: 20}
+
+
+def test_a_process_ends_while_its_engine_works(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    """An open stream is left behind: the thread ends with the step that runs, and the process with 0."""
+    path = shutil.copytree(tiny_checkpoint("mixtral"), tmp_path / "model")
+    byte_tokenizer().save(path)
+    code = f"""
+from octad import LLM, SamplingParams
+llm = LLM({str(path)!r}, dtype="float32")
+stream = llm.stream([1, 2, 3], SamplingParams(max_tokens=100, ignore_eos=True))
+print(next(stream).index)
+"""
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "0", "")
