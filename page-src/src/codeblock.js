@@ -13,12 +13,18 @@ export function startCode(parent) {
   return code;
 }
 
+/** Say which language a block is in. */
+export function nameLanguage(code, language) {
+  code.dataset.language = language;
+  if (!language) return;
+  code.closest(".code").querySelector(".language").textContent = language;
+  code.parentElement.setAttribute("aria-label", `Code, ${language}`);
+}
+
 /** Nothing more comes into this block. */
 export async function finishCode(code) {
   const language = code.dataset.language;
   if (!language) return;
-  code.closest(".code").querySelector(".language").textContent = language;
-  code.parentElement.setAttribute("aria-label", `Code, ${language}`);
   const text = code.textContent;
   if (text.length > LONGEST) return;
   const { ranges } = await import("./code.js");

@@ -9,7 +9,7 @@
 // address to somebody. What turns out not to be a link or a formula ("a[i]", "$HOME") gets its characters back.
 import * as smd from "streaming-markdown";
 import { Attribution } from "./attribution.js";
-import { finishCode, startCode } from "./codeblock.js";
+import { finishCode, nameLanguage, startCode } from "./codeblock.js";
 import { el } from "./dom.js";
 import { drawFormula } from "./formula.js";
 
@@ -207,10 +207,13 @@ export class MarkdownView {
     const top = this.#top;
     if (type === smd.HREF || type === smd.SRC) top.address = value;
     else if (type === smd.LANG)
-      top.element.dataset.language = value
-        .trim()
-        .split(/[\s{,]/)[0]
-        .toLowerCase();
+      nameLanguage(
+        top.element,
+        value
+          .trim()
+          .split(/[\s{,]/)[0]
+          .toLowerCase(),
+      );
     else if (type === smd.CHECKED) top.element.textContent = "☑";
     else if (type === smd.START) top.element.setAttribute("start", value);
   }

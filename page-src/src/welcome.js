@@ -11,6 +11,7 @@ export function drawWelcome({ experts, state }) {
     : state === "ready"
       ? "This server does not tell which expert speaks, so this is a plain chat."
       : "";
+  byId("prompt").placeholder = known ? "Ask the mixture" : "Ask anything";
   fill(
     byId("welcome"),
     el("h2", {}, known ? "What shall they work on?" : "What shall it work on?"),
