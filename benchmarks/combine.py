@@ -206,7 +206,8 @@ def calibration_cost(recipe_path: Path) -> dict[str, float]:
     import torch
 
     from octad.checkpoint.load import load_model
-    from octad.combine.fit import fit_routers, runs_of
+    from octad.combine.calibrate import gate_inputs
+    from octad.combine.fit import fitter_of, runs_of
     from octad.combine.preflight import preflight
     from octad.combine.recipe import Recipe
     from octad.dist import compute_dtype
@@ -229,10 +230,15 @@ def calibration_cost(recipe_path: Path) -> dict[str, float]:
         return time.perf_counter() - wall, time.process_time() - cpu
 
     forward(texts[:1])
+    def fit_routers() -> None:
+        dtype = compute_dtype()
+        fitter = fitter_of(recipe.router, plan.config, calibrations, plan.generalist, dtype)
+        for step in gate_inputs(plan.source(), fitter.runs, dtype):
+            fitter.see(*step)
+        fitter.fit()
+
     first = timed(lambda: forward(texts[::2]))
-    fit = timed(
-        lambda: fit_routers(plan.source(), recipe.router, calibrations, plan.generalist, compute_dtype())
-    )
+    fit = timed(fit_routers)
     last = timed(lambda: forward(texts[1::2]))
     wall, cpu = (a + b for a, b in zip(first, last, strict=True))
     return {

@@ -2,8 +2,9 @@
 
     combine(plan, Path("mixture"))
 
-The calibration pass reads each weight once and writes it on the way (WriteThrough); what it did not need is copied
-after it, file to file where bytes are the same, several shards at a time. Then routers, side files, index, rename: an
+The calibration pass reads the weights of a layer, hands them to the writer, sends the text through them and shows the
+fitter what the router would see: each weight is read once. What it did not need is copied after it, file to file where
+bytes are the same, several shards at a time. Then routers, side files, index, rename: an
 interrupted run leaves nothing that loads. Peak memory is one layer of one member and the calibration states.
 """
 
@@ -15,16 +16,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from octad.checkpoint.names import router_name
 from octad.checkpoint.provenance import PROVENANCE, Provenance
 from octad.checkpoint.writer import CheckpointWriter
-from octad.combine.fit import Calibration, Progress, RouterFit, fit_routers, quiet
+from octad.combine.calibrate import gate_inputs
+from octad.combine.fit import Calibration, Fitter, Progress, RouterFit, fitter_of, quiet
 from octad.combine.members import MemberReport
 from octad.combine.mixture import MixtureSource
 from octad.combine.preflight import Plan
 from octad.combine.recipe import Recipe
 from octad.combine.sidecars import CARD, STATISTICS, model_card, save_statistics
-from octad.combine.views import WriteThrough
 from octad.dist import compute_dtype, product_rate
 from octad.model import cost
 from octad.model.config import ModelConfig, dense_config
@@ -48,9 +51,9 @@ def combine(
     source = plan.source()
     with ThreadPoolExecutor(1) as background, writer:
         origins = background.submit(source.provenance)
-        through = WriteThrough(source, writer)
-        fit = fit_routers(through, recipe.router, calibrations, plan.generalist, compute_dtype(), progress)
-        write_weights(writer, source, fit, through.written, progress)
+        dtype = compute_dtype()
+        fitter = fitter_of(recipe.router, plan.config, calibrations, plan.generalist, dtype)
+        fit = write_and_fit(writer, source, fitter, dtype, progress)
         provenance = plan_provenance(plan, calibrations, origins.result())
         write_sidecars(writer, plan.config_dict, plan.tokenizer, provenance, calibrations, fit)
         return writer.commit()
@@ -65,12 +68,31 @@ def expected_seconds(plan: Plan) -> float:
     return 2 * layers * tokens / (0.4 * rate) + plan.output_bytes / 0.5e9
 
 
-def write_weights(
+def write_and_fit(
     writer: CheckpointWriter,
     source: MixtureSource,
-    fit: RouterFit,
-    written: set[str],
+    fitter: Fitter,
+    dtype: torch.dtype,
     progress: Progress = quiet,
+) -> RouterFit:
+    """Fit the routers, all tensors that this reads being written on the way; then write the others and the routers."""
+    written: set[str] = set()
+
+    def write(name: str, tensor: torch.Tensor) -> None:
+        writer.write(name, tensor)
+        written.add(name)
+
+    steps = source.config.num_hidden_layers * len(fitter.runs)
+    for done, (layer, number, x_ND) in enumerate(gate_inputs(source, fitter.runs, dtype, write), 1):
+        fitter.see(layer, number, x_ND)
+        progress("calibrating", done / steps)
+    fit = fitter.fit()
+    write_rest(writer, source, fit, written, progress)
+    return fit
+
+
+def write_rest(
+    writer: CheckpointWriter, source: MixtureSource, fit: RouterFit, written: set[str], progress: Progress
 ) -> None:
     """Everything that the calibration pass has not written yet: the other tensors, then the routers."""
     family = source.config.model_type

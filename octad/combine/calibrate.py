@@ -16,21 +16,22 @@ Shapes: B sequences, S positions, N real tokens of one run, D model, F feed-forw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from octad.checkpoint.names import EMBEDDING, expert_name
+from octad.checkpoint.names import EMBEDDING, PARTS, expert_name, is_ffn, tensor_plan
 from octad.checkpoint.source import TensorSource
 from octad.combine.states import States
 from octad.errors import CheckpointError
-from octad.model.config import dense_config
+from octad.model.config import ModelConfig, dense_config
 from octad.model.moe import MLP
 from octad.model.rope import Rope
 from octad.model.transformer import DecoderLayer
 from octad.text.windows import Batch, Window, batches
 
+Write = Callable[[str, torch.Tensor], None]
 BATCH_TOKENS = 512  # more are no faster; fewer windows differ less in length: less padding
 
 
@@ -48,26 +49,38 @@ class Run:
         return self.weight * sum(len(w.ids) for w in self.windows)
 
 
+def forget(name: str, tensor: torch.Tensor) -> None:
+    """A Write that does nothing with what was read."""
+
+
 @torch.no_grad()
 def gate_inputs(
-    source: TensorSource, runs: Sequence[Run], dtype: torch.dtype
+    source: TensorSource, runs: Sequence[Run], dtype: torch.dtype, write: Write = forget
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
     """Yields (layer, number of the run, x_ND) for every layer: router inputs of the run's real tokens.
 
-    `source` is a mixture, written or not; an expert that no run passes through is not read. Arithmetic and x in `dtype`.
+    `source` is a mixture, written or not; an expert that no run passes through is not read. Each tensor that is read
+    goes to `write` before it is used, so that a mixture in the making is written from one reading. Arithmetic and x are in
+    `dtype`.
     """
+    if not runs:
+        return
     config, rope = source.config, Rope(source.config)
     texts = [list(batches(run.windows, BATCH_TOKENS)) for run in runs]
     tokens = sum(batch.tokens.numel() for text in texts for batch in text)
     with States(tokens * config.hidden_size * dtype.itemsize) as states:
-        embed = embedded(source, [batch for text in texts for batch in text], dtype)
+        embed = embedded(source, [batch for text in texts for batch in text], dtype, write)
         numbered = [[(states.append(embed(batch)), batch) for batch in text] for text in texts]
         del embed
         for layer in range(config.num_hidden_layers):
-            block = load_block(source, layer, dtype)
+            block = shared_block(config, layer, read_all(source, shared_names(config, layer), dtype, write))
             for path in sorted({run.path for run in runs}):
                 last = layer == config.num_hidden_layers - 1
-                mlp = None if last else load_expert(source, layer, path, dtype)
+                mlp = (
+                    None
+                    if last
+                    else dense_mlp(config, read_all(source, expert_names(config, layer, path), dtype, write))
+                )
                 for number in (n for n, run in enumerate(runs) if run.path == path):
                     seen = [_advance(block, mlp, rope, states, i, batch) for i, batch in numbered[number]]
                     yield layer, number, _finite(torch.cat(seen), layer, path)
@@ -97,7 +110,7 @@ def _finite(x_ND: torch.Tensor, layer: int, path: int) -> torch.Tensor:
 
 
 def embedded(
-    source: TensorSource, texts: Sequence[Batch], dtype: torch.dtype
+    source: TensorSource, texts: Sequence[Batch], dtype: torch.dtype, write: Write = forget
 ) -> Callable[[Batch], torch.Tensor]:
     """The function from a batch of these texts to its embeddings, h_BSD. Of a table on disk only their rows are read."""
     ids = torch.tensor(sorted({i for batch in texts for i in batch.tokens.flatten().tolist()}))
@@ -109,29 +122,47 @@ def embedded(
         width = source.config.hidden_size
         rows = extent.blocks((ids * width).tolist(), width).to(dtype)
     else:
-        rows = source.read(EMBEDDING)[ids].to(dtype)
+        table = source.read(EMBEDDING)
+        write(EMBEDDING, table)
+        rows = table[ids].to(dtype)
     return lambda batch: rows[torch.searchsorted(ids, batch.tokens)]
 
 
-def load_block(source: TensorSource, layer: int, dtype: torch.dtype) -> DecoderLayer:
-    """The shared part of one layer: its norms and attention (its feed-forward network stays on the meta device)."""
-    with torch.device("meta"):
-        block = DecoderLayer(dense_config(source.config), layer)
+def read_all(
+    source: TensorSource, names: Mapping[str, str], dtype: torch.dtype, write: Write
+) -> dict[str, torch.Tensor]:
+    """Read the named tensors, hand each on to be written, and give them in `dtype` under their keys."""
+    found = {}
+    for key, name in names.items():
+        tensor = source.read(name)
+        write(name, tensor)
+        found[key] = tensor.to(dtype)
+    return found
+
+
+def shared_names(config: ModelConfig, layer: int) -> dict[str, str]:
+    """The tensors of a layer that all experts share, by their names inside it: norms and attention."""
     prefix = f"model.layers.{layer}."
-    names = [n for n, _ in block.named_parameters() if not n.startswith("mlp.")]
-    tensors = {n: source.read(prefix + n).to(dtype) for n in names}
+    names = tensor_plan(dense_config(config))
+    return {n.removeprefix(prefix): n for n in names if n.startswith(prefix) and not is_ffn(n)}
+
+
+def expert_names(config: ModelConfig, layer: int, expert: int) -> dict[str, str]:
+    """The tensors of one expert, by their names in a dense feed-forward network."""
+    return {f"{part}_proj.weight": expert_name(config.model_type, layer, expert, part) for part in PARTS}
+
+
+def shared_block(config: ModelConfig, layer: int, tensors: Mapping[str, torch.Tensor]) -> DecoderLayer:
+    """The shared part of one layer (its feed-forward network stays on the meta device)."""
+    with torch.device("meta"):
+        block = DecoderLayer(dense_config(config), layer)
     block.load_state_dict(tensors, strict=False, assign=True)
     return block
 
 
-def load_expert(source: TensorSource, layer: int, expert: int, dtype: torch.dtype) -> MLP:
-    """One expert of one layer as a dense feed-forward network."""
-    config = source.config
+def dense_mlp(config: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> MLP:
+    """One expert as a dense feed-forward network."""
     with torch.device("meta"):
         mlp = MLP(config.hidden_size, config.moe_intermediate_size)
-    tensors = {
-        f"{part}_proj.weight": source.read(expert_name(config.model_type, layer, expert, part)).to(dtype)
-        for part in ("gate", "up", "down")
-    }
     mlp.load_state_dict(tensors, assign=True)
     return mlp

@@ -24,7 +24,7 @@ WIDER = {  # what holds every value of a type
     torch.bfloat16: (torch.float32, torch.float64),
 }
 SAMPLE = 1 << 16  # values of each sampled tensor
-WORTH_SAYING = 0.05  # of an adapter's change, lost to rounding
+WORTH_SAYING = 0.3  # rounding, in parts of an adapter's change: a tenth of its square
 
 
 def holds_all(kept: torch.dtype, given: torch.dtype) -> bool:
@@ -109,7 +109,7 @@ def _change_lost(
         return None
     kind = str(dtype).removeprefix("torch.")
     return (
-        f"{lost:.0%} of what it adds to the base is lost to rounding in {kind}, its change being small:"
+        f"what it adds to the base is so small that rounding to {kind} changes it by {lost:.0%} of its size:"
         " dtype: float32 keeps it"
     )
 

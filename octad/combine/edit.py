@@ -24,26 +24,16 @@ from octad.checkpoint.names import EMBEDDING
 from octad.checkpoint.source import TensorSource
 from octad.checkpoint.views import ExpertView
 from octad.checkpoint.writer import CheckpointWriter
-from octad.combine.build import expert_record, recipe_record, write_sidecars, write_weights
+from octad.combine.build import expert_record, recipe_record, write_and_fit, write_sidecars
+from octad.combine.calibrate import gate_inputs
 from octad.combine.calibration import calibration
 from octad.combine.conversion import conversions
 from octad.combine.distances import measure
 from octad.combine.editable import EditableMixture, RecordedBase, generalist_of
-from octad.combine.fit import (
-    Calibration,
-    Progress,
-    RouterFit,
-    fit_routers,
-    observe,
-    quiet,
-    runs_of,
-    solve_ridge,
-)
+from octad.combine.fit import Additive, Calibration, Fitter, Progress, fitter_of, quiet, runs_of
 from octad.combine.members import MemberReport, measured, member_report
 from octad.combine.mixture import MixtureSource
 from octad.combine.recipe import ExpertSpec, Recipe, SharedSpec
-from octad.combine.statistics import Statistics
-from octad.combine.views import WriteThrough
 from octad.combine.vocabulary import Owners, Vocabulary, agree
 from octad.dist import compute_dtype
 from octad.errors import CheckpointError, RecipeError
@@ -220,9 +210,8 @@ def _change(
     if not edit.keeps_generalist and edit.recipe.router.method in ("ridge", "logistic"):
         tell("the generalist changes: all routers are fitted again from the stored text")
     with CheckpointWriter(output or old.directory, plan, overwrite=output is None) as writer:
-        through = WriteThrough(source, writer)
-        fit = refit(edit, through, progress)
-        write_weights(writer, source, fit, through.written, progress)
+        dtype = compute_dtype()
+        fit = write_and_fit(writer, source, refitter(edit, source.config, dtype, progress), dtype, progress)
         for path in kept:
             writer.copy_in(path)
         provenance = replace(
@@ -240,9 +229,10 @@ def _new_recipe(old: EditableMixture, slots: Slots, spec: ExpertSpec | None) -> 
     """The recipe that would combine the new mixture. Raises RecipeError for a newcomer that lacks text or prompts."""
     specs = [spec if s is None else old.recipe.experts[s] for s in slots]
     experts = [s.model_dump(mode="json", exclude_defaults=True) for s in specs if s is not None]
-    return Recipe.from_dict(
-        recipe_record(old.recipe) | {"experts": experts}, Path(), f"recipe {old.directory}"
-    )
+    raw = recipe_record(old.recipe) | {"experts": experts}
+    if raw.get("chat_template") not in ("base", *(entry["name"] for entry in experts)):
+        raw.pop("chat_template", None)  # whose it was has left; the mixture has it by now
+    return Recipe.from_dict(raw, Path(), f"recipe {old.directory}")
 
 
 # ---- the newcomer ------------------------------------------------------------------------------------------
@@ -292,26 +282,21 @@ def _in_words(report: MemberReport, old: EditableMixture, under: TensorSource) -
 # ---- the routers -------------------------------------------------------------------------------------------
 
 
-def refit(edit: Edit, source: TensorSource, progress: Progress = quiet) -> RouterFit:
-    """The routers of the new mixture `source`: by addition where the statistics allow, else from all stored text."""
-    old, router = edit.old, edit.recipe.router
-    if old.statistics is not None and router.method == "ridge" and edit.keeps_generalist:
-        return solve_ridge(_updated(edit, old.statistics, source, progress), router)
-    generalist = generalist_of(edit.records)
-    return fit_routers(source, router, edit.calibrations, generalist, compute_dtype(), progress)
-
-
-def _updated(edit: Edit, statistics: Statistics, source: TensorSource, progress: Progress) -> Statistics:
-    """Those who leave counted out, each in its old place; the rest moved; the newcomer counted in."""
-    old, dtype = edit.old, compute_dtype()
-    for e in edit.leaving:
-        runs = runs_of(_only(old.calibrations, e), old.generalist)
-        observe(old.source, statistics, runs, dtype, progress, sign=-1.0)
-    statistics = statistics.moved(edit.slots)
-    if None in edit.slots:
-        runs = runs_of(_only(edit.calibrations, edit.slots.index(None)), generalist_of(edit.records))
-        observe(source, statistics, runs, dtype, progress)
-    return statistics
+def refitter(edit: Edit, config: ModelConfig, dtype: torch.dtype, progress: Progress = quiet) -> Fitter:
+    """What fits the routers of the new mixture: by addition where the statistics allow, else from all stored text."""
+    old, spec, generalist = edit.old, edit.recipe.router, generalist_of(edit.records)
+    if old.statistics is None or spec.method != "ridge" or not edit.keeps_generalist:
+        return fitter_of(spec, config, edit.calibrations, generalist, dtype)
+    for e in edit.leaving:  # counted out, in the place that they had
+        leaver = Additive(
+            spec, old.statistics, runs_of(_only(old.calibrations, e), old.generalist), sign=-1.0
+        )
+        steps = config.num_hidden_layers * len(leaver.runs)
+        for done, step in enumerate(gate_inputs(old.source, leaver.runs, dtype), 1):
+            leaver.see(*step)
+            progress("calibrating", done / steps)
+    joining = _only(edit.calibrations, edit.slots.index(None)) if None in edit.slots else []
+    return Additive(spec, old.statistics.moved(edit.slots), runs_of(joining, generalist))
 
 
 def _only(calibrations: Sequence[Calibration], expert: int) -> list[Calibration]:

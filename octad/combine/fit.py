@@ -1,23 +1,28 @@
 """Fitting all routers of a mixture: text or prompts in, one weight per layer out, with the statistics to refit.
 
-    fit = fit_routers(source, spec, texts, dtype)      # source: a mixture, written or not
-    fit.weights[3]                                     # weight_ED of layer 3's router
+    fitter = fitter_of(spec, config, calibrations, generalist, dtype)
+    for layer, number, x_ND in gate_inputs(source, fitter.runs, dtype):  # source: a mixture, written or not
+        fitter.see(layer, number, x_ND)
+    fitter.fit().weights[3]                                               # weight_ED of layer 3's router
+
+A fitter reads and writes nothing: it says which text it wants sent through which expert, and is shown what comes out.
 
 Shapes: L layers, E experts, D model, N tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from octad.checkpoint.source import TensorSource
 from octad.combine import router
-from octad.combine.calibrate import Run, gate_inputs
+from octad.combine.calibrate import Run
 from octad.combine.recipe import RouterSpec
 from octad.combine.statistics import Statistics
+from octad.model.config import ModelConfig
 from octad.text.windows import Window
 
 Progress = Callable[[str, float], None]
@@ -52,26 +57,84 @@ def quiet(stage: str, done: float) -> None:
     """A Progress that says nothing."""
 
 
-def fit_routers(
-    source: TensorSource,
+class Fitter(Protocol):
+    """A way to fit routers: what it wants to see, and what it makes of it."""
+
+    runs: Sequence[Run]
+
+    def see(self, layer: int, number: int, x_ND: torch.Tensor) -> None:
+        """The router inputs of run `number` in a layer; layer by layer, each run once."""
+
+    def fit(self) -> RouterFit:
+        """The routers, all runs having been seen in all layers."""
+
+
+def fitter_of(
     spec: RouterSpec,
+    config: ModelConfig,
     calibrations: Sequence[Calibration],
     generalist: int | None,
     dtype: torch.dtype,
-    progress: Progress = quiet,
-) -> RouterFit:
-    """Fit the routers of every layer by the method that the recipe names. `generalist`: the expert that is the base."""
-    config = source.config
+) -> Fitter:
+    """The fitter that the recipe names, for a mixture of this config. `generalist`: the expert that is the base; `dtype`:
+    of the inputs that it will see."""
     L, E, D = config.num_hidden_layers, config.num_experts, config.hidden_size
     if spec.method == "random":
-        return RouterFit([router.random(E, D, seed=spec.seed, layer=layer) for layer in range(L)])
-    if spec.method == "ridge":
-        statistics = Statistics.zeros(L, E, D)
-        observe(source, statistics, runs_of(calibrations, generalist), dtype, progress)
-        return solve_ridge(statistics, spec)
-    if spec.method == "logistic":
-        return RouterFit(_logistic(source, spec, runs_of(calibrations, generalist), dtype, progress))
-    return RouterFit(_prompts(source, spec, calibrations, dtype, progress))
+        return LayerByLayer([], weights=[router.random(E, D, seed=spec.seed, layer=n) for n in range(L)])
+    if spec.method == "prompts":
+        return _prompts(spec, calibrations)
+    runs = runs_of(calibrations, generalist)
+    return (
+        Additive(spec, Statistics.zeros(L, E, D), runs)
+        if spec.method == "ridge"
+        else _logistic(spec, runs, D * dtype.itemsize)
+    )
+
+
+class Additive:
+    """Ridge: runs are counted into statistics, or out of them with sign=-1; all runs of a label must come together."""
+
+    def __init__(
+        self, spec: RouterSpec, statistics: Statistics, runs: Sequence[Run], sign: float = 1.0
+    ) -> None:
+        self.runs, self.spec, self.statistics, self._sign = runs, spec, statistics, sign
+        self._mass: dict[int, float] = {}
+        for run in runs:
+            self._mass[run.label] = self._mass.get(run.label, 0.0) + run.mass()
+
+    def see(self, layer: int, number: int, x_ND: torch.Tensor) -> None:
+        """See Fitter."""
+        run = self.runs[number]
+        self.statistics.add(layer, run.label, x_ND, self._sign * run.weight / self._mass[run.label])
+
+    def fit(self) -> RouterFit:
+        """See Fitter; with the statistics."""
+        return solve_ridge(self.statistics, self.spec)
+
+
+class LayerByLayer:
+    """Keeps what `keep` leaves of each run's inputs until a layer is complete, and makes a weight_ED of it by `solve`."""
+
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        keep: Callable[[torch.Tensor], torch.Tensor] = lambda x_ND: x_ND,
+        solve: Callable[[list[torch.Tensor]], torch.Tensor] = lambda kept: kept[0],
+        weights: Sequence[torch.Tensor] = (),
+    ) -> None:
+        self.runs, self._keep, self._solve, self._weights = runs, keep, solve, list(weights)
+        self._kept: dict[int, torch.Tensor] = {}
+
+    def see(self, layer: int, number: int, x_ND: torch.Tensor) -> None:
+        """See Fitter."""
+        self._kept[number] = self._keep(x_ND)
+        if len(self._kept) == len(self.runs):
+            self._weights.append(self._solve([self._kept[n] for n in range(len(self.runs))]))
+            self._kept = {}
+
+    def fit(self) -> RouterFit:
+        """See Fitter."""
+        return RouterFit(self._weights)
 
 
 def runs_of(calibrations: Sequence[Calibration], generalist: int | None) -> list[Run]:
@@ -96,25 +159,6 @@ def cut(window: Window) -> list[Window]:
     return [Window(ids[i : i + PIECE], 0, window.document) for i in range(0, len(ids), PIECE)]
 
 
-def observe(
-    source: TensorSource,
-    statistics: Statistics,
-    runs: Sequence[Run],
-    dtype: torch.dtype,
-    progress: Progress = quiet,
-    sign: float = 1.0,
-) -> None:
-    """Count runs into the statistics (or out of them with sign=-1); all runs of a label must come together."""
-    mass: dict[int, float] = {}
-    for run in runs:
-        mass[run.label] = mass.get(run.label, 0.0) + run.mass()
-    steps = source.config.num_hidden_layers * len(runs)
-    for done, (layer, number, x_ND) in enumerate(gate_inputs(source, runs, dtype), 1):
-        run = runs[number]
-        statistics.add(layer, run.label, x_ND, sign * run.weight / mass[run.label])
-        progress("calibrating", done / steps)
-
-
 def solve_ridge(statistics: Statistics, spec: RouterSpec) -> RouterFit:
     """The ridge routers that belong to these statistics."""
     layers = range(len(statistics.grams))
@@ -133,60 +177,35 @@ def _temperature(spec: RouterSpec) -> float:
     return spec.temperature if spec.temperature is not None else router.DEFAULT_TEMPERATURE[spec.method]
 
 
-def _logistic(
-    source: TensorSource, spec: RouterSpec, runs: Sequence[Run], dtype: torch.dtype, progress: Progress
-) -> list[torch.Tensor]:
-    """One weight_ED a layer, from an even sample of what the routers will read."""
-    most = _rows_per_run(len(runs), source.config.hidden_size * dtype.itemsize)
-    weights = []
-    for samples in _by_layer(source, runs, dtype, progress, lambda x_ND: _sampled(x_ND, most)):
+def _logistic(spec: RouterSpec, runs: Sequence[Run], row_bytes: int) -> Fitter:
+    """From an even sample of what the routers will read."""
+    most = _rows_per_run(len(runs), row_bytes)
+
+    def solve(samples: list[torch.Tensor]) -> torch.Tensor:
         sizes = torch.tensor([len(x) for x in samples])
-        fitted = router.logistic(
+        return router.logistic(
             torch.cat(samples),
             (torch.tensor([run.mass() for run in runs]) / sizes).repeat_interleave(sizes),
             torch.tensor([run.label for run in runs]).repeat_interleave(sizes),
             strength=_strength(spec),
             temperature=_temperature(spec),
         )
-        weights.append(fitted)
-    return weights
+
+    return LayerByLayer(runs, lambda x_ND: _sampled(x_ND, most), solve)
 
 
-def _prompts(
-    source: TensorSource,
-    spec: RouterSpec,
-    calibrations: Sequence[Calibration],
-    dtype: torch.dtype,
-    progress: Progress,
-) -> list[torch.Tensor]:
-    """Positive prompts through their own expert, negative ones too; one weight_ED a layer."""
+def _prompts(spec: RouterSpec, calibrations: Sequence[Calibration]) -> Fitter:
+    """Positive prompts through their own expert, negative ones too."""
     positive = [Run(e, e, c.windows) for e, c in enumerate(calibrations)]
     negative = [Run(e, e, c.negative) for e, c in enumerate(calibrations) if c.negative]
-    weights = []
-    for means in _by_layer(source, positive + negative, dtype, progress, lambda x_ND: x_ND.float().mean(0)):
+
+    def solve(means: list[torch.Tensor]) -> torch.Tensor:
         against: list[torch.Tensor | None] = [None] * len(positive)
         for run, mean in zip(negative, means[len(positive) :], strict=True):
             against[run.label] = mean
-        weights.append(router.prompts(means[: len(positive)], against, temperature=_temperature(spec)))
-    return weights
+        return router.prompts(means[: len(positive)], against, temperature=_temperature(spec))
 
-
-def _by_layer(
-    source: TensorSource,
-    runs: Sequence[Run],
-    dtype: torch.dtype,
-    progress: Progress,
-    keep: Callable[[torch.Tensor], torch.Tensor],
-) -> Iterator[list[torch.Tensor]]:
-    """keep(x_ND) of every run, one layer after the other; x itself is let go at once."""
-    steps = source.config.num_hidden_layers * len(runs)
-    kept: dict[int, torch.Tensor] = {}
-    for done, (_, number, x_ND) in enumerate(gate_inputs(source, runs, dtype), 1):
-        kept[number] = keep(x_ND)
-        progress("calibrating", done / steps)
-        if len(kept) == len(runs):
-            yield [kept[n] for n in range(len(runs))]
-            kept = {}
+    return LayerByLayer(positive + negative, lambda x_ND: x_ND.float().mean(0), solve)
 
 
 def _rows_per_run(runs: int, row_bytes: int) -> int:

@@ -106,7 +106,10 @@ class MixtureSource:
     def read(self, name: str) -> torch.Tensor:
         """The tensor in the mixture's dtype. Raises CheckpointError for a router that is not fitted yet."""
         if origin := self.origin(name):
-            return self._converted(origin[0].read(origin[1]), f"{origin[1]} of {origin[0].label}")
+            source, its_name = origin
+            extent = source.extent(its_name)
+            tensor = source.read(its_name) if extent is None else extent.read()
+            return self._converted(tensor, f"{its_name} of {source.label}")
         if name in self._router_names:
             if name not in self.routers:
                 raise CheckpointError(f"router {name} is not fitted yet")

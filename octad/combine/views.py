@@ -1,7 +1,4 @@
-"""Sources seen through a lens while combining: a memory of the last tensor, a copy written on the way.
-
-Each wraps a TensorSource and is one, so that the loops of combine work on all of them alike.
-"""
+"""A source with a memory of the tensors that it read last."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import torch
 
 from octad.checkpoint.source import TensorSource
 from octad.checkpoint.views import View
-from octad.checkpoint.writer import CheckpointWriter
 
 
 class RememberLast(View):
@@ -31,20 +27,3 @@ class RememberLast(View):
                 del self._kept[next(iter(self._kept))]
             self._kept[name] = self.source.read(name)
         return self._kept[name].clone()
-
-
-class WriteThrough(View):
-    """Everything read is also written to the checkpoint in the making: weights are read once, for both."""
-
-    def __init__(self, source: TensorSource, writer: CheckpointWriter) -> None:
-        super().__init__(source)
-        self.writer = writer
-        self.written: set[str] = set()
-
-    def read(self, name: str) -> torch.Tensor:
-        """See TensorSource."""
-        tensor = self.source.read(name)
-        if name not in self.written:
-            self.writer.write(name, tensor)
-            self.written.add(name)
-        return tensor

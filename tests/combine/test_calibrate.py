@@ -10,8 +10,9 @@ from members import DENSE, full_member, make_base, make_recipe
 from octad.checkpoint.load import load_model, open_source
 from octad.combine import fit
 from octad.combine.calibrate import Run, gate_inputs
-from octad.combine.fit import GENERALIST_WEIGHT, PIECE, Calibration, cut, observe, runs_of
+from octad.combine.fit import GENERALIST_WEIGHT, PIECE, Additive, Calibration, cut, runs_of
 from octad.combine.preflight import preflight
+from octad.combine.recipe import RouterSpec
 from octad.combine.statistics import Statistics
 from octad.text.windows import Window, batches
 
@@ -83,7 +84,9 @@ def test_statistics_weigh_every_expert_alike(tmp_path: Path) -> None:
     source = preflight(make_recipe(base, entries, router={"method": "random"})).source()
     runs = [Run(0, 0, windows(1, (40,))), Run(1, 1, windows(2)), Run(1, 0, windows(3, (9, 30)), 3.0)]
     statistics = Statistics.zeros(2, 2, source.config.hidden_size)
-    observe(source, statistics, runs, torch.float32)
+    fitter = Additive(RouterSpec(method="ridge"), statistics, runs)
+    for step in gate_inputs(source, runs, torch.float32):
+        fitter.see(*step)
     found = {(layer, number): x for layer, number, x in gate_inputs(source, runs, torch.float32)}
     assert len(found) == 6
     for layer in range(2):

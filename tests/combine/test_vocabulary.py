@@ -28,7 +28,7 @@ from tiny_models import make_model
 
 from octad.checkpoint.load import load_model, load_tokenizer, open_source
 from octad.combine.build import combine
-from octad.combine.edit import add_expert
+from octad.combine.edit import add_expert, remove_expert
 from octad.combine.preflight import Plan, preflight
 from octad.combine.recipe import ExpertSpec
 from octad.errors import CheckpointError, OctadError, RecipeError
@@ -338,3 +338,13 @@ def test_a_newcomer_with_a_template(base: Path, tmp_path: Path) -> None:
     assert "two have another" in told[-2] + told[-1]
     assert [set(found) for found in ends_of(most)] == [{*BASE_ENDS, 7}] * 2
     assert load_tokenizer(open_source(most)).chat_template == CHAT
+
+
+def test_whose_template_it_was_can_leave(base: Path, tmp_path: Path) -> None:
+    """The recipe then no longer names anyone, and the mixture keeps the template."""
+    one = chatting(base, tmp_path / "1", 1, CHAT)
+    two = chatting(base, tmp_path / "2", 2, "two" + CHAT)
+    mixture = combine(plan_of(base, "base", one, two, chat_template="m2"), tmp_path / "m")
+    left = remove_expert(mixture, "m2", tmp_path / "left")
+    assert load_tokenizer(open_source(left)).chat_template == "two" + CHAT
+    assert "chat_template" not in json.loads((left / "octad.json").read_text())["recipe"]
