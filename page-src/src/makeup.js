@@ -11,6 +11,7 @@ export function makeUpView(experts) {
     verdictView(made.verdict),
     factsView(made, experts),
     membersView(made, experts),
+    lacksView(made),
     editsView(made),
   ].filter(Boolean);
   return parts.length ? el("section", { class: "make-up" }, el("h3", {}, "What it is made of"), parts) : null;
