@@ -66,6 +66,8 @@ def _training(reading: Answer, answer: Answer) -> Iterator[RenderableType]:
         )
         return
     yield table(_plans(reading))
+    if all(plan["trainer"] != "octad" for plan in reading["plans"]):
+        yield Text("None that octad trains itself (tensor and pipeline 1) fits.")
     best = reading["plans"][0]
     yield Text(_bill(best))
     yield table(
