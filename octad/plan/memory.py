@@ -169,15 +169,21 @@ def work_values(config: ModelConfig, layout: Layout) -> float:
 
 
 def _gathered(share: Share, layout: Layout, learns: float, *, last: bool) -> float:
-    """FSDP: one block's weights and gradients, the next one's dense part, which is fetched early, and the tables for the
-    whole of a pass. Gradients are float32 while they are summed, which the last block's wait for."""
+    """FSDP: one block's weights and gradients, what is fetched early of the next, and the tables for the whole of a pass.
+
+    Gradients are float32 while they are summed, which the last block's wait for. Experts that are dealt out over ranks
+    are gathered by themselves, and let go before their gradients are summed. Otherwise they are a part of the block, and
+    their stacks' gradients are copied first."""
     if layout.shard != "weights" or layout.replicas == 1:
         return 0.0
+    tables = WEIGHT * share.tables
+    apart = layout.expert > 1
     routed = share.block_routed if share.routed_replicas > 1 else 0.0
-    block, tables = share.block_dense + routed, WEIGHT * share.tables
-    if last:  # its experts are let go before their gradients are summed
-        return (WEIGHT + GRADIENT) * learns * block + WEIGHT * share.block_dense + tables
-    return WEIGHT * (1 + learns) * block + WEIGHT * share.block_dense + tables
+    block, together = share.block_dense + routed, share.block_dense + (0.0 if apart else routed)
+    if not last:
+        return WEIGHT * (1 + learns) * block + WEIGHT * together + tables
+    copied = 0.0 if apart else WEIGHT * routed * learns
+    return (WEIGHT + GRADIENT) * learns * block + WEIGHT * together + copied + tables
 
 
 def _summing_tables(config: ModelConfig, share: Share, before: int, learns: float) -> dict[str, float]:

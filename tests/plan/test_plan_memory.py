@@ -46,6 +46,9 @@ CASES = {
     "short windows, recomputed": (MIXTRAL, 16, 8, 512, True),
     "activations kept": (MIXTRAL | {"num_hidden_layers": 4}, 16, 8, 2048, False),
     "large tables": (QWEN, 8, 4, 1024, True),
+    "a dense model": (MIXTRAL | {"model_type": "llama", "num_hidden_layers": 4}, 8, 1, 2048, False),
+    "experts whole on every rank": (MIXTRAL, 16, 1, 2048, True),
+    "the same, activations kept": (QWEN, 8, 1, 2048, False),
 }
 
 
@@ -53,7 +56,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_rank_of_a_pretended_cluster(case: str) -> None:
     """Octad's own layout, experts, loss and optimiser on fake tensors. The formulas of the blocks were made after the
-    first three, that of the tables after the last."""
+    first three cases, that of the tables after the fourth, that of whole experts after the last two."""
     raw, world, expert, tokens, recompute = CASES[case]
     asked = {"config": raw, "world": world, "expert": expert, "tokens": tokens, "recompute": recompute}
     script = Path(__file__).with_name("pretended_cluster.py")

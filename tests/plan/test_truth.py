@@ -12,7 +12,7 @@ from octad.plan.hardware import Cluster, Device, find_cluster, reached
 from octad.plan.layout import Layout
 from octad.plan.memory import PRECISIONS, serving_memory
 from octad.plan.shapes import readings
-from octad.plan.step import arithmetic_hours, decode_time, step_time
+from octad.plan.step import arithmetic_hours, decode_time, offloaded_time, step_time
 
 DOCS = (Path(__file__).parents[2] / "docs" / "planning.md").read_text(encoding="utf-8")
 
@@ -71,6 +71,16 @@ def test_decoding(precision: str, devices: int, published: float) -> None:
     assert predicted == pytest.approx(published, rel=0.6 if devices == 8 else 0.3)
     assert f"| {predicted:.0f} | {published:.0f} |" in row(
         f"gpt-fast Mixtral 8x7B, {precision}, {devices} A100"
+    )
+
+
+def test_decoding_with_experts_on_the_host() -> None:
+    gpu = Cluster("own", Device.checked({"memory": 12, "bandwidth": 504, "tflops": 58}, "test"), 1)
+    config = readings("qwen3-30b-a3b")[0].config
+    seconds = offloaded_time(config, PRECISIONS["q4_0"], gpu, find_cluster("desktop"), 4096, 1).total
+    assert 1 / seconds == pytest.approx(34.6, rel=0.5)
+    assert f"| {1 / seconds:.0f} | 35 |" in row(
+        "llama.cpp --cpu-moe, Qwen3-30B-A3B's shape, 12 GB GPU, DDR5-5600"
     )
 
 
