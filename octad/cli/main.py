@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from octad.cli import answering, combining, exporting, inspecting, judging, plan, training
+from octad.cli import answering, combining, exporting, inspecting, judging, plan, serve, training
 from octad.errors import OctadError
 from octad.kernels.build import IsaError
 
@@ -35,6 +35,7 @@ app.command()(combining.quantize)
 app.command()(exporting.export)
 app.command()(answering.generate)
 app.command()(answering.chat)
+app.command()(serve.serve)
 app.command()(inspecting.bench)
 app.command()(training.train)
 app.command()(training.branch)

@@ -1,0 +1,233 @@
+"""POST /v1/chat/completions: a conversation in, a message out, whole or in pieces.
+
+    response = await chat_completions(request, generator, names)
+
+Beside OpenAI's fields: `speakers: true` asks who said each token ([{"token", "expert", "weight"}], the tokens' texts
+joined are the content of their chunk), `return_routed_experts` the whole routing, `only_experts` masks the others.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from octad.engine.outputs import CompletionOutput, Delta, RequestOutput, TokenLogprob
+from octad.serve.event_stream import DONE, EventStream, frame, unless_gone
+from octad.serve.generation import Generator, Job, Piece
+from octad.serve.limits import read_body
+from octad.serve.listing import ModelNames
+from octad.serve.npy import routes_of
+from octad.serve.protocol import ChatRequest, parse
+from octad.serve.replies import ApiError, as_api_error, json_response
+from octad.serve.sampling_options import response_schema, sampling
+from octad.serve.tool_calls import Toolbox
+
+
+async def chat_completions(request: Request, generator: Generator, names: ModelNames) -> Response:
+    """The endpoint; `names` are those that the model answers to."""
+    asked = parse(ChatRequest, await read_body(request))
+    model = names.of(asked.model)
+    job = await unless_gone(request, begin(asked, generator))
+    head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+    if asked.stream:
+        return EventStream(_chunks(asked, job, head), job.close)
+    try:
+        return json_response(await unless_gone(request, _whole(asked, job, head)))
+    finally:
+        job.close()
+
+
+async def begin(asked: ChatRequest, generator: Generator) -> Job:
+    """The request, submitted. Raises ApiError or OctadError for what cannot be served."""
+    if asked.modalities and asked.modalities != ["text"]:
+        raise ApiError(400, "modalities: this server answers with text alone", param="modalities")
+    if asked.top_logprobs and not asked.logprobs:
+        raise ApiError(400, "top_logprobs: needs logprobs: true", param="top_logprobs")
+    limit = asked.max_completion_tokens if asked.max_completion_tokens is not None else asked.max_tokens
+    logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
+    params = sampling(asked, generator.llm, limit, logprobs)
+    toolbox = Toolbox.of(asked.tools, asked.tool_choice, asked.parallel_tool_calls)
+    variables = dict(asked.chat_template_kwargs or {})
+    for name in ("tools", "messages"):
+        variables.pop(name, None)
+    for name in ("add_generation_prompt", "continue_final_message", "documents"):
+        if (value := getattr(asked, name)) is not None:
+            variables[name] = value
+    return await generator.chat(
+        asked.messages, params, toolbox, response_schema(asked.response_format), variables
+    )
+
+
+async def _whole(asked: ChatRequest, job: Job, head: dict[str, Any]) -> dict[str, Any]:
+    answers = [Gathered() for _ in range(job.params.n)]
+    async for piece in job.pieces():
+        answers[piece.index].add(piece)
+    choices = [
+        _choice(asked, answer, job, output)
+        for answer, output in zip(answers, job.outputs[0].outputs, strict=True)
+    ]
+    return head | {
+        "object": "chat.completion",
+        "choices": choices,
+        "usage": job.usage.as_openai(),
+        "system_fingerprint": None,
+        "service_tier": None,
+    }
+
+
+class Gathered:
+    """One answer, joined from its pieces."""
+
+    def __init__(self) -> None:
+        self.text, self.reason = "", ""
+        self.calls: list[dict[str, Any]] = []
+        self.deltas: list[Delta] = []
+
+    def add(self, piece: Piece) -> None:
+        """One piece more."""
+        self.text += piece.text
+        for call in piece.calls:
+            if call.name is not None:
+                function = {"name": call.name, "arguments": ""}
+                self.calls.append({"id": call.id, "type": "function", "function": function})
+            self.calls[call.index]["function"]["arguments"] += call.arguments
+        if piece.delta is not None:
+            self.deltas.append(piece.delta)
+        self.reason = piece.finish_reason or self.reason
+
+
+def _choice(asked: ChatRequest, answer: Gathered, job: Job, output: CompletionOutput) -> dict[str, Any]:
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": answer.text if answer.text or not answer.calls else None,
+        "refusal": None,
+    }
+    if answer.calls:
+        message["tool_calls"] = answer.calls
+    choice = {
+        "index": output.index,
+        "message": message,
+        "logprobs": _logprobs(asked, answer.deltas),
+        "finish_reason": answer.reason,
+        "stop_reason": output.stop_reason,
+    }
+    return (
+        choice
+        | _extras(asked, answer.deltas, job, answer.text)
+        | _routes(asked, job.outputs[0], output.index)
+    )
+
+
+def _extras(asked: ChatRequest, deltas: list[Delta], job: Job, content: str) -> dict[str, Any]:
+    if not asked.speakers:
+        return {}
+    return {"speakers": speakers(deltas, job.generator.names, content)}
+
+
+def _routes(asked: ChatRequest, output: RequestOutput, index: int) -> dict[str, Any]:
+    return {"routed_experts": routes_of(output, index)} if asked.return_routed_experts else {}
+
+
+def speakers(deltas: list[Delta], names: list[str], content: str) -> list[dict[str, Any]]:
+    """Who said what: an entry a token, with what the token made known of the text. Where the content is not the tokens'
+    texts (calls are cut out of it), it goes to the first of them that spoke."""
+    found = [
+        {"token": delta.text, "expert": names[speaker], "weight": round(share, 4)}
+        for delta in deltas
+        for speaker, share in zip(delta.speakers or (), delta.speaker_shares or (), strict=True)
+    ]
+    if found and "".join(str(entry["token"]) for entry in found) != content:
+        found = [entry | {"token": ""} for entry in found]
+        found[0]["token"] = content
+    return found
+
+
+def _logprobs(asked: ChatRequest, deltas: list[Delta]) -> dict[str, Any] | None:
+    if not asked.logprobs:
+        return None
+    places = [place for delta in deltas for place in delta.logprobs or ()]
+    return {
+        "content": [
+            logprob(p.chosen) | {"top_logprobs": [logprob(token) for token in p.top]} for p in places
+        ],
+        "refusal": None,
+    }
+
+
+def logprob(token: TokenLogprob) -> dict[str, Any]:
+    """A token as OpenAI tells it."""
+    return {
+        "token": token.text,
+        "logprob": max(token.logprob, -9999.0),
+        "bytes": list(token.text.encode("utf-8", "replace")),
+    }
+
+
+async def _chunks(asked: ChatRequest, job: Job, head: dict[str, Any]) -> AsyncGenerator[bytes]:
+    counted = bool(asked.stream_options and asked.stream_options.include_usage)
+    head = head | {"object": "chat.completion.chunk", "system_fingerprint": None}
+    usage = {"usage": None} if counted else {}
+
+    def chunk(index: int, delta: dict[str, Any], reason: str | None = None, **more: Any) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason} | more
+        return frame(head | {"choices": [choice]} | usage)
+
+    try:
+        for index in range(job.params.n):
+            yield chunk(index, {"role": "assistant", "content": "", "refusal": None})
+        last: dict[int, tuple[str, Any]] = {}
+        async for piece in job.pieces():
+            if (told := _chunk_parts(asked, job, piece)) is not None:
+                yield chunk(piece.index, *told[:1], **told[1])
+            if piece.finish_reason is not None:
+                last[piece.index] = piece.finish_reason, piece.delta.stop_reason if piece.delta else None
+                if not asked.return_routed_experts:
+                    yield chunk(piece.index, {}, piece.finish_reason, stop_reason=last[piece.index][1])
+        if asked.return_routed_experts:
+            for index, (reason, stopped) in sorted(last.items()):
+                routes = routes_of(job.outputs[0], index)
+                yield chunk(index, {}, reason, stop_reason=stopped, routed_experts=routes)
+        if counted:
+            yield frame(head | {"choices": [], "usage": job.usage.as_openai()})
+        yield DONE
+    except Exception as error:
+        told_error = as_api_error(error)
+        if told_error.code == "internal_error":
+            raise
+        yield frame(told_error.body())
+        yield DONE
+    finally:
+        job.close()
+
+
+def _chunk_parts(asked: ChatRequest, job: Job, piece: Piece) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The delta and what goes beside it; None where there is nothing to tell."""
+    delta: dict[str, Any] = {}
+    if piece.text:
+        delta["content"] = piece.text
+    if piece.calls:
+        delta["tool_calls"] = [
+            {"index": call.index, "function": {"arguments": call.arguments}}
+            if call.name is None
+            else {
+                "index": call.index,
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in piece.calls
+        ]
+    deltas = [piece.delta] if piece.delta else []
+    more: dict[str, Any] = {}
+    if asked.logprobs and deltas:
+        more["logprobs"] = _logprobs(asked, deltas)
+    if asked.speakers and deltas:
+        more["speakers"] = speakers(deltas, job.generator.names, piece.text)
+    if not delta and not (more.get("logprobs") or more.get("speakers")):
+        return None
+    return delta, more

@@ -1,0 +1,209 @@
+"""Limits that keep one client from harming others: on bodies, on those who send slowly, on time, and on the queue.
+
+    app = Limited(app, Limits())                     # bodies: their size, and when they must have come
+    protocol = patient_protocol(Limits())            # connections: when their headers must have come
+    with queue.place(): ...                          # requests: 429 once so many are here
+
+uvicorn waits for ever for a header or a body that does not come, so both have a deadline here. JSON is read with the
+guard's limits on nesting and numbers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import h11
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from octad.guard import parse_json
+from octad.serve.replies import ApiError, BadBody, encoded, error_response
+
+DISCARDED = 64 << 20  # bytes of a body that is too large which are read before its client is told
+
+
+@dataclass(frozen=True)
+class Limits:
+    """body_bytes; header_seconds and body_seconds until they must be there whole; header_bytes; connections at once."""
+
+    body_bytes: int = 8 << 20
+    header_seconds: float = 10.0
+    body_seconds: float = 30.0
+    header_bytes: int = 64 << 10
+    connections: int = 1024
+
+
+class Limited:
+    """The application behind a limit on every body."""
+
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+        self.app, self.limits = app, limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        length = headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > self.limits.body_bytes:
+            if length.isdigit() and int(length) <= DISCARDED and "expect" not in headers:
+                await self._discard(receive)  # a client that is still sending does not read an answer
+            await error_response(self._too_large())(scope, receive, send)
+            return
+        await self.app(scope, self._bounded(receive), send)
+
+    async def _discard(self, receive: Receive, size: int = 0) -> None:
+        """Read what still comes, within the deadline for bodies and a limit, and keep nothing."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.limits.body_seconds):
+                while size <= DISCARDED:
+                    message = await receive()
+                    size += len(message.get("body", b""))
+                    if not message.get("more_body"):
+                        return
+
+    def _too_large(self) -> ApiError:
+        most = self.limits.body_bytes
+        return ApiError(
+            413,
+            f"the body is larger than {most} bytes",
+            code="request_too_large",
+            headers={"Connection": "close"},
+        )
+
+    def _bounded(self, receive: Receive) -> Receive:
+        """`receive` with a limit on what comes and on how long it takes."""
+        deadline = asyncio.get_running_loop().time() + self.limits.body_seconds
+        size, more = 0, True
+
+        async def bounded() -> Message:
+            nonlocal size, more
+            if not more:
+                return await receive()
+            left = deadline - asyncio.get_running_loop().time()
+            try:
+                message = await asyncio.wait_for(receive(), max(left, 0.0))
+            except TimeoutError:
+                more = False
+                raise ApiError(
+                    408,
+                    f"the body did not come within {self.limits.body_seconds:g} s",
+                    code="request_timeout",
+                    headers={"Connection": "close"},
+                ) from None
+            size += len(message.get("body", b""))
+            more = bool(message.get("more_body"))
+            if size > self.limits.body_bytes:
+                if more:
+                    more = False
+                    await self._discard(receive, size)
+                raise self._too_large()
+            return message
+
+        return bounded
+
+
+async def read_body(request: Request) -> dict[str, Any]:
+    """The object in a request's body. Raises ApiError for anything else."""
+    try:
+        raw = await request.body()
+    except ClientDisconnect:
+        raise ApiError(400, "the client left before its request was whole") from None
+    if not raw.strip():
+        raise ApiError(400, "the body is empty; send a JSON object", code="invalid_json")
+    try:
+        found = parse_json(raw, "body", BadBody, prose=True)
+    except BadBody as error:
+        raise ApiError(400, str(error)[:500], code="invalid_json") from None
+    if not isinstance(found, dict):
+        raise ApiError(
+            400, f"body: should be a JSON object, found {type(found).__name__}", code="invalid_json"
+        )
+    return found
+
+
+class Queue:
+    """How many requests may be here at once; those beyond are told when to come back."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.here = most, 0
+
+    @contextmanager
+    def place(self, count: int = 1) -> Iterator[None]:
+        """A place for `count` requests while the block runs. Raises ApiError 429 where the queue is full."""
+        if self.here and self.here + count > self.most:
+            raise ApiError(
+                429,
+                f"{self.here} requests are here, as many as this server takes; try again",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": "1"},
+            )
+        self.here += count
+        try:
+            yield
+        finally:
+            self.here -= count
+
+
+def patient_protocol(limits: Limits) -> type[H11Protocol]:
+    """uvicorn's HTTP/1.1 with a deadline for headers, a limit on connections, and errors in the form of all others."""
+
+    class Protocol(H11Protocol):
+        _late: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            if len(self.connections) > limits.connections:
+                transport.close()
+            self._arm()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            busy = self.cycle is not None and not self.cycle.response_complete
+            if busy:
+                self._disarm()
+            elif self._late is None and not self.transport.is_closing():
+                self._arm()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._disarm()
+            super().connection_lost(exc)
+
+        def _arm(self) -> None:
+            self._late = self.loop.call_later(limits.header_seconds, self._give_up)
+
+        def _disarm(self) -> None:
+            if self._late is not None:
+                self._late.cancel()
+                self._late = None
+
+        def _give_up(self) -> None:
+            """The headers have not come; whoever is in the middle of an answer is left alone."""
+            self._late = None
+            if self.cycle is None or self.cycle.response_complete:
+                self.transport.close()
+
+        def send_400_response(self, msg: str) -> None:
+            """What is no HTTP gets an error as all others do."""
+            body = encoded(ApiError(400, msg, code="invalid_http").body())
+            headers = [
+                (b"content-type", b"application/json"),
+                (b"content-length", str(len(body)).encode()),
+                (b"connection", b"close"),
+            ]
+            for event in (
+                h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+            self.transport.close()
+
+    return Protocol

@@ -1,0 +1,210 @@
+"""What clients may send, as pydantic models: types are checked here, values where they are used.
+
+    asked = parse(ChatRequest, body)            # ApiError 400 that names the field
+
+null stands for "not given" everywhere, since clients send null for every option they know. Fields that are not here are
+accepted and left alone: clients send new ones all the time (store, metadata, service_tier, verbosity, ...). Fields that
+would change the answer and cannot be honoured are named in UNABLE and refused. Wire names are those of OpenAI, vLLM and
+SGLang; `speakers` and `only_experts` are octad's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from octad.errors import RequestError
+from octad.serve.replies import ApiError
+
+Asked = TypeVar("Asked", bound="Wire")
+UNABLE: Mapping[str, str] = {
+    "audio": "sound",
+    "functions": "`functions`; use `tools`",
+    "function_call": "`function_call`; use `tool_choice`",
+    "web_search_options": "web search",
+    "suffix": "text to insert before",
+    "use_beam_search": "beam search",
+    "previous_response_id": "stored responses; send the whole conversation as `input`",
+    "conversation": "stored conversations; send the whole conversation",
+    "background": "background responses",
+    "chat_template": "templates of the client",
+    "truncation_side": "cutting prompts",
+    "truncate_prompt_tokens": "cutting prompts",
+}
+
+
+class Wire(BaseModel):
+    """The base: strict types, unknown fields allowed."""
+
+    model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
+
+
+class StreamOptions(Wire):
+    """stream_options."""
+
+    include_usage: bool | None = None
+
+
+class SamplingFields(Wire):
+    """What chat completions and completions share: OpenAI's options, then vLLM's, then octad's."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    user: str | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    return_routed_experts: bool | None = None
+    routed_experts_prompt_start: int | None = None
+    only_experts: list[str | int] | None = None
+    speakers: bool | None = None
+
+
+class ChatRequest(SamplingFields):
+    """POST /v1/chat/completions."""
+
+    messages: list[Any]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    response_format: dict[str, Any] | None = None
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: list[str] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[Any] | None = None
+
+
+class CompletionRequest(SamplingFields):
+    """POST /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]] | None = None
+    echo: bool | None = None
+    logprobs: int | None = None
+    best_of: int | None = None
+    response_format: dict[str, Any] | None = None
+    add_special_tokens: bool | None = None
+
+
+class ResponsesRequest(Wire):
+    """POST /v1/responses."""
+
+    input: str | list[Any]
+    model: str | None = None
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    stream: bool | None = None
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    text: dict[str, Any] | None = None
+    top_logprobs: int | None = None
+    include: list[str] | None = None
+    metadata: dict[str, Any] | None = None
+    only_experts: list[str | int] | None = None
+    seed: int | None = None
+
+
+class MessagesRequest(Wire):
+    """POST /v1/messages and /v1/messages/count_tokens (which needs no max_tokens)."""
+
+    messages: list[Any]
+    model: str | None = None
+    max_tokens: int | None = None
+    system: str | list[Any] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    stop_sequences: list[str] | None = None
+    stream: bool | None = None
+    tools: list[Any] | None = None
+    tool_choice: dict[str, Any] | None = None
+    only_experts: list[str | int] | None = None
+
+
+class EmbeddingRequest(Wire):
+    """POST /v1/embeddings."""
+
+    input: str | list[str] | list[int] | list[list[int]]
+    model: str | None = None
+    encoding_format: str | None = None
+    dimensions: int | None = None
+
+
+class TokenizeRequest(Wire):
+    """POST /tokenize: a prompt, or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Any] | None = None
+    tools: list[Any] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    return_token_strs: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeRequest(Wire):
+    """POST /detokenize."""
+
+    tokens: list[int]
+    model: str | None = None
+
+
+def parse(model: type[Asked], body: dict[str, Any]) -> Asked:
+    """The body as this model. Raises ApiError 400, with the field's name, for the first thing that is wrong."""
+    for name, what in UNABLE.items():
+        if body.get(name) not in (None, False, "", [], {}) and name not in model.model_fields:
+            raise ApiError(
+                400, f"{name}: this server does not know {what}", param=name, code="unsupported_parameter"
+            )
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = str(first["loc"][0]) if first["loc"] else None
+        if first["type"] == "missing":
+            raise ApiError(
+                400, f"{field}: is missing", param=field, code="missing_required_parameter"
+            ) from None
+        found = ascii(body.get(field) if field else body)[:100]
+        raise ApiError(
+            400,
+            f"{field}: found {found}, which is of the wrong type: {first['msg'].lower()}",
+            param=field,
+            code="invalid_type",
+        ) from None
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raises RequestError for a value that is none of these."""
+    if value not in allowed:
+        raise RequestError(f"{name}: found {ascii(value)[:100]}, allowed: {', '.join(allowed)}")
