@@ -133,7 +133,7 @@ def test_a_message_is_the_chats_answer(running: Running) -> None:
     found = client.messages.create(
         model="mixture",
         max_tokens=12,
-        temperature=0,
+        extra_body={"temperature": 0},
         system=[{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}],
         messages=[{"role": "user", "content": [{"type": "text", "text": "Hi"}]}],
     )
@@ -150,7 +150,7 @@ def test_a_message_is_the_chats_answer(running: Running) -> None:
 
 def test_a_streamed_message(running: Running) -> None:
     client = running.anthropic()
-    options: dict[str, Any] = {"model": "mixture", "max_tokens": 12, "temperature": 0}
+    options: dict[str, Any] = {"model": "mixture", "max_tokens": 12, "extra_body": {"temperature": 0}}
     chat: list[Any] = [{"role": "user", "content": "Hi"}]
     whole = client.messages.create(**options, messages=chat)
     with client.messages.stream(**options, messages=chat) as stream:
@@ -169,7 +169,7 @@ def test_a_messages_calls(running: Running) -> None:
     options: dict[str, Any] = {
         "model": "mixture",
         "max_tokens": 200,
-        "temperature": 0,
+        "extra_body": {"temperature": 0},
         "tools": [THEIRS],
         "tool_choice": {"type": "any"},
     }
@@ -198,7 +198,9 @@ def test_a_messages_calls(running: Running) -> None:
 
 def test_a_message_that_goes_on(running: Running) -> None:
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "So"}]
-    found = running.anthropic().messages.create(model="mixture", max_tokens=12, temperature=0, messages=chat)  # type: ignore[arg-type]
+    found = running.anthropic().messages.create(
+        model="mixture", max_tokens=12, extra_body={"temperature": 0}, messages=chat
+    )  # type: ignore[arg-type]
     expected = said(running, chat, continue_final_message=True, add_generation_prompt=False)
     assert found.content[0].type == "text"
     assert found.content[0].text == expected
