@@ -25,7 +25,7 @@ from octad.serve.listing import ModelNames
 from octad.serve.security import Access
 
 if TYPE_CHECKING:
-    from conftest import TinyCheckpoint
+    from tiny_models import TinyCheckpoint
 
 CONTEXT = 4096
 LIMITS = Limits(body_bytes=1 << 20, header_seconds=1.0, body_seconds=1.0)
