@@ -92,7 +92,7 @@ def expected_seconds(plan: Plan) -> float:
     mixtures = len(plan.members) * cost.flops_per_token(
         plan.config
     )  # top-1, top-2 and all: about as much as each twice
-    return combining(plan) + read * (parts + mixtures) / (0.4 * product_rate(compute_dtype(), seconds=0.05))
+    return combining(plan) + read * (parts + mixtures) / (0.4 * product_rate(compute_dtype(), seconds=0.3))
 
 
 def make(plan: Plan, output: Path) -> None:
