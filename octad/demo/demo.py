@@ -16,7 +16,7 @@ from octad.cli import answering
 from octad.cli import judge as commands_evaluate
 from octad.errors import OutputError
 from octad.report import terminal
-from octad.report.figures import human
+from octad.report.figures import human, listed
 
 if TYPE_CHECKING:
     from octad.combine.preflight import Plan
@@ -74,7 +74,7 @@ def introduce(plan: Plan, output: Path) -> None:
     names = [member.name for member in plan.reports]
     heading("octad demo: eight models become one")
     tell(
-        f"{names[0]} is a small chat model; {', '.join(names[1:-1])} and {names[-1]} were each tuned from it for what"
+        f"{names[0]} is a small chat model; {listed(names[1:])} were each tuned from it for what"
         f" their name says. Together they become one mixture of experts: {human(total)} parameters, of which"
         f" {plan.config.num_experts_per_tok} of {plan.config.num_experts} experts, {human(active)}, work on each token."
         f" About {minutes} min on this machine, and {human(plan.output_bytes, 'B')} in {output}."

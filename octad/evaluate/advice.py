@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from octad.evaluate.bootstrap import Interval
 from octad.evaluate.compare import Comparison
-from octad.report.figures import share
+from octad.report.figures import listed, share
 
 LOSS = 0.005  # of a domain's bits per byte: a smaller loss to its best member is not worth a retraining
 NEAR_CHANCE = 0.25  # how far a best expert's share must be from an even one towards all that it can have
@@ -46,14 +46,10 @@ def _not_held(found: Comparison) -> Iterator[str]:
     """Members of which the mixture lacks something: no router can bring that back."""
     if found.lineup.lost:
         yield (
-            f"the mixture lacks a part of {_list(list(found.lineup.lost))} (see above): combine with shared: mean or"
+            f"the mixture lacks a part of {listed(list(found.lineup.lost))} (see above): combine with shared: mean or"
             " ties, tune all of it (octad train, repair), or make specialists that differ in their feed-forward"
             " nets alone (octad branch)"
         )
-
-
-def _list(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from octad.evaluate.advice import advise
 from octad.evaluate.compare import Comparison, Difference
-from octad.report.figures import share
+from octad.report.figures import human, listed, share
 
 WHOM = {
     "oracle": "always knowing the right specialist",
@@ -127,7 +127,7 @@ def _few_documents(found: Comparison) -> str:
     few = [f["name"] for f in facts if f["units"] != "documents"]
     if not few:
         return ""
-    where = "each domain" if len(few) == len(facts) else _list(few)
+    where = "each domain" if len(few) == len(facts) else listed(few)
     return f" (not for certain: fewer than five documents in {where})"
 
 
@@ -190,7 +190,7 @@ def _price(found: Comparison) -> str:
     mine = found.rows[found.own].price
     if mine.total_parameters is None or mine.active_parameters is None:
         return ""
-    text = f"Price: {_millions(mine.total_parameters)} parameters, {_millions(mine.active_parameters)} active a token"
+    text = f"Price: {human(mine.total_parameters)} parameters, {human(mine.active_parameters)} active a token"
     if mine.tokens_per_second:
         text += f", {mine.tokens_per_second:,.0f} tokens/s read here"
     if not found.members:
@@ -220,7 +220,7 @@ def _certainty(found: Comparison) -> str:
         where = (
             "every domain has"
             if len(coarse) == len(facts)
-            else f"{_list(coarse)} {'has' if len(coarse) == 1 else 'have'}"
+            else f"{listed(coarse)} {'has' if len(coarse) == 1 else 'have'}"
         )
         text += (
             f", but {where} fewer than five: there parts of them are drawn, and the intervals are too narrow"
@@ -232,13 +232,5 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + "."
 
 
-def _list(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e6:,.0f} M" if count >= 1e6 else f"{count:,}"

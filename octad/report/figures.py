@@ -92,6 +92,11 @@ def interval(low: float | None, high: float | None, places: int = 4) -> str:
     return f"[{signed(low, places)}, {signed(high, places)}]"
 
 
+def listed(parts: Sequence[str]) -> str:
+    """a, b and c."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
 def mean(values: Iterable[float | None]) -> float | None:
     """Of those that are known."""
     known = [v for v in values if v is not None]
