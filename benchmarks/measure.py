@@ -54,24 +54,15 @@ def starter(report: str, command: Sequence[str]) -> int:
 
 
 def hardware() -> dict[str, Any]:
-    """CPU model, cores, memory, torch version and the threads that it uses."""
+    """What octad bench tells of the machine, torch's version, the kernels' instruction set and the load."""
     import torch
 
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown"
-    )
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    load = os.getloadavg()[0]
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "memory_bytes": memory,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "bfloat16": bool(torch.cpu.get_capabilities().get("avx512_bf16")),
-        "load_average_at_end": round(load, 2),
-    }
+    from octad import machine
+    from octad.kernels.build import isa
+
+    found = machine.hardware(torch.device("cpu"))
+    load = round(os.getloadavg()[0], 2)
+    return found | {"torch": torch.__version__, "kernels": isa(), "load_average_at_end": load}
 
 
 def command_line() -> str:
