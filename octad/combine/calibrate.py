@@ -60,8 +60,8 @@ def gate_inputs(
     """Yields (layer, number of the run, x_ND) for every layer: router inputs of the run's real tokens.
 
     `source` is a mixture, written or not; an expert that no run passes through is not read. Each tensor that is read
-    goes to `write` before it is used, so that a mixture in the making is written from one reading. Arithmetic and x are in
-    `dtype`.
+    goes to `write` before it is used, so that a mixture in the making is written from one reading. Arithmetic and x
+    are in `dtype`.
     """
     if not runs:
         return
