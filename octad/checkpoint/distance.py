@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Context
 from itertools import combinations
@@ -27,7 +27,7 @@ from statistics import fmean
 
 import torch
 
-from octad.checkpoint.names import EMBEDDING, HEAD, PARTS, dense_mlp_name, expert_name, tensor_plan
+from octad.checkpoint.names import EMBEDDING, HEAD, PARTS, dense_mlp_name, expert_name, part_of, tensor_plan
 from octad.checkpoint.source import TensorSource
 from octad.errors import CheckpointError
 from octad.model.config import ModelConfig
@@ -206,15 +206,21 @@ def _layer_sums(source: TensorSource, base: TensorSource, layer: int) -> _Sums:
     return _Sums(*(sum(getattr(p, key) for p in parts) for key in ("own", "base", "apart", "pairs")))
 
 
+def square_sum(values: torch.Tensor, minus: torch.Tensor | None = None) -> float:
+    """||x||^2 of all values, or ||x - minus||^2: summed in float32 over CHUNK values at a time (float64 where one is)."""
+    tensors = [values] if minus is None else [values, minus]
+    total = 0.0
+    for block in _blocks(tensors):
+        difference = block[0] if minus is None else block[0].sub_(block[1])
+        total += float(difference.square_().sum())
+    return total
+
+
 def squares_to(tensors: Sequence[torch.Tensor], reference: torch.Tensor) -> torch.Tensor:
     """[3, E] float64: ||W||^2, ||B||^2 and ||W - B||^2 of each tensor W [N] beside the reference B [N]."""
-    total = torch.zeros(3, len(tensors), dtype=torch.float64)
-    for block in _blocks([*tensors, reference]):
-        own, other = block[:-1], block[-1:]
-        total[0] += own.square().sum(1)
-        total[1] += other.square().sum(1)
-        total[2] += (own - other).square().sum(1)
-    return total
+    base = square_sum(reference)
+    rows = [(square_sum(own), base, square_sum(own, reference)) for own in tensors]
+    return torch.tensor(rows, dtype=torch.float64).T
 
 
 def pair_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -235,13 +241,31 @@ def _blocks(tensors: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         yield torch.stack([row[start : start + CHUNK].to(dtype) for row in flat])
 
 
+def cosines_from_mean(blocks: Iterable[torch.Tensor]) -> torch.Tensor | None:
+    """[E, E] float64: cosine of every two rows' differences from the mean of all, 1 for near copies (a distance below
+    NEAR_COPY of their size); `blocks` are some columns [E, K] at a time. None where there are none."""
+    gram, size = None, torch.zeros((), dtype=torch.float64)
+    for block_EK in blocks:
+        apart_EK = block_EK - block_EK.mean(0)
+        size += block_EK.square().sum(dtype=torch.float64).cpu() / len(block_EK)
+        part = (apart_EK @ apart_EK.T).double().cpu()
+        gram = part if gram is None else gram + part
+    if gram is None:
+        return None
+    square_E = gram.diagonal()
+    norms = square_E.sqrt()
+    cosine = gram / (norms[:, None] * norms).clamp(min=torch.finfo(torch.float64).tiny)
+    distance = (square_E[:, None] + square_E - 2 * gram).clamp(min=0)
+    return torch.where(distance <= NEAR_COPY**2 * size, 1.0, cosine.clamp(-1, 1))
+
+
 def shared_distances(source: TensorSource, base: TensorSource, layers: Sequence[int]) -> dict[str, float]:
     """||ours - theirs|| / ||theirs|| of each part outside the experts, read one tensor of each model at a time."""
     sums: dict[str, torch.Tensor] = {}
     for name in _rest(source.config, layers, routing=base.config.is_moe):
         other = EMBEDDING if name == HEAD and base.config.tie_word_embeddings else name
         squares = _squares_of(source, name, base, other)
-        group = part_of(name)
+        group = _shown(part_of(name))
         sums[group] = sums.get(group, 0) + squares
     if source.config.tie_word_embeddings and not base.config.tie_word_embeddings:
         sums["embeddings"] += _squares_of(source, EMBEDDING, base, HEAD)
@@ -254,17 +278,9 @@ def _squares_of(source: TensorSource, name: str, base: TensorSource, other: str)
     return squares_to([source.read(name)[:rows]], base.read(other)[:rows])[:, 0]
 
 
-def part_of(name: str) -> str:
-    """The part of a model that a tensor outside the experts belongs to."""
-    if name in (EMBEDDING, HEAD):
-        return "embeddings"
-    if "norm" in name:
-        return "norms"
-    if ".self_attn." in name:
-        return "attention"
-    if _ROUTING.search(name):
-        return "shared expert" if ".shared_expert" in name else "router"
-    return "dense feed-forward"
+def _shown(part: str) -> str:
+    """What a comparison calls a part: the head goes with the embeddings; a net that is no expert has its own name."""
+    return {"head": "embeddings", "ffn": "dense feed-forward"}.get(part, part)
 
 
 def _ratio(squared: float, norm: float) -> float:

@@ -46,6 +46,20 @@ def is_ffn(name: str) -> bool:
     return _FFN.search(name) is not None
 
 
+def part_of(name: str) -> str:
+    """The part of a model that a tensor belongs to: 'embeddings', 'head', 'norms', 'attention', 'ffn', 'router' or
+    'shared expert'."""
+    if name in (EMBEDDING, HEAD):
+        return "head" if name == HEAD else "embeddings"
+    if "norm" in name:
+        return "norms"
+    if ".self_attn." in name:
+        return "attention"
+    if ".shared_expert" in name:
+        return "shared expert"
+    return "ffn" if is_ffn(name) else "router"
+
+
 def is_linear(name: str) -> bool:
     """True for the weights [O, K] that most of a model's bytes are: attention's projections and feed-forward nets."""
     return is_attention(name) or (is_ffn(name) and name.endswith(".weight"))

@@ -19,14 +19,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from octad.checkpoint.distance import square_sum
 from octad.checkpoint.extent import same_bytes
 from octad.checkpoint.lora import AdapterSource
-from octad.checkpoint.names import EMBEDDING, HEAD, is_ffn, layer_of, tensor_plan
+from octad.checkpoint.names import EMBEDDING, HEAD, is_ffn, layer_of, part_of, tensor_plan
 from octad.checkpoint.source import TensorInfo, TensorSource
-from octad.combine.mixture import tensor_group
 
 BLOCKS, BLOCK = 32, 1 << 13
-PIECE = 1 << 15  # values; torch works on so few in one thread, and waking others costs more than the work
 WHOLE_BYTES = 16e9
 
 
@@ -66,7 +65,7 @@ class _Ledger:
 
     def add(self, name: str, part: _Part) -> None:
         """Enter a tensor under its group and, for the large groups, its layer."""
-        group = tensor_group(name)
+        group = part_of(name)
         layer = (layer_of(name) or 0) if group in ("ffn", "attention") else 0
         self.parts.setdefault((group, layer), []).append(part)
         if any(part.squares):
@@ -164,16 +163,9 @@ def _blocks(
 
 
 def _squares(blocks: torch.Tensor, minus: torch.Tensor | None = None) -> list[float]:
-    """||x||^2 of each block, or ||x - minus||^2: [n], added up from float32."""
-    totals = [0.0] * len(blocks)
-    for place, block in enumerate(blocks):
-        others = None if minus is None else torch.split(minus[place], PIECE)
-        for number, piece in enumerate(torch.split(block, PIECE)):
-            values = piece.to(torch.float32, copy=True)
-            if others is not None:
-                values -= others[number].float()
-            totals[place] += float(values.square_().sum())
-    return totals
+    """||x||^2 of each block, or ||x - minus||^2: [n]."""
+    others = [None] * len(blocks) if minus is None else list(minus)
+    return [square_sum(block, other) for block, other in zip(blocks, others, strict=True)]
 
 
 def _known_square(member: TensorSource, base: TensorSource, name: str) -> float | None:

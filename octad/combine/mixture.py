@@ -25,7 +25,6 @@ from octad.checkpoint.names import (
     HEAD,
     dense_mlp_name,
     expert_name,
-    layer_of,
     router_name,
     tensor_plan,
 )
@@ -186,14 +185,3 @@ def rows_of(source: TensorSource, name: str, rows: torch.Tensor) -> torch.Tensor
 def _own(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """A member's provenance without its base's, which is recorded once."""
     return {k: v for k, v in provenance.items() if k != "base"}
-
-
-def tensor_group(name: str) -> str:
-    """Which part of a model a tensor belongs to: 'ffn', 'attention', 'norms', 'embeddings' or 'head'."""
-    if name == HEAD:
-        return "head"
-    if layer_of(name) is None:
-        return "norms" if "norm" in name else "embeddings"
-    if ".self_attn." in name:
-        return "norms" if "norm" in name else "attention"
-    return "norms" if "layernorm" in name else "ffn"

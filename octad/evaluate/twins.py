@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from octad.checkpoint.distance import NEAR_COPY
+from octad.checkpoint.distance import cosines_from_mean
 from octad.evaluate.contestants import unpacked
 from octad.fast.native_modules import NativeExperts
 from octad.fast.quantize import PackedExperts
@@ -45,21 +45,8 @@ def find_twins(layers: Sequence[nn.Module], names: Sequence[str]) -> list[dict[s
 
 
 def cosines_of(experts: nn.Module) -> torch.Tensor | None:
-    """[E, E] float64: cosine of every two experts' differences from the mean, 1 for near copies; None where the weights
-    cannot be read."""
-    gram, size = None, torch.zeros((), dtype=torch.float64)
-    for block_EK in _blocks(experts):
-        apart_EK = block_EK - block_EK.mean(0)
-        size += block_EK.square().sum(dtype=torch.float64).cpu() / len(block_EK)
-        part = (apart_EK @ apart_EK.T).double().cpu()
-        gram = part if gram is None else gram + part
-    if gram is None:
-        return None
-    square_E = gram.diagonal()
-    norms = square_E.sqrt()
-    cosine = gram / (norms[:, None] * norms).clamp(min=torch.finfo(torch.float64).tiny)
-    distance = (square_E[:, None] + square_E - 2 * gram).clamp(min=0)
-    return torch.where(distance <= NEAR_COPY**2 * size, 1.0, cosine.clamp(-1, 1))
+    """See cosines_from_mean, of every two experts; None where the weights cannot be read."""
+    return cosines_from_mean(_blocks(experts))
 
 
 def _blocks(experts: nn.Module) -> Iterator[torch.Tensor]:
