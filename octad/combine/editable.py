@@ -95,9 +95,13 @@ class EditableMixture:
     def base_for(self, reference: str | None) -> TensorSource:
         """The base for a new adapter: `reference`, else the generalist, else the base that octad.json names.
 
-        Raises RecipeError where it cannot be opened, or is not what this mixture was made of."""
+        A quantised base that the mixture holds rounded is opened again where it is still there, so that sums are rounded
+        once. Raises RecipeError where none can be opened, or it is not what this mixture was made of."""
         if reference is None and self.generalist is not None:
-            return self.held_base()
+            try:
+                return self.base_for(self.provenance.base.get("path")) if self._rounded else self.held_base()
+            except OctadError:
+                return self.held_base()
         recorded = [self.provenance.base.get("path"), self.provenance.base.get("label"), self.recipe.base]
         references = [str(place) for place in recorded if place]
         base = _first_that_opens([reference] if reference else references, self.directory)
@@ -107,6 +111,16 @@ class EditableMixture:
                 "give the right one with --base"
             )
         return OpenedBase(base, self.provenance.base)
+
+    @property
+    def _rounded(self) -> bool:
+        """True where the base lies in a GGUF file, and its weights here are of a type that may not hold all values."""
+        kind = self.provenance.base.get("kind")
+        return (
+            kind == "gguf"
+            and self.source.info(EMBEDDING).dtype != torch.float32
+            and bool(self.provenance.base.get("path"))
+        )
 
     def _difference(self, base: TensorSource) -> str | None:
         """The first shared tensor of the last layer that is not the mixture's own."""
@@ -187,7 +201,7 @@ def _first_that_opens(references: Sequence[str], directory: Path) -> TensorSourc
     problem = ""
     for reference in references:
         try:
-            return open_source(reference)
+            return open_source(reference, exact=True)
         except OctadError as error:
             problem = str(error)
     raise RecipeError(f"{directory}: its base cannot be opened ({problem}); say where it is with --base")

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from octad.combine.build import combine
 from octad.combine.conversion import converted, holds_all
+from octad.combine.edit import add_expert
 from octad.combine.preflight import Plan, preflight
+from octad.combine.recipe import ExpertSpec
 from octad.errors import RecipeError
 
 Q = gguf.GGMLQuantizationType
@@ -94,6 +96,25 @@ def test_a_change_too_small_for_the_type(tmp_path: Path) -> None:
     torch.testing.assert_close(
         found["model.layers.0.block_sparse_moe.experts.1.w3.weight"], expected, rtol=0, atol=1e-7
     )
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+@pytest.mark.parametrize("generalist", [True, False])
+def test_a_newcomer_on_a_quantised_base(tmp_path: Path, generalist: bool, dtype: str | None) -> None:
+    """Added later or combined at once: the same sums, rounded once."""
+    model = make_base(tmp_path / "base", intermediate_size=64)
+    base = tmp_path / "base.gguf"
+    gguf_of(model, base, Q.Q8_0)
+    first, second, third = (adapter(model, tmp_path / str(n), n, FFN) for n in (1, 2, 3))
+    models = ["base" if generalist else first, second]
+    mixture = combine(plan_of(base, *models, dtype=dtype), tmp_path / "m")
+    added = add_expert(mixture, ExpertSpec(name="m2", model=str(third)), tmp_path / "added")
+    fresh = combine(plan_of(base, *models, third, dtype=dtype), tmp_path / "fresh")
+    ours, theirs = (load_file(d / "model.safetensors") for d in (added, fresh))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    if generalist:
+        base.unlink()  # then from what the mixture holds
+        add_expert(mixture, ExpertSpec(name="m2", model=str(third)), tmp_path / "again")
 
 
 @pytest.mark.parametrize("kind", [Q.F16, Q.F32, Q.Q8_0])
