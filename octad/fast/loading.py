@@ -10,12 +10,14 @@ swapped where that was asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Self
 
 import torch
 
 from octad.checkpoint.load import assign, empty_model, load_model
-from octad.checkpoint.names import EMBEDDING, HEAD, is_linear, layer_of, parameter_sources
+from octad.checkpoint.names import EMBEDDING, HEAD, is_attention, is_linear, layer_of, parameter_sources
 from octad.checkpoint.quantized import QuantizedSource
 from octad.checkpoint.source import TensorSource
 from octad.dist import compute_dtype
@@ -24,7 +26,7 @@ from octad.fast.optimize import ExpertWeights, Swapper, is_bfloat16, native_kern
 from octad.fast.quantize import Precision
 from octad.fast.saved import load_quantized, packed_weight, place_linear
 from octad.kernels.native import NativeKernels
-from octad.kernels.packed import Packed
+from octad.kernels.packed import Packed, pack
 from octad.kernels.paged import PagedAttention
 from octad.model.transformer import Transformer
 
@@ -51,7 +53,7 @@ def open_fast(
         return model, optimize(model, quantize=quantize, native=native)
     precision = _precision(source, dtype, quantize)
     with torch.no_grad():
-        return _Reader(source, dtype).build(kernels, precision), native_attention(kernels)
+        return _Reader(source, dtype, precision).build(kernels), native_attention(kernels)
 
 
 def _precision(source: TensorSource, dtype: torch.dtype, quantize: str | None) -> Precision:
@@ -80,48 +82,99 @@ def _holds_bfloat16(source: TensorSource, name: str) -> bool:
 
 
 class _Reader:
-    """Fills one model from one source."""
+    """Fills one model from one source. Weights of products are read and packed a few ahead, by threads that share
+    nothing: one small operation after the other, each over all cores, would mostly wait for the slowest of them."""
 
-    def __init__(self, source: TensorSource, dtype: torch.dtype) -> None:
-        self.source, self.dtype = source, dtype
+    def __init__(self, source: TensorSource, dtype: torch.dtype, precision: Precision) -> None:
+        self.source, self.dtype, self.precision = source, dtype, precision
         self.model = empty_model(source.config)
         self.parameters = parameter_sources(source.config)
+        self.layers: list[list[str]] = [[] for _ in self.model.model.layers]
+        for parameter in self.parameters:
+            if (layer := layer_of(parameter)) is not None:
+                self.layers[layer].append(parameter)
 
-    def build(self, kernels: NativeKernels, precision: Precision) -> Transformer:
+    def build(self, kernels: NativeKernels) -> Transformer:
         """The whole model on native modules."""
-        swapper = Swapper(self.model, kernels, precision)
+        swapper = Swapper(self.model, kernels, self.precision)
         for parameter in self.parameters:
             if layer_of(parameter) is None and parameter != HEAD:
                 self._fill(parameter)
-        for number in range(len(self.model.model.layers)):
-            at = f"model.layers.{number}."
-            experts = f"{at}mlp.experts."
-            for parameter in self.parameters:
-                if parameter.startswith(at) and not parameter.startswith(experts):
-                    self._fill(parameter)
-            swapper.layer(number, self._experts(experts))
-        swapper.ends(self._read(EMBEDDING if self.source.config.tie_word_embeddings else HEAD))
+        with _Ahead(self._packed, list(self._in_order())) as ahead:
+            for number, parameters in enumerate(self.layers):
+                for parameter in parameters:
+                    if ".mlp.experts." not in parameter:
+                        self._fill(parameter, ahead)
+                swapper.layer(number, self._experts(number, ahead))
+        swapper.ends(self._weight(EMBEDDING if self.source.config.tie_word_embeddings else HEAD))
         return self.model
 
-    def _fill(self, parameter: str) -> None:
-        """Put one parameter into the model: what will be packed in the type it has on disk, all else in the model's."""
+    def _in_order(self) -> Iterator[str]:
+        """The names of all weights of products, as `build` takes them."""
+        for parameters in self.layers:
+            single = [p for p in parameters if ".mlp.experts." not in p]
+            stacked = sorted(
+                (p for p in parameters if ".mlp.experts." in p), reverse=True
+            )  # gate and up first
+            for parameter in single + stacked:
+                yield from filter(is_linear, self.parameters[parameter])
+
+    def _fill(self, parameter: str, ahead: _Ahead | None = None) -> None:
+        """Put one parameter into the model: packed for products, all else in the model's dtype."""
         name = self.parameters[parameter][0]
-        value = self._read(name)
-        if isinstance(value, Packed):
-            place_linear(self.model, parameter, value)
+        if ahead is not None and is_linear(name):
+            place_linear(self.model, parameter, ahead.take(name))
         else:
-            assign(self.model, parameter, value if is_linear(name) else value.to(self.dtype))
+            assign(self.model, parameter, self.source.read(name).to(self.dtype))
 
-    def _experts(self, prefix: str) -> ExpertWeights | None:
-        """The experts' weights of one layer, each read when it is asked for; None for a dense layer."""
-        if f"{prefix}down_proj" not in self.parameters:
+    def _experts(self, layer: int, ahead: _Ahead) -> ExpertWeights | None:
+        """The experts' weights of one layer, each packed; None for a dense layer."""
+        at = f"model.layers.{layer}.mlp.experts"
+        if f"{at}.down_proj" not in self.parameters:
             return None
-        gates_ups: Sequence[str] = self.parameters[f"{prefix}gate_up_proj"]
+        gates_ups = self.parameters[f"{at}.gate_up_proj"]
         pairs = zip(gates_ups[0::2], gates_ups[1::2], strict=True)
-        downs = self.parameters[f"{prefix}down_proj"]
-        return ((self._read(gate), self._read(up)) for gate, up in pairs), map(self._read, downs)
+        downs = self.parameters[f"{at}.down_proj"]
+        return ((ahead.take(gate), ahead.take(up)) for gate, up in pairs), map(ahead.take, downs)
 
-    def _read(self, name: str) -> Weight:
+    def _packed(self, name: str) -> Packed:
+        weight = self._weight(name)
+        if isinstance(weight, Packed):
+            return weight
+        bits = self.precision.attention if is_attention(name) else self.precision.ffn
+        return pack(weight, bits, wide=self.precision.wide and bits == 16)
+
+    def _weight(self, name: str) -> Weight:
         if isinstance(self.source, QuantizedSource) and self.source.scheme(name):
             return packed_weight(self.source, name)
         return self.source.read(name)
+
+
+class _Ahead:
+    """Results of `work` for each of some names, by threads, at most a few before they are taken."""
+
+    def __init__(self, work: Callable[[str], Packed], names: Sequence[str]) -> None:
+        self.threads, self.work, self.names = torch.get_num_threads(), work, iter(names)
+        self.futures: dict[str, Future[Packed]] = {}
+
+    def __enter__(self) -> Self:
+        self.pool = ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,))
+        for _ in range(self.threads + 1):
+            self._submit()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(self.threads)  # PyTorch gives later threads what was set last
+
+    def take(self, name: str) -> Packed:
+        """The result, for once. Raises what the work raised."""
+        while name not in self.futures:
+            self._submit()
+        found = self.futures.pop(name).result()
+        self._submit()
+        return found
+
+    def _submit(self) -> None:
+        if (name := next(self.names, None)) is not None:
+            self.futures[name] = self.pool.submit(self.work, name)
