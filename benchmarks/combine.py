@@ -230,6 +230,7 @@ def calibration_cost(recipe_path: Path) -> dict[str, float]:
         return time.perf_counter() - wall, time.process_time() - cpu
 
     forward(texts[:1])
+
     def fit_routers() -> None:
         dtype = compute_dtype()
         fitter = fitter_of(recipe.router, plan.config, calibrations, plan.generalist, dtype)
