@@ -33,7 +33,7 @@ from octad.errors import OutputError
 from octad.evaluate.contestants import Contestant, Member, Original, Soup, TopK
 from octad.staging import replace_file
 
-VERSION = 1
+VERSION = 2
 VARIABLE = "OCTAD_CACHE"  # the directory of all of octad's caches
 SAMPLE_BYTES, SAMPLE_STRIDE = 64 << 10, 4 << 20  # of tensors, where hashing all would take too long
 WHOLE_BYTES = 8 << 30

@@ -177,13 +177,13 @@ def test_a_templated_chat_is_read_as_its_transformers_model_reads_it(
     assert mine.tok_encode("the sea") == theirs.tok_encode("the sea")
     assert mine.tok_encode("the sea")[0] == 0
     seen: list[list[int]] = []
-    add = mine.llm.engine.add_request
+    submit = mine.llm.submit
 
-    def spy(name: str, tokens: list[int], params: Any) -> Any:
+    def spy(tokens: list[int], *rest: Any, **named: Any) -> Any:
         seen.append(list(tokens))
-        return add(name, tokens, params)
+        return submit(tokens, *rest, **named)
 
-    monkeypatch.setattr(mine.llm.engine, "add_request", spy)
+    monkeypatch.setattr(mine.llm, "submit", spy)
     arguments = (prompt, {"until": [], "max_gen_toks": 6})
     ask = [Instance(request_type="generate_until", doc={}, arguments=arguments, idx=0)]
     assert mine.generate_until(ask) == theirs.generate_until(ask, disable_tqdm=True)
