@@ -333,6 +333,6 @@ def test_answer_again_under_the_mask_that_is_set(browser_page: Any, backend: Fak
     page.hover(".experts li[data-expert='2']")
     page.click("button[aria-label='Mask french']")
     page.click("button[aria-label='Answer again']")
-    page.wait_for_selector(".answer .mask-note:has-text('without french')")
+    page.wait_for_selector(".answer:not([aria-busy]) .mask-note:has-text('without french')")
     assert backend.requests[1]["only_experts"] == [name for name in NAMES if name != "french"]
     assert page.evaluate("document.activeElement.id") == "prompt"
