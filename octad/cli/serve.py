@@ -52,11 +52,12 @@ def serve(
     from octad.serve.app import Application
     from octad.serve.lifecycle import bind, server, start_loading
     from octad.serve.listing import ModelNames
+    from octad.serve.make_up import make_up
     from octad.serve.security import Access
 
     access = Access.of(host, allowed_host or (), cors or (), api_key_file)
     source = open_source(model, quantised=True)  # a mistake in the name shows before the port is open
-    made = Provenance.of(source)
+    Provenance.of(source)  # and a damaged octad.json
     name = Path(model).resolve().name if Path(model).exists() else model
     app = Application(
         ModelNames.now(served_model_name or [name]),
@@ -77,7 +78,7 @@ def serve(
     place = opened.getsockname()
     shown = f"[{place[0]}]" if ":" in place[0] else place[0]
     print(f"octad: http://{shown}:{place[1]}/ is the chat page, /v1 the API", file=sys.stderr, flush=True)
-    start_loading(app.state, load, lambda llm: app.ready(llm, made.__dict__ if made else None))
+    start_loading(app.state, load, lambda llm: app.ready(llm, make_up(source)))
     asyncio.run(server(app.asgi, app.state, app.limits).serve([opened]))
     if app.state.status == "failed":
         raise RequestError(app.state.error)
