@@ -103,12 +103,12 @@ class Additive:
             self._mass[run.label] = self._mass.get(run.label, 0.0) + run.mass()
 
     def see(self, layer: int, number: int, x_ND: torch.Tensor) -> None:
-        """See Fitter."""
+        """Count the inputs of a run into, or out of, the statistics of its layer."""
         run = self.runs[number]
         self.statistics.add(layer, run.label, x_ND, self._sign * run.weight / self._mass[run.label])
 
     def fit(self) -> RouterFit:
-        """See Fitter; with the statistics."""
+        """Solve every layer, and give the statistics along."""
         return solve_ridge(self.statistics, self.spec)
 
 
@@ -126,14 +126,14 @@ class LayerByLayer:
         self._kept: dict[int, torch.Tensor] = {}
 
     def see(self, layer: int, number: int, x_ND: torch.Tensor) -> None:
-        """See Fitter."""
+        """Keep a run's inputs; solve the layer when those of all runs are there."""
         self._kept[number] = self._keep(x_ND)
         if len(self._kept) == len(self.runs):
             self._weights.append(self._solve([self._kept[n] for n in range(len(self.runs))]))
             self._kept = {}
 
     def fit(self) -> RouterFit:
-        """See Fitter."""
+        """The routers solved so far: those of all layers."""
         return RouterFit(self._weights)
 
 

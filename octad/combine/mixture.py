@@ -74,12 +74,12 @@ class MixtureSource:
 
     @property
     def label(self) -> str:
-        """See TensorSource."""
+        """What messages call it."""
         return "the mixture"
 
     @property
     def directory(self) -> Path | None:
-        """See TensorSource: nothing is on disk yet."""
+        """None: nothing is on disk yet."""
         return None
 
     def names(self) -> list[str]:
@@ -87,7 +87,7 @@ class MixtureSource:
         return list(self._shapes)
 
     def info(self, name: str) -> TensorInfo:
-        """See TensorSource."""
+        """Shape, and the dtype of the mixture. Raises CheckpointError for an unknown name."""
         try:
             return TensorInfo(self._shapes[name], self.dtype)
         except KeyError:
@@ -121,7 +121,7 @@ class MixtureSource:
         return converted(tensor, self.dtype, what)
 
     def extent(self, name: str) -> Extent | None:
-        """See TensorSource: the input's, where the output is a copy of its bytes."""
+        """Where the input's bytes lie on disk, where the output is a copy of them; None elsewhere."""
         origin = self.origin(name)
         extent = origin[0].extent(origin[1]) if origin else None
         return extent if extent and extent.info == self.info(name) else None

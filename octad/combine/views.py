@@ -19,7 +19,7 @@ class RememberLast(View):
         self._kept: dict[str, torch.Tensor] = {}
 
     def read(self, name: str) -> torch.Tensor:
-        """See TensorSource; a copy, so that the caller may change it."""
+        """The tensor, read or remembered; a copy, so that the caller may change it."""
         if self.source.extent(name) is not None:
             return self.source.read(name)
         if name not in self._kept:
