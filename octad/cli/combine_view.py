@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-from rich.text import Text
-
 from octad.model import cost
-from octad.report import table as report_table
 from octad.report import terminal
 from octad.report.figures import human, sparkline
+from octad.report.table import Table
 
 if TYPE_CHECKING:
     from octad.combine.preflight import Plan
@@ -19,33 +16,28 @@ if TYPE_CHECKING:
 
 def show_plan(plan: Plan, seconds: float) -> None:
     """The pre-flight: members beside the base, what will be written, how long it will take."""
-    table = Table(
-        title=Text(f"members beside {plan.recipe.base}"), title_justify="left", box=None, pad_edge=False
-    )
-    for column in (
+    titles = [
         "expert",
         "kind",
-        "ffn distance",
-        "by layer",
-        "attention",
-        "norms",
-        "embeddings",
-        "head",
+        ">ffn distance",
+        ">attention",
+        ">norms",
+        ">embeddings",
+        ">head",
         "held",
-    ):
-        table.add_column(column, no_wrap=True)
+        "by layer",
+    ]
+    rows = []
     for report in plan.reports:
         d = report.distances
-        ffn = d.get("ffn", [])
-        table.add_row(
-            Text(report.name),
-            report.kind,
-            _distance(ffn),
-            sparkline(ffn, max(ffn)) if ffn else "",
-            *(_distance(d.get(group)) for group in ("attention", "norms", "embeddings", "head")),
-            {True: "exactly", False: "in part", None: "not measured"}[report.exact],
+        ffn, others = (
+            d.get("ffn", []),
+            (d.get(group) for group in ("attention", "norms", "embeddings", "head")),
         )
-    terminal.out.print(table)
+        held = {True: "exactly", False: "in part", None: "not measured"}[report.exact]
+        layers = sparkline(ffn, max(ffn)) if ffn else ""
+        rows.append([report.name, report.kind, _distance(ffn), *map(_distance, others), held, layers])
+    terminal.out.print(terminal.table(Table.of(f"members beside {plan.recipe.base}", titles, rows)))
     for report in plan.reports:
         lines = [] if report.exact or not report.sentence or report.kind == "base" else [report.sentence]
         for note in (*lines, *report.notes):
@@ -78,4 +70,4 @@ def show_rounding(bits: Mapping[str, tuple[float, float]]) -> None:
         for name, (before, after) in {**bits, "mean": (mean[0], mean[1])}.items()
     ]
     titles = ["text", ">before", ">rounded", ">change"]
-    terminal.out.print(terminal.table(report_table.Table.of("bits per byte, held-out text", titles, rows)))
+    terminal.out.print(terminal.table(Table.of("bits per byte, held-out text", titles, rows)))

@@ -53,8 +53,8 @@ def run(output: Path) -> None:
     write(output)
     heading(f"Done in {time.monotonic() - started:.0f} s. Three things to try")
     terminal.out.print(
-        f"  octad chat {output}\n"
-        "      talk to it, and see which part answers\n"
+        f"  octad serve {output}\n"
+        "      a chat page at http://127.0.0.1:8000: talk to it, and see which part answers\n"
         f"  octad evaluate {output} --data {HERE / 'domains.yaml'}\n"
         "      judge it on 4,096 tokens of each kind of text\n"
         f"  octad combine {HERE / 'recipe.yaml'} -o mine\n"

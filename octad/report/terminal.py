@@ -95,8 +95,12 @@ class _Fitted:
     def _groups(self, used: list[int], width: int) -> list[list[int]]:
         """The columns that stand beside each other; the first of them stands in each group."""
         widths = {i: max(text.cell_len for text in self._texts(i)) for i in used}
-        for i in used[1:]:  # words may go on below, figures not
-            widths[i] = widths[i] if self.table.columns[i].numeric else min(widths[i], WORDS)
+        for i in used[1:]:
+            if not self.table.columns[
+                i
+            ].numeric:  # sentences may go on below, figures and drawings of bars not
+                words = (word for text in self._texts(i) for word in text.plain.split())
+                widths[i] = min(widths[i], max(WORDS, *map(cell_len, words), 0))
         first, groups, left = used[0], [used[:1]], width - widths[used[0]]
         for i in used[1:]:
             if widths[i] + GAP > left and len(groups[-1]) > 1:

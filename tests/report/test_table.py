@@ -58,6 +58,12 @@ def test_numbers_stand_below_each_other_whatever_is_behind_them() -> None:
     assert printed(table, 80).split("\n")[1:3] == ["x    9.5 much longer", "y  120.5 b          "]
 
 
+def test_a_row_of_bars_is_not_broken() -> None:
+    bars = "▁▂▃▄▅▆▇█" * 4
+    table = Table.of("", ["expert", ">a long heading", ">another heading", "layers"], [["x", "1", "2", bars]])
+    assert bars in printed(table, 50)
+
+
 def test_markup_of_no_kind_is_taken_from_cells() -> None:
     table = Table.of("[bold]c[/]", ["a"], [[f"[red]{EVIL}|`"]])
     assert f"[red]{EVIL}|`" in printed(table, 80)
