@@ -17,10 +17,10 @@ import jinja2
 from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from octad.errors import CheckpointError, DataError
 from octad.text.chat_messages import plain_messages, simplified, tools_as_text, with_tools
+from octad.text.template_limits import BoundedEnvironment, TooMuch
 
 _OPEN = "\ufdd1"  # a Unicode noncharacter: where a message that is to be continued ends
 
@@ -52,8 +52,9 @@ def render_chat(
     """
     chat = plain_messages(messages)
     try:
-        compiled = _environment().from_string(template)
-        known = meta.find_undeclared_variables(_environment().parse(template))
+        environment = _environment()
+        compiled = environment.from_string(template)
+        known = meta.find_undeclared_variables(environment.parse(template))
     except Exception as error:  # whatever a broken program can do
         raise CheckpointError(
             f"{label}: the chat template fails: {type(error).__name__}: {_one_line(error)}"
@@ -69,7 +70,8 @@ def render_chat(
         chat = tools_as_text(chat, answers="tool" not in template)
     if "developer" not in template:
         chat = [m | {"role": "system"} if m["role"] == "developer" else m for m in chat]
-    text = _rendered(compiled, chat, options, label)
+    with environment.limited():
+        text = _rendered(compiled, chat, options, label)
     return text[: text.index(_OPEN)] if open_ended and _OPEN in text else text
 
 
@@ -79,6 +81,8 @@ def _rendered(
     """By the template as it is, else in the first simpler form that it takes; its first complaint where it takes none."""
     try:
         return template.render(messages=chat, **options)
+    except TooMuch as error:
+        raise CheckpointError(f"{label}: the chat template does not end well: {error}") from None
     except Exception as error:  # a template can fail in any way a program can
         complaint = error
     for system in (True, False):
@@ -114,8 +118,8 @@ def _opened(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*chat[:-1], chat[-1] | {"content": chat[-1]["content"] + _OPEN}]
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+def _environment() -> BoundedEnvironment:
+    environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _tojson
