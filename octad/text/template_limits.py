@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import nodes
 from jinja2.environment import Template
@@ -66,9 +66,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         """The parsed template, with a look at the clock in every loop and macro."""
         tree: nodes.Template = _Joined().visit(super()._parse(source, name, filename))
+        look = nodes.EnvironmentAttribute("look_at_the_clock")
         for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
-            look = nodes.EnvironmentAttribute("look_at_the_clock")
-            node.body.insert(0, nodes.ExprStmt(nodes.Call(look, [], [], None, None), lineno=node.lineno))
+            call = nodes.ExprStmt(nodes.Call(look, [], [], None, None), lineno=node.lineno)
+            cast(Any, node).body.insert(0, call)
         return tree
 
     def join(self, *values: Any) -> str:

@@ -1,4 +1,4 @@
-"""Templates without an end come to one, in one line; those that people use mean what Jinja's own sandbox makes of them."""
+"""Templates without an end come to one, in one line; ordinary ones mean what Jinja's own sandbox makes of them."""
 
 import time
 
