@@ -14,6 +14,8 @@ help:
 	@echo "make test-slow      the checks that take longer"
 	@echo "make test-page      the chat page in a headless browser (Debian's chromium; npm for axe-core)"
 	@echo "make page           the chat page's files again from page-src (npm)"
+	@echo "make fuzz           damage every kind of file that is read, 10,000 times (COUNT=)"
+	@echo "make kill           kill every command that writes, before each call (POINTS=)"
 	@echo "make lint           ruff and mypy"
 	@echo "make bench-combine  quality, speed and memory of combining, beside mergekit-moe"
 	@echo "make bench-large    combining at 20 GB of output, beside a plain copy"
@@ -63,6 +65,14 @@ page: page-src/node_modules
 test-page: $(READY) page-src/node_modules
 	$(BIN)/pip install -q -c constraints.txt playwright
 	$(BIN)/pytest tests/serve/page -m "slow or not slow"
+
+COUNT ?= 10000
+fuzz: $(READY)
+	$(BIN)/python tests/fuzz/fuzz.py --count $(COUNT)
+
+RANDOM_MOMENTS ?= 5
+kill: $(READY)
+	$(BIN)/python tests/kill/kill.py $(if $(POINTS),--points $(POINTS)) --random $(RANDOM_MOMENTS)
 
 bench-combine: $(READY)
 	@test -n "$(CORPORA)" || { echo 'make bench-combine CORPORA=DIR [MERGEKIT=mergekit-moe]'; exit 2; }

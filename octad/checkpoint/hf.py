@@ -28,7 +28,7 @@ from octad.checkpoint.shard import DTYPE_NAMES, read_header
 from octad.checkpoint.source import TensorInfo
 from octad.errors import CheckpointError, ConfigError
 from octad.fingerprint import fingerprint
-from octad.guard import read_object
+from octad.guard import exists, read_object
 from octad.model.config import ModelConfig
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -37,6 +37,7 @@ _FUSED = re.compile(r"^model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.
 _ROUTER = re.compile(r"^model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.gate\.weight$")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
+LONGEST_NAME = 255  # of a file, in bytes; a character has one or more
 WHOLE_WEIGHTS_BYTES = 1 << 27  # training changes weights everywhere: samples tell
 
 
@@ -128,9 +129,10 @@ def _open_shards(directory: Path) -> tuple[list[Path], dict[str, Extent]]:
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index}: has no usable 'weight_map'")
-    shards = {name: _inside(directory, name) for name in sorted(set(weight_map.values()))}
-    for name, path in shards.items():
-        if not path.is_file():
+    shards: dict[str, Path] = {}
+    for name in sorted(set(weight_map.values())):
+        path = shards[name] = _inside(directory, name)
+        if not exists(path) or not path.is_file():
             raise CheckpointError(f"{index}: names {name}, which is missing; download it again")
     extents: dict[str, Extent] = {}
     for shard, path in shards.items():
@@ -143,6 +145,10 @@ def _open_shards(directory: Path) -> tuple[list[Path], dict[str, Extent]]:
 def _inside(directory: Path, name: str) -> Path:
     """directory/name, refused where it leads out of the directory (but for links of the hub's cache to its blobs)."""
     pure, path = PurePosixPath(name), directory / name
+    if max((len(os.fsencode(part)) for part in pure.parts), default=0) > LONGEST_NAME:
+        raise CheckpointError(
+            f"{directory}: no file can have the name {name[:80]!r}...; the index is damaged"
+        )
     root, target = directory.resolve(), path.resolve()
     blobs = root.parent.parent / "blobs"
     linked = root.parent.name == "snapshots" and target.is_relative_to(blobs)

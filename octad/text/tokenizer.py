@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import tokenizers
 
 from octad.errors import CheckpointError, DataError
-from octad.guard import read_object
+from octad.guard import read_bytes, read_object
 from octad.text.chat_template import render_chat
 
 Message = Mapping[str, Any]
@@ -78,7 +78,12 @@ class Tokenizer:
         config = _optional(directory / "tokenizer_config.json")
         config |= {"chat_template": _chat_template(directory, config)}
         generation = _optional(directory / "generation_config.json")
-        ends = _end_ids(core, config, generation, _optional(directory / "config.json"))
+        try:
+            ends = _end_ids(core, config, generation, _optional(directory / "config.json"))
+        except ValueError as error:
+            raise CheckpointError(
+                f"{directory}: eos_token_id should be an id or a list of them, {error}"
+            ) from None
         return cls(core, config, ends, generation, str(path))
 
     # ---- text and ids --------------------------------------------------------------------------------------
@@ -286,12 +291,20 @@ def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
     """chat_template.jinja, else tokenizer_config.json's; of several, the one named default."""
     file = directory / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return read_bytes(file).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{file}: not UTF-8 text (byte {error.start})") from None
     template = config.get("chat_template")
     if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-        return named.get("default") or next(iter(named.values()), None)
-    return template if isinstance(template, str) else None
+        try:
+            named = {str(entry["name"]): entry["template"] for entry in template}
+        except (TypeError, KeyError):
+            named = {"": template}  # neither a template
+        template = named.get("default") or next(iter(named.values()), None)
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(f"{directory}: tokenizer_config.json has a chat_template that is no text")
+    return template
 
 
 def _end_ids(
@@ -308,9 +321,11 @@ def _end_ids(
 
 
 def _id_list(value: Any) -> list[int]:
-    if value is None:
-        return []
-    return [int(v) for v in value] if isinstance(value, list) else [int(value)]
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for found in ids:
+        if type(found) is not int or not 0 <= found < 1 << 32:
+            raise ValueError(f"found {str(found)[:80]!r}")
+    return ids
 
 
 def _split_at(text: str, spellings: Sequence[str]) -> list[str]:

@@ -8,12 +8,14 @@ by layer at the end, the worst imbalance (MaxVio) of the layers over the steps, 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from octad.errors import OctadError
+from octad.guard import parse_json
 from octad.report.plot import Line, document, lines
 from octad.report.svg import heat
 from octad.staging import replace_file
@@ -29,12 +31,21 @@ def draw_run(run: Path) -> str:
     told = [record for record in records if record.get("layers")]
     if not told:
         return f"no routing to draw in {run / LOG}"
+    try:
+        replace_file(run / PICTURE, document(_panels(records, told)))
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError):
+        return f"no {PICTURE}: {run / LOG} holds what no run writes"
+    return f"drew {run / PICTURE}"
+
+
+def _panels(records: Sequence[Record], told: Sequence[Record]) -> list[tuple[str, Any]]:
+    """Titles and drawings."""
     last = told[-1]["layers"]
     dead = [f"expert {e} of layer {n}" for n, layer in enumerate(last) for e in layer["dead"]]
     loads = f"share of the choices at step {told[-1]['step']}" + (
         f"; dead: {', '.join(dead)}" if dead else ""
     )
-    panels = [
+    return [
         (
             "bits per byte (thin: training, dots: held-out)",
             lines(_bits(records), "bits per byte", x_title="step"),
@@ -43,20 +54,17 @@ def draw_run(run: Path) -> str:
         ("MaxVio: largest load over the mean load, less 1", _by_step(told, _violations)),
         ("routers, mean of layers", _by_step(told, _routers)),
     ]
-    replace_file(run / PICTURE, document(panels))
-    return f"drew {run / PICTURE}"
 
 
 def read_log(path: Path) -> list[Record]:
     """The records by step; of a step that was taken again after an interruption, the last. A line that is none (a kill
     cut it short) is left out."""
     found: dict[tuple[int, bool], Record] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        found[int(record["step"]), "held_out" in record] = record
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with suppress(OctadError):
+            record = parse_json(line, LOG)
+            if isinstance(record, dict) and isinstance(step := record.get("step"), int):
+                found[step, "held_out" in record] = record
     return [found[key] for key in sorted(found)]
 
 

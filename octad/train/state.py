@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from octad.checkpoint.config_file import one_line
 from octad.dist import World
 from octad.errors import CheckpointError, OutputError
+from octad.guard import read_json
 from octad.staging import StagedDirectory, explained, space
 
 TENSORS, FACTS, FORMAT = "state.safetensors", "state.json", 2
@@ -137,7 +138,7 @@ def latest_state(run: Path) -> Path | None:
 def load_facts(state: Path) -> dict[str, Any]:
     """What is not a tensor, after a look at the files. Raises CheckpointError where it is damaged."""
     try:
-        raw = json.loads((state / FACTS).read_text(encoding="utf-8"))
+        raw = read_json(state / FACTS)
         if isinstance(raw, dict) and raw.get("format") != FORMAT:
             raise ValueError(f"format {raw.get('format')!r}, this octad reads {FORMAT}")
         facts = Facts.model_validate(raw)
@@ -149,7 +150,7 @@ def load_facts(state: Path) -> dict[str, Any]:
         return facts.model_dump()
     except ValidationError as error:
         raise _damaged(state, ValueError(f"{FACTS}: {one_line(error, Facts)}")) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, CheckpointError) as error:
         raise _damaged(state, error) from None
 
 
