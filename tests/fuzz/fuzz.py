@@ -25,8 +25,8 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path[:0] = [str(Path(__file__).parent)]
 
+from damaged_files import READERS  # noqa: E402
 from mutate import mutated  # noqa: E402
-from readers import READERS  # noqa: E402
 
 SECONDS, ADDRESS_SPACE = 10, 12 << 30
 OUTCOMES = ("read", "refused", "uncaught", "hung", "crashed")
@@ -123,10 +123,12 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="octad-fuzz-") as place:
         directory = Path(place) / "world"
-        make = f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]; from pathlib import Path; import readers; "
+        make = f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]; from pathlib import Path; import damaged_files; "
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         subprocess.run(
-            [sys.executable, "-c", f"{make}readers.seeds(Path({str(directory)!r}))"], check=True, **quiet
+            [sys.executable, "-c", f"{make}damaged_files.seeds(Path({str(directory)!r}))"],
+            check=True,
+            **quiet,
         )
         subprocess.run(["cp", "-a", str(directory), f"{directory}.whole"], check=True)
         work = cases(options.count, options.seed, options.only or list(READERS))
