@@ -29,9 +29,9 @@ def seeds(directory: Path) -> None:
     import pyarrow as pa
     import torch
     import zstandard
-    from conftest import make_model
     from members import VOCABULARY, save_tokenizer
     from pyarrow import parquet
+    from tiny_models import make_model
     from world import make
 
     from octad.chat import transcript

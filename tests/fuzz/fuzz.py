@@ -123,10 +123,13 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="octad-fuzz-") as place:
         directory = Path(place) / "world"
-        make = f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]; from pathlib import Path; import damaged_files; "
+        make = f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]\n"
+        make += (
+            f"from pathlib import Path\nimport damaged_files\ndamaged_files.seeds(Path({str(directory)!r}))"
+        )
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         subprocess.run(
-            [sys.executable, "-c", f"{make}damaged_files.seeds(Path({str(directory)!r}))"],
+            [sys.executable, "-c", make],
             check=True,
             **quiet,
         )
