@@ -15,13 +15,14 @@ Shapes: V rows of the model's head, which may be more (or fewer) than the tokeni
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -37,6 +38,21 @@ KEPT_GRAMMARS = 64
 MOST_TEXT = 400_000  # characters of a form
 MOST_REPEATED = 50_000  # characters that a pattern's repetitions stand for
 MOST_SECONDS = 3.0  # of processor time to compile a form
+LITERAL = ("enum", "const", "default", "examples", "required")  # keywords whose values are no schemas
+LIMITS = {
+    "minimum",
+    "maximum",
+    "exclusiveMinimum",
+    "exclusiveMaximum",
+    "multipleOf",
+    "enum",
+    "const",
+    "format",
+}
+NUMBERS: dict[str, dict[str, float]] = {
+    "integer": {"minimum": -(2**53), "maximum": 2**53},
+    "number": {"minimum": -1e15, "maximum": 1e15, "multipleOf": 1e-9},
+}
 JSON_SPACE = r"[ \t\r\n]{0,40}"
 ASCII_DIGITS = "d"  # \d is 0-9, as in JavaScript; the rest is Rust's regex syntax, without look-around
 
@@ -114,7 +130,9 @@ class GrammarCompiler:
                 f"structured.{_field(spec)}: cannot be used: {_one_line(str(error))}"
             ) from error
         if core.is_error():
-            raise RequestError(f"structured.{_field(spec)}: cannot be used: {_one_line(core.get_error())}")
+            told = _one_line(core.get_error())
+            place = _where(json.loads(str(spec.json)), told) if spec.json is not None else ""
+            raise RequestError(f"structured.{_field(spec)}: cannot be used{place}: {told}")
         first = core.deep_copy()
         first.compute_bitmask()
         if first.is_error() or (first.is_stopped() and not first.is_accepting()):
@@ -195,10 +213,49 @@ def _grammar(spec: StructuredOutput) -> str:
     if spec.grammar is not None:
         return LLMatcher.grammar_from_lark(spec.grammar)
     if spec.json is not None or spec.json_object:
-        schema = '{"type": "object"}' if spec.json_object else str(spec.json)
+        schema = '{"type": "object"}' if spec.json_object else json.dumps(bounded(json.loads(str(spec.json))))
         return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": JSON_SPACE})
     pattern = spec.regex or "|".join(map(_literal, spec.choice or ()))
     return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(pattern, ASCII_DIGITS)}/")
+
+
+def bounded(schema: Any) -> Any:
+    """A schema whose numbers have an end: small models like to go on with digits for ever. What it says of numbers itself
+    stays; where it says nothing, integers are those that a float64 holds, numbers have fifteen digits and nine more."""
+    if isinstance(schema, list):
+        return [bounded(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: item if key in LITERAL else bounded(item) for key, item in schema.items()}
+    for kind, bounds in NUMBERS.items():
+        named = schema.get("type")
+        if (named == kind or (isinstance(named, list) and kind in named)) and not LIMITS & schema.keys():
+            return found | bounds
+    return found
+
+
+def _where(schema: Any, message: str) -> str:
+    """Where in the schema the keyword stands that a message is about, as a JSON path; "" where that is not to be told."""
+    named = re.search(r'(?:keys|key|format|keyword): \[?"?([$\w]+)', message)
+    wanted = named[1] if named else "pattern" if "look-around" in message else None
+    if wanted is None:
+        return ""
+
+    def find(value: Any, path: str) -> str:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                if key == wanted and (wanted != "pattern" or (isinstance(item, str) and "(?" in item)):
+                    return f"{path}.{key}"
+                if found := find(item, f"{path}.{key}"):
+                    return found
+        elif isinstance(value, list):
+            for at, item in enumerate(value):
+                if found := find(item, f"{path}[{at}]"):
+                    return found
+        return ""
+
+    found = find(schema, "$")
+    return f" (at {found})" if found else ""
 
 
 def _literal(text: str) -> str:

@@ -65,7 +65,7 @@ class Application:
         self.asgi: ASGIApp = Logged(Guarded(Limited(counted, self.limits), access or Access()))
 
     def ready(self, llm: LLM, made: Mapping[str, Any] | None = None) -> None:
-        """The model is there. `made`: octad.json's facts, for /v1/experts."""
+        """The model is there. `made`: what make_up tells of it, for /v1/experts."""
         llm.tokenizer.label = self.names.names[0]  # errors tell no paths
         queue = Queue(llm.engine.config.max_num_seqs + self.max_queue)
         self.metrics.watch(llm.engine)

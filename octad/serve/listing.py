@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,7 +68,7 @@ class ModelNames:
 
 
 def experts(llm: LLM, made: Mapping[str, Any] | None) -> dict[str, Any]:
-    """GET /v1/experts: who is in the mixture, and octad.json's facts."""
+    """GET /v1/experts: who is in the mixture, and what it was made of (octad.serve.make_up)."""
     entries = (made or {}).get("experts") or []
     data = []
     for index, name in enumerate(llm.expert_names):
@@ -82,22 +81,8 @@ def experts(llm: LLM, made: Mapping[str, Any] | None) -> dict[str, Any]:
         "data": data,
         "layers": config.num_hidden_layers,
         "top_k": config.num_experts_per_tok if config.num_experts else 0,
-        "make_up": None if made is None else without_places(made),
+        "make_up": made,
     }
-
-
-def without_places(value: Any, key: str = "") -> Any:
-    """Provenance without this machine's paths and the files' digests: of a path only its last part."""
-    if isinstance(value, Mapping):
-        hidden = ("path", "files", "directory", "data", "digest", "sha256")
-        return {k: without_places(v, str(k)) for k, v in value.items() if k not in hidden}
-    if isinstance(value, list):
-        return [without_places(item, key) for item in value]
-    if isinstance(value, str) and ("/" in value or "\\" in value):
-        pure = PurePath(value)
-        local = pure.is_absolute() or value.startswith((".", "~")) or key in ("model", "base", "label")
-        return pure.name if local else value
-    return value
 
 
 async def tokenize(request: Request, generator: Generator, names: ModelNames) -> Response:

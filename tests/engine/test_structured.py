@@ -329,3 +329,28 @@ def test_a_form_that_fails_underway_is_no_stop(tiny_checkpoint: TinyCheckpoint) 
     found = engine.output("a").outputs[0]
     assert found.finish_reason == "error"
     assert isinstance(found.stop_reason, str)
+
+
+def test_numbers_have_an_end() -> None:
+    compiler, encode = GrammarCompiler(byte_tokenizer(), [95]), byte_tokenizer().encode
+    for schema, text, taken in (
+        ({"type": "integer"}, "9" * 100, 15),
+        ({"type": "integer"}, "-12345", 6),
+        ({"type": "number"}, "1." + "3" * 100, 11),
+        ({"type": "number"}, "-12.25", 6),
+        ({"type": ["null", "number"]}, "5" * 100, 15),
+        ({"enum": [25]}, "25", 2),
+    ):
+        core = compiler.compile(StructuredOutput(json=schema))._core
+        assert core.try_consume_tokens(encode(text)) == taken, schema
+
+
+def test_what_a_schema_cannot_have_is_named_with_its_place() -> None:
+    compiler = GrammarCompiler(byte_tokenizer(), [95])
+    inner = {"type": "string", "pattern": "^(?!x)y"}
+    for schema, place in (
+        ({"type": "object", "properties": {"a": {"items": inner}}}, r"\$\.properties\.a\.items\.pattern"),
+        ({"anyOf": [{"type": "null"}, {"not": {"type": "null"}}]}, r"\$\.anyOf\[1\]\.not"),
+    ):
+        with pytest.raises(RequestError, match=rf"cannot be used \(at {place}\)"):
+            compiler.compile(StructuredOutput(json=schema))

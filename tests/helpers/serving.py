@@ -97,7 +97,7 @@ def start(served_mixture: Path) -> Iterator[Start]:
         torch.set_num_threads(1)
         llm = LLM(served_mixture, dtype="float32", device="cpu", **({"num_blocks": 600} | (engine or {})))
         app = Application(ModelNames.now(["mixture"]), access, limits, **options)
-        app.ready(llm, {"experts": [{"name": "general", "domain": "news"}], "base": {"path": "/secret/base"}})
+        app.ready(llm, {"experts": [{"name": "general", "domain": "news"}]})
         opened = bind("127.0.0.1", 0)
         made = server(app.asgi, app.state, limits)
         thread = threading.Thread(target=lambda: asyncio.run(made.serve([opened])), daemon=True)

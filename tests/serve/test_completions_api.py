@@ -155,4 +155,4 @@ def test_models_and_experts(running: Running) -> None:
     assert [entry["name"] for entry in found["data"]] == running.llm.expert_names
     assert found["data"][0] == {"index": 0, "name": "general", "domain": "news"}
     assert (found["layers"], found["top_k"]) == (2, 2)
-    assert "secret" not in str(found)
+    assert found["make_up"] == {"experts": [{"name": "general", "domain": "news"}]}
