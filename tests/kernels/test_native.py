@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from octad.kernels.build import load, runnable
-from octad.kernels.native import NativeKernels, WeightArray, describe
+from octad.kernels.native import NativeKernels, describe
 from octad.kernels.packed import Packed, linear_reference, pack, pack_raw
 from octad.kernels.paged import PagedBatch, paged_attention_reference
 from octad.model.config import ModelConfig, RopeConfig
@@ -399,18 +399,3 @@ def test_attention_of_far_apart_scores(kernels: NativeKernels) -> None:
     keys[batch.block_tables[0, 2], 3] = 1000 * q[0, 0] / q.square().sum()
     y = kernels.paged_attention(q, keys, values, batch.context_lens, batch.block_tables, None, 1.0)
     torch.testing.assert_close(y[0, 0], values[batch.block_tables[0, 2], 3, 0])
-
-
-def test_weights_that_cannot_be_called_together() -> None:
-    with pytest.raises(ValueError, match="contiguous"):
-        describe([torch.randn(8, 4).T])
-    w = torch.randn(8, 64)
-    for pair in (
-        [w, w.bfloat16()],
-        [w, w[:, :32].clone()],
-        [pack(w, 8), pack(w, 4)],
-        [pack(w, 8), pack(w, 8, 32)],
-    ):
-        with pytest.raises(ValueError, match="share their inputs and format"):
-            describe(pair)
-    assert isinstance(describe([w, w[:3]]), WeightArray)
