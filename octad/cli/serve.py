@@ -65,7 +65,6 @@ def serve(
         max_queue=max_queue,
         timeout=timeout or None,
     )
-    _log_to_stderr(requests=log_requests)
     options: dict[str, Any] = {"max_num_seqs": max_num_seqs, "max_model_len": max_model_len}
 
     def load(tell: Tell) -> LLM:
@@ -75,6 +74,7 @@ def serve(
         return LLM(model, dtype=dtype, device=device, quantize=quantize, kv_cache_gb=kv_cache_gb, **options)
 
     opened = bind(host, port)
+    _log_to_stderr(requests=log_requests)
     place = opened.getsockname()
     shown = f"[{place[0]}]" if ":" in place[0] else place[0]
     print(f"octad: http://{shown}:{place[1]}/ is the chat page, /v1 the API", file=sys.stderr, flush=True)

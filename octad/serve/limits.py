@@ -172,6 +172,12 @@ def patient_protocol(limits: Limits) -> type[H11Protocol]:
             elif self._late is None and not self.transport.is_closing():
                 self._arm()
 
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            begun = bool(self.conn.trailing_data[0])  # a part of the next request came with the last one
+            if begun and self._late is None and not self.transport.is_closing():
+                self._arm()
+
         def connection_lost(self, exc: Exception | None) -> None:
             self._disarm()
             super().connection_lost(exc)
