@@ -4,9 +4,17 @@ The command line turns every OctadError into one line on stderr and exit code 2;
 keeps its traceback.
 """
 
+LONGEST = 1500  # characters of a message; files can hold names of any length
+
 
 class OctadError(Exception):
-    """Base of all errors whose message is meant for the user."""
+    """Base of all errors whose message is meant for the user. It is one line, whatever a file had in it that is named."""
+
+    def __str__(self) -> str:
+        text = "".join(
+            c if c.isprintable() else c.encode("unicode_escape").decode() for c in super().__str__()
+        )
+        return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}...{text[-LONGEST // 2 :]}"
 
 
 class ConfigError(OctadError):

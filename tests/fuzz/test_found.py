@@ -63,6 +63,13 @@ def test_a_log_that_was_damaged(tmp_path: Path) -> None:
     assert not (tmp_path / "routing.svg").exists()
 
 
+def test_an_error_is_one_line_whatever_it_names() -> None:
+    assert (
+        str(CheckpointError("a\u202e\n\ud800\0: \u00e9t\u00e9")) == "a\\u202e\\n\\ud800\\x00: \u00e9t\u00e9"
+    )
+    assert len(str(CheckpointError("x" * 10_000))) < 2000
+
+
 def test_the_same_seed_is_the_same_damage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(HERE))
     from mutate import mutated
