@@ -1,13 +1,13 @@
-"""Decoder layers that decode in one call, and otherwise are the composition of their parts.
+"""A decoder that decodes many layers in one call, and otherwise is the composition of its parts.
 
-    stack = []                                        # of one model
-    model.model.layers[i] = NativeLayer(kernels, layer, config, stack)      # its parts are native modules already
+    model.model.layers[i] = NativeLayer(layer, config)          # its parts are native modules already
+    model.model = NativeDecoder(kernels, model.model)
 
 Between the weights' reading, a token's layer is some twenty small operations, and handing over from Python to the kernel
-costs as much as several of them. So for a step in which every sequence has one new token (decoding) the first layer runs
-all that follow it in one call, and these find their work done; prompts, calls without pages, and shapes that the kernel
-does not know go through the parts, which also are its slow twin. Both give the same bits, so what a sequence says does
-not depend on whether another one's prompt is in the same step.
+costs as much as several of them. So in a step in which every sequence has one new token (decoding) layers that route
+alike run in one call; prompts, calls without pages, and shapes that the kernel does not know go through the parts, which
+also are its slow twin. Both give the same bits, so what a sequence says does not depend on whether another one's prompt
+is in the same step.
 
 Shapes: R sequences, D model, L layers of a call, A experts a token.
 """
@@ -15,9 +15,8 @@ Shapes: R sequences, D model, L layers of a call, A experts a token.
 from __future__ import annotations
 
 import ctypes
-import weakref
 from itertools import takewhile
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,46 +31,24 @@ from octad.model.moe import FixedRouter, MoE
 from octad.model.observe import Watch
 from octad.model.paged_cache import BlockPool, PagedCache
 from octad.model.rope import Rope
-from octad.model.transformer import DecoderLayer
-
-Stack = list["weakref.ref[NativeLayer]"]  # weak: a model must not hold itself
+from octad.model.transformer import Decoder, DecoderLayer
 
 
 class NativeLayer(nn.Module):
-    """DecoderLayer, with the same children under the same names. `stack` collects the layers of one model, in order."""
+    """DecoderLayer, with the same children under the same names, and what the kernel asks of it."""
 
-    def __init__(
-        self,
-        kernels: NativeKernels,
-        layer: DecoderLayer,
-        config: ModelConfig,
-        stack: Stack | None = None,
-    ) -> None:
+    def __init__(self, layer: DecoderLayer, config: ModelConfig) -> None:
         super().__init__()
-        self.kernels = kernels
         self.input_layernorm, self.self_attn = layer.input_layernorm, layer.self_attn
         self.post_attention_layernorm, self.mlp = layer.post_attention_layernorm, layer.mlp
         self.layer = layer.self_attn.layer
         self._struct = block_struct(layer, config)
-        self._block = None if self._struct is None else ctypes.addressof(self._struct)
-        self._mlp = (
-            layer.mlp,
-        )  # nn.Module looks its children up slowly, and this one is looked up in every step
-        self._stack: Stack = [] if stack is None else stack
-        self._place = len(self._stack)
-        self._stack.append(weakref.ref(self))
-        self._arrays: dict[int, tuple[BlockPool, LayerArray]] = {}
+        self.block = None if self._struct is None else ctypes.addressof(self._struct)
+        # nn.Module looks its children up slowly, and this one is looked up in every step
+        self._mlp = (layer.mlp,)
 
     def forward(self, x_BSD: torch.Tensor, rope: Rope, cache: KVCache | None = None) -> torch.Tensor:
         """As DecoderLayer.forward."""
-        if isinstance(cache, PagedCache) and cache.decoding:
-            # what the last call made, and the layer behind its last one
-            done: tuple[torch.Tensor, int] | None = cache.batch.memo.get("decoded")
-            if done is not None and done[0] is x_BSD and self._place < done[1]:
-                return x_BSD
-            barred = cache.watch is not None and cache.watch.bias_NE is not None
-            if self.fused and not (barred and cache.watch.alone_N is None):  # type: ignore[union-attr]
-                return self.decode(x_BSD, rope, cache)
         h_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rope, cache)
         out: torch.Tensor = h_BSD + self.mlp(self.post_attention_layernorm(h_BSD))
         return out
@@ -85,7 +62,7 @@ class NativeLayer(nn.Module):
     def routing(self) -> tuple[str, int] | None:
         """How one call routes here, and to how many experts a token; None where it cannot. Layers that answer alike have
         the same shapes, too."""
-        if self._block is None:
+        if self.block is None:
             return None
         gate = self.router
         if isinstance(gate, NativeRouter):
@@ -100,18 +77,40 @@ class NativeLayer(nn.Module):
         mlp = self._mlp[0]
         return mlp._modules["gate"] if isinstance(mlp, MoE) else None
 
-    def decode(self, x_1RD: torch.Tensor, rope: Rope, cache: PagedCache) -> torch.Tensor:
-        """This layer and those behind it that route alike, for one new token of each sequence."""
-        routing, behind = self.routing, (layer() for layer in self._stack[self._place :])
+
+class NativeDecoder(Decoder):
+    """Decoder, with the same children under the same names."""
+
+    def __init__(self, kernels: NativeKernels, decoder: Decoder) -> None:
+        nn.Module.__init__(self)
+        self.kernels = kernels
+        self.embed_tokens, self.layers = decoder.embed_tokens, decoder.layers
+        self.norm, self.rope = decoder.norm, decoder.rope
+        self._arrays: dict[tuple[int, int], tuple[BlockPool, LayerArray]] = {}
+
+    def forward(self, tokens_BS: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """As Decoder.forward."""
+        x_BSD: torch.Tensor = self.embed_tokens(tokens_BS)
+        layers, place = cast(list[NativeLayer], list(self.layers)), 0
+        while place < len(layers):
+            run = _alike(layers[place:], cache)
+            if run:
+                assert isinstance(cache, PagedCache)
+                x_BSD = self._decode(run, x_BSD, cache)
+            else:
+                x_BSD = layers[place](x_BSD, self.rope, cache)
+            place += max(1, len(run))
+        if cache:
+            cache.advance(tokens_BS.shape[1])
+        out: torch.Tensor = self.norm(x_BSD)
+        return out
+
+    def _decode(self, layers: list[NativeLayer], x_1RD: torch.Tensor, cache: PagedCache) -> torch.Tensor:
+        """Layers that route alike, for one new token of each sequence."""
+        routing, watch = layers[0].routing, cache.watch
         assert routing is not None
-        watch = cache.watch
         alone_R = watch.alone_N if watch is not None and routing[0] == "routed" else None
         given, top_k = routing[0] != "routed" or alone_R is not None, 1 if alone_R is not None else routing[1]
-        layers = [
-            layer
-            for layer in takewhile(lambda one: one is not None and one.routing == routing, behind)
-            if layer
-        ]
         shape = (len(layers), x_1RD.shape[1], top_k)
         weights_LRA, experts_LRA = torch.empty(shape), torch.empty(shape, dtype=torch.int64)
         if alone_R is not None:
@@ -119,29 +118,36 @@ class NativeLayer(nn.Module):
             experts_LRA[:] = alone_R[:, None]
         elif given:
             _fill_in(layers, x_1RD[0], weights_LRA, experts_LRA)
-        step = _step(cache, rope, x_1RD, given)
-        array = self._array(layers, cache.pool)
-        y = self.kernels.layers(array, step, x_1RD, weights_LRA, experts_LRA)
-        cache.batch.memo["decoded"] = y, self._place + len(layers)
+        step = _step(cache, self.rope, x_1RD, given)
+        y = self.kernels.layers(self._array(layers, cache.pool), step, x_1RD, weights_LRA, experts_LRA)
         if alone_R is not None:  # as wide as the routers' own answers; what is left over weighs nothing
-            missing = routing[1] - 1
-            weights_LRA, experts_LRA = (
-                F.pad(weights_LRA, (0, missing)),
-                experts_LRA.expand(-1, -1, routing[1]),
-            )
+            weights_LRA = F.pad(weights_LRA, (0, routing[1] - 1))
+            experts_LRA = experts_LRA.expand(-1, -1, routing[1])
         if routing[0] == "routed":
             _tell_observers(layers, x_1RD, weights_LRA, experts_LRA, watch)
         return y
 
     def _array(self, layers: list[NativeLayer], pool: BlockPool) -> LayerArray:
         """The layers as the kernel takes them, made once."""
-        held = self._arrays.get(len(layers))
+        place = layers[0].layer, len(layers)
+        held = self._arrays.get(place)
         if held is None or held[0] is not pool:
             numbers = [layer.layer for layer in layers]
-            blocks = [layer._block for layer in layers if layer._block is not None]
+            blocks = [layer.block for layer in layers if layer.block is not None]
             keys, values = [pool.keys[n] for n in numbers], [pool.values[n] for n in numbers]
-            held = self._arrays[len(layers)] = pool, LayerArray.of(blocks, keys, values)
+            held = self._arrays[place] = pool, LayerArray.of(blocks, keys, values)
         return held[1]
+
+
+def _alike(layers: list[NativeLayer], cache: KVCache | None) -> list[NativeLayer]:
+    """The first of these layers and those behind it that one call runs; none where the step is not decoding, the kernel
+    does not know the first, or several experts are barred."""
+    if not (isinstance(cache, PagedCache) and cache.decoding) or (routing := layers[0].routing) is None:
+        return []
+    watch = cache.watch
+    if watch is not None and watch.bias_NE is not None and watch.alone_N is None:
+        return []
+    return list(takewhile(lambda layer: layer.routing == routing, layers))
 
 
 def _fill_in(

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from octad.errors import RequestError
-from octad.fast.native_layer import NativeLayer, Stack
+from octad.fast.native_layer import NativeDecoder, NativeLayer
 from octad.fast.native_modules import (
     NativeAttention,
     NativeExperts,
@@ -178,7 +178,7 @@ class Swapper:
     """Puts native modules in the place of one model's own, layer by layer, from weights in memory or still on disk."""
 
     def __init__(self, model: Transformer, kernels: NativeKernels, precision: Precision) -> None:
-        self.model, self.kernels, self.precision, self.stack = model, kernels, precision, Stack()
+        self.model, self.kernels, self.precision = model, kernels, precision
         self.attention = Packer(precision.attention, wide=precision.wide)
         self.ffn = Packer(precision.ffn, wide=precision.wide)
 
@@ -193,12 +193,13 @@ class Swapper:
             self._mixture(layer.mlp, experts or expert_weights(layer.mlp.experts))
         elif isinstance(layer.mlp, MLP):
             layer.mlp = self._mlp(layer.mlp)
-        self.model.model.layers[number] = NativeLayer(self.kernels, layer, self.model.config, self.stack)
+        self.model.model.layers[number] = NativeLayer(layer, self.model.config)
 
     def ends(self, head: torch.Tensor | Packed) -> None:
-        """Swap the last norm and the head, whose weight [V, D] is given."""
+        """Swap the last norm, the decoder around the layers, and the head, whose weight [V, D] is given."""
         decoder, one = self.model.model, Packer(self.precision.head, wide=self.precision.wide).one
         decoder.norm = NativeNorm(self.kernels, decoder.norm)
+        self.model.model = NativeDecoder(self.kernels, decoder)
         self.model.lm_head = NativeLinear(self.kernels, head, None, one)
 
     def _mixture(self, moe: MoE, experts: ExpertWeights) -> None:
