@@ -212,7 +212,10 @@ def loads(directory: Path) -> bool:
 def litter(place: Path) -> list[str]:
     """Hidden files and directories anywhere, and whatever lies in the temporary directory."""
     hidden = [str(p.relative_to(place)) for p in place.rglob(".*")]
-    return hidden + [str(p.relative_to(place)) for p in (place / "tmp").glob("*")]
+    kept = (
+        p for p in (place / "tmp").glob("*") if not p.name.startswith("torchinductor")
+    )  # PyTorch's own cache
+    return hidden + [str(p.relative_to(place)) for p in kept]
 
 
 @dataclass
