@@ -102,14 +102,17 @@ def test_commands_that_end_in_an_answer(session: Session, talk: Talk) -> None:
 
 
 def interrupted_after(tokens: int, llm: LLM, times: int = 1) -> None:
-    """From here on, the interrupt signal comes while the model makes that token."""
+    """From here on, the interrupt signal comes while the model makes that token, on the engine's thread: the screen has
+    shown what came before, and takes note of each signal before the next one."""
     run, count = llm.engine.runner.run, 0
 
     def counted(*arguments: Any) -> Any:
         nonlocal count
         count += 1
         for _ in range(times if count == tokens else 0):
+            time.sleep(0.3)
             os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)
         return run(*arguments)
 
     llm.engine.runner.run = counted  # type: ignore[method-assign]
