@@ -14,7 +14,7 @@ from setuptools.command.build_py import build_py
 
 # by its path: importing the package would need its dependencies
 _spec = importlib.util.spec_from_file_location(
-    "octad_build", Path(__file__).with_name("octad") / "kernels" / "build.py"
+    "octad_build", Path(__file__).with_name("octad") / "kernels" / "compile.py"
 )
 native = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = native

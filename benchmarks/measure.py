@@ -58,7 +58,7 @@ def hardware() -> dict[str, Any]:
     import torch
 
     from octad import machine
-    from octad.kernels.build import isa
+    from octad.kernels.compile import isa
 
     found = machine.hardware(torch.device("cpu"))
     load = round(os.getloadavg()[0], 2)

@@ -174,7 +174,7 @@ def test_evaluate_as_json(world: World, mixture: Path, octad: Octad) -> None:
     code, out, _ = octad("evaluate", mixture, *arguments)
     assert code == 0
     assert "oracle" in out
-    assert "below" in out or "above" in out
+    assert "the best of its parts" in out  # the verdict's sentence, however it comes out
 
 
 def test_evaluate_a_dense_model(world: World, octad: Octad) -> None:

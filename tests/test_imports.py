@@ -120,3 +120,14 @@ def test_files_of_tests_have_names_of_their_own() -> None:
         if not (path.parent / "conftest.py").exists() or path.parent == here
     ]
     assert [p.name for p in others if "conftest" in imported_modules(p)] == []
+
+
+def test_no_two_modules_have_one_name() -> None:
+    """So that a file's name alone says which is meant."""
+    names = [path.name for path in FILES if not path.name.startswith("__")]
+    assert sorted(names) == sorted(set(names))
+
+
+def test_no_file_is_longer_than_one_holds_in_the_head() -> None:
+    longest = {path.name: len(path.read_text().splitlines()) for path in FILES}
+    assert {name: lines for name, lines in longest.items() if lines > 400} == {}

@@ -36,12 +36,12 @@ from octad.bench.cases import (
     line_up,
     packaged_texts,
 )
-from octad.bench.figures import report, summary
+from octad.bench.measures import report, summary
 from octad.bench.peers import Unmeasured
 from octad.checkpoint.load import load_tokenizer, open_source
 from octad.checkpoint.source import TensorSource
 from octad.errors import OctadError
-from octad.kernels.build import isa
+from octad.kernels.compile import isa
 from octad.machine import Limits, hardware
 from octad.model import cost
 

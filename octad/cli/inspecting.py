@@ -60,7 +60,7 @@ def bench(
     """Measure speed and memory, as a share of the machine's limits and beside other programs; the last line is JSON."""
     from octad.bench.bench import run
     from octad.bench.cases import BenchOptions, whole_numbers
-    from octad.bench.table import live, render
+    from octad.bench.results_table import live, render
 
     lengths = {"prompt_lengths": prompt_lengths, "contexts": contexts, "batch_sizes": batch_sizes}
     options: dict[str, Any] = {name: whole_numbers(name, value) for name, value in lengths.items()}

@@ -46,7 +46,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Judge a mixture beside its members, their soup, ensemble and oracle: bits per byte of held-out text, and tasks."""
-    from octad.cli import judge as commands_evaluate
+    from octad.cli import evaluation as commands_evaluate
     from octad.cli import tasks as commands_tasks
     from octad.evaluate.compare import Settings
 

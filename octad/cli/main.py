@@ -19,7 +19,7 @@ import typer
 
 from octad.cli import answering, combining, exporting, inspecting, judging, plan, serve, training
 from octad.errors import OctadError
-from octad.kernels.build import IsaError
+from octad.kernels.compile import IsaError
 
 app = typer.Typer(
     help="One mixture-of-experts language model out of eight smaller ones.",

@@ -50,9 +50,9 @@ def plan(
 ) -> None:
     """Plan before anything is bought: parameters, memory, time, money, energy; nothing is loaded."""
     from octad.cli.plan_view import render
-    from octad.plan.answer import serve_answer, train_answer
     from octad.plan.hardware import find_cluster
     from octad.plan.memory import PRECISIONS
+    from octad.plan.reply import serve_answer, train_answer
     from octad.plan.shapes import readings
 
     if precision is not None and precision not in PRECISIONS:

@@ -22,8 +22,8 @@ def train(
     """Tune a mixture (router, repair or all), or pre-train a model. The same command resumes."""
     from octad.dist import keep_freed_memory
     from octad.train.learner import tune_learner
-    from octad.train.plot import draw_run
     from octad.train.pretrain import pretrain_learner
+    from octad.train.routing_plot import draw_run
     from octad.train.run_config import TuneConfig, load_config
     from octad.train.trainer import Outcome, Trainer
 

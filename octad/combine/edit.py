@@ -34,7 +34,7 @@ from octad.combine.fit import Additive, Calibration, Fitter, Progress, fitter_of
 from octad.combine.members import MemberReport, measured, member_report
 from octad.combine.mixture import MixtureSource
 from octad.combine.recipe import ExpertSpec, Recipe, SharedSpec
-from octad.combine.vocabulary import Owners, Vocabulary, agree
+from octad.combine.token_rows import Owners, Vocabulary, agree
 from octad.dist import compute_dtype
 from octad.errors import CheckpointError, RecipeError
 from octad.model.config import ModelConfig

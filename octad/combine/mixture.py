@@ -32,7 +32,7 @@ from octad.checkpoint.source import TensorInfo, TensorSource
 from octad.combine.conversion import converted
 from octad.combine.recipe import SharedSpec
 from octad.combine.shared import METHODS, linear
-from octad.combine.vocabulary import Owners
+from octad.combine.token_rows import Owners
 from octad.errors import CheckpointError
 from octad.model.config import ModelConfig
 

@@ -31,8 +31,8 @@ from octad.combine.fit import Calibration
 from octad.combine.members import MemberReport, alike, measured, member_report, refuse_base_again
 from octad.combine.mixture import MixtureSource
 from octad.combine.recipe import Recipe, check_name
-from octad.combine.views import RememberLast
-from octad.combine.vocabulary import Vocabulary, agree
+from octad.combine.remember import RememberLast
+from octad.combine.token_rows import Vocabulary, agree
 from octad.errors import CheckpointError, ConfigError, OutputError, RecipeError
 from octad.model.config import ModelConfig
 from octad.staging import StagedDirectory

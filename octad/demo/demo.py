@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from octad.checkpoint.provenance import PROVENANCE
 from octad.cli import answering
-from octad.cli import judge as commands_evaluate
+from octad.cli import evaluation as commands_evaluate
 from octad.errors import OutputError
 from octad.report import terminal
 from octad.report.figures import human, listed

@@ -25,8 +25,8 @@ from octad.engine.llm import LLM
 from octad.engine.params import SamplingParams
 from octad.errors import OctadError
 from octad.evaluate.tasks.answers import write
+from octad.evaluate.tasks.entrants import alone
 from octad.evaluate.tasks.likelihood import Pair, begin_ids, log_likelihoods
-from octad.evaluate.tasks.lineup import alone
 
 MARK = "\ue000 "  # a private character, where a message ends
 

@@ -41,7 +41,7 @@ from octad.fast.quantize import (
     quantize_modules,
 )
 from octad.kernels.arena import Arena
-from octad.kernels.build import BuildError, load
+from octad.kernels.compile import BuildError, load
 from octad.kernels.native import NativeKernels
 from octad.kernels.packed import Packed, pack
 from octad.kernels.paged import PagedAttention, paged_attention

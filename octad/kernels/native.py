@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from octad.kernels.build import Library
 from octad.kernels.calls import DTYPES, check
 from octad.kernels.calls import FLOAT as _F
 from octad.kernels.calls import INT as _I
 from octad.kernels.calls import POINTER as _P
+from octad.kernels.compile import Library
 from octad.kernels.packed import Packed
 
 PACKED = {16: 2, 8: 3, 4: 4, 32: 6}  # bits -> format; numbers.h names them

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 
 from octad.kernels.attention import causal_mask
-from octad.kernels.build import BuildError, Library, load
 from octad.kernels.calls import DTYPES, check
 from octad.kernels.calls import FLOAT as _F
 from octad.kernels.calls import INT as _I
 from octad.kernels.calls import POINTER as _P
+from octad.kernels.compile import BuildError, Library, load
 
 CACHED = 1 << 19  # logits that are worked on at a time: in float32 they fit a core's cache
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from octad.model import cost
 from octad.model.config import ModelConfig
-from octad.plan.layout import Layout
+from octad.plan.layouts import Layout
 
 WEIGHT, MASTER, GRADIENT, MOMENTS = 2, 4, 4, 8  # bytes of a parameter
 LOGIT_SLICE = 512  # positions whose logits octad's loss has at one time

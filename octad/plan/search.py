@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from octad.errors import RecipeError
 from octad.model.config import ModelConfig
 from octad.plan.hardware import Cluster, reached
-from octad.plan.layout import Layout, Shard
+from octad.plan.layouts import Layout, Shard
 from octad.plan.memory import Memory, training_memory
 from octad.plan.step import Time, micro_batches, need, step_time
 

@@ -16,7 +16,7 @@ from octad.errors import RecipeError
 from octad.model import cost
 from octad.model.config import ModelConfig
 from octad.plan.hardware import Cluster, reached
-from octad.plan.layout import Layout
+from octad.plan.layouts import Layout
 from octad.plan.memory import Precision, Share, weight_bytes
 
 WIDE = 4096  # hidden units of an expert, from which on its products are large

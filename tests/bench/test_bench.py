@@ -18,9 +18,9 @@ from octad import machine as limits
 from octad.bench import bench
 from octad.bench import cases as bench_plan
 from octad.bench.cases import BenchOptions, Cell, Entry, Texts, packaged_texts
-from octad.bench.figures import figures, nearest, ratio, spread, summary
+from octad.bench.measures import figures, nearest, ratio, spread, summary
 from octad.bench.peers import LlamaBench, Unmeasured, Worker, find_llama_bench
-from octad.bench.table import render
+from octad.bench.results_table import render
 from octad.bench.traffic import WeightBytes, covered
 from octad.bench.worker import OctadRunner, answer_room, counting, make_variant, serve
 from octad.checkpoint.load import load_model, open_source

@@ -22,9 +22,9 @@ from octad.errors import DataError, RequestError, SandboxError
 from octad.evaluate.tasks import humaneval, writing
 from octad.evaluate.tasks.answers import is_right, normalise, write
 from octad.evaluate.tasks.choice import measure_choice
+from octad.evaluate.tasks.entrants import lineup
 from octad.evaluate.tasks.humaneval import measure_code
 from octad.evaluate.tasks.likelihood import begin_ids, encode_pair, log_likelihoods
-from octad.evaluate.tasks.lineup import lineup
 from octad.evaluate.tasks.run_tasks import run_tasks
 from octad.evaluate.tasks.task import (
     ChoiceTask,

@@ -23,7 +23,7 @@ from octad.evaluate.price import Price
 from octad.evaluate.record import make_report
 from octad.evaluate.verdict import make_verdict
 from octad.guard import jsonable
-from octad.report import verdict as views
+from octad.report import verdict_blocks as views
 from octad.report.table import MOST_EXPERTS, Table
 from octad.report.terminal import table
 from octad.text.windows import Window

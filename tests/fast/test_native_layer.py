@@ -15,8 +15,8 @@ from octad.fast.native_layer import NativeLayer
 from octad.fast.native_modules import native_attention
 from octad.fast.optimize import exact_precision, native_kernels, swap
 from octad.fast.quantize import PackedLinear, Precision, quantize_modules
-from octad.kernels.build import BuildError
-from octad.kernels.build import load as build_kernels
+from octad.kernels.compile import BuildError
+from octad.kernels.compile import load as build_kernels
 from octad.kernels.native import NativeKernels
 from octad.kernels.packed import linear_reference
 from octad.kernels.paged import PagedBatch, paged_attention_reference

@@ -13,7 +13,7 @@ from octad.errors import RequestError
 from octad.fast.native_layer import NativeLayer
 from octad.fast.optimize import native_kernels, optimize
 from octad.fast.quantize import PackedExperts, PackedLinear, Precision, held_precision, quantize_modules
-from octad.kernels.build import IsaError
+from octad.kernels.compile import IsaError
 from octad.kernels.packed import Packed, pack
 from octad.model.moe import Experts, MoE
 from octad.model.transformer import Transformer

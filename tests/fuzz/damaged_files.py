@@ -246,7 +246,7 @@ def state(d: Path) -> None:
 
 def log(d: Path) -> None:
     """A run's log, drawn."""
-    from octad.train.plot import draw_run
+    from octad.train.routing_plot import draw_run
 
     draw_run(d / "run")
 

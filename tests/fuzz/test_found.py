@@ -10,7 +10,7 @@ from members import save_tokenizer
 from octad.checkpoint.hf import open_weights
 from octad.errors import CheckpointError
 from octad.text.tokenizer import Tokenizer
-from octad.train.plot import draw_run, read_log
+from octad.train.routing_plot import draw_run, read_log
 
 HERE = Path(__file__).parent
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from octad.kernels import build
-from octad.kernels.build import BuildError, IsaError, compile_all, isa, isa_flags, load, runnable
+from octad.kernels import compile as build
+from octad.kernels.compile import BuildError, IsaError, compile_all, isa, isa_flags, load, runnable
 from octad.kernels.native import NativeKernels
 
 QUICK = ["-O0"]
@@ -122,7 +122,7 @@ def test_an_error_in_the_source_is_its_own_reason(tmp_path: Path, source: Path) 
 
 def test_processes_that_build_at_once(tmp_path: Path) -> None:
     code = (
-        "from pathlib import Path; from octad.kernels.build import load;"
+        "from pathlib import Path; from octad.kernels.compile import load;"
         f"print(load(Path({str(tmp_path / 'cache')!r}), {QUICK!r}).function('features')())"
     )
     runs = [
@@ -140,7 +140,7 @@ def test_every_path_of_this_kind_of_processor_compiles(tmp_path: Path) -> None:
     assert not refused
     code = f"""
 import ctypes, torch
-from octad.kernels import build
+from octad.kernels import compile as build
 build.PACKAGED = build.Path({str(tmp_path / "all.so")!r})
 library = build.load()
 print(library.isa, *[isa for isa in build.isa_flags() if hasattr(library.handle, f"octad_{{isa}}_layers")])

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from octad.kernels.build import load, runnable
+from octad.kernels.compile import load, runnable
 from octad.kernels.native import NativeKernels, describe
 from octad.kernels.packed import Packed, linear_reference, pack, pack_raw
 from octad.kernels.paged import PagedBatch, paged_attention_reference

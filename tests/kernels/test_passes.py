@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from octad.kernels import passes
 from octad.kernels.attention import causal_mask
-from octad.kernels.build import BuildError, load, runnable
+from octad.kernels.compile import BuildError, load, runnable
 from octad.kernels.passes import NativePasses, Passes, not_native, quick_passes
 from octad.model.rope import rotated
 

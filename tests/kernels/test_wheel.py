@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import octad
-from octad.kernels.build import runnable
+from octad.kernels.compile import runnable
 
 ROOT = Path(octad.__file__).parents[1]
 CODE = """
 import torch
 from pathlib import Path
-from octad.kernels import build
+from octad.kernels import compile as build
 from octad.kernels.native import NativeKernels, describe
 from octad.kernels.packed import linear_reference, pack
 

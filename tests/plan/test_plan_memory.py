@@ -16,7 +16,7 @@ from octad.fast.quantize import Precision as Rounding
 from octad.fast.quantize import quantize_modules
 from octad.model import cost
 from octad.model.config import ModelConfig
-from octad.plan.layout import Layout
+from octad.plan.layouts import Layout
 from octad.plan.memory import PRECISIONS, Share, kept_values, serving_memory, training_memory, weight_bytes
 from octad.plan.shapes import readings
 

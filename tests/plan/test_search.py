@@ -8,8 +8,8 @@ import pytest
 from tiny_models import Octad
 
 from octad.errors import OctadError
-from octad.plan.answer import serve_answer, train_answer
 from octad.plan.hardware import Cluster, Device, find_cluster
+from octad.plan.reply import serve_answer, train_answer
 from octad.plan.search import layouts, training_plans
 from octad.plan.shapes import readings
 

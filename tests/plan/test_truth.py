@@ -9,7 +9,7 @@ import pytest
 
 from octad.model.config import ModelConfig
 from octad.plan.hardware import Cluster, Device, find_cluster, reached
-from octad.plan.layout import Layout
+from octad.plan.layouts import Layout
 from octad.plan.memory import PRECISIONS, serving_memory
 from octad.plan.shapes import readings
 from octad.plan.step import arithmetic_hours, decode_time, offloaded_time, step_time

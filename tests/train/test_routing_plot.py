@@ -5,7 +5,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from octad.dist import World
-from octad.train.plot import PICTURE, draw_run, read_log
+from octad.train.routing_plot import PICTURE, draw_run, read_log
 from octad.train.telemetry import Telemetry
 
 

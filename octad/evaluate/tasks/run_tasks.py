@@ -20,9 +20,9 @@ from octad.errors import RequestError
 from octad.evaluate.tasks.answers import measure_answers
 from octad.evaluate.tasks.catalogue import find_task
 from octad.evaluate.tasks.choice import measure_choice
+from octad.evaluate.tasks.entrants import Entrant, lineup
 from octad.evaluate.tasks.harness import PREFIX, HarnessTask
 from octad.evaluate.tasks.humaneval import measure_code
-from octad.evaluate.tasks.lineup import Entrant, lineup
 from octad.evaluate.tasks.scores import Measured, paired
 from octad.evaluate.tasks.task import ChoiceTask, CodeTask, ContinuationTask, GenerateTask, Task
 from octad.evaluate.tasks.work import Work

@@ -16,7 +16,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from octad.bench.figures import nearest, ratio, speed
+from octad.bench.measures import nearest, ratio, speed
 from octad.report.figures import human
 from octad.report.table import Cell, Table
 from octad.report.terminal import table

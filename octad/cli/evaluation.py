@@ -89,7 +89,7 @@ def _conclude(
     """Print, write the page and the card."""
     from octad.evaluate.card import may_write, write_verdict
     from octad.evaluate.record import make_report
-    from octad.report.verdict import render
+    from octad.report.verdict_blocks import render
 
     command = shlex.join(["octad", *(Path(part).name for part in sys.argv[1:])])  # nobody's directories
     made = make_report(found, checked, routing=routing, tasks=tasks, command=command)
