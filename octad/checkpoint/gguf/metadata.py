@@ -4,7 +4,7 @@
 
 Architectures: llama (with expert_count: mixtral), qwen2, qwen3, qwen2moe, qwen3moe, olmoe. The keys are those
 of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; what the converter leaves out (whether a family
-normalises its routing weights, say) is a fact of the architecture in llama.cpp and stands in a table here. A
+normalises its routing weights, say) is a fact of the architecture in llama.cpp and stands in model/families.py. A
 key that changes the arithmetic and is not understood is refused by name.
 """
 
@@ -17,26 +17,12 @@ from typing import Any
 
 from octad.checkpoint.gguf.header import GGUFHeader
 from octad.errors import CheckpointError
+from octad.model.families import FAMILIES
 
-FAMILY = {
-    "llama": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "qwen2moe": "qwen2_moe",
-    "qwen3moe": "qwen3_moe",
-    "olmoe": "olmoe",
+# llama.cpp's name -> the family; its "llama" is told apart below
+FAMILY: Mapping[str, str] = {
+    family.gguf: name for name, family in FAMILIES.items() if name not in ("mistral", "mixtral")
 }
-ARCHITECTURE_CLASS = {
-    "llama": "LlamaForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen2_moe": "Qwen2MoeForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "olmoe": "OlmoeForCausalLM",
-}
-# What llama.cpp's graph of each sparse architecture does where the metadata are silent.
-_NORM_TOPK = {"qwen2_moe": False, "qwen3_moe": True, "olmoe": False}
 _UNDERSTOOD = {
     "context_length",
     "embedding_length",
@@ -119,7 +105,7 @@ def config_dict(header: GGUFHeader, rope_factors: Sequence[float] | None, dtype:
     """What config.json of the same model would say. `rope_factors`: the values of the tensor
     rope_freqs.weight, if any.
     """
-    architecture = header.metadata.get("general.architecture")
+    architecture = str(header.metadata.get("general.architecture"))
     if architecture not in FAMILY:
         known = ", ".join(FAMILY)
         raise CheckpointError(
@@ -136,7 +122,7 @@ def config_dict(header: GGUFHeader, rope_factors: Sequence[float] | None, dtype:
             f"{header.path}: {architecture}.attention.causal is false; octad reads causal decoders"
         )
     family = "mixtral" if architecture == "llama" and meta.get("expert_count") else FAMILY[architecture]
-    raw = {"architectures": [ARCHITECTURE_CLASS[family]], "model_type": family, "torch_dtype": dtype}
+    raw = {"architectures": [FAMILIES[family].architecture], "model_type": family, "torch_dtype": dtype}
     return (
         raw
         | _shape(meta, header)
@@ -201,7 +187,7 @@ def _experts(meta: Metadata, family: str) -> dict[str, Any]:
     names: dict[str, Any] = {"num_experts_per_tok": meta.need("expert_used_count")}
     if family == "mixtral":
         return names | {"num_local_experts": count}
-    norm = bool(meta.get("expert_weights_norm", _NORM_TOPK[family]))
+    norm = bool(meta.get("expert_weights_norm", FAMILIES[family].gguf_norm_topk))
     names |= {"num_experts": count, "norm_topk_prob": norm}
     if family == "olmoe":
         return names

@@ -29,7 +29,7 @@ from octad.checkpoint.source import TensorInfo
 from octad.errors import CheckpointError, ConfigError
 from octad.fingerprint import fingerprint
 from octad.model.config import ModelConfig
-from octad.model.families import Part
+from octad.model.families import FAMILIES, Part
 
 GLOBAL_NAMES = {
     "token_embd.weight": EMBEDDING,
@@ -215,7 +215,7 @@ class GGUFSource:
         return {hub: _Piece(name, None, tensor.shape)}
 
     def _interleaved(self, part: str) -> int:
-        if self.config.model_type not in ("llama", "mixtral"):
+        if not FAMILIES[self.config.model_type].gguf_interleaved:
             return 0
         return {"attn_q": self.config.num_attention_heads, "attn_k": self.config.num_key_value_heads}.get(
             part, 0
