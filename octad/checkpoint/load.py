@@ -194,10 +194,13 @@ def load_tokenizer(source: TensorSource) -> Tokenizer:
     from octad.checkpoint.gguf.reader import GGUFSource
     from octad.checkpoint.gguf.vocabulary import gguf_tokenizer
     from octad.checkpoint.lora import AdapterSource
+    from octad.checkpoint.views import View
     from octad.text.tokenizer import Tokenizer
 
     if isinstance(source, GGUFSource):
         return gguf_tokenizer(source.header)
+    if isinstance(source, View) and source.directory is None:  # one expert of a GGUF file
+        return load_tokenizer(source.source)
     if isinstance(source, AdapterSource) and not (source.path / "tokenizer.json").is_file():
         return load_tokenizer(source.base)
     if source.directory is None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from octad.cli.options import Domains, Model, Output, Overwrite, ShardSize, Tokens, Window
+from octad.cli.options import Domains, Model, Output, Overwrite, ShardSize, Tokens, Window, shard_bytes
 from octad.errors import OutputError
 from octad.report import terminal
 
@@ -42,7 +42,7 @@ def combine(
     loaded = Recipe.load(recipe)
     if output is None and not dry_run:
         raise OutputError(f"{recipe}: no output given; add -o DIRECTORY (or --dry-run)")
-    limit = _bytes(shard_size)
+    limit = shard_bytes(shard_size)
     plan = preflight(loaded, None if dry_run else output, overwrite=overwrite)
     show_plan(plan, expected_seconds(plan))
     if dry_run or output is None:
@@ -132,19 +132,12 @@ def quantize(
     keep_freed_memory()
     started, source = time.monotonic(), open_source(model)
     texts = read_texts(source, read_domains(data), tokens=tokens, window=window).domains if data else {}
-    options: dict[str, Any] = {"overwrite": overwrite, "max_shard_bytes": _bytes(shard_size)}
+    options: dict[str, Any] = {"overwrite": overwrite, "max_shard_bytes": shard_bytes(shard_size)}
     with terminal.progress_bar() as progress:
         path, bits = quantize_and_judge(source, output, to, texts, progress=progress, **options)
     if bits:
         show_rounding(bits)
     _wrote(path, started)
-
-
-def _bytes(shard_size: float) -> float:
-    """Bytes of `shard_size` GB. Raises OutputError for a size that is none."""
-    if not shard_size > 0:
-        raise OutputError(f"--shard-size is {shard_size:g} GB; give a size above 0")
-    return shard_size * 1e9
 
 
 def _wrote(path: Path, started: float) -> None:

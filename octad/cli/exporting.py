@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from octad.cli.options import Model, Output, Overwrite, ShardSize
+from octad.cli.options import Model, Overwrite, shard_bytes
 from octad.errors import OutputError, RequestError
 from octad.report import terminal
 
@@ -28,7 +28,9 @@ FAST_GROUPS = (32, 64, 128)
 def export(
     model: Model,
     to: Annotated[str, typer.Option(help="hf, gguf or compressed-tensors.")] = "hf",
-    output: Output = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory to write; gguf: file.")
+    ] = None,
     quantize: Annotated[
         str | None,
         typer.Option(help="gguf: f32, f16, bf16, q8_0, q4_0, ...; compressed-tensors: int8 or int4."),
@@ -41,7 +43,9 @@ def export(
     member: Annotated[str | None, typer.Option(help="This expert alone, as a dense model.")] = None,
     engine: Annotated[str | None, typer.Option("--for", help="An engine's own needs: sglang.")] = None,
     overwrite: Overwrite = False,
-    shard_size: ShardSize = 5.0,
+    shard_size: Annotated[
+        float | None, typer.Option(help="Largest weight file, in GB.", show_default="5.0")
+    ] = None,
 ) -> None:
     """Write a model for other engines: GGUF for llama.cpp, Ollama and LM Studio; Hugging Face's layout in another shape;
     rounded weights for vLLM and SGLang; or one expert as a dense model."""
@@ -55,8 +59,11 @@ def export(
         raise RequestError(f"--to: found {to!r}, allowed: {', '.join(FORMS)}")
     if engine is not None and engine not in ENGINES:
         raise RequestError(f"--for: found {engine!r}, known: {', '.join(ENGINES)}")
+    _refuse_unused(
+        to, quantize=quantize, dtype=dtype, untie=untie, top_k=top_k, engine=engine, shard_size=shard_size
+    )
     untie = untie or engine == "sglang"
-    _refuse_unused(to, quantize=quantize, dtype=dtype, untie=untie, top_k=top_k)
+    limit = shard_bytes(5.0 if shard_size is None else shard_size)
     keep_freed_memory()
     started, source = time.monotonic(), open_source(model)
     if member is not None:
@@ -65,10 +72,10 @@ def export(
         if to == "gguf":
             notes = _gguf(source, output, quantize or "bf16", overwrite, progress)
         elif to == "compressed-tensors":
-            notes = _compressed(source, output, quantize or "int8", overwrite, shard_size, progress)
+            notes = _compressed(source, output, quantize or "int8", overwrite, limit, progress)
         else:
             changes = Changes(dtype, untie, top_k)
-            notes = _hub(source, output, changes, overwrite, shard_size, progress)
+            notes = _hub(source, output, changes, overwrite, limit, progress)
     for note in notes:
         terminal.say(note)
     terminal.say(f"wrote {output} in {time.monotonic() - started:.1f} s")
@@ -76,10 +83,15 @@ def export(
 
 def _refuse_unused(to: str, **given: object) -> None:
     """What this form has no use for is refused. Raises RequestError."""
-    used = {"hf": ("dtype", "untie", "top_k"), "gguf": ("quantize",), "compressed-tensors": ("quantize",)}[to]
+    used = {
+        "hf": ("dtype", "untie", "top_k", "engine", "shard_size"),
+        "gguf": ("quantize",),
+        "compressed-tensors": ("quantize", "shard_size"),
+    }[to]
     for name, value in given.items():
-        if value not in (None, False) and name not in used:
-            raise RequestError(f"--{name.replace('_', '-')} has no effect with --to {to}; leave it out")
+        if value is not None and value is not False and name not in used:
+            option = "for" if name == "engine" else name.replace("_", "-")
+            raise RequestError(f"--{option} has no effect with --to {to}; leave it out")
 
 
 def _gguf(source: TensorSource, output: Path, kind: str, overwrite: bool, progress: Progress) -> list[str]:
@@ -99,7 +111,7 @@ def _gguf(source: TensorSource, output: Path, kind: str, overwrite: bool, progre
 
 
 def _compressed(
-    source: TensorSource, output: Path, name: str, overwrite: bool, shard_size: float, progress: Progress
+    source: TensorSource, output: Path, name: str, overwrite: bool, limit: float, progress: Progress
 ) -> list[str]:
     from octad.fast.quantize import Precision
     from octad.fast.saved import plan_schemes, save_quantized
@@ -111,7 +123,6 @@ def _compressed(
                 f"{source.label}: its sizes ask for groups of {scheme.group}, the fast kernels of vLLM and SGLang take"
                 f" {', '.join(map(str, FAST_GROUPS))}; octad itself runs it: octad quantize"
             )
-    limit = shard_size * 1e9
     save_quantized(source, output, name, overwrite=overwrite, max_shard_bytes=limit, progress=progress)
     return []
 
@@ -121,12 +132,11 @@ def _hub(
     output: Path,
     changes: Changes,
     overwrite: bool,
-    shard_size: float,
+    limit: float,
     progress: Progress,
 ) -> list[str]:
     from octad.export.hub import export_hub
 
-    limit = shard_size * 1e9
     rounding = export_hub(
         source, output, changes, overwrite=overwrite, max_shard_bytes=limit, progress=progress
     )

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from octad.checkpoint.gguf.header import MAGIC
 from octad.checkpoint.gguf.reader import GLOBAL_NAMES, LAYER_NAMES, ROPE_FACTORS
 from octad.checkpoint.load import load_tokenizer
 from octad.checkpoint.names import EMBEDDING, expert_name, layer_of, router_name, tensor_plan
@@ -84,6 +85,8 @@ def write_gguf(
     if final.is_dir():
         raise OutputError(f"{final}: is a directory; name a file, such as {final / 'model.gguf'}")
     refuse_inputs(final, [source.directory, getattr(source, "path", None)])
+    if final.exists() and not _is_gguf(final):
+        raise OutputError(f"{final}: is no GGUF file to overwrite; choose another -o, or remove it yourself")
     form = gguf_form(source)
     entries = list(plan(source, form, kind))
     values = vocabulary_values(load_tokenizer(source), source.config.vocab_size)
@@ -98,6 +101,12 @@ def write_gguf(
         finally:
             writer.close()
     return final
+
+
+def _is_gguf(path: Path) -> bool:
+    """Whether a file begins like one: what --overwrite may replace, so that a slip takes no weights of a model."""
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def _write(

@@ -216,3 +216,15 @@ def test_a_sentencepiece_vocabulary_comes_back(checkpoint: Make, tmp_path: Path)
     made = write_gguf(open_source(path), tmp_path / "m.gguf")
     again = gguf_tokenizer(made)
     assert [again.encode(p) for p in PROBES] == [load_tokenizer(open_source(path)).encode(p) for p in PROBES]
+
+
+def test_overwrite_replaces_a_gguf_file_alone(checkpoint: Make, tmp_path: Path) -> None:
+    """A slip in -o takes no weights away, neither those that are read nor anybody else's."""
+    path = checkpoint("llama")
+    weights = path / "model.safetensors"
+    before = weights.read_bytes()
+    with pytest.raises(OutputError, match="is no GGUF file to overwrite"):
+        write_gguf(open_source(path), weights, overwrite=True)
+    assert weights.read_bytes() == before
+    made = write_gguf(open_source(path), tmp_path / "m.gguf", "f32")
+    assert write_gguf(open_source(path), made, "q8_0", overwrite=True).read_bytes()[:4] == b"GGUF"

@@ -122,6 +122,10 @@ def test_members_that_are_not_there(mixture: Path, tiny_checkpoint: TinyCheckpoi
     [
         (("--to", "onnx"), "allowed: hf, gguf, compressed-tensors"),
         (("--to", "gguf", "--untie"), "--untie has no effect"),
+        (("--to", "gguf", "--for", "sglang"), "--for has no effect with --to gguf"),
+        (("--to", "gguf", "--top-k", "0"), "--top-k has no effect with --to gguf"),
+        (("--to", "gguf", "--shard-size", "1"), "--shard-size has no effect with --to gguf"),
+        (("--shard-size", "nan"), "--shard-size is nan GB"),
         (("--quantize", "int8"), "--quantize has no effect with --to hf"),
         (("--for", "tgi"), "known: sglang"),
         (("--to", "compressed-tensors", "--quantize", "int5"), "allowed: int8, int4"),
@@ -154,3 +158,15 @@ def test_the_modelfile_of_smollm2() -> None:
     assert f'SYSTEM """{system}"""' in text
     assert 'PARAMETER stop "<|im_end|>"' in text
     assert modelfile(byte_tokenizer(), "m.gguf") == ("FROM ./m.gguf\n", False)
+
+
+def test_a_member_of_a_gguf_mixture_has_its_tokenizer(octad: Octad, mixture: Path, tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    assert octad("export", mixture, "--to", "gguf", "-o", file)[0] == 0
+    code, _, err = octad("export", file, "--member", "1", "-o", tmp_path / "one")
+    assert code == 0, err
+    with torch.no_grad():
+        wanted = theirs(mixture).state_dict()["model.embed_tokens.weight"]
+    assert torch.equal(theirs(tmp_path / "one").state_dict()["model.embed_tokens.weight"], wanted)
+    ours = load_tokenizer(open_source(tmp_path / "one"))
+    assert ours.encode("hello") == load_tokenizer(open_source(mixture)).encode("hello")

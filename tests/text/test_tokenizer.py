@@ -511,3 +511,11 @@ def test_missing_and_damaged_files(hub_directory, tmp_path_factory):
     with pytest.raises(CheckpointError, match="damaged") as error:
         Tokenizer.from_directory(directory)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("found", ["../../etc/passwd", [2, "3"], {}, True, 2.5])
+def test_ends_that_are_no_ids_are_refused(smollm2, tmp_path, found):
+    smollm2.save(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": found}))
+    with pytest.raises(CheckpointError, match="eos_token_id should be an id or a list of them"):
+        Tokenizer.from_directory(tmp_path)
