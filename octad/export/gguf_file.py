@@ -104,7 +104,9 @@ def write_gguf(
 
 
 def _is_gguf(path: Path) -> bool:
-    """Whether a file begins like one: what --overwrite may replace, so that a slip takes no weights of a model."""
+    """Whether a file is called or begins like one: what --overwrite may replace, so that a slip takes no weights."""
+    if path.suffix.lower() == ".gguf":
+        return True
     with path.open("rb") as file:
         return file.read(len(MAGIC)) == MAGIC
 
