@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="0: any that is free.")] = 8000,
     served_model_name: Annotated[
         list[str] | None, typer.Option(help="What clients call the model; may be repeated.")
     ] = None,
@@ -31,16 +31,22 @@ def serve(
     cors: Annotated[
         list[str] | None, typer.Option(help="An origin whose pages may use the API; may be repeated.")
     ] = None,
-    max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; then 429.")] = 128,
-    timeout: Annotated[float, typer.Option(min=0, help="Seconds an answer may take; 0: any.")] = 0,
+    max_queue: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Requests that may wait; then 429.")
+    ] = 128,
+    timeout: Annotated[
+        float, typer.Option(min=0, metavar="S", help="Seconds an answer may take; 0: any.")
+    ] = 0,
     quantize: Quantize = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    max_num_seqs: Annotated[int, typer.Option(min=1, help="Answers in progress at once.")] = 64,
-    max_model_len: Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and answer.")] = None,
+    max_num_seqs: Annotated[int, typer.Option(min=1, metavar="N", help="Answers in progress at once.")] = 64,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Tokens of prompt and answer.")
+    ] = None,
     kv_cache_gb: Annotated[float | None, typer.Option(help="Size of the key/value cache, GB.")] = None,
     log_requests: Annotated[
-        bool, typer.Option("--log-requests/--no-log-requests", help="A line of JSON for each request.")
+        bool, typer.Option("--log/--no-log", help="A line of JSON for each request.")
     ] = True,
 ) -> None:
     """Serve a model: the OpenAI and Anthropic APIs, and a chat page that shows who speaks."""

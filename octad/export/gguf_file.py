@@ -29,7 +29,7 @@ from octad.errors import CheckpointError, OutputError
 from octad.export.gguf_metadata import Form, add_metadata, gguf_form, rope_factors
 from octad.export.gguf_vocabulary import add_vocabulary, vocabulary_values
 from octad.model.families import Part
-from octad.staging import refuse_inputs, staged_file
+from octad.staging import explained, refuse_inputs, staged_file
 
 # what the user asks for -> the types of most weights, and of embeddings and head
 TYPES: Mapping[str, tuple[str, str]] = {
@@ -90,6 +90,8 @@ def write_gguf(
     form = gguf_form(source)
     entries = list(plan(source, form, kind))
     values = vocabulary_values(load_tokenizer(source), source.config.vocab_size)
+    with explained(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
     with staged_file(final) as part:
         writer = GGUFWriter(part, form.architecture)
         try:

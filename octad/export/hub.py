@@ -97,6 +97,13 @@ def export_hub(
     OutputError as CheckpointWriter."""
     raw = changes.config(source)
     refuse_inputs(directory, [source.directory])
+    tokenizer = load_tokenizer(source)
+    highest = max(tokenizer.core.get_vocab(with_added_tokens=True).values(), default=0)
+    if highest >= source.config.vocab_size:
+        raise CheckpointError(
+            f"{source.label}: its tokenizer has the id {highest}, its embeddings {source.config.vocab_size} rows; give it"
+            " the tokenizer that it was trained with"
+        )
     dtype = DTYPES[changes.dtype] if changes.dtype else None
     origins = {name: name for name in content_names(source)}
     if changes.untie and HEAD not in origins:
@@ -114,7 +121,7 @@ def export_hub(
                 writer.write(name, _converted(source.read(origin), plan[name].dtype, origin, rounding))
             progress("writing", done / len(origins))
         writer.add_text("config.json", json.dumps(raw, indent=2) + "\n")
-        load_tokenizer(source).save(writer)
+        tokenizer.save(writer)
         if isinstance(source, Member):  # what lies beside the mixture speaks of the mixture
             writer.add_text(CARD, member_card(source))
         else:

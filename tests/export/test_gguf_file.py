@@ -78,7 +78,7 @@ def test_transformers_runs_the_file(checkpoint: Make, tmp_path: Path, family: st
 def test_layout_by_the_gguf_package(checkpoint: Make, tmp_path: Path) -> None:
     """Names, shapes and types as llama.cpp's graph of "llama" asks for them."""
     source = open_source(checkpoint("mixtral"))
-    reader = gguf.GGUFReader(write_gguf(source, tmp_path / "m.gguf", "q8_0"))
+    reader = gguf.GGUFReader(write_gguf(source, tmp_path / "new" / "place" / "m.gguf", "q8_0"))
     tensors = {t.name: t for t in reader.tensors}
     config = source.config
     E, D, F = config.num_experts, config.hidden_size, config.moe_intermediate_size

@@ -71,6 +71,13 @@ def test_another_type_is_measured_and_never_overflows(mixture: Path, tmp_path: P
     assert torch.equal(logits(wide), logits(mixture))
 
 
+def test_a_tokenizer_with_ids_that_have_no_row(mixture: Path, tmp_path: Path) -> None:
+    byte_tokenizer(120).save(mixture)
+    with pytest.raises(CheckpointError, match="has the id 119, its embeddings 96 rows"):
+        export_hub(open_source(mixture), tmp_path / "out", Changes())
+    assert not (tmp_path / "out").exists()
+
+
 def test_top_k(mixture: Path, tmp_path: Path) -> None:
     export_hub(open_source(mixture), tmp_path / "one", Changes(top_k=1))
     assert theirs(tmp_path / "one").config.num_experts_per_tok == 1
