@@ -158,13 +158,13 @@ def octad_step(
         "optimizer": {"lr": RATE},
         "schedule": {"name": "constant", "warmup": 0},
         "data": {"window": WINDOW, "document_mask": False},
-        "specialists": [{"name": "french", "files": str(text)}],
+        "experts": [{"name": "french", "data": str(text)}],
     } | ({"low_rank": {"rank": RANK, "alpha": ALPHA}} if "adapter" in mode else {})
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "branch.yaml"
         path.write_text(yaml.safe_dump(raw))
         config = load_branch(path)
-        trainer = Trainer(branch_learner(config, config.specialists[0]), Path(directory) / "run")
+        trainer = Trainer(branch_learner(config, config.experts[0]), Path(directory) / "run")
     return lambda: float(trainer.train_step()[0]["loss"]), {"flops_per_token": round(trainer.flops)}
 
 

@@ -8,13 +8,22 @@ Recipe.from_dict(raw, path.parent, "recipe recipe.yaml")          # "unknown key
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Mapping, Sequence
 from glob import has_magic
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from octad.errors import RecipeError
 from octad.guard import exists, parse_yaml
@@ -31,18 +40,38 @@ def _as_list(value: Any) -> Any:
 StringList = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_list)]
 
 
+class OldName(FutureWarning):
+    """A key that has another name now. It is still read; the command line tells it in one line."""
+
+
 class Section(BaseModel):
-    """A part of a file: immutable, and an unknown key is an error."""
+    """A part of a file: immutable, and an unknown key is an error. `old_names`: what keys were called before, or are
+    called in files of other tools, -> what they are called here; both at once are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    old_names: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
     def checked(cls, raw: Mapping[str, Any], label: str) -> Self:
         """Plain data as this section. Raises RecipeError: one line that begins with `label`."""
         try:
-            return cls.model_validate(raw)
+            context = {"label": label, "directory": raw.get("directory", Path())}
+            return cls.model_validate(raw, context=context)
         except ValidationError as error:
             raise RecipeError(f"{label}: {one_line(error, cls)}") from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, raw: Any, info: ValidationInfo) -> Any:
+        found = [old for old in cls.old_names if isinstance(raw, Mapping) and old in raw]
+        for old in found:
+            new = cls.old_names[old]
+            if new in raw:
+                raise ValueError(f"has {new!r} and {old!r}, which are two names of one thing; keep {new!r}")
+            where = info.context["label"] if info.context else cls.__name__
+            warnings.warn(f"{where}: {old!r} is called {new!r} here", OldName, stacklevel=2)
+            raw = {new if key == old else key: value for key, value in raw.items()}
+        return raw
 
 
 class ConfigFile(Section):
@@ -76,13 +105,25 @@ def read_mapping(path: Path, label: str, expected: str) -> dict[str, Any]:
     """A file of keys and values; `label` begins every complaint, `expected` names keys. Raises RecipeError."""
     try:
         raw = parse_yaml(path.read_bytes())
+    except FileNotFoundError:
+        raise RecipeError(
+            f"{label}: cannot be read: there is no such file; `octad init` writes those that belong together"
+        ) from None
     except OSError as error:
         raise RecipeError(f"{label}: cannot be read ({error.strerror})") from None
     except yaml.YAMLError as error:
-        raise RecipeError(f"{label}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"{label}: not valid YAML: {yaml_reason(error)}") from None
     if not isinstance(raw, dict):
         raise RecipeError(f"{label}: expected keys such as {expected}, found {type(raw).__name__}")
     return raw
+
+
+def yaml_reason(error: yaml.YAMLError) -> str:
+    """What is wrong and where, without the parser's picture of the place."""
+    if not isinstance(error, yaml.MarkedYAMLError) or (mark := error.problem_mark) is None:
+        return " ".join(str(error).split())
+    context = f"{error.context}: " if error.context else ""
+    return f"{context}{error.problem}, line {mark.line + 1}, column {mark.column + 1}"
 
 
 def one_line(error: ValidationError, kind: type[BaseModel]) -> str:
@@ -91,8 +132,9 @@ def one_line(error: ValidationError, kind: type[BaseModel]) -> str:
     problem = min(error.errors(), key=lambda e: _ORDER.get(e["type"], 1))
     where = [str(part) for part in problem["loc"] if part not in _KINDS]
     if problem["type"] == "extra_forbidden":
-        keys = [key for key in _section(kind, problem["loc"][:-1]).model_fields if key != "directory"]
-        return _unknown_key(where, keys)
+        section = _section(kind, problem["loc"][:-1])
+        keys = [key for key in section.model_fields if key != "directory"]
+        return _unknown_key(where, keys, getattr(section, "old_names", {}))
     if problem["type"] == "missing":
         return f"key {'.'.join(where)!r} is missing"
     message = problem["msg"].removeprefix("Value error, ")
@@ -117,8 +159,12 @@ def _section(kind: type[BaseModel], place: tuple[int | str, ...]) -> type[BaseMo
     return kind
 
 
-def _unknown_key(where: Sequence[str], known: Sequence[str]) -> str:
+def _unknown_key(where: Sequence[str], known: Sequence[str], old: Mapping[str, str]) -> str:
     """What to say of a key that there is not: the nearest one that exists, or all of them."""
-    near = difflib.get_close_matches(where[-1], known, 1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+    near = difflib.get_close_matches(where[-1], [*known, *old], 1, cutoff=0.5)
+    hint = f"known keys: {', '.join(known)}"
+    if near:
+        hint = f"did you mean {near[0]!r}?"
+        if (new := old.get(near[0])) is not None:
+            hint = f"did you mean {near[0]!r}, which is called {new!r} here?"
     return f"unknown key {'.'.join(where)!r}; {hint}"

@@ -124,7 +124,8 @@ def quantize(
     from octad.checkpoint.load import open_source
     from octad.cli.combine_view import show_rounding
     from octad.dist import keep_freed_memory
-    from octad.evaluate.heldout import read_domains, read_texts
+    from octad.evaluate.domains import read_domains
+    from octad.evaluate.heldout import read_texts
     from octad.evaluate.rounding import quantize_and_judge
 
     if output is None:

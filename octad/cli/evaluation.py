@@ -46,7 +46,7 @@ def evaluate(
     run after the comparison, and its rows go into the report."""
     from octad.checkpoint.load import open_source
     from octad.evaluate.compare import compare
-    from octad.evaluate.heldout import read_domains
+    from octad.evaluate.domains import read_domains
     from octad.evaluate.requirements import parse
     from octad.evaluate.results import Cache, default_directory
 

@@ -8,29 +8,34 @@
     router: {method: logistic, tokens: 16384}
     shared: base
 
-Paths are relative to the recipe's own directory. Every mistake is one line that names the file, the key, what was found
-and, for a misspelt key, the nearest one that exists. Imports no torch.
+The names of mergekit's MoE files (base_model, source_model, experts_per_token, gate_mode) are understood as well, with a
+note. Paths are relative to the recipe's own directory. Every mistake is one line that names the file, the key, what was
+found and, for a misspelt key, the nearest one that exists. Imports no torch.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from octad.checkpoint.config_file import ConfigFile, Section, StringList, distinct, read_mapping
+from octad.checkpoint.config_file import ConfigFile, OldName, Section, StringList, distinct, read_mapping
 from octad.checkpoint.provenance import TAKEN
 from octad.errors import RecipeError
 
 RouterMethod = Literal["ridge", "logistic", "prompts", "random"]
 SharedMethod = Literal["base", "mean", "linear", "ties", "dare"]
 MAX_EXPERTS = 64
+GATE_MODES = {"hidden": "prompts", "random": "random"}  # mergekit's -> the method that does the same
 
 
 class ExpertSpec(Section):
     """One member: its name, where its weights are, and text (or prompts) that is its own; `field`: the column of that."""
 
+    old_names: ClassVar[Mapping[str, str]] = {"source_model": "model", "files": "data"}
     name: str = Field(min_length=1)
     model: str = Field(min_length=1)
     data: StringList = ()
@@ -73,6 +78,7 @@ class Recipe(ConfigFile):
     `chat_template` names the expert (or "base") whose template and ends of turns the mixture has; by default the base's,
     and where the base has none, what its members agree on."""
 
+    old_names: ClassVar[Mapping[str, str]] = {"base_model": "base", "experts_per_token": "top_k"}
     base: str = Field(min_length=1)
     top_k: int = Field(default=2, ge=1)
     experts: tuple[ExpertSpec, ...]
@@ -111,8 +117,19 @@ class Recipe(ConfigFile):
     def load(cls, path: str | Path) -> Recipe:
         """Read a recipe file. Raises RecipeError with one line for whatever is wrong."""
         path = Path(path)
-        raw = read_mapping(path, f"recipe {path}", "base and experts")
-        return cls.from_dict(raw, path.parent, f"recipe {path}")
+        label = f"recipe {path}"
+        raw = read_mapping(path, label, "base and experts")
+        return cls.from_dict(_from_mergekit(raw, label), path.parent, label)
+
+    @classmethod
+    def of(cls, recipe: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
+        """A recipe as it is, of a file, or of plain data, whose paths are relative to the current directory. Raises
+        RecipeError."""
+        if isinstance(recipe, Recipe):
+            return recipe
+        if isinstance(recipe, Mapping):
+            return cls.from_dict(_from_mergekit(dict(recipe), "recipe"), Path(), "recipe")
+        return cls.load(recipe)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that from_dict reads back; defaults are left out."""
@@ -129,3 +146,25 @@ def check_name(name: str) -> None:
         raise RecipeError(
             f"expert {name!r}: a name is printable characters on one line, without spaces around it"
         )
+
+
+def _from_mergekit(raw: dict[str, Any], label: str) -> dict[str, Any]:
+    """A recipe in the names of mergekit's MoE files: experts get names, gate_mode becomes a router's method. Keys that
+    are only called otherwise are renamed by the sections themselves. Raises RecipeError for what has no counterpart."""
+    raw, experts = dict(raw), raw.get("experts")
+    if isinstance(experts, list) and all(isinstance(e, dict) for e in experts):
+        raw["experts"] = [
+            e if "name" in e or "source_model" not in e else {"name": Path(str(e["source_model"])).name} | e
+            for e in experts
+        ]
+    if "gate_mode" in raw and "router" not in raw:
+        mode = raw.pop("gate_mode")
+        if mode not in GATE_MODES:
+            raise RecipeError(
+                f"{label}: gate_mode: {mode!r} has no counterpart here; use hidden or random, or router: logistic with"
+                " data for every expert"
+            )
+        raw["router"] = {"method": GATE_MODES[mode]}
+        said = f"{label}: gate_mode: {mode} is understood as router: {{method: {GATE_MODES[mode]}}}"
+        warnings.warn(said, OldName, stacklevel=3)
+    return raw

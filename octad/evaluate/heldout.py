@@ -17,23 +17,19 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from octad.checkpoint.load import load_tokenizer
 from octad.checkpoint.source import TensorSource
 from octad.errors import DataError
-from octad.guard import parse_yaml
-from octad.text.corpus import TextFiles, resolved
+from octad.evaluate.domains import Domains
+from octad.text.corpus import TextFiles
 from octad.text.windows import Window, read_windows
 
-Domains = Mapping[str, Sequence[Path] | TextFiles]
 Floats = NDArray[Any]
-RESERVED = ("mean", "every")
 FEWEST_UNITS = 5  # to draw from; a domain with fewer documents is cut finer
 PIECE = 8  # tokens of the finest unit
 
@@ -116,40 +112,6 @@ class Texts:
             }
             for name, windows in self.domains.items()
         ]
-
-
-def read_domains(path: Path) -> Domains:
-    """A YAML file `domains: {name: file or [files] or {files: ..., field: ...}}`; paths are relative to it. Raises
-    DataError with one line."""
-    try:
-        raw = parse_yaml(path.read_bytes())
-    except (OSError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
-    table = raw.get("domains") if isinstance(raw, dict) else None
-    if not isinstance(table, dict) or not table:
-        raise DataError(f"{path}: expected 'domains:' with a file for each domain name")
-    if twice := next((name for name in table if list(map(str, table)).count(str(name)) > 1), None):
-        raise DataError(f"{path}: two domains have the name {str(twice)!r}; give each its own")
-    return {str(name): _domain(path, str(name), value) for name, value in table.items()}
-
-
-def _domain(path: Path, name: str, value: Any) -> list[Path] | TextFiles:
-    """The files of one domain, with the column of their text where that is said."""
-    label = f"{path}: domain {name[:80]!r}"
-    if name in RESERVED:
-        raise DataError(f"{label}: the name is taken for what is said of all; choose another")
-    known = isinstance(value, dict) and {"files"} <= set(value) <= {"files", "field"}
-    listed = value["files"] if known else value
-    listed = [listed] if isinstance(listed, str) else listed
-    if not isinstance(listed, list) or not all(isinstance(v, str) and v for v in listed) or not listed:
-        found = repr(value)
-        found = found if len(found) <= 200 else f"{found[:197]}..."
-        raise DataError(f"{label}: expected a file or a list of files, found {found}")
-    if not known:
-        return [Path(resolved(v, path.parent)) for v in listed]
-    if not isinstance(field := value.get("field", "text"), str):
-        raise DataError(f"{label}: field: expected the name of a column, found {field!r:.200}")
-    return TextFiles([resolved(v, path.parent) for v in listed], field)
 
 
 def read_texts(source: TensorSource, domains: Domains, *, tokens: int, window: int) -> Texts:

@@ -61,9 +61,9 @@ def branch(
 
 def chosen(config: BranchConfig, only: str | None) -> list[SpecialistSpec]:
     """The specialists to train. Raises RecipeError for a name that is none of them."""
-    found = [s for s in config.specialists if only is None or s.name == only]
+    found = [s for s in config.experts if only is None or s.name == only]
     if not found:
-        names = ", ".join(s.name for s in config.specialists)
+        names = ", ".join(s.name for s in config.experts)
         raise RecipeError(f"--only {only}: no such specialist (there are {names})")
     return found
 
@@ -121,7 +121,7 @@ def branch_learner(config: BranchConfig, specialist: SpecialistSpec) -> Learner:
         evaluate=config.evaluation_of(specialist),
         write=write,
         trainable=choose(model, LEARNING[config.mode]),
-        identity={"files": source.provenance().get("files"), "text": list(specialist.files)} | started,
+        identity={"files": source.provenance().get("files"), "text": list(specialist.data)} | started,
         result="adapter_config.json" if adapter else "config.json",
     )
 

@@ -6,7 +6,7 @@
     steps: 200
     data:
       window: 512
-      sources: [{name: french, files: french.jsonl.gz}, {name: python, files: python.jsonl.gz}]
+      sources: [{name: french, data: french.jsonl.gz}, {name: python, data: python.jsonl.gz}]
 
     load_config("tune.yaml") -> TuneConfig; load_branch("branch.yaml") -> BranchConfig
 
@@ -16,14 +16,15 @@ nearest one that exists; `unused_keys` tells which settings the chosen mode does
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from octad.checkpoint.config_file import Section, StringList, distinct, read_mapping
 from octad.errors import RecipeError
+from octad.evaluate.domains import DomainSpec
 from octad.train.sections import (
     DataSpec,
     EvaluateSpec,
@@ -93,8 +94,9 @@ class SpecialistSpec(Section):
     """One specialist: its name, the text it is made of, held-out text, and steps where not the common ones; `start`: an
     adapter of the same base to go on from."""
 
+    old_names: ClassVar[Mapping[str, str]] = {"files": "data"}
     name: str = Field(min_length=1, pattern=r"^[\w.-]+$")
-    files: StringList = Field(min_length=1)
+    data: StringList = Field(min_length=1)
     field: str = "text"
     held_out: StringList = ()
     steps: int | None = Field(default=None, ge=1)
@@ -122,9 +124,10 @@ class RaySpec(Section):
 class BranchConfig(RunSpec):
     """One base, N specialists. `retries`: of a specialist that stopped itself, or whose worker was lost."""
 
+    old_names: ClassVar[Mapping[str, str]] = {"specialists": "experts"}
     base: str = Field(min_length=1)
     mode: BranchMode = "ffn-adapter"
-    specialists: tuple[SpecialistSpec, ...] = Field(min_length=1)
+    experts: tuple[SpecialistSpec, ...] = Field(min_length=1)
     data: BranchDataSpec = BranchDataSpec()
     low_rank: LowRankSpec = LowRankSpec()
     ray: RaySpec = RaySpec()
@@ -132,9 +135,9 @@ class BranchConfig(RunSpec):
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        distinct("specialists", [s.name for s in self.specialists])
+        distinct("experts", [s.name for s in self.experts])
         if short := next(
-            (s for s in self.specialists if s.steps and self.schedule.rise(s.steps) > s.steps), None
+            (s for s in self.experts if s.steps and self.schedule.rise(s.steps) > s.steps), None
         ):
             raise ValueError(
                 f"schedule.warmup {self.schedule.warmup} is more than steps {short.steps} of {short.name}"
@@ -145,19 +148,20 @@ class BranchConfig(RunSpec):
         """Settings that this mode does not look at, with `--ray` or without."""
         if not ray and "ray" in self.model_fields_set:
             yield "ray (without --ray specialists are trained in turn, here)"
-        held_out = any(specialist.held_out for specialist in self.specialists)
+        held_out = any(specialist.held_out for specialist in self.experts)
         yield from (k for k in _unused_common(self) if not (held_out and k.startswith("evaluate")))
         if self.mode in ("ffn", "full") and "low_rank" in self.model_fields_set:
             yield f"low_rank (mode {self.mode!r} has no low-rank changes)"
 
     def data_of(self, specialist: SpecialistSpec) -> DataSpec:
         """The one source that a specialist learns from."""
-        source = SourceSpec(name=specialist.name, files=specialist.files, field=specialist.field)
+        source = SourceSpec(name=specialist.name, data=specialist.data, field=specialist.field)
         return DataSpec(sources=(source,), **self.data.model_dump())
 
     def evaluation_of(self, specialist: SpecialistSpec) -> EvaluateSpec:
         """The common held-out domains and the specialist's own."""
-        own = {specialist.name: specialist.held_out} if specialist.held_out else {}
+        text = {"data": specialist.held_out, "field": specialist.field}
+        own = {specialist.name: DomainSpec.model_validate(text)} if specialist.held_out else {}
         return self.evaluate.model_copy(update={"domains": self.evaluate.domains | own})
 
 
@@ -168,8 +172,8 @@ TASKS: dict[str, type[TuneConfig] | type[PretrainConfig]] = {"tune": TuneConfig,
 def load_config(path: str | Path) -> TrainConfig:
     """A file for `octad train`. Raises RecipeError with one line for whatever is wrong."""
     raw = _read(Path(path))
-    if "specialists" in raw:
-        raise RecipeError(f"{path}: has specialists: it is for `octad branch`")
+    if "specialists" in raw or ("experts" in raw and "task" not in raw):
+        raise RecipeError(f"{path}: has specialists to make: it is for `octad branch`")
     if (kind := TASKS.get(str(raw.get("task")))) is None:
         raise RecipeError(f"{path}: task must be tune or pretrain, found {raw.get('task')!r}")
     return kind.from_dict(raw, Path(path).parent, str(path))

@@ -1,27 +1,31 @@
 """The parts that training configs share: data, batch, optimiser, schedule, routing, evaluation. Frozen; no torch.
 
-    DataSpec(sources=(SourceSpec(name="french", files="french.jsonl.gz"),), window=512)
+    DataSpec(sources=(SourceSpec(name="french", data="french.jsonl.gz"),), window=512)
 
-Each field is a key of the YAML file; config.py puts them together into tasks and turns mistakes into one line.
+Each field is a key of the YAML file; run_config.py puts them together into tasks and turns mistakes into one line.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+import warnings
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from octad.checkpoint.config_file import ConfigFile, Section, StringList, distinct
+from octad.checkpoint.config_file import ConfigFile, OldName, Section, StringList, distinct
+from octad.evaluate.domains import Domain, inlined
 
 Dtype = Literal["auto", "bfloat16", "float32"]
 
 
 class SourceSpec(Section):
-    """One domain's text: files, the key of a line that holds it, and how often it is drawn. `expert` is the member
-    that teaches it when distilling; its own name where nothing is said."""
+    """One domain's text: `data`, what it is read from, the `field` of a row that holds it, and how often it is drawn.
+    `expert` is the member that teaches it when distilling; its own name where nothing is said."""
 
+    old_names: ClassVar[Mapping[str, str]] = {"files": "data"}
     name: str = Field(min_length=1)
-    files: StringList = Field(min_length=1)
+    data: StringList = Field(min_length=1)
     field: str = "text"
     weight: float = Field(default=1.0, gt=0)
     expert: str | None = None
@@ -108,9 +112,12 @@ class RepairSpec(LowRankSpec):
 
 
 class EvaluateSpec(Section):
-    """Held-out text, what a source's files can be: `tokens` of each domain every `every` steps and at the end."""
+    """Held-out text: `tokens` of each domain every `every` steps and at the end. `domains`: a file of them
+    (domains.yaml, as `octad evaluate` takes it), or what stands in one; `field`: the column where a domain names none."""
 
-    domains: dict[str, StringList] = Field(default_factory=dict)
+    domains: Annotated[
+        dict[str, Domain], BeforeValidator(inlined, json_schema_input_type=str | dict[str, Domain])
+    ] = Field(default_factory=dict)
     field: str = "text"
     every: int = Field(default=100, ge=1)
     tokens: int = Field(default=4096, ge=2)
@@ -166,3 +173,12 @@ class RunSpec(ConfigFile):
     def to_dict(self) -> dict[str, Any]:
         """Plain data, every default spelt out; what two runs are compared by."""
         return self.model_dump(mode="json")
+
+    def as_now(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """What to_dict told when a state was saved, in the keys that there are now; as it is where it cannot be read."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", OldName)
+            try:
+                return type(self).model_validate(saved).to_dict()
+            except ValidationError:
+                return saved

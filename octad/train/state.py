@@ -47,8 +47,8 @@ TENSORS, FACTS, FORMAT = "state.safetensors", "state.json", 2
 # What may differ between the run that saved and the one that resumes; anything else would make another model of it.
 FREE = (
     "steps", "batch", "optimizer.lr", "optimizer.router_lr", "optimizer.weight_decay", "optimizer.clip", "schedule",
-    "evaluate", "save", "log_every", "device", "compile", "spike", "data.cache", "retries", "specialists", "parallel",
-    "ray",
+    "evaluate", "save", "log_every", "device", "compile", "spike", "data.cache", "retries", "specialists", "experts",
+    "parallel", "ray",
 )  # fmt: skip
 
 

@@ -256,7 +256,7 @@ class Trainer:
             return
         self.world.by_leader(lambda: tidy(self.run))
         facts, names = load_facts(state), saved_names(state)
-        saved = facts["config"] | {"identity": facts["identity"]}
+        saved = self.config.as_now(facts["config"]) | {"identity": facts["identity"]}
         now = self.config.to_dict() | {"identity": dict(self.learner.identity)}
         changed = check_resumable(saved, now, str(self.run))
         random = {name: value for name, value in self._random().items() if name in names}
@@ -321,7 +321,7 @@ def open_stream(learner: Learner) -> Stream:
         Source(
             source.name,
             open_shard(
-                [config.resolve(file) for file in source.files],
+                [config.resolve(file) for file in source.data],
                 learner.tokenizer,
                 cache=Path(spec.cache),
                 field=source.field,
@@ -337,10 +337,11 @@ def open_stream(learner: Learner) -> Stream:
 def open_held_out(learner: Learner) -> dict[str, list[Window]]:
     """The windows that the run is judged on, by domain. Raises DataError before the first step rather than later."""
     spec, windows = learner.evaluate, {}
-    for name, files in spec.domains.items():
-        paths = [learner.config.resolve(file) for file in files]
+    for name, text in spec.domains.items():
+        paths = [learner.config.resolve(file) for file in text.data]
+        field = text.field if "field" in text.model_fields_set else spec.field
         windows[name] = read_windows(
-            paths, learner.tokenizer, tokens=spec.tokens, window=spec.window, field=spec.field
+            paths, learner.tokenizer, tokens=spec.tokens, window=spec.window, field=field
         )
     return windows
 

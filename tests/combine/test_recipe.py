@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
+from octad.checkpoint.config_file import OldName
 from octad.combine.recipe import Recipe, check_name
 from octad.errors import RecipeError
 
@@ -153,3 +154,29 @@ def test_names_that_cannot_be_shown_as_they_are(name: str) -> None:
 )
 def test_other_names_are_free(name: str) -> None:
     check_name(name)
+
+
+def test_mergekit_s_names_are_understood_with_a_note(tmp_path: Path) -> None:
+    """A file as mergekit-moe takes it."""
+    path = tmp_path / "moe.yaml"
+    path.write_text(
+        "base_model: org/base\ngate_mode: hidden\ndtype: bfloat16\nexperts_per_token: 1\nexperts:\n"
+        "  - {source_model: org/law-7b, positive_prompts: [contract]}\n"
+        "  - {source_model: code, positive_prompts: ['def f():'], negative_prompts: [poem]}\n"
+    )
+    with pytest.warns(OldName) as said:
+        recipe = Recipe.load(path)
+    assert (recipe.base, recipe.top_k, recipe.router.method) == ("org/base", 1, "prompts")
+    assert [(e.name, e.model) for e in recipe.experts] == [("law-7b", "org/law-7b"), ("code", "code")]
+    told = " ".join(str(w.message) for w in said)
+    for part in (
+        "'base_model' is called 'base' here",
+        "'source_model' is called 'model' here",
+        "gate_mode: hidden",
+    ):
+        assert part in told
+    path.write_text(path.read_text().replace("hidden", "cheap_embed"))
+    with pytest.raises(RecipeError, match="gate_mode: 'cheap_embed' has no counterpart"):
+        Recipe.load(path)
+    with pytest.raises(RecipeError, match="two names of one thing; keep 'base'"):
+        Recipe.of({"base": "a", "base_model": "b", "experts": []})

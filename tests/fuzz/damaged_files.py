@@ -184,9 +184,9 @@ def training(name: str) -> Callable[[Path], object]:
 
         config = load_branch(d / name) if name.startswith("branch") else load_config(d / name)
         list(config.unused_keys())
-        parts = config.specialists if isinstance(config, BranchConfig) else config.data.sources
+        parts = config.experts if isinstance(config, BranchConfig) else config.data.sources
         for part in parts:
-            for file in part.files:
+            for file in part.data:
                 next(open_documents(config.resolve(file)).read(part.field, 10), None)
 
     return read
@@ -195,7 +195,8 @@ def training(name: str) -> Callable[[Path], object]:
 def domains(d: Path) -> None:
     """What a model is judged on."""
     from octad.checkpoint.load import open_source
-    from octad.evaluate.heldout import read_domains, read_texts
+    from octad.evaluate.domains import read_domains
+    from octad.evaluate.heldout import read_texts
 
     read_texts(open_source(d / "base"), read_domains(d / "domains.yaml"), tokens=64, window=32)
 

@@ -52,7 +52,7 @@ def tune_file(directory: Path, model: Path, **changes: Any) -> Path:
     for n, name in enumerate(("one", "two")):
         if not (directory / f"{name}.jsonl").exists():
             jsonl(directory / f"{name}.jsonl", texts(60, n))
-    sources = [{"name": name, "files": f"{name}.jsonl"} for name in ("one", "two")]
+    sources = [{"name": name, "data": f"{name}.jsonl"} for name in ("one", "two")]
     config = {
         "task": "tune",
         "model": str(model),

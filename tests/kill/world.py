@@ -41,7 +41,7 @@ def make(directory: Path) -> None:
         "schedule": {"warmup": 1},
         "save": {"every": 1},
     }
-    sources = [{"name": name, "files": text} for name, text in zip(("one", "two"), texts, strict=False)]
+    sources = [{"name": name, "data": text} for name, text in zip(("one", "two"), texts, strict=False)]
     data = {"window": 16, "cache": str(directory / "tokens")}
     write(
         directory / "train.yaml",
@@ -51,12 +51,12 @@ def make(directory: Path) -> None:
         data=data | {"sources": sources},
         **common,
     )
-    specialists = [{"name": "one", "files": texts[1]}]
+    specialists = [{"name": "one", "data": texts[1]}]
     write(
         directory / "branch.yaml",
         base="base",
         mode="ffn-adapter",
-        specialists=specialists,
+        experts=specialists,
         data=data,
         low_rank={"rank": 2, "alpha": 4},
         **common,

@@ -17,7 +17,7 @@ from small import character_tokenizer, texts
 from octad.combine.calibration import check_files
 from octad.combine.recipe import Recipe
 from octad.errors import DataError
-from octad.evaluate.heldout import read_domains
+from octad.evaluate.domains import read_domains
 from octad.text.corpus import TextFiles, open_all, open_documents
 from octad.text.documents import read_documents
 from octad.text.windows import read_windows

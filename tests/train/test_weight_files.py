@@ -40,7 +40,7 @@ def test_a_branch(tiny_checkpoint, tmp_path: Path, mode: str, file: str) -> None
         "schedule": {"warmup": 1},
         "batch": {"windows": 2, "micro": 2},
         "data": {"window": 32, "cache": str(tmp_path / "cache")},
-        "specialists": [{"name": "one", "files": "one.jsonl"}],
+        "experts": [{"name": "one", "data": "one.jsonl"}],
     }
     (tmp_path / "branch.yaml").write_text(yaml.safe_dump(raw))
     branch(load_branch(tmp_path / "branch.yaml"), tmp_path / "out", echo=lambda line: None)
