@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from octad.cli.options import MinP, Model, Only, Quantize, Seed, TopP
+from octad.engine.params import CHAT_PENALTY
 from octad.errors import DataError, RequestError
 from octad.report import terminal
 
@@ -86,6 +87,9 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.7,
     top_p: TopP = 0.95,
     min_p: MinP = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: what was said already gets less likely; 1: off.")
+    ] = CHAT_PENALTY,
     seed: Seed = None,
     quantize: Quantize = None,
     load: Annotated[Path | None, typer.Option(help="Go on with a conversation that /save wrote.")] = None,
@@ -98,7 +102,12 @@ def chat(
     from octad.engine.params import SamplingParams
 
     params = SamplingParams(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, min_p=min_p, seed=seed
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
     )
     at_terminal = pipe.is_terminal() and terminal.out.is_terminal
     if at_terminal and find_spec("prompt_toolkit") is None:

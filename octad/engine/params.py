@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 from octad.errors import RequestError
 
+CHAT_PENALTY = 1.1  # repetition_penalty of a conversation where nobody asks for another: small models go round in circles
 GREEDY_BELOW = 1e-5  # a temperature this low is the argmax, and dividing by it would overflow
 _INTEGERS = {  # field: lowest and highest value, and whether None is allowed
     "n": (1, 1024, False),

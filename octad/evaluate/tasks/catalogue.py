@@ -32,6 +32,11 @@ def own_choice() -> Task:
     return read_task(DATA / "octad-choice.yaml")
 
 
+def own_chat() -> Task:
+    """Short questions in English, French, German and Spanish."""
+    return read_task(DATA / "octad-chat.yaml")
+
+
 def own_writing() -> Task:
     """The demonstration's held-out prose, in four languages."""
     passages = [
@@ -47,6 +52,7 @@ NAMED: dict[str, Callable[[], Task]] = {
     "octad-choice": own_choice,
     "octad-writing": own_writing,
     "humaneval": read_humaneval,
+    "octad-chat": own_chat,
 }
 
 

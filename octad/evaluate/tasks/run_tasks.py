@@ -18,13 +18,14 @@ from typing import Any
 from octad.engine.llm import LLM
 from octad.errors import RequestError
 from octad.evaluate.tasks.answers import measure_answers
+from octad.evaluate.tasks.asking import measure_chat
 from octad.evaluate.tasks.catalogue import find_task
 from octad.evaluate.tasks.choice import measure_choice
 from octad.evaluate.tasks.entrants import Entrant, lineup
 from octad.evaluate.tasks.harness import PREFIX, HarnessTask
 from octad.evaluate.tasks.humaneval import measure_code
 from octad.evaluate.tasks.scores import Measured, paired
-from octad.evaluate.tasks.task import ChoiceTask, CodeTask, ContinuationTask, GenerateTask, Task
+from octad.evaluate.tasks.task import ChatTask, ChoiceTask, CodeTask, ContinuationTask, GenerateTask, Task
 from octad.evaluate.tasks.work import Work
 from octad.evaluate.tasks.writing import (
     choose_candidates,
@@ -159,6 +160,8 @@ def _measure(llm: LLM, task: Task, work: Work) -> list[Measured]:
         return measure_choice(llm, task, work)
     if isinstance(task, GenerateTask):
         return measure_answers(llm, task, work)
+    if isinstance(task, ChatTask):
+        return measure_chat(llm, task, work)
     return measure_continuation(llm, task, work)
 
 

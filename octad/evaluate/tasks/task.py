@@ -3,11 +3,12 @@
     task = read_task("capitals.yaml")            # or HumanEval.jsonl.gz, or any of the kinds below as .jsonl
     task.kind, len(task.examples)
 
-Four kinds, each with its own examples and settings:
+Five kinds, each with its own examples and settings:
 
     code          {task_id, prompt, test, entry_point}: a function to finish, judged by its tests (HumanEval's format)
     choice        {question, choices, answer}: the likeliest of the choices should be the right one
     generate      {prompt, answer} or {prompt, answers} or {prompt, regex}: a short text to write
+    chat          {question, language} and perhaps {answers}: a question through the chat template
     continuation  {text}: a document to go on with
 
 YAML holds the settings and the examples, or the name of a file of them (`examples: questions.jsonl`, relative to it). A
@@ -35,6 +36,7 @@ from pydantic import (
 )
 
 from octad.checkpoint.config_file import Section, one_line
+from octad.engine.params import CHAT_PENALTY
 from octad.errors import DataError
 from octad.guard import JSON_BYTES, parse_json, parse_yaml
 
@@ -116,6 +118,14 @@ class Prompt(Example):
         return self
 
 
+class ChatQuestion(Example):
+    """A question to be answered in its language; `answers`: what a right answer contains, where there is a right one."""
+
+    question: str = Field(min_length=1)
+    language: Literal["en", "fr", "de", "es"]
+    answers: Strings = ()
+
+
 class Passage(Example):
     """A document, and what it belongs to (a domain, a book): its distractors come from there."""
 
@@ -167,6 +177,15 @@ class GenerateTask(Settings):
     match: Literal["exact", "contains"] = "exact"
 
 
+class ChatTask(Settings):
+    """The likeliest answers, under the penalty that `octad chat` has by default."""
+
+    kind: Literal["chat"] = "chat"
+    examples: tuple[ChatQuestion, ...] = Field(min_length=1)
+    max_tokens: int = Field(default=64, ge=1)
+    repetition_penalty: float = Field(default=CHAT_PENALTY, gt=0)
+
+
 class ContinuationTask(Settings):
     """Each document is cut after `given` characters (at a blank). The next `length` are its true continuation, to be told
     from those of `distractors` other documents of its group; the next `written` are what samples are held against.
@@ -183,16 +202,18 @@ class ContinuationTask(Settings):
     seed: int = 0
 
 
-Task = CodeTask | ChoiceTask | GenerateTask | ContinuationTask
+Task = CodeTask | ChoiceTask | GenerateTask | ChatTask | ContinuationTask
 KINDS: dict[str, Any] = {
     "code": CodeTask,
     "choice": ChoiceTask,
     "generate": GenerateTask,
     "continuation": ContinuationTask,
+    "chat": ChatTask,
 }
 SIGNS = {
     "test": "code",
     "choices": "choice",
+    "language": "chat",
     "regex": "generate",
     "answer": "generate",
     "answers": "generate",
