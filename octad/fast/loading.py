@@ -26,7 +26,8 @@ from octad.fast.optimize import ExpertWeights, Swapper, is_bfloat16, native_kern
 from octad.fast.quantize import Precision
 from octad.fast.saved import load_quantized, packed_weight, place_linear
 from octad.kernels.native import NativeKernels
-from octad.kernels.packed import Packed, pack
+from octad.kernels.packed import Packed
+from octad.kernels.packing import quick_pack
 from octad.kernels.paged import PagedAttention
 from octad.model.transformer import Transformer
 
@@ -142,7 +143,7 @@ class _Reader:
         if isinstance(weight, Packed):
             return weight
         bits = self.precision.attention if is_attention(name) else self.precision.ffn
-        return pack(weight, bits, wide=self.precision.wide and bits == 16)
+        return quick_pack(weight, bits, wide=self.precision.wide and bits == 16)
 
     def _weight(self, name: str) -> Weight:
         if isinstance(self.source, QuantizedSource) and self.source.scheme(name):

@@ -43,7 +43,8 @@ from octad.fast.quantize import (
 from octad.kernels.arena import Arena
 from octad.kernels.compile import BuildError, load
 from octad.kernels.native import NativeKernels
-from octad.kernels.packed import Packed, pack
+from octad.kernels.packed import GROUPS, PANEL, Packed, panel_bytes
+from octad.kernels.packing import quick_pack
 from octad.kernels.paged import PagedAttention, paged_attention
 from octad.model.moe import MLP, Experts, MoE, Router
 from octad.model.transformer import DecoderLayer, Transformer
@@ -157,17 +158,22 @@ class Packer:
         """A weight [O, K] alone."""
         if isinstance(weight, Packed):
             return _moved(weight, self.arena.copy(weight.panels))
-        return pack(weight.detach(), self.bits, empty=self._empty, wide=self.wide)
+        return quick_pack(weight.detach(), self.bits, empty=self._empty, wide=self.wide)
 
     def pair(self, gate_FD: torch.Tensor | Packed, up_FD: torch.Tensor | Packed) -> tuple[Packed, Packed]:
         """Gate and up projections with their panels taking turns: one pass over memory reads both."""
-        gate, up = (
-            w if isinstance(w, Packed) else pack(w.detach(), self.bits, wide=self.wide)
-            for w in (gate_FD, up_FD)
-        )
-        panels, size = gate.panels.shape
+        if isinstance(gate_FD, Packed):
+            panels, size = gate_FD.panels.shape
+        else:
+            outputs, inputs = gate_FD.shape
+            panels, size = -(-outputs // PANEL), panel_bytes(self.bits, GROUPS[self.bits], inputs)
         both = self.arena.empty((panels, 2, size), torch.uint8)
-        return _moved(gate, both[:, 0].copy_(gate.panels)), _moved(up, both[:, 1].copy_(up.panels))
+        return self._into(gate_FD, both[:, 0]), self._into(up_FD, both[:, 1])
+
+    def _into(self, weight: torch.Tensor | Packed, panels: torch.Tensor) -> Packed:
+        if isinstance(weight, Packed):
+            return _moved(weight, panels.copy_(weight.panels))
+        return quick_pack(weight.detach(), self.bits, empty=lambda shape: panels, wide=self.wide)
 
 
 def _moved(weight: Packed, panels: torch.Tensor) -> Packed:

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from octad.errors import RequestError
-from octad.kernels.packed import Packed, linear, pack
+from octad.kernels.packed import Packed, linear
+from octad.kernels.packing import quick_pack
 from octad.model.moe import MLP, Experts, MoE
 from octad.model.transformer import DecoderLayer, Transformer
 
@@ -61,7 +62,7 @@ class PackedLinear(nn.Module):
     @classmethod
     def of(cls, layer: nn.Linear, bits: int) -> PackedLinear:
         """A layer with its weight rounded."""
-        return cls(pack(layer.weight.detach(), bits), layer.bias)
+        return cls(quick_pack(layer.weight.detach(), bits), layer.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y [..., O] of x [..., K]."""
@@ -82,8 +83,8 @@ class PackedExperts(nn.Module):
     def of(cls, experts: Experts, bits: int) -> PackedExperts:
         """Experts with their weights rounded."""
         halves = [weight.detach().chunk(2) for weight in experts.gate_up_proj]
-        gate, up = [pack(g, bits) for g, _ in halves], [pack(u, bits) for _, u in halves]
-        return cls(gate, up, [pack(weight.detach(), bits) for weight in experts.down_proj])
+        gate, up = [quick_pack(g, bits) for g, _ in halves], [quick_pack(u, bits) for _, u in halves]
+        return cls(gate, up, [quick_pack(weight.detach(), bits) for weight in experts.down_proj])
 
     def expert(self, e: int, x_ND: torch.Tensor) -> torch.Tensor:
         """One expert's output y_ND."""
@@ -107,7 +108,7 @@ def quantize_modules(model: Transformer, precision: Precision) -> None:
         if isinstance(mlp, MoE) and mlp.shared_expert is not None:
             _swap_linears(mlp.shared_expert, precision.ffn)
     if not isinstance(model.lm_head, PackedLinear):
-        model.lm_head = PackedLinear(pack(head_weight(model).detach(), precision.head))
+        model.lm_head = PackedLinear(quick_pack(head_weight(model).detach(), precision.head))
 
 
 def _swap_linears(module: nn.Module, bits: int) -> None:

@@ -27,7 +27,8 @@ from octad.checkpoint.source import TensorInfo, TensorSource
 from octad.checkpoint.writer import CheckpointWriter
 from octad.errors import RequestError
 from octad.fast.quantize import PackedExperts, PackedLinear, Precision
-from octad.kernels.packed import GROUPS, Packed, pack_raw, quantize
+from octad.kernels.packed import GROUPS, Packed
+from octad.kernels.packing import quick_pack_raw, quick_quantize
 from octad.model.config import ModelConfig
 from octad.model.moe import MoE
 from octad.model.transformer import DecoderLayer, Transformer
@@ -118,7 +119,7 @@ def _write(writer: CheckpointWriter, source: TensorSource, name: str, scheme: Sc
         writer.copy(name, source)
         return
     weight = source.read(name)
-    raw, scales = quantize(weight, scheme.bits, scheme.group)
+    raw, scales = quick_quantize(weight, scheme.bits, scheme.group)
     writer.write(f"{name}_packed", pack_int32(raw, scheme.bits))
     writer.write(f"{name}_scale", scales)
     writer.write(f"{name}_shape", torch.tensor(weight.shape))
@@ -189,7 +190,7 @@ def packed_weight(source: QuantizedSource, name: str, device: torch.device | str
     scheme = source.scheme(name)
     assert scheme is not None
     raw, scales = source.integers(name)
-    packed = pack_raw(raw, scales, scheme.bits, raw.shape[1])
+    packed = quick_pack_raw(raw, scales, scheme.bits, raw.shape[1])
     return Packed(packed.panels.to(device), packed.outputs, packed.inputs, packed.bits, packed.group)
 
 

@@ -18,8 +18,9 @@
    native_src/attention.h  queries over pages of keys and values
    native_src/layers.h     whole layers of them
    native_src/passes.h     the passes between the products of training
+   native_src/packing.h    weights rounded and packed
    here                    what Python calls. dtype is F_F32 or F_BF16; functions return 0, 1 without memory,
-                           or 2 for an expert that is not there. */
+                           2 for an expert that is not there, 3 for a weight that is not finite. */
 
 #ifndef ISA
 #include "native_src/detect.h"
@@ -36,6 +37,7 @@
 #include "native_src/attention.h"
 #include "native_src/layers.h"
 #include "native_src/passes.h"
+#include "native_src/packing.h"
 
 /* y = x W^T + b. x [N, K]; outputs[i] [N, O_i] in the same dtype; biases[i] float32 [O_i] or null. */
 int NAME(linear)(const Weight *w, int64_t count, const void *x, int64_t dtype, int64_t N, void **outputs,

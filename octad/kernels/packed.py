@@ -139,6 +139,13 @@ def pack_raw(
     return Packed(used.copy_(panels[:, : panels.shape[1] - half]), outputs, inputs, bits, group)
 
 
+def panel_bytes(bits: int, group: int, inputs: int) -> int:
+    """Bytes of a panel: its integers and, for every two groups, their scales; or its floats."""
+    groups = -(-inputs // group)
+    scales = 0 if bits in FLOATS else -(-groups // 2) * 4 * PANEL
+    return groups * group * PANEL * bits // 8 + scales
+
+
 def _block_bytes(bits: int, group: int) -> int:
     """Bytes of two groups: their scales, then their integers."""
     return 4 * PANEL + 2 * group * PANEL * bits // 8
@@ -168,12 +175,12 @@ def dequantize(raw_OK: torch.Tensor, scales_OG: torch.Tensor, bits: int) -> torc
 
 def _round8(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Integers [O, G, group] as floats, and scales bfloat16 [O, G]."""
-    scales = _upward_bfloat16(torch.maximum(blocks.amax(-1), -blocks.amin(-1)) / 127)
+    scales = _upward_bfloat16(torch.maximum(blocks.amax(-1), -blocks.amin(-1)).abs() / 127)
     return (blocks / scales.float().clamp_min(SMALLEST)[..., None]).round_(), scales
 
 
 def _round4(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As _round8; of the scales of SHRINK, each block's best."""
+    """As _round8; of the scales of SHRINK, each block's best. A scale of zero has no sign."""
     low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
     largest = torch.where(high > -low, high, low)
     scale = (largest / -8).to(torch.bfloat16)
@@ -183,6 +190,7 @@ def _round4(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         error2 = _error4(blocks, scale2)
         better = error2 < error
         scale, error = torch.where(better, scale2, scale), torch.where(better, error2, error)
+    scale = scale + 0.0
     return _nearest4(blocks, scale), scale.squeeze(-1)
 
 
@@ -192,10 +200,16 @@ def _nearest4(blocks: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def _error4(blocks: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Each block's distance from itself rounded to a scale."""
-    off = _nearest4(blocks, scale).mul_(scale.float()).sub_(blocks)
-    distance: torch.Tensor = torch.linalg.vector_norm(off, dim=-1, keepdim=True)
-    return distance
+    """Each block's squared distance from itself rounded to a scale: in float64 and in a fixed order, eight sums and then
+    halves of them, so that the native twin finds the same best scale to the bit."""
+    off = _nearest4(blocks, scale).mul_(scale.float()).sub_(blocks).double()
+    sums, *others = off.square_().view(*off.shape[:-1], -1, 8).unbind(-2)
+    for other in others:
+        sums = sums + other
+    while sums.shape[-1] > 1:
+        half = sums.shape[-1] // 2
+        sums = sums[..., :half] + sums[..., half:]
+    return sums
 
 
 def _upward_bfloat16(x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,222 @@
+/* Weights rounded and laid out in panels: what packed.py does in PyTorch, in one pass over memory. Part of native.c.
+
+   Bit for bit packed.py's integers and scales, for finite weights: divisions are true ones, and the sums of squared errors
+   are taken in float64 in eight lanes. There and in q * scale products are exact, so that it does not matter whether the
+   compiler joins them with the sum that follows.
+
+   Letters: O outputs, K inputs, K' K padded to whole groups, G groups of inputs. */
+
+typedef struct {
+    const void *from; /* [O, K] in dtype, rows `stride` values apart */
+    int64_t dtype, stride, outputs, inputs, bits, group;
+} Plain;
+
+static int64_t group_count(const Plain *w) { return (w->inputs + w->group - 1) / w->group; }
+
+/* One group's largest magnitude with its sign, of equal ones the negative. 1 if a value is not finite. */
+static int extremes(const float *x, int64_t n, float *low, float *high) {
+    float least = x[0], most = x[0], zero = 0;
+#pragma omp simd reduction(min : least) reduction(max : most) reduction(+ : zero)
+    for (int64_t i = 0; i < n; i++) {
+        least = x[i] < least ? x[i] : least, most = x[i] > most ? x[i] : most;
+        zero += x[i] * 0.0f; /* not a number where x is not finite */
+    }
+    *low = least, *high = most;
+    return !(zero == 0);
+}
+
+/* The next bfloat16 not below x >= 0. */
+static uint16_t upward_bf16(float x) {
+    uint16_t v = to_bf16(x);
+    return from_bf16(v) < x ? v + 1 : v;
+}
+
+static int round8(const float *x, int64_t n, uint8_t *raw, uint16_t *scale) {
+    float low, high;
+    int failed = extremes(x, n, &low, &high);
+    *scale = upward_bf16(fabsf(high > -low ? high : low) / 127.0f);
+    float step = from_bf16(*scale);
+    step = step < 1e-30f ? 1e-30f : step;
+    if (failed) return 1;
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) raw[i] = (uint8_t)((int32_t)rintf(x[i] / step) + 128);
+    return 0;
+}
+
+INLINE float nearest4(float x, float step) {
+    float q = rintf(x / step);
+    return q < -8.0f ? -8.0f : (q > 7.0f ? 7.0f : q);
+}
+
+static float step4(uint16_t scale) {
+    float step = from_bf16(scale);
+    return step == 0 ? 1.0f : step;
+}
+
+static double error4(const float *x, int64_t n, uint16_t scale) {
+    float step = step4(scale), times = from_bf16(scale);
+    double lanes[8] = {0};
+    for (int64_t i = 0; i < n; i += 8) {
+#pragma omp simd
+        for (int j = 0; j < 8; j++) {
+            double off = nearest4(x[i + j], step) * times - x[i + j];
+            lanes[j] += off * off;
+        }
+    }
+    for (int width = 4; width; width /= 2)
+        for (int j = 0; j < width; j++) lanes[j] += lanes[j + width];
+    return lanes[0];
+}
+
+static int round4(const float *x, int64_t n, uint8_t *raw, uint16_t *scale) {
+    static const float shrink[4] = {1.0f, 0.95f, 0.9f, 0.85f};
+    float low, high;
+    if (extremes(x, n, &low, &high)) return 1;
+    float most = (high > -low ? high : low) / -8.0f;
+    double best = INFINITY;
+    for (int i = 0; i < 4; i++) {
+        uint16_t tried = to_bf16(most * shrink[i]);
+        double error = error4(x, n, tried);
+        if (i == 0 || error < best) best = error, *scale = tried;
+    }
+    if (!(*scale & 0x7fff)) *scale = 0; /* one zero, not two */
+    float step = step4(*scale);
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) raw[i] = (uint8_t)((int32_t)nearest4(x[i], step) + 8);
+    return 0;
+}
+
+/* Row o in unsigned integers raw [K'] and scales [G]; x is scratch [K']. */
+static int round_weights(const Plain *w, int64_t o, float *x, uint8_t *raw, uint16_t *scales) {
+    int64_t padded = round_up(w->inputs, w->group), failed = 0;
+    load_row(x, w->from, w->dtype, o * w->stride, w->inputs);
+    memset(x + w->inputs, 0, (padded - w->inputs) * sizeof(float));
+    for (int64_t k = 0; k < padded; k += w->group)
+        failed |= (w->bits == 8 ? round8 : round4)(x + k, w->group, raw + k, scales + k / w->group);
+    return (int)failed;
+}
+
+/* A panel of rows [16] of words [count] each, word by word. */
+static void lay_words(const uint32_t *rows, int64_t stride, int64_t count, uint32_t *to) {
+    for (int64_t i = 0; i < count; i++)
+        for (int o = 0; o < PANEL; o++) to[i * PANEL + o] = rows[o * stride + i];
+}
+
+/* The same at 4 bits: two words become one. */
+static void lay_nibbles(const uint32_t *rows, int64_t stride, int64_t count, uint32_t *to) {
+    for (int64_t i = 0; i < count; i++)
+        for (int o = 0; o < PANEL; o++)
+            to[i * PANEL + o] = rows[o * stride + 2 * i] | rows[o * stride + 2 * i + 1] << 4;
+}
+
+/* Integers raw [16, K'] and scales [16, G], of `stride` groups a row, as a panel. */
+static void lay_panel(const uint8_t *raw, const uint16_t *scales, int64_t stride, int64_t groups, int64_t group,
+                      int64_t bits, uint8_t *to) {
+    for (int64_t g = 0; g < groups; g++) {
+        if (g % 2 == 0) {
+            uint16_t *head = (uint16_t *)to;
+            for (int64_t i = 0; i < 2 * PANEL; i++) {
+                int64_t at = g + i / PANEL;
+                head[i] = at < groups ? scales[i % PANEL * stride + at] : 0;
+            }
+            to += 4 * PANEL;
+        }
+        const uint32_t *from = (const uint32_t *)(raw + g * group);
+        int64_t words = group * bits / 32;
+        (bits == 8 ? lay_words : lay_nibbles)(from, stride * group / 4, words, (uint32_t *)to);
+        to += words * 4 * PANEL;
+    }
+}
+
+/* Floats: rows first .. of the weight as a panel of float32 or (16 bits) bfloat16. x is scratch [16, K']. */
+static void lay_floats(const Plain *w, int64_t first, float *x, uint8_t *to) {
+    int64_t padded = round_up(w->inputs, w->group), size = w->bits / 8, last = min64(first + PANEL, w->outputs);
+    memset(x, 0, PANEL * padded * size);
+    for (int64_t o = first; o < last; o++) {
+        char *row = (char *)x + (o - first) * padded * size;
+        if (size == 4) load_row((float *)row, w->from, w->dtype, o * w->stride, w->inputs);
+        else if (w->dtype == F_BF16) memcpy(row, (const uint16_t *)w->from + o * w->stride, w->inputs * 2);
+        else store_row(row, F_BF16, 0, (const float *)w->from + o * w->stride, w->inputs);
+    }
+    lay_words((const uint32_t *)x, padded * size / 4, padded * size / 4, (uint32_t *)to);
+}
+
+static int lay_rounded(const Plain *w, int64_t first, float *x, uint8_t *raw, uint16_t *scales, uint8_t *to) {
+    int64_t groups = group_count(w), padded = groups * w->group;
+    int failed = 0;
+    memset(raw, 1 << (w->bits - 1), PANEL * padded);
+    memset(scales, 0, PANEL * groups * sizeof(uint16_t));
+    for (int64_t o = first; o < min64(first + PANEL, w->outputs); o++)
+        failed |= round_weights(w, o, x, raw + (o - first) * padded, scales + (o - first) * groups);
+    lay_panel(raw, scales, groups, groups, w->group, w->bits, to);
+    return failed;
+}
+
+/* A weight [O, K] as panels, which are `step` bytes apart. 3 where a value that is to be rounded is not finite. */
+int NAME(pack)(const void *from, int64_t dtype, int64_t stride, int64_t outputs, int64_t inputs, int64_t bits,
+               int64_t group, uint8_t *panels, int64_t step, int64_t threads) {
+    Plain w = {from, dtype, stride, outputs, inputs, bits, group};
+    int64_t groups = group_count(&w), padded = groups * group, count = (outputs + PANEL - 1) / PANEL;
+    int missing = 0, odd = 0;
+#pragma omp parallel num_threads(threads) reduction(| : missing, odd)
+    {
+        float *x = malloc((bits > 8 ? PANEL : 1) * padded * sizeof(float) + 64);
+        uint8_t *raw = malloc(PANEL * padded + 64);
+        uint16_t *scales = malloc(PANEL * groups * sizeof(uint16_t) + 64);
+        missing = !x || !raw || !scales;
+#pragma omp for schedule(static)
+        for (int64_t p = 0; p < count; p++) {
+            if (missing) continue;
+            if (bits > 8) lay_floats(&w, p * PANEL, x, panels + p * step);
+            else odd |= lay_rounded(&w, p * PANEL, x, raw, scales, panels + p * step);
+        }
+        free(x), free(raw), free(scales);
+    }
+    return missing ? 1 : (odd ? 3 : 0);
+}
+
+/* A weight [O, K] as unsigned integers raw [O, K'] and scales [O, G]. As pack. */
+int NAME(quantise)(const void *from, int64_t dtype, int64_t stride, int64_t outputs, int64_t inputs, int64_t bits,
+                   int64_t group, uint8_t *raw, uint16_t *scales, int64_t threads) {
+    Plain w = {from, dtype, stride, outputs, inputs, bits, group};
+    int64_t groups = group_count(&w), padded = groups * group;
+    int missing = 0, odd = 0;
+#pragma omp parallel num_threads(threads) reduction(| : missing, odd)
+    {
+        float *x = malloc(padded * sizeof(float) + 64);
+        missing = !x;
+#pragma omp for schedule(static)
+        for (int64_t o = 0; o < outputs; o++)
+            if (!missing) odd |= round_weights(&w, o, x, raw + o * padded, scales + o * groups);
+        free(x);
+    }
+    return missing ? 1 : (odd ? 3 : 0);
+}
+
+/* Integers raw [O, K'] and scales [O, G] as panels, which are `step` bytes apart. */
+int NAME(pack_raw)(const uint8_t *raw, const uint16_t *scales, int64_t outputs, int64_t groups, int64_t group,
+                   int64_t bits, uint8_t *panels, int64_t step, int64_t threads) {
+    int64_t padded = groups * group, count = (outputs + PANEL - 1) / PANEL;
+    int missing = 0;
+#pragma omp parallel num_threads(threads) reduction(| : missing)
+    {
+        uint8_t *some = malloc(PANEL * padded + 64); /* for a last panel with fewer outputs */
+        uint16_t *heads = malloc(PANEL * groups * sizeof(uint16_t) + 64);
+        missing = !some || !heads;
+#pragma omp for schedule(static)
+        for (int64_t p = 0; p < count; p++) {
+            const uint8_t *rows = raw + p * PANEL * padded;
+            const uint16_t *own = scales + p * PANEL * groups;
+            int64_t there = min64(PANEL, outputs - p * PANEL);
+            if (missing) continue;
+            if (there < PANEL) {
+                memset(some, 1 << (bits - 1), PANEL * padded), memset(heads, 0, PANEL * groups * sizeof(uint16_t));
+                memcpy(some, rows, there * padded), memcpy(heads, own, there * groups * sizeof(uint16_t));
+                rows = some, own = heads;
+            }
+            lay_panel(rows, own, groups, groups, group, bits, panels + p * step);
+        }
+        free(some), free(heads);
+    }
+    return missing;
+}

@@ -1,0 +1,99 @@
+"""Native rounding and packing against their slow twin, to the bit, on every instruction set that runs here."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from octad.kernels import packing
+from octad.kernels.compile import BuildError, load, runnable
+from octad.kernels.packed import pack, pack_raw, quantize
+from octad.kernels.packing import quick_pack, quick_pack_raw, quick_quantize
+
+SHAPES = [(1, 8), (16, 64), (17, 72), (33, 96), (5, 200), (48, 320)]  # odd and even numbers of groups
+BITS = [32, 16, 8, 4]
+
+
+@pytest.fixture(autouse=True, params=runnable())
+def _isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    made = packing._Rounding(load(isa=request.param))
+    monkeypatch.setattr(packing, "_rounding", lambda: made)
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def weight(outputs: int, inputs: int) -> torch.Tensor:
+    """Rows from 1e-40 to 1e30, with zeros, minus zeros, ties of magnitude and an outlier."""
+    draw = torch.Generator().manual_seed(outputs)
+    w = torch.randn(outputs, inputs, generator=draw) * torch.logspace(-40, 30, outputs)[:, None]
+    w[outputs // 2] = torch.tensor([0.0, -0.0]).repeat(inputs // 2)
+    w[0, inputs // 2] *= 50
+    w[-1, :4] = torch.tensor([4.0, -4.0, 0.5, 1.5]) * w[-1].abs().max()
+    return w
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", BITS)
+def test_panels_are_the_twins(bits: int, dtype: torch.dtype) -> None:
+    for shape in SHAPES:
+        for group in (None,) if bits > 8 else (None, 8, 24):
+            w = weight(*shape).clamp(-6e4, 6e4).to(dtype)
+            found, twin = quick_pack(w, bits, group), pack(w, bits, group)
+            assert torch.equal(found.panels, twin.panels), (shape, group)
+            assert (found.outputs, found.inputs, found.bits, found.group) == (*shape, bits, twin.group)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_rows_may_lie_apart_and_panels_too(bits: int) -> None:
+    both = weight(34, 96)
+    twin = pack(both[::2, 8:88], bits)
+    room = torch.zeros(len(twin.panels), 2, twin.panels.shape[1], dtype=torch.uint8)
+    found = quick_pack(both[::2, 8:88], bits, empty=lambda shape: room[:, 1], wide=True)
+    assert torch.equal(found.panels, twin.panels)
+    assert not room[:, 0].any()
+    assert found.panels.data_ptr() == room[:, 1].data_ptr()
+    assert found.wide == (bits == 16)
+    assert torch.equal(quick_pack(both.T, bits).panels, pack(both.T, bits).panels)
+
+
+@pytest.mark.parametrize("group", [8, 32, 64])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_integers_and_scales_are_the_twins(bits: int, group: int) -> None:
+    for outputs, groups in ((1, 1), (17, 3), (48, 4)):
+        w = weight(outputs, groups * group)
+        (raw, scales), (twin, twin_scales) = quick_quantize(w, bits, group), quantize(w, bits, group)
+        assert torch.equal(raw, twin)
+        assert torch.equal(scales.view(torch.int16), twin_scales.view(torch.int16))
+        inputs = groups * group - 3
+        packed = quick_pack_raw(raw, scales, bits, inputs)
+        assert torch.equal(packed.panels, pack_raw(raw, scales, bits, inputs).panels)
+        assert (packed.outputs, packed.inputs, packed.group) == (outputs, inputs, group)
+
+
+@pytest.mark.parametrize("odd", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_is_not_finite_is_left_to_the_twin(bits: int, odd: float) -> None:
+    w = weight(17, 72)
+    w[3, 70] = odd
+    assert torch.equal(quick_pack(w, bits).panels, pack(w, bits).panels)
+    padded = w[:, :64]
+    padded[16, 63] = odd
+    assert torch.equal(quick_quantize(padded, bits, 32)[0], quantize(padded, bits, 32)[0])
+
+
+def test_without_a_compiler_the_twin_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise BuildError("no compiler")
+
+    monkeypatch.undo()
+    packing._rounding.cache_clear()
+    monkeypatch.setattr(packing, "load", refuse)
+    w = weight(17, 64)
+    try:
+        assert torch.equal(quick_pack(w, 4).panels, pack(w, 4).panels)
+        raw, scales = quick_quantize(w, 8, 64)
+        assert torch.equal(raw, quantize(w, 8, 64)[0])
+        assert torch.equal(quick_pack_raw(raw, scales, 8, 64).panels, pack(w, 8).panels)
+    finally:
+        packing._rounding.cache_clear()
