@@ -1,0 +1,64 @@
+"""octad on a GPU that is not there (tests/helpers/pretended_gpu.py): engine and training take its code for CUDA."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cases
+import pretended_gpu
+import pytest
+from small import checkpoint
+from tiny_models import FAMILIES, TinyCheckpoint
+
+QUICK = [
+    "every_family_answers_as_on_the_cpu",
+    "sampling_grammar_and_penalties_answer_as_on_the_cpu",
+    "single_experts_work",
+    "everything_learns_as_on_the_cpu",
+    "a_run_resumes_to_the_same_bits",
+]
+SLOW = [
+    "rounded_weights_answer_as_on_the_cpu",
+    "routers_learn_as_on_the_cpu",
+    "repair_learns_as_on_the_cpu",
+    "muon_learns_as_on_the_cpu",
+]
+
+
+@pytest.fixture(scope="module")
+def outcomes(
+    request: pytest.FixtureRequest, tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """What went wrong in each of some cases, run together: starting costs as much as they do."""
+    if why := pretended_gpu.cannot():
+        pytest.skip(why)
+    work = tmp_path_factory.mktemp("gpu")
+    models = {family: str(tiny_checkpoint(family)) for family in FAMILIES}
+    models["mixtral"] = str(checkpoint(tiny_checkpoint("mixtral", num_local_experts=4), work / "mixtral"))
+    asked = {"names": request.param, "models": models, "work": str(work)}
+    paths = [str(Path(pretended_gpu.__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    done = subprocess.run(
+        [sys.executable, cases.__file__, json.dumps(asked)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("outcomes", [QUICK], indirect=True, ids=["quick"])
+@pytest.mark.parametrize("name", QUICK)
+def test_on_the_pretended_gpu(outcomes: dict[str, str], name: str) -> None:
+    assert outcomes[name] == "", outcomes[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("outcomes", [SLOW], indirect=True, ids=["slow"])
+@pytest.mark.parametrize("name", SLOW)
+def test_more_on_the_pretended_gpu(outcomes: dict[str, str], name: str) -> None:
+    assert outcomes[name] == "", outcomes[name]

@@ -1,0 +1,89 @@
+"""Training on the pretended GPU: the steps are those of the CPU, within rounding."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cases
+import torch
+from cases import case
+from pretended_gpu import PretendedGPU
+from safetensors.torch import load_file
+from small import tune_file
+
+from octad.train.learner import tune_learner
+from octad.train.run_config import load_config
+from octad.train.trainer import Trainer
+
+ROUTING = {"balance": 0.01, "z": 0.001, "bias": 1e-3}
+
+
+def trainer(name: str, device: str, **changes: Any) -> Trainer:
+    settings = {
+        "steps": 3,
+        "log_every": 1,
+        "device": device,
+        "optimizer": {"lr": 0.01},
+        "routing": ROUTING,
+        "evaluate": {"domains": {"one": "one.jsonl"}, "tokens": 64, "window": 32},
+        "compile": False,
+    }
+    file = tune_file(cases.WORK, cases.MODELS["mixtral"], **settings | changes)
+    return Trainer(tune_learner(load_config(file)), cases.WORK / f"{name}-{device}")
+
+
+def tuned(name: str, device: str, **changes: Any) -> Path:
+    made = trainer(name, device, **changes)
+    made.fit()
+    return made.run
+
+
+def losses(run: Path) -> list[float]:
+    return [
+        json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines() if "loss" in line
+    ]
+
+
+def compare(name: str, **changes: Any) -> PretendedGPU:
+    want = tuned(name, "cpu", **changes)
+    with PretendedGPU() as gpu:
+        got = tuned(name, "cuda", **changes)
+    torch.testing.assert_close(losses(got), losses(want), rtol=2e-4, atol=1e-4)
+    for key, value in load_file(want / "model.safetensors").items():
+        torch.testing.assert_close(load_file(got / "model.safetensors")[key], value, rtol=0, atol=2e-3)
+    return gpu
+
+
+@case
+def routers_learn_as_on_the_cpu() -> None:
+    compare("router", mode="router")
+
+
+@case
+def repair_learns_as_on_the_cpu() -> None:
+    compare("repair", mode="repair")
+
+
+@case
+def everything_learns_as_on_the_cpu() -> None:
+    compare("all", mode="all", batch={"windows": 4, "micro": 2, "checkpointing": True})
+
+
+@case
+def muon_learns_as_on_the_cpu() -> None:
+    compare("muon", mode="all", optimizer={"name": "muon", "lr": 0.01})
+
+
+@case
+def a_run_resumes_to_the_same_bits() -> None:
+    noisy = {"mode": "all", "routing": ROUTING | {"jitter": 0.1, "sample": True}, "save": {"every": 9}}
+    with PretendedGPU():
+        straight = tuned("straight", "cuda", **noisy)
+        cut = trainer("cut", "cuda", **noisy)
+        for _ in range(2):
+            cut.train_step()
+            cut.step += 1
+        cut.save()
+        again = tuned("cut", "cuda", **noisy)
+    for key, value in load_file(straight / "model.safetensors").items():
+        assert torch.equal(load_file(again / "model.safetensors")[key], value), key
