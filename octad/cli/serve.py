@@ -1,110 +1,176 @@
-"""`octad serve`: the API and the chat page of one model, until it is told to stop."""
+"""`octad serve`: the API and the chat page of one model, until it is told to stop; or in front of another server."""
 
 from __future__ import annotations
 
-import logging
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from octad.cli.options import Model, Quantize
+from octad.cli.options import Quantize
 from octad.errors import RequestError
 
 if TYPE_CHECKING:
-    from octad.engine.llm import LLM
-    from octad.serve.lifecycle import Tell
+    from octad.serve.running import Door, Served
+
+Names = list[str] | None
+MODEL = "A checkpoint, .gguf file, hub id or bundled base; with --backend, the mixture that it serves."
+OWN = ("max_queue", "quantize", "dtype", "device", "max_num_seqs", "max_model_len", "kv_cache_gb")
+SAME = {
+    "dtype": "--dtype",
+    "max_num_seqs": "--max-num-seqs",
+    "max_model_len": "--max-model-len",
+}  # vLLM has them
+_ADDRESS = typer.Option(help="Address to listen at.")
+_PORT = typer.Option(min=0, max=65535, metavar="N", help="0: any that is free.")
+_NAME = typer.Option(help="What clients call the model; may be repeated.")
+_KEYS = typer.Option(help="Keys that clients need, one a line.")
+_HOSTS = typer.Option(help="A name that clients reach this server by; may be repeated.")
+_CORS = typer.Option(help="An origin whose pages may use the API; may be repeated.")
+_QUEUE = typer.Option(min=0, metavar="N", help="Requests that may wait; then 429.")
+_TIMEOUT = typer.Option(min=0, metavar="S", help="Seconds an answer may take; 0: any.")
+_SEQS = typer.Option(min=1, metavar="N", help="Answers in progress at once.")
+_LENGTH = typer.Option(min=1, metavar="N", help="Tokens of prompt and answer.")
+_BACKEND = typer.Option(metavar="URL", help="Serve what another OpenAI server answers.")
+_BACKEND_KEY = typer.Option(help="The key for it; else clients' keys are passed on.")
+_ENGINE = typer.Option(help="octad, or vllm (its own options may follow).")
+_PYTHON = typer.Option(help="The python of vLLM's environment.")
+_REPORT = typer.Option(help="What octad evaluate --report wrote; else MODEL-report.")
+_LOG = typer.Option("--log/--no-log", help="A line of JSON for each request.")
+
+
+class EngineCommand(TyperCommand):
+    """Takes options that it does not know where they are another engine's."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """click's, which reads these two flags."""
+        at = args.index("--engine") + 1 if "--engine" in args else len(args)
+        foreign = args[at : at + 1] == ["vllm"] or "--engine=vllm" in args
+        ctx.ignore_unknown_options = ctx.allow_extra_args = foreign
+        return super().parse_args(ctx, args)
 
 
 def serve(
-    model: Model,
-    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="0: any that is free.")] = 8000,
-    served_model_name: Annotated[
-        list[str] | None, typer.Option(help="What clients call the model; may be repeated.")
-    ] = None,
-    api_key_file: Annotated[Path | None, typer.Option(help="Keys that clients need, one a line.")] = None,
-    allowed_host: Annotated[
-        list[str] | None, typer.Option(help="A name that clients reach this server by; may be repeated.")
-    ] = None,
-    cors: Annotated[
-        list[str] | None, typer.Option(help="An origin whose pages may use the API; may be repeated.")
-    ] = None,
-    max_queue: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Requests that may wait; then 429.")
-    ] = 128,
-    timeout: Annotated[
-        float, typer.Option(min=0, metavar="S", help="Seconds an answer may take; 0: any.")
-    ] = 0,
+    ctx: typer.Context,
+    model: Annotated[str | None, typer.Argument(help=MODEL)] = None,
+    host: Annotated[str, _ADDRESS] = "127.0.0.1",
+    port: Annotated[int, _PORT] = 8000,
+    served_model_name: Annotated[Names, _NAME] = None,
+    api_key_file: Annotated[Path | None, _KEYS] = None,
+    allowed_host: Annotated[Names, _HOSTS] = None,
+    cors: Annotated[Names, _CORS] = None,
+    max_queue: Annotated[int, _QUEUE] = 128,
+    timeout: Annotated[float, _TIMEOUT] = 0,
     quantize: Quantize = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    max_num_seqs: Annotated[int, typer.Option(min=1, metavar="N", help="Answers in progress at once.")] = 64,
-    max_model_len: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Tokens of prompt and answer.")
-    ] = None,
+    max_num_seqs: Annotated[int, _SEQS] = 64,
+    max_model_len: Annotated[int | None, _LENGTH] = None,
     kv_cache_gb: Annotated[float | None, typer.Option(help="Size of the key/value cache, GB.")] = None,
-    log_requests: Annotated[
-        bool, typer.Option("--log/--no-log", help="A line of JSON for each request.")
-    ] = True,
+    backend: Annotated[str | None, _BACKEND] = None,
+    backend_key_file: Annotated[Path | None, _BACKEND_KEY] = None,
+    engine: Annotated[str, _ENGINE] = "octad",
+    vllm_python: Annotated[Path | None, _PYTHON] = None,
+    report: Annotated[Path | None, _REPORT] = None,
+    log_requests: Annotated[bool, _LOG] = True,
 ) -> None:
     """Serve a model: the OpenAI and Anthropic APIs, and a chat page that shows who speaks."""
     _check_installed()
-    import asyncio
-
-    from octad.checkpoint.load import open_source
-    from octad.checkpoint.provenance import Provenance
-    from octad.serve.app import Application
-    from octad.serve.lifecycle import bind, server, start_loading
-    from octad.serve.listing import ModelNames
-    from octad.serve.make_up import make_up
+    _check_options(ctx, model, backend, engine)
+    from octad.serve.lifecycle import bind
+    from octad.serve.running import Door, log_to_stderr, run
     from octad.serve.security import Access
+    from octad.serve.served_report import find_report
 
     access = Access.of(host, allowed_host or (), cors or (), api_key_file)
-    source = open_source(model, quantised=True)  # a mistake in the name shows before the port is open
-    Provenance.of(source)  # and a damaged octad.json
-    name = Path(model).resolve().name if Path(model).exists() else model
-    app = Application(
-        ModelNames.now(served_model_name or [name]),
-        access,
-        max_queue=max_queue,
-        timeout=timeout or None,
-    )
-    options: dict[str, Any] = {"max_num_seqs": max_num_seqs, "max_model_len": max_model_len}
+    door = Door(access, timeout or None, find_report(model or "", report))
+    if backend is not None:
+        from octad.serve.backend import key_of
+        from octad.serve.running import in_front_of
 
-    def load(tell: Tell) -> LLM:
+        served = in_front_of(backend, door, model=model, key=key_of(backend_key_file))
+    elif engine == "vllm":
+        served = _vllm(ctx, str(model), served_model_name, vllm_python, door)
+    else:
+        options = {"dtype": dtype, "device": device, "quantize": quantize, "kv_cache_gb": kv_cache_gb}
+        options |= {"max_num_seqs": max_num_seqs, "max_model_len": max_model_len}
+        served = _octad(str(model), served_model_name, door, max_queue, options)
+    opened = bind(host, port)
+    log_to_stderr(requests=log_requests)
+    run(served, opened)
+
+
+def _octad(model: str, names: Names, door: Door, max_queue: int, options: dict[str, Any]) -> Served:
+    from octad.serve.running import own_engine
+
+    def load() -> Any:
         from octad.engine.llm import LLM
 
-        tell("reading the weights", 0.1)
-        return LLM(model, dtype=dtype, device=device, quantize=quantize, kv_cache_gb=kv_cache_gb, **options)
+        return LLM(model, **options)
 
-    opened = bind(host, port)
-    _log_to_stderr(requests=log_requests)
-    place = opened.getsockname()
-    shown = f"[{place[0]}]" if ":" in place[0] else place[0]
-    print(f"octad: http://{shown}:{place[1]}/ is the chat page, /v1 the API", file=sys.stderr, flush=True)
-    start_loading(app.state, load, lambda llm: app.ready(llm, make_up(source)))
-    asyncio.run(server(app.asgi, app.state, app.limits).serve([opened]))
-    if app.state.status == "failed":
-        raise RequestError(app.state.error)
+    return own_engine(model, names or [_name(model)], door, load, max_queue=max_queue)
+
+
+def _vllm(ctx: typer.Context, model: str, names: Names, python: Path | None, door: Door) -> Served:
+    from octad.checkpoint.load import open_source
+    from octad.serve.child import Child, vllm_command
+    from octad.serve.running import in_front_of
+
+    if names and len(names) > 1:
+        raise RequestError("--served-model-name: with --engine vllm there can be one")
+    options = [*ctx.args]
+    for name in _given(ctx, list(SAME)):
+        options += [SAME[name], str(ctx.params[name])]
+    routed = open_source(model, quantised=True).config.is_moe
+    name = names[0] if names else _name(model)
+    child = Child(vllm_command(model, python=python, name=name, options=options, routed=routed))
+    return in_front_of(child.url, door, model=model, key=child.key, child=child)
+
+
+def _name(model: str) -> str:
+    return Path(model).resolve().name if Path(model).exists() else model
+
+
+def _given(ctx: typer.Context, names: Sequence[str]) -> list[str]:
+    """Which of these options the command line has."""
+    return [
+        name
+        for name in names
+        if getattr(ctx.get_parameter_source(name), "name", "") not in ("DEFAULT", "DEFAULT_MAP")
+    ]
+
+
+def _check_options(ctx: typer.Context, model: str | None, backend: str | None, engine: str) -> None:
+    """Raises RequestError for options that do not go together: what has no effect is refused."""
+    if engine not in ("octad", "vllm"):
+        raise RequestError(f"--engine: found {engine!r}, allowed: octad, vllm")
+    if backend is not None and engine == "vllm":
+        raise RequestError("--backend: is for a server that runs; --engine vllm starts one; give one of both")
+    if model is None and backend is None:
+        raise RequestError("Missing argument 'MODEL'.")
+    if model is not None and model.startswith("-"):
+        raise RequestError(f"{model}: options of vLLM stand behind the model")
+    useless: list[str] = []
+    if backend is not None:
+        useless = [*OWN, "served_model_name"]
+    elif engine == "vllm":
+        useless = [name for name in OWN if name not in SAME]
+    place = "--backend" if backend is not None else "--engine vllm"
+    if engine != "vllm":
+        useless.append("vllm_python")
+        place = place if backend is not None else "--engine octad"
+    if backend is None:
+        useless.append("backend_key_file")
+    if wrong := _given(ctx, useless):
+        raise RequestError(f"--{wrong[0].replace('_', '-')}: has no effect with {place}; leave it out")
 
 
 def _check_installed() -> None:
     from importlib.util import find_spec
 
-    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]
+    needed = ("fastapi", "uvicorn", "prometheus_client", "httpx2")
+    missing = [name for name in needed if find_spec(name) is None]
     if missing:
         raise RequestError(f"serve: needs {', '.join(missing)}: pip install octad[serve]")
-
-
-def _log_to_stderr(*, requests: bool) -> None:
-    """Requests as bare lines of JSON, everything else as lines that say what they are."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("octad: %(message)s"))
-    logging.getLogger("octad.serve").addHandler(handler)
-    bare, access = logging.StreamHandler(), logging.getLogger("octad.serve.access")
-    bare.setFormatter(logging.Formatter("%(message)s"))
-    access.addHandler(bare)
-    access.propagate = False
-    access.setLevel(logging.INFO if requests else logging.CRITICAL)

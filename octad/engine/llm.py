@@ -73,7 +73,7 @@ class LLM:
             self.tokenizer, directory = load_tokenizer(source), source.directory
             transformer, attention = open_fast(source, kind, place, quantize=quantize, native=native)
         self.config, self.model = transformer.config, transformer
-        self.expert_names = _expert_names(directory, self.config.num_experts)
+        self.expert_names = expert_names(directory, self.config.num_experts)
         self.engine = Engine(transformer, self.tokenizer, settings, attention)
         self.loop = EngineLoop(self.engine)
         self._only: int | None = None
@@ -216,7 +216,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _expert_names(directory: Path | None, experts: int) -> list[str]:
+def expert_names(directory: Path | None, experts: int) -> list[str]:
     """The names in octad.json where octad made the mixture, else "expert 0", ...; [] for a dense model."""
     path = directory / "octad.json" if directory else None
     if not experts or path is None or not path.is_file():

@@ -39,6 +39,7 @@ class Logged:
             return
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if PLAIN.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+        scope["request_id"] = request_id
         began, status = time.monotonic(), 0
 
         async def reply(message: Message) -> None:

@@ -39,7 +39,8 @@ log = logging.getLogger("octad.serve")
 
 @dataclass
 class ServerState:
-    """loading, ready, draining or failed; `active` requests are being answered."""
+    """loading, ready, draining, failed, or (in front of another server) unreachable; `active` requests are being
+    answered."""
 
     status: str = "loading"
     stage: str = "starting"
@@ -47,6 +48,13 @@ class ServerState:
     active: int = 0
     error: str = ""
     ended: threading.Event = field(default_factory=threading.Event)
+    lock: Any = field(default_factory=threading.RLock, repr=False)  # a signal may come in the middle
+
+    def become(self, status: str, stage: str, progress: float = 0.0) -> None:
+        """Change; but a server that stops goes on stopping."""
+        with self.lock:
+            if self.status != "draining":
+                self.status, self.stage, self.progress = status, stage, progress
 
     def health(self) -> tuple[int, dict[str, Any]]:
         """The answer of /health."""
@@ -64,6 +72,8 @@ class ServerState:
             return "the server is stopping; ask another one"
         if self.status == "failed":
             return f"the model could not be opened: {self.error}"
+        if self.status == "unreachable":
+            return f"the backend does not answer ({self.stage})"
         return f"the model is being opened ({self.stage}, {self.progress:.0%})"
 
     def check(self) -> None:
@@ -87,10 +97,10 @@ def start_loading(
             first = llm.tokenizer.bos_id or llm.tokenizer.eos_id or 0
             llm.submit([first], SamplingParams(max_tokens=1, temperature=0), deltas=False).output()
             ready(llm)
-            if state.status == "loading":
-                state.stage, state.progress, state.status = "ready", 1.0, "ready"
+            state.become("ready", "ready", 1.0)
         except BaseException as error:
-            state.status, state.error = "failed", " ".join(str(error).split())[:300]
+            state.error = " ".join(str(error).split())[:300]
+            state.status = "failed"
             if not isinstance(error, OctadError):
                 log.exception("the model could not be opened")
         finally:
@@ -115,7 +125,7 @@ class DrainingServer(uvicorn.Server):
         if self.state.status == "draining" or sig == signal.SIGINT:
             self.should_exit = True
             self.force_exit = self.state.status == "draining"
-        self.state.status, self.state.stage = "draining", "stopping"
+        self.state.become("draining", "stopping")
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether it is time to end."""
