@@ -158,6 +158,12 @@ def recover(directory: Path) -> None:
                 path.rename(directory)
 
 
+def tidy(place: Path) -> None:
+    """Remove what killed runs left in a directory of octad's own, under any name."""
+    with contextlib.suppress(OSError):
+        _clean_up(place, None)
+
+
 def refuse_inputs(output: str | os.PathLike[str], inputs: Iterable[Path | None]) -> None:
     """Raises OutputError where the output is, or holds, one of the files and directories that it is made of."""
     final = Path(output).resolve()

@@ -176,6 +176,8 @@ class Session:
             for delta in deltas:
                 answer.add(delta)
                 yield delta
+                if delta.finish_reason == "error":
+                    raise RequestError(f"the answer failed: {delta.stop_reason}")
         finally:
             if answer.text or answer.finish_reason:
                 self.turns[keep:] = [Turn(question, answer.text)]

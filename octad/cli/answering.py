@@ -73,11 +73,13 @@ def generate(
     if as_json:
         output = llm.generate([ids], params)[0]
         print(json.dumps(answer_view.as_json(llm, output, routes=routes), ensure_ascii=False))
+        output.check()
         return
     if terminal.out.is_terminal and not chat:
         speakers.write_prompt(terminal.out, text)
     output = speakers.speak(llm, ids, params, terminal.out)
     answer_view.show(llm, output, terminal.out, routes=routes)
+    output.check()
 
 
 def chat(

@@ -19,6 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from octad.errors import RequestError
+
 if TYPE_CHECKING:
     import torch
 
@@ -57,8 +59,8 @@ class CompletionOutput:
     """One of a request's n answers so far. `token_ids` holds an end token that stopped it, `text` does not.
 
     finish_reason: "stop" (an end token, or stop_reason: the stop string or token id that was met), "length" (max_tokens
-    or the model's context), "abort", "error" (the structured output failed underway, stop_reason says how), or None while
-    it runs. `routed_experts` is int16 and `routed_weights` float32, both
+    or the model's context), "abort", "error" (the structured output failed underway, or the model computes no numbers:
+    stop_reason says it), or None while it runs. `routed_experts` is int16 and `routed_weights` float32, both
     [tokens, layers, top_k]; `speakers` names per token the expert with the most weight over the layers.
     """
 
@@ -91,6 +93,12 @@ class RequestOutput:
     prompt_routed_experts: torch.Tensor | None = None
     prompt_routed_weights: torch.Tensor | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+
+    def check(self) -> None:
+        """Raises RequestError where an answer failed underway."""
+        for answer in self.outputs:
+            if answer.finish_reason == "error":
+                raise RequestError(f"the answer failed: {answer.stop_reason}")
 
 
 @dataclass(frozen=True)

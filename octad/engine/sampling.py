@@ -34,6 +34,7 @@ from octad.engine.draw import LEAST, Buffer, keep, likeliest, pick, total
 from octad.engine.outputs import TokenLogprob, TokenLogprobs
 from octad.engine.params import SamplingParams, mix_seed
 
+BROKEN = "the model computes no numbers (NaN or infinite logits): its weights are damaged, or too large for the dtype"
 LARGEST = 1e37  # of a logit: differences of two are still float32 numbers
 
 
@@ -109,6 +110,7 @@ class SamplingState:
         matcher: Grammar | None = None,
     ) -> None:
         self.params, self.matcher = params, matcher
+        self.broken = False  # the model's logits are no numbers
         self.output_ids: list[int] = []
         self.generator: torch.Generator | None = None
         if params.seed is not None:
@@ -133,7 +135,9 @@ class SamplingState:
 
     @property
     def failure(self) -> str | None:
-        """Why the answer cannot have the form that it should, else None."""
+        """Why the answer cannot go on, or have the form that it should, else None."""
+        if self.broken:
+            return BROKEN
         return None if self.matcher is None else self.matcher.error
 
     @property
@@ -175,6 +179,8 @@ class Sampler:
         wanted = [row for row, state in enumerate(states) if state.params.logprobs is not None]
         with torch.inference_mode():
             tokens = self._choose(logits_RV, states).tolist()
+            for row in _without_numbers(logits_RV):
+                states[row].broken, tokens[row] = True, 0
             logprobs = self._logprobs(logits_RV, tokens, states, wanted) if wanted else {}
         return [Sampled(token, logprobs.get(row)) for row, token in enumerate(tokens)]
 
@@ -300,6 +306,12 @@ def distribution(
         likelier_VV = p_V[None, :] > p_V[:, None]
         p_V[(likelier_VV * p_V).sum(-1) >= params.top_p] = 0
     return p_V / p_V.sum()
+
+
+def _without_numbers(logits_RV: Tensor) -> list[int]:
+    """The rows whose largest logit is NaN or infinite: whatever was chosen there means nothing."""
+    largest_R = logits_RV.amax(-1)
+    return [] if largest_R.isfinite().all() else (~largest_R.isfinite()).nonzero()[:, 0].tolist()
 
 
 def _column(values: Sequence[float], device: torch.device) -> Tensor:

@@ -131,7 +131,7 @@ def _write(writer: CheckpointWriter, source: TensorSource, name: str, scheme: Sc
 def card(source: TensorSource, name: str, schemes: Schemes, bits: Bits | None = None) -> str:
     """README.md: what the source's says, and how this one differs; with `bits`, what that costs."""
     old = source.directory / CARD if source.directory is not None else None
-    before = old.read_text(encoding="utf-8") if old is not None and old.is_file() else _front_matter(source)
+    before = old.read_text("utf-8", "replace") if old is not None and old.is_file() else _front_matter(source)
     return f"""{before.rstrip()}
 
 ## Rounded to {schemes.ffn.bits} bits

@@ -26,6 +26,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -187,18 +188,18 @@ class Build:
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     def _made(self, name: str, flags: Sequence[str]) -> Path:
-        """The library of an instruction set ("runs": of none), compiled into a temporary file and then renamed, so that
-        two processes cannot disturb each other."""
+        """The library of an instruction set ("runs": of none), compiled under a hidden name and then renamed, so that two
+        processes cannot disturb each other; what a killed one left goes."""
         library = self.directory / f"{name}.so"
         if library.is_file():
             return library
         self.cache.mkdir(parents=True, exist_ok=True)
         reasons = list[str]()
         # a compiler without OpenMP still gives vector code on one thread
-        with tempfile.TemporaryDirectory(dir=self.cache) as scratch:
-            made = Path(scratch) / library.name
+        with _scratch(self.cache / f"{self.directory.name}-{name}") as scratch:
+            made = scratch / library.name
             for extra in ([OPENMP], []) if self.openmp else ([],):
-                part = Path(scratch) / "native.o"
+                part = scratch / "native.o"
                 reason = compile_object(self.command, self.source, name, flags, extra, part)
                 reason = reason or link([self.command[0]], [part], made) or _not_loadable(made)
                 if not reason:
@@ -207,6 +208,20 @@ class Build:
                     return library
                 reasons.append(reason)
         raise BuildError(f"{self.command[0]} cannot compile {self.source.name}: {reasons[-1]}")
+
+
+@contextmanager
+def _scratch(name: Path) -> Iterator[Path]:
+    """A directory for the time of the block, under a hidden name; what killed processes left beside it goes. Raises
+    BuildError."""
+    from octad.errors import OutputError  # late: setup.py reads this file by itself
+    from octad.staging import StagedDirectory
+
+    try:
+        with StagedDirectory(name, own_place=True) as stage:
+            yield stage.path
+    except OutputError as error:
+        raise BuildError(str(error)) from error
 
 
 def compile_object(

@@ -22,6 +22,7 @@ from octad.engine.llm import LLM
 from octad.engine.loop import Stream
 from octad.engine.outputs import Delta, RequestOutput
 from octad.engine.params import SamplingParams, StructuredOutput
+from octad.engine.sampling import BROKEN
 from octad.errors import CheckpointError, DataError, RequestError
 from octad.serve.limits import Queue
 from octad.serve.metrics import Metrics
@@ -122,8 +123,8 @@ def _piece(index: int, delta: Delta, parser: CallParser | None, *, forced: bool)
     if delta.finish_reason == "error":
         raise ApiError(
             500,
-            f"the answer could not be kept in its form: {delta.stop_reason}",
-            code="structured_output_failed",
+            f"the answer failed: {delta.stop_reason}",
+            code="model_failed" if delta.stop_reason == BROKEN else "structured_output_failed",
         )
     if delta.finish_reason == "length":  # what a cut left of a character is nothing that the model said
         delta = replace(delta, text=delta.text.rstrip(UNDECODED))

@@ -168,10 +168,27 @@ def _rows(label: str, load: Callable[[Any], Any]) -> Documents:
         raise DataError(f"{label}: cannot be loaded{where} ({words[:300]})") from None
 
     def read(field: str = "text", most: int | None = None) -> Iterator[Document]:
-        places = ((f"{label} row {number}", row) for number, row in enumerate(rows, 1))
-        return (from_row(row, where, field) for where, row in places)
+        return (from_row(row, where, field) for where, row in _numbered(rows, label))
 
     return Documents(label, lambda: str(rows._fingerprint), read)
+
+
+def _numbered(rows: Any, label: str) -> Iterator[tuple[str, Any]]:
+    """The rows of a data set with their places. Raises DataError where one cannot be read."""
+    number, waiting = 1, iter(rows)
+    while True:
+        where = f"{label} row {number}"
+        try:
+            row = next(waiting)
+        except StopIteration:
+            return
+        except (
+            Exception
+        ) as error:  # the library's own errors, Arrow's, and those of whatever it downloads with
+            words = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(f"{where}: cannot be read ({words[:300]})") from None
+        yield where, row
+        number += 1
 
 
 def _from_hub(library: Any, reference: str) -> Any:

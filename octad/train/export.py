@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
+from octad import staging
 from octad.checkpoint.adapter_file import CONFIG_FILE, WEIGHTS_FILE
 from octad.checkpoint.load import content_names
 from octad.checkpoint.names import parameter_sources, tensor_plan
@@ -149,6 +150,8 @@ def _move_in(run: Path, last: str = "config.json") -> Path:
 
 
 def tidy(run: Path) -> None:
-    """Remove what a run that was killed at its very last moment left: a staging directory with nothing in it."""
+    """Remove what a run that was killed at its very last moment left: files half written, and a staging directory with
+    nothing in it."""
+    staging.tidy(run)
     with suppress(OSError):
         (run / _STAGING).rmdir()

@@ -26,8 +26,9 @@ from octad.checkpoint.provenance import PROVENANCE, Provenance
 from octad.checkpoint.source import TensorSource
 from octad.checkpoint.writer import CheckpointWriter
 from octad.dist import compute_dtype, own_device
-from octad.errors import RecipeError
+from octad.errors import CheckpointError, RecipeError
 from octad.fast.training_experts import TrainExperts
+from octad.guard import read_json
 from octad.model.moe import Experts, MoE
 from octad.model.transformer import Transformer
 from octad.text.tokenizer import Tokenizer
@@ -84,7 +85,7 @@ def tune_learner(config: TuneConfig) -> Learner:
             f"{source.label}: is dense, there is nothing to tune; `octad branch` trains dense models"
         )
     model = load_model(source, *compute_settings(config)).requires_grad_(False)
-    provenance = Provenance.of(source)
+    provenance, earlier = Provenance.of(source), _earlier(source)
     members = tuple(provenance.names) if provenance else ()
     teacher = _teacher(model, config) if config.distill else None
     if teacher is not None:
@@ -99,7 +100,7 @@ def tune_learner(config: TuneConfig) -> Learner:
         config=config,
         data=config.data,
         evaluate=config.evaluate,
-        write=lambda run, values: _write_tuned(run, source, model, values, config, provenance),
+        write=lambda run, values: _write_tuned(run, source, model, values, config, provenance, earlier),
         trainable=_trainable(model, config.mode),
         routers=routers,
         routing=config.routing,
@@ -168,11 +169,12 @@ def _write_tuned(
     values: Mapping[str, torch.Tensor],
     config: TuneConfig,
     provenance: Provenance | None,
+    earlier: list[Any],
 ) -> Path:
     def side_files(writer: CheckpointWriter) -> None:
         common_files(writer, source.config.raw, load_tokenizer(source))
         record = config.to_dict() | {"trained": source.label}
-        writer.add_text(TRAINING, json.dumps([*_earlier(source), record], indent=2) + "\n")
+        writer.add_text(TRAINING, json.dumps([*earlier, record], indent=2) + "\n")
         if provenance is not None:
             provenance.edits.append(f"trained ({config.mode}, {config.steps} steps)")
             writer.add_text(PROVENANCE, provenance.to_json())
@@ -181,6 +183,10 @@ def _write_tuned(
 
 
 def _earlier(source: TensorSource) -> list[Any]:
-    """How the source was trained, where it was."""
+    """How the source was trained, where it was. Raises CheckpointError for a damaged file."""
     path = source.directory / TRAINING if source.directory is not None else None
-    return list(json.loads(path.read_text(encoding="utf-8"))) if path is not None and path.is_file() else []
+    if path is None or not path.is_file():
+        return []
+    if not isinstance(found := read_json(path), list):
+        raise CheckpointError(f"{path}: should hold a list, found {type(found).__name__}; remove it")
+    return found

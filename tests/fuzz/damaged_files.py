@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1] / part) for part in ("helpers", "kill", ".")]
+sys.path[:0] = [str(Path(__file__).parent)]
+
+from more_readers import MORE  # noqa: E402
+from more_seeds import more_seeds  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,7 @@ def seeds(directory: Path) -> None:
         '{"prompt": "a", "answers": ["x"]}\n{"prompt": "b", "regex": "a+b"}\n'
     )
     transcript.write(directory / "talk.json", "mix", "Be brief.", [transcript.Turn("a", "b")])
+    more_seeds(directory)
     cache = Cache(directory / "cache")
     cache.put("key", Record(torch.zeros(5), {"seconds": 1.0}))
     cache.put_plain("key", {"a": [1, 2]})
@@ -309,4 +314,8 @@ READERS = {
     "talk.json": Reader("json", talk),
     "cache/key.json": Reader("json", kept),
     "cache/key.safetensors": Reader("binary", kept),
+}
+READERS |= {
+    name if name not in READERS else f"{name} again": Reader(kind, read)
+    for name, (kind, read) in MORE.items()
 }

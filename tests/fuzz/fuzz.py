@@ -41,7 +41,7 @@ def outcome(directory: Path, name: str, seed: int) -> str:
     """What becomes of one damaged file, with what was said."""
     from octad.errors import OctadError
 
-    reader, path = READERS[name], next(iter(sorted(directory.glob(name))))
+    reader, path = READERS[name], next(iter(sorted(directory.glob(name.split()[0]))))
     whole = path.read_bytes()
     path.write_bytes(mutated(whole, random.Random(seed), reader.kind))
     try:

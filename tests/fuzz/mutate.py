@@ -54,6 +54,8 @@ def mutated(data: bytes, draw: random.Random, kind: str) -> bytes:
         ways = [flipped, cut, doubled, inserted, shortened]
         if kind in ("json", "yaml"):
             ways += [renumbered, inserted]
+        if kind == "binary":
+            ways += [overwritten] * 2
         if kind == "json":
             ways += [revalued] * 4
         data = draw.choice(ways)(data, draw)
@@ -68,6 +70,32 @@ def flipped(data: bytes, draw: random.Random) -> bytes:
             place = draw.randrange(min(len(found), draw.choice((64, 4096, len(found)))))
             found[place] ^= 1 << draw.randrange(8)
     return bytes(found)
+
+
+def overwritten(data: bytes, draw: random.Random) -> bytes:
+    """A number of four or eight bytes is another, one that lengths and counts are not; most of them near the head."""
+    size = draw.choice((4, 8))
+    if len(data) < size:
+        return data
+    place = draw.randrange(min(len(data), draw.choice((64, 4096, len(data)))) - size + 1)
+    value = draw.choice(
+        (
+            0,
+            1,
+            2,
+            7,
+            2**16,
+            2**31 - 1,
+            2**31,
+            2**32 - 1,
+            2**62,
+            2**63 - 1,
+            2**63,
+            2**64 - 1,
+            draw.randrange(300),
+        )
+    )
+    return data[:place] + (value % 2 ** (8 * size)).to_bytes(size, "little") + data[place + size :]
 
 
 def _span(data: bytes, draw: random.Random) -> tuple[int, int]:

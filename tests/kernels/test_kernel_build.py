@@ -177,3 +177,14 @@ def test_a_compiler_that_does_not_know_the_best_instruction_set(
     monkeypatch.setenv("CC", str(script(tmp_path / "cc", old)))
     assert load(tmp_path / "cache", QUICK).isa == second
     assert capsys.readouterr().err.endswith("native.c: cc: too new; trying the next best instruction set\n")
+
+
+def test_what_a_killed_build_left_is_removed(tmp_path: Path) -> None:
+    """A build that was killed leaves its hidden directory; the next one in the same cache removes it."""
+    gone = subprocess.Popen([sys.executable, "-c", "pass"])
+    gone.wait()
+    left = tmp_path / f".native-0-runs.{gone.pid}.incomplete"
+    left.mkdir()
+    (left / "native.o").write_bytes(b"x")
+    load(tmp_path, QUICK, isa="portable")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

@@ -42,7 +42,9 @@ def write(
             tokens = llm.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
             streams.append(llm.submit(tokens[-room:], seeded, deltas=False))
         for stream, own in zip(streams, each, strict=True):
-            texts.append([answer.text for answer in stream.output().outputs])
+            output = stream.output()
+            output.check()
+            texts.append([answer.text for answer in output.outputs])
             done += own.n
             progress(done / total)
         return texts
