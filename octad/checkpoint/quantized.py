@@ -140,6 +140,7 @@ class QuantizedSource(SafetensorsSource):
         self._packed = _packed_weights(raw, self.config, self.label)
         self._extents = one_by_one(raw, self.config)
         self._files = [*weights, self.directory / "config.json"]
+        self.weight_files = weights
         self._provenance = None
         verify(self._extents, self.config, self.label, self._packed)
         self.schemes = _schemes(self._packed, self.label)

@@ -73,6 +73,7 @@ class CheckpointWriter:
         self._left = Counter(shard for shard, _ in self._places.values())
         self._lock = Lock()
         self._files: list[int] = []
+        self._sides: list[int] = []
         self._background = ThreadPoolExecutor(1)
         self._syncs: list[Future[None]] = []
 
@@ -80,7 +81,7 @@ class CheckpointWriter:
         self._stage.__enter__()
         try:
             self.check_space()
-            with self._explained():
+            with self.explained():
                 for shard in self._shards:
                     path = self._stage.path / shard.file
                     self._files.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
@@ -94,9 +95,9 @@ class CheckpointWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._background.shutdown(cancel_futures=True)
-        for fd in self._files:
+        for fd in (*self._files, *self._sides):
             os.close(fd)
-        self._files = []
+        self._files, self._sides = [], []
         self._stage.__exit__(kind, error, trace)
 
     def check_space(self) -> None:
@@ -114,7 +115,7 @@ class CheckpointWriter:
         info = self._expect(name, tuple(tensor.shape))
         data = tensor.detach().to("cpu", info.dtype).contiguous().reshape(-1).view(torch.uint8)
         shard, offset = self._places[name]
-        with self._explained():
+        with self.explained():
             write_all(self._files[shard], byte_view(data), offset)
         self._done(name)
 
@@ -131,7 +132,7 @@ class CheckpointWriter:
             return
         self._expect(name, extent.info.shape)
         shard, offset = self._places[name]
-        with self._explained():
+        with self.explained():
             extent.copy_to(self._files[shard], offset)
         self._done(name)
 
@@ -153,9 +154,16 @@ class CheckpointWriter:
         finally:
             pool.shutdown(cancel_futures=True)
 
+    def open_side(self, file: str, nbytes: int) -> int:
+        """The descriptor of a side file of so many bytes, which whoever asks for it writes; closed with the writer."""
+        with self.explained():
+            self._sides.append(os.open(self._side(file), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
+            _reserve(self._sides[-1], nbytes)
+        return self._sides[-1]
+
     def add_bytes(self, file: str, data: bytes) -> None:
         """A side file, by its bare name."""
-        with self._explained():
+        with self.explained():
             self._side(file).write_bytes(data)
 
     def add_text(self, file: str, text: str) -> None:
@@ -164,7 +172,7 @@ class CheckpointWriter:
 
     def copy_in(self, path: str | os.PathLike[str]) -> None:
         """A copy of an existing file (tokenizer, generation config) under its own name; links are followed."""
-        with self._explained():
+        with self.explained():
             shutil.copyfile(path, self._side(Path(path).name))
 
     def finish(self) -> Path:
@@ -173,7 +181,7 @@ class CheckpointWriter:
             raise CheckpointError(
                 f"{self.directory}: {len(missing)} planned tensors not written, first {missing[0]}"
             )
-        with self._explained():
+        with self.explained():
             for sync in self._syncs:
                 sync.result()
             for fd, shard in zip(self._files, self._shards, strict=True):
@@ -188,6 +196,9 @@ class CheckpointWriter:
         """Finish, fsync, rename: from here on the checkpoint exists. Returns its directory."""
         if not self._finished:
             self.finish()
+        with self.explained():
+            for fd in self._sides:
+                os.fsync(fd)
         return self._stage.commit()
 
     # ---- inside --------------------------------------------------------------------------------------------
@@ -239,7 +250,8 @@ class CheckpointWriter:
         total = sum(info.nbytes for info in self.plan.values())
         return {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
 
-    def _explained(self) -> AbstractContextManager[None]:
+    def explained(self) -> AbstractContextManager[None]:
+        """Inside, an OSError becomes an OutputError that says what is wrong with the place."""
         return explained(self.directory, self._needed)
 
 

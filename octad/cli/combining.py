@@ -118,6 +118,13 @@ def quantize(
     window: Window = 512,
     overwrite: Overwrite = False,
     shard_size: ShardSize = 5.0,
+    records: Annotated[
+        bool,
+        typer.Option(
+            "--records/--no-records",
+            help="Write packed.octad, too: octad maps it in place of packing weights, and reads experts from it.",
+        ),
+    ] = True,
 ) -> None:
     """Write a checkpoint with its weights rounded to 8 or 4 bits: smaller, quick to load, fast to run. With --data it
     tells what that costs, here and in the output's model card."""
@@ -134,6 +141,7 @@ def quantize(
     started, source = time.monotonic(), open_source(model)
     texts = read_texts(source, read_domains(data), tokens=tokens, window=window).domains if data else {}
     options: dict[str, Any] = {"overwrite": overwrite, "max_shard_bytes": shard_bytes(shard_size)}
+    options |= {"records": records}
     with terminal.progress_bar() as progress:
         path, bits = quantize_and_judge(source, output, to, texts, progress=progress, **options)
     if bits:

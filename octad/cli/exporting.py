@@ -123,7 +123,9 @@ def _compressed(
                 f"{source.label}: its sizes ask for groups of {scheme.group}, the fast kernels of vLLM and SGLang take"
                 f" {', '.join(map(str, FAST_GROUPS))}; octad itself runs it: octad quantize"
             )
-    save_quantized(source, output, name, overwrite=overwrite, max_shard_bytes=limit, progress=progress)
+    save_quantized(  # whoever it is for has no use for records
+        source, output, name, overwrite=overwrite, max_shard_bytes=limit, progress=progress, records=False
+    )
     return []
 
 

@@ -24,6 +24,7 @@ from octad.dist import compute_dtype
 from octad.fast.native_modules import Weight, native_attention
 from octad.fast.optimize import ExpertWeights, Swapper, is_bfloat16, native_kernels, optimize, same_or_held
 from octad.fast.quantize import Precision
+from octad.fast.records import open_records
 from octad.fast.saved import load_quantized, packed_weight, place_linear
 from octad.kernels.native import NativeKernels
 from octad.kernels.packed import Packed
@@ -88,6 +89,7 @@ class _Reader:
 
     def __init__(self, source: TensorSource, dtype: torch.dtype, precision: Precision) -> None:
         self.source, self.dtype, self.precision = source, dtype, precision
+        self.placed = open_records(source) if isinstance(source, QuantizedSource) else None
         self.model = empty_model(source.config)
         self.parameters = parameter_sources(source.config)
         self.layers: list[list[str]] = [[] for _ in self.model.model.layers]
@@ -107,7 +109,8 @@ class _Reader:
                     if ".mlp.experts." not in parameter:
                         self._fill(parameter, ahead)
                 swapper.layer(number, self._experts(number, ahead))
-        swapper.ends(self._weight(EMBEDDING if self.source.config.tie_word_embeddings else HEAD))
+        tied = self.source.config.tie_word_embeddings and self.placed is None
+        swapper.ends(self._weight(EMBEDDING if tied else HEAD))
         return self.model
 
     def _in_order(self) -> Iterator[str]:
@@ -146,6 +149,8 @@ class _Reader:
         return quick_pack(weight, bits, wide=self.precision.wide and bits == 16)
 
     def _weight(self, name: str) -> Weight:
+        if self.placed is not None:
+            return self.placed.weight(name)
         if isinstance(self.source, QuantizedSource) and self.source.scheme(name):
             return packed_weight(self.source, name)
         return self.source.read(name)

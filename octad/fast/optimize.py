@@ -43,7 +43,7 @@ from octad.fast.quantize import (
 from octad.kernels.arena import Arena
 from octad.kernels.compile import BuildError, load
 from octad.kernels.native import NativeKernels
-from octad.kernels.packed import GROUPS, PANEL, Packed, panel_bytes
+from octad.kernels.packed import GROUPS, PANEL, Packed, Placed, panel_bytes
 from octad.kernels.packing import quick_pack
 from octad.kernels.paged import PagedAttention, paged_attention
 from octad.model.moe import MLP, Experts, MoE, Router
@@ -156,12 +156,16 @@ class Packer:
 
     def one(self, weight: torch.Tensor | Packed) -> Packed:
         """A weight [O, K] alone."""
+        if isinstance(weight, Placed):
+            return weight
         if isinstance(weight, Packed):
             return _moved(weight, self.arena.copy(weight.panels))
         return quick_pack(weight.detach(), self.bits, empty=self._empty, wide=self.wide)
 
     def pair(self, gate_FD: torch.Tensor | Packed, up_FD: torch.Tensor | Packed) -> tuple[Packed, Packed]:
         """Gate and up projections with their panels taking turns: one pass over memory reads both."""
+        if isinstance(gate_FD, Placed) and isinstance(up_FD, Placed):
+            return gate_FD, up_FD
         if isinstance(gate_FD, Packed):
             panels, size = gate_FD.panels.shape
         else:

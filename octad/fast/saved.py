@@ -19,16 +19,26 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from octad.checkpoint.hf import open_weights
 from octad.checkpoint.load import load_model, load_tokenizer
-from octad.checkpoint.names import HEAD, is_attention, is_linear, parameter_sources, tensor_plan
+from octad.checkpoint.names import (
+    EMBEDDING,
+    HEAD,
+    is_attention,
+    is_linear,
+    parameter_sources,
+    tensor_plan,
+)
 from octad.checkpoint.provenance import PROVENANCE
 from octad.checkpoint.quantized import QuantizedSource, Scheme, Schemes, pack_int32, quantization_config
+from octad.checkpoint.record_file import RecordWriter
 from octad.checkpoint.source import TensorInfo, TensorSource
 from octad.checkpoint.writer import CheckpointWriter
 from octad.errors import RequestError
 from octad.fast.quantize import PackedExperts, PackedLinear, Precision
+from octad.fast.records import FILE, HEAD_SCHEME, LAYOUT, record_layout
 from octad.kernels.packed import GROUPS, Packed
-from octad.kernels.packing import quick_pack_raw, quick_quantize
+from octad.kernels.packing import quick_pack, quick_pack_raw, quick_quantize
 from octad.model.config import ModelConfig
 from octad.model.moe import MoE
 from octad.model.transformer import DecoderLayer, Transformer
@@ -51,9 +61,11 @@ def save_quantized(
     max_shard_bytes: float = 5e9,
     progress: Callable[[str, float], None] = lambda stage, done: None,
     judge: Callable[[Path], Bits] | None = None,
+    records: bool = True,
 ) -> Path:
     """Write the model with weights rounded to `name` ("int8", "int4"); returns the directory, which appears whole or not
-    at all. `judge` gets it before that, complete but for the card, and says what rounding costs.
+    at all. `judge` gets it before that, complete but for the card, and says what rounding costs. `records`: write them as
+    the kernels read them, too (records.py).
 
     Raises RequestError for an unknown name or sizes that no group divides, OutputError as CheckpointWriter, and where the
     source would be replaced."""
@@ -62,9 +74,12 @@ def save_quantized(
     tokenizer = load_tokenizer(source)
     plan = _plan(source, schemes)
     with CheckpointWriter(directory, plan, max_shard_bytes=max_shard_bytes, overwrite=overwrite) as writer:
+        beside = (
+            RecordWriter(writer, FILE, record_layout(source.config, schemes), LAYOUT) if records else None
+        )
         names = list(tensor_plan(source.config))
         for done, tensor in enumerate(names, 1):
-            _write(writer, source, tensor, schemes.of(tensor))
+            _write(writer, source, tensor, schemes.of(tensor), beside)
             progress("quantising", done / len(names))
         said = {"quantization_config": quantization_config(schemes)}
         writer.add_text("config.json", json.dumps({**source.config.raw, **said}, indent=2) + "\n")
@@ -72,7 +87,10 @@ def save_quantized(
         for file in COPIED:
             if source.directory is not None and (source.directory / file).is_file():
                 writer.copy_in(source.directory / file)
-        bits = judge(writer.finish()) if judge is not None else None
+        made = writer.finish()
+        if beside is not None:
+            beside.finish(open_weights(made)[0])
+        bits = judge(made) if judge is not None else None
         writer.add_text(CARD, card(source, name, schemes, bits))
         return writer.commit()
 
@@ -114,15 +132,26 @@ def _plan(source: TensorSource, schemes: Schemes) -> dict[str, TensorInfo]:
     return plan
 
 
-def _write(writer: CheckpointWriter, source: TensorSource, name: str, scheme: Scheme | None) -> None:
+def _write(
+    writer: CheckpointWriter,
+    source: TensorSource,
+    name: str,
+    scheme: Scheme | None,
+    records: RecordWriter | None,
+) -> None:
     if scheme is None:
         writer.copy(name, source)
+        if records is not None and name == EMBEDDING and source.config.tie_word_embeddings:
+            # the head, as loading would round it
+            records.put(HEAD, quick_pack(source.read(name), HEAD_SCHEME.bits, HEAD_SCHEME.group).panels)
         return
     weight = source.read(name)
     raw, scales = quick_quantize(weight, scheme.bits, scheme.group)
     writer.write(f"{name}_packed", pack_int32(raw, scheme.bits))
     writer.write(f"{name}_scale", scales)
     writer.write(f"{name}_shape", torch.tensor(weight.shape))
+    if records is not None:
+        records.put(name, quick_pack_raw(raw, scales, scheme.bits, raw.shape[1]).panels)
 
 
 # ---- the model card ------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+from pathlib import Path
 
 import torch
 
@@ -45,5 +46,16 @@ def fresh(nbytes: int) -> torch.Tensor:
     memory = mmap.mmap(-1, nbytes, **private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a system built without them: ordinary pages do
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def mapped(path: Path, nbytes: int) -> torch.Tensor:
+    """A file's first bytes, uint8 [nbytes], mapped: read from the disk where they are touched, and shared with the
+    system's cache. What is written to them stays in memory. Raises OSError or ValueError, where the file is shorter."""
+    with open(path, "rb") as file:
+        memory = mmap.mmap(file.fileno(), nbytes, access=mmap.ACCESS_COPY)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # read in large pieces, where file systems have them
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)

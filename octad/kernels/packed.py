@@ -89,6 +89,10 @@ class Packed:
         return weight[: self.outputs, : self.inputs].to(dtype)
 
 
+class Placed(Packed):
+    """A Packed whose panels lie where the kernels shall read them: nobody copies them."""
+
+
 def pack(
     weight_OK: torch.Tensor,
     bits: int,
