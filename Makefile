@@ -4,14 +4,23 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-LLAMA_FLAGS := -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON
+# llama.cpp is an oracle of the slow tests: its programs, and its library for llama-cpp-python, from one build of that
+# package's source distribution (some ten minutes on two cores). Instruction sets are named as /proc/cpuinfo has them,
+# instead of -march=native, whose AMX path crashes on some virtual machines.
+LLAMA := $(VENV)/llama.cpp
+HAS    = $(if $(shell grep -ow -m1 $(1) /proc/cpuinfo),ON,OFF)
+LLAMA_FLAGS = $(foreach set,AVX AVX2 FMA F16C BMI2,-DGGML_$(set)=$(call HAS,$(shell echo $(set) | tr A-Z a-z))) \
+	-DGGML_AVX512=$(call HAS,avx512f) -DGGML_AVX512_VBMI=$(call HAS,avx512_vbmi) \
+	-DGGML_AVX512_VNNI=$(call HAS,avx512_vnni) -DGGML_AVX512_BF16=$(call HAS,avx512_bf16)
+LLAMA_TOOLS := llama-perplexity llama-tokenize llama-quantize llama-completion llama-bench
 
-.PHONY: help install demo test test-slow test-page page lint bench-combine bench-large bench-engine wheel test-neon clean
+.PHONY: help install demo llama test test-slow test-page page lint bench-combine bench-large bench-engine wheel test-neon clean
 
 help:
 	@echo "make demo           combine eight real models into one mixture, judge it, let it write"
 	@echo "make test           lint, types, and the test suite (under 12 minutes on two cores)"
 	@echo "make test-slow      the checks that take longer"
+	@echo "make llama          llama.cpp's programs, which test-slow asks (once; some ten minutes)"
 	@echo "make test-page      the chat page in a headless browser (Debian's chromium; npm for axe-core)"
 	@echo "make page           the chat page's files again from page-src (npm)"
 	@echo "make fuzz           damage every kind of file that is read, 10,000 times (COUNT=)"
@@ -45,14 +54,23 @@ lint: $(READY)
 test: lint
 	$(BIN)/pytest --durations=5
 
-# llama.cpp is an oracle of the slow tests. The flags name instruction sets instead of -march=native, whose AMX path
-# crashes on some virtual machines; about five minutes to build.
-$(VENV)/.llama: $(READY)
-	CMAKE_ARGS="$(LLAMA_FLAGS)" $(BIN)/pip install -q -c constraints.txt --no-binary llama-cpp-python llama-cpp-python
+llama: $(LLAMA)/.built
+
+$(LLAMA)/.built: | $(READY)
+	$(BIN)/pip install -q cmake ninja
+	rm -rf $(LLAMA) $(LLAMA).sdist && mkdir -p $(LLAMA)
+	$(BIN)/pip download -q -c constraints.txt --no-deps --no-binary llama-cpp-python -d $(LLAMA).sdist llama-cpp-python
+	tar -xzf $(LLAMA).sdist/*.tar.gz --strip-components=3 -C $(LLAMA) --wildcards '*/vendor/llama.cpp/*'
+	rm -r $(LLAMA).sdist
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S $(LLAMA) -B $(LLAMA)/build -G Ninja -DCMAKE_BUILD_TYPE=Release \
+		-DGGML_NATIVE=OFF $(LLAMA_FLAGS) -DBUILD_SHARED_LIBS=ON -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(LLAMA)/build --target $(LLAMA_TOOLS)
+	CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" \
+		$(BIN)/pip install -q -c constraints.txt --no-binary llama-cpp-python llama-cpp-python
 	@touch $@
 
-test-slow: $(VENV)/.llama
-	$(BIN)/pytest -m slow
+test-slow: llama
+	LLAMA_CPP_LIB_PATH=$(abspath $(LLAMA))/build/bin $(BIN)/pytest -m slow
 
 # The page's tests need chromium (apt install chromium), playwright, and what page-src/package-lock.json names.
 page-src/node_modules: page-src/package-lock.json

@@ -1,28 +1,29 @@
-"""The main job on real weights: SmolLM2 and its specialists, against transformers and llama.cpp's converter.
+"""The main job on real weights: SmolLM2 and its specialists, against transformers and llama.cpp.
 
-Slow: run with `make test-slow`. The converter is the script convert_hf_to_gguf.py of a llama.cpp source tree; name the
-tree in LLAMA_CPP to run that check (it ships in the source distribution of llama-cpp-python, under vendor/llama.cpp), and
-its program llama-perplexity in LLAMA_PERPLEXITY for the other.
+Slow: run with `make test-slow`, which builds llama.cpp (tests/helpers/llama_tools.py).
 """
 
 import json
-import math
 import os
-import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from llama_tools import TREE, continuation, needs_llama_cpp, perplexity, perplexity_of, token_ids
 
 import octad
 from octad.checkpoint.load import load_model, load_tokenizer, open_member, open_source
 from octad.combine.build import combine
 from octad.combine.preflight import preflight
 from octad.combine.recipe import Recipe
+from octad.engine.llm import LLM
+from octad.engine.params import SamplingParams
 from octad.evaluate.contestants import Member, contestant
+from octad.export.gguf_file import write_gguf
 
 pytestmark = pytest.mark.slow
 DEMO = Path(octad.__file__).parent / "demo"
@@ -73,7 +74,7 @@ def test_forced_expert_is_the_member(mixture: Path) -> None:
         torch.testing.assert_close(model(ids), member(ids), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="LLAMA_CPP does not name a llama.cpp source tree")
+@needs_llama_cpp
 def test_llama_cpp_converter_accepts_the_mixture(mixture: Path, tmp_path: Path) -> None:
     from octad.checkpoint.gguf.reader import GGUFSource
 
@@ -87,46 +88,51 @@ def test_llama_cpp_converter_accepts_the_mixture(mixture: Path, tmp_path: Path) 
 
 def converted(mixture: Path, tmp_path: Path) -> Path:
     """The mixture as llama.cpp's own converter writes it, in bfloat16."""
-    tree, file = Path(os.environ["LLAMA_CPP"]), tmp_path / "m.gguf"
-    command = [sys.executable, str(tree / "convert_hf_to_gguf.py"), str(mixture), "--outtype", "bf16"]
-    path = os.pathsep.join(filter(None, [str(tree / "gguf-py"), os.environ.get("PYTHONPATH")]))
+    file = tmp_path / "m.gguf"
+    command = [sys.executable, str(TREE / "convert_hf_to_gguf.py"), str(mixture), "--outtype", "bf16"]
+    path = os.pathsep.join(filter(None, [str(TREE / "gguf-py"), os.environ.get("PYTHONPATH")]))
     subprocess.run([*command, "--outfile", str(file)], check=True, env=os.environ | {"PYTHONPATH": path})
     return file
 
 
-@pytest.mark.skipif(
-    not {"LLAMA_CPP", "LLAMA_PERPLEXITY"} <= os.environ.keys(),
-    reason="LLAMA_CPP and LLAMA_PERPLEXITY do not name a source tree and its llama-perplexity",
-)
-@torch.inference_mode()
-def test_llama_cpp_agrees_on_what_a_text_costs(mixture: Path, tmp_path: Path) -> None:
-    """Half a per cent of the bits: of each window of 512 tokens, llama-perplexity counts those behind the first half."""
-    file, source, window = converted(mixture, tmp_path), open_source(mixture), 512
-    tokenizer, model = load_tokenizer(source), load_model(source, torch.float32)
+def exported(mixture: Path, tmp_path: Path, kind: str = "bf16") -> Path:
+    """The mixture as octad export writes it."""
+    return write_gguf(open_source(mixture), tmp_path / f"{kind}.gguf", kind)
+
+
+def held_out(mixture: Path, tmp_path: Path, tokens: int) -> Path:
+    """A file of so many tokens of code, German and mathematics."""
+    tokenizer = load_tokenizer(open_source(mixture))
     lines = [
         (DEMO / "data" / d / "heldout.jsonl").read_text().splitlines()[:4]
         for d in ("python", "german", "maths")
     ]
     ids = tokenizer.encode("\n\n".join(json.loads(line)["text"] for part in lines for line in part))
     text = tmp_path / "text.txt"
-    text.write_text(tokenizer.decode(ids[: 6 * window]), encoding="utf-8")
-    ids = tokenizer.encode(text.read_text(encoding="utf-8"))
-    windows = torch.tensor(ids[: len(ids) // window * window]).view(-1, window)
-    nats = torch.stack(
-        [-model(w[None])[0, :-1].log_softmax(-1).gather(1, w[1:, None])[:, 0] for w in windows]
-    )
-    command = [
-        os.environ["LLAMA_PERPLEXITY"],
-        "-m",
-        str(file),
-        "-f",
-        str(text),
-        "-c",
-        str(window),
-        "-ngl",
-        "0",
-    ]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    found = re.search(r"Final estimate: PPL = ([0-9.]+)", done.stdout + done.stderr)
-    assert found
-    assert float(nats[:, window // 2 :].mean()) == pytest.approx(math.log(float(found.group(1))), rel=0.005)
+    text.write_text(tokenizer.decode(ids[:tokens]), encoding="utf-8")
+    return text
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("made_by", [converted, exported])
+def test_llama_cpp_agrees_on_what_a_text_costs(
+    mixture: Path, tmp_path: Path, made_by: Callable[[Path, Path], Path]
+) -> None:
+    """A thousandth of the perplexity, though llama.cpp rounds what it multiplies bfloat16 weights with."""
+    source, window = open_source(mixture), 512
+    text = held_out(mixture, tmp_path, 6 * window)
+    ids = load_tokenizer(source).encode(text.read_text(encoding="utf-8"))
+    file = made_by(mixture, tmp_path)
+    assert token_ids(file, text) == ids
+    ours = perplexity_of(load_model(source, torch.float32), ids, window)
+    assert perplexity(file, text, window) == pytest.approx(ours, rel=1e-3)
+
+
+@needs_llama_cpp
+def test_llama_cpp_writes_the_same_text(mixture: Path, tmp_path: Path) -> None:
+    """64 tokens, greedily, behind three beginnings; the weights as float32, so that both compute alike."""
+    file = exported(mixture, tmp_path, "f32")
+    llm = LLM(mixture, dtype="float32")
+    params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+    for prompt in ("def fibonacci(n):", "Die Hauptstadt von Frankreich ist", "To solve the equation, we"):
+        assert continuation(file, prompt, 64) == llm.generate(prompt, params).outputs[0].text

@@ -13,12 +13,9 @@ from typing import Any
 
 from octad.errors import RecipeError
 from octad.model.config import ModelConfig
-from octad.model.families import FAMILIES
+from octad.model.families import FAMILIES, INERT_SHARED_EXPERT
 
 TARGETS = {name: family.mixture for name, family in FAMILIES.items() if family.mixture}
-INERT_SHARED_EXPERT = (
-    256  # hidden units of Qwen2-MoE's mandatory shared expert, all zero: adds exactly nothing
-)
 CARRIED = ("pad_token_id", "bos_token_id", "eos_token_id", "initializer_range", "attention_dropout")
 
 

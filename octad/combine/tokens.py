@@ -61,7 +61,7 @@ def read_tokens(source: TensorSource, seen: Mapping[bytes, Tokens] | None = None
 
 def texts_of(tokenizer: Tokenizer) -> dict[int, str]:
     """Id to text of everything that a tokenizer knows."""
-    return _used({i: text for text, i in tokenizer.core.get_vocab(with_added_tokens=True).items()})
+    return _used(tokenizer.texts)
 
 
 def _used(texts: Mapping[int, str]) -> dict[int, str]:

@@ -13,31 +13,42 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md for the keys.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from octad.checkpoint.gguf.metadata import llama3_factors
+from octad.checkpoint.gguf.metadata import INTERLEAVED, llama3_factors
 from octad.checkpoint.names import tensor_plan
 from octad.checkpoint.source import TensorSource
 from octad.errors import CheckpointError
-from octad.model.config import ModelConfig
+from octad.model.config import ModelConfig, RopeConfig
 from octad.model.families import FAMILIES
+from octad.model.rope import yarn_scale
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
+HEAD_OF_ITS_OWN = ("qwen2moe", "olmoe")  # the graph does not fall back on the embeddings
+HEADS_FILL_WIDTH = ("qwen2", "qwen2moe", "olmoe")  # the graph takes q and o for square
+
 
 @dataclass(frozen=True)
 class Form:
-    """How a model is written: llama.cpp's architecture, whether rows of q and k are interleaved, whether a tied head is
-    written out, and whether a shared expert that adds nothing is left out."""
+    """How a model is written: llama.cpp's architecture, and whether a shared expert that adds nothing is left out."""
 
     architecture: str
-    interleaved: bool
-    head: bool = False
     no_shared_expert: bool = False
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether rows of q and k are."""
+        return self.architecture in INTERLEAVED
+
+    @property
+    def head(self) -> bool:
+        """Whether a tied head is written out."""
+        return self.architecture in HEAD_OF_ITS_OWN
 
 
 def gguf_form(source: TensorSource) -> Form:
@@ -45,9 +56,9 @@ def gguf_form(source: TensorSource) -> Form:
     config = source.config
     family = FAMILIES[config.model_type]
     if config.model_type == "qwen2_moe" and config.norm_topk_prob and _adds_nothing(source):
-        form = Form("llama", interleaved=True, no_shared_expert=True)
+        form = Form("llama", no_shared_expert=True)
     else:
-        form = Form(family.gguf, family.gguf_interleaved, head=family.is_moe and family.gguf != "llama")
+        form = Form(family.gguf)
     if reason := _why_not(config, form):
         raise CheckpointError(f"{source.label}: cannot be written as GGUF: {reason}")
     return form
@@ -58,8 +69,18 @@ def _why_not(config: ModelConfig, form: Form) -> str | None:
     architecture, family = form.architecture, FAMILIES[config.model_type]
     if config.sliding_layers:
         return f"llama.cpp's {architecture} attends to everything, this model slides over {config.sliding_window}"
-    if config.rope.type not in ("default", "linear", "yarn", "llama3"):
-        return f"rope scaling {config.rope.type!r} has no place in it"
+    if reason := _why_not_rope(config.rope):
+        return reason
+    if (
+        architecture in HEADS_FILL_WIDTH
+        and config.num_attention_heads * config.head_dim != config.hidden_size
+    ):
+        return (
+            f"llama.cpp's {architecture} has heads that fill the width, here {config.num_attention_heads} x"
+            f" {config.head_dim} are not {config.hidden_size}"
+        )
+    if config.qk_norm == "full" and config.num_key_value_heads != config.num_attention_heads:
+        return f"llama.cpp's {architecture} has as many key as query heads"
     if config.clip_qkv is not None:
         return f"llama.cpp's {architecture} does not clip q, k and v (clip_qkv {config.clip_qkv:g})"
     if (config.o_bias or config.mlp_bias or (config.qkv_bias and architecture == "qwen3moe")) and (
@@ -77,6 +98,21 @@ def _why_not(config: ModelConfig, form: Form) -> str | None:
         return f"llama.cpp's {architecture} {does} makes the chosen experts' weights sum to 1, this model does not agree"
     if config.dense_layers:
         return f"llama.cpp's {architecture} has experts in all layers, this model not in {len(config.dense_layers)}"
+    return None
+
+
+def _why_not_rope(rope: RopeConfig) -> str | None:
+    """What llama.cpp, which reads YaRN's factor and original context alone, computes otherwise."""
+    if rope.type not in ("default", "linear", "yarn", "llama3"):
+        return f"rope scaling {rope.type!r} has no place in it"
+    if rope.type != "yarn":
+        return None
+    usual = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
+    for key, value in usual.items():
+        if rope.get(key, value) != value:
+            return f"YaRN with {key} {rope.get(key)} has no place in it"
+    if abs(yarn_scale(rope) - yarn_scale(replace(rope, parameters=(("factor", rope.get("factor")),)))) > 1e-4:
+        return f"YaRN with an attention scale of its own ({yarn_scale(rope):g}) has no place in it"
     return None
 
 
@@ -119,8 +155,10 @@ def _add_scaling(writer: GGUFWriter, config: ModelConfig) -> None:
     from gguf.constants import RopeScalingType
 
     given: dict[str, Any] = dict(config.rope.parameters)
+    if config.rope.type == "llama3":  # its factors are a tensor; readers tell from this whose they are
+        writer.add_rope_scaling_orig_ctx_len(llama3_context(config.rope))
     if config.rope.type not in ("linear", "yarn"):
-        return  # llama3's factors are a tensor
+        return
     writer.add_rope_scaling_type(RopeScalingType(config.rope.type))
     writer.add_rope_scaling_factor(float(given["factor"]))
     if config.rope.type == "yarn":
@@ -138,5 +176,13 @@ def rope_factors(config: ModelConfig) -> torch.Tensor | None:
         raise CheckpointError(
             "Llama 3's rope scaling with other than the usual low and high factors (1 and 4)"
         )
-    context = int(given.get("original_max_position_embeddings", 8192))
-    return torch.tensor(llama3_factors(config.rope.theta, config.head_dim, float(given["factor"]), context))
+    return torch.tensor(
+        llama3_factors(
+            config.rope.theta, config.head_dim, float(given["factor"]), llama3_context(config.rope)
+        )
+    )
+
+
+def llama3_context(rope: RopeConfig) -> int:
+    """How many tokens the model saw before its positions were scaled."""
+    return int(rope.get("original_max_position_embeddings", 8192))

@@ -68,9 +68,9 @@ def vocabulary_values(tokenizer: Tokenizer, size: int) -> dict[str, Any]:
 
 def _tokens(tokenizer: Tokenizer, size: int, *, bytes_fall_back: bool) -> dict[str, Any]:
     """Texts and kinds of all ids; those without a token get a name of their own."""
-    texts = {i: text for text, i in tokenizer.core.get_vocab(with_added_tokens=True).items()}
-    if texts and max(texts) >= size:
-        raise _refusal(tokenizer, f"it has the id {max(texts)}, the model {size} rows")
+    texts = tokenizer.texts
+    if tokenizer.vocab_size > size:
+        raise _refusal(tokenizer, f"it has the id {tokenizer.vocab_size - 1}, the model {size} rows")
     added = tokenizer.core.get_added_tokens_decoder()
     unknown = tokenizer.config.get("unk_token")
 

@@ -98,11 +98,10 @@ def export_hub(
     raw = changes.config(source)
     refuse_inputs(directory, [source.directory])
     tokenizer = load_tokenizer(source)
-    highest = max(tokenizer.core.get_vocab(with_added_tokens=True).values(), default=0)
-    if highest >= source.config.vocab_size:
+    if tokenizer.vocab_size > source.config.vocab_size:
         raise CheckpointError(
-            f"{source.label}: its tokenizer has the id {highest}, its embeddings {source.config.vocab_size} rows; give it"
-            " the tokenizer that it was trained with"
+            f"{source.label}: its tokenizer has the id {tokenizer.vocab_size - 1}, its embeddings"
+            f" {source.config.vocab_size} rows; give it the tokenizer that it was trained with"
         )
     dtype = DTYPES[changes.dtype] if changes.dtype else None
     origins = {name: name for name in content_names(source)}

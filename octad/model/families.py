@@ -19,6 +19,8 @@ Part = Literal["gate", "up", "down"]
 QKNorm = Literal["none", "head", "full"]
 # which layers slide where layer_types does not say it: none, all, from max_window_layers on, every other one below it
 Sliding = Literal["never", "everywhere", "upper", "alternate"]
+# hidden units of the shared expert that a mixture of Qwen2 models has to have, all zero: it adds exactly nothing
+INERT_SHARED_EXPERT = 256
 Switch = bool | str  # a bias that is always or never there, or the key of config.json that tells
 
 
@@ -29,7 +31,6 @@ class Family:
     model_type: str
     architecture: str  # the class in transformers, which vLLM and SGLang know too
     gguf: str  # llama.cpp's name; its "llama" is also Mistral and, with an expert_count, Mixtral
-    gguf_interleaved: bool = False  # llama.cpp's converter permutes the rows of q and k, head by head
     gguf_norm_topk: bool = True  # what llama.cpp's graph does where the metadata do not tell
     mixture: str | None = None  # of a dense family: the one that holds copies of it as experts, exactly
     member: str | None = None  # of a mixture: the dense family of one expert with the shared part
@@ -83,7 +84,6 @@ _TABLE = (
         "llama",
         "LlamaForCausalLM",
         gguf="llama",
-        gguf_interleaved=True,
         mixture="mixtral",
         qkv_bias="attention_bias",
         o_bias="attention_bias",
@@ -94,7 +94,6 @@ _TABLE = (
         "mistral",
         "MistralForCausalLM",
         gguf="llama",
-        gguf_interleaved=True,
         mixture="mixtral",
         sliding="everywhere",
         defaults=_PLAIN
@@ -128,7 +127,6 @@ _TABLE = (
         "mixtral",
         "MixtralForCausalLM",
         gguf="llama",
-        gguf_interleaved=True,
         member="llama",
         sliding="everywhere",
         experts_keys=("num_local_experts", "num_experts"),

@@ -96,10 +96,13 @@ def _yarn(plain: torch.Tensor, rope: RopeConfig, dim: int, max_positions: int) -
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
-    return plain / factor * ramp + plain * (1 - ramp), _yarn_scale(rope, factor)
+    return plain / factor * ramp + plain * (1 - ramp), yarn_scale(rope)
 
 
-def _yarn_scale(rope: RopeConfig, factor: float) -> float:
+def yarn_scale(rope: RopeConfig) -> float:
+    """What YaRN multiplies queries and keys with: its own word, or 0.1 log(factor) + 1 (the paper's section 3.4)."""
+    factor = float(rope.get("factor"))
+
     def magnitude(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 

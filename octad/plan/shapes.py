@@ -23,10 +23,8 @@ from octad.errors import CheckpointError, ConfigError, RecipeError
 from octad.guard import exists, read_object
 from octad.model import cost
 from octad.model.config import ModelConfig, dense_config
-from octad.model.families import FAMILIES
+from octad.model.families import FAMILIES, INERT_SHARED_EXPERT
 
-# the hidden units of the shared expert that a mixture of Qwen2 models must have, and that does nothing
-INERT_SHARED_EXPERT = 256
 Opened = Callable[[str], ModelConfig]
 
 

@@ -123,19 +123,23 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """One more than the largest id (the model's embedding may have more rows)."""
-        return int(max(self.core.get_vocab(with_added_tokens=True).values())) + 1
+        return max(self.texts, default=-1) + 1
+
+    @cached_property
+    def texts(self) -> dict[int, str]:
+        """What each id is spelled as in tokenizer.json, added tokens too."""
+        return {i: text for text, i in self.core.get_vocab(with_added_tokens=True).items()}
 
     @cached_property
     def byte_lengths(self) -> list[int]:
         """For each id, the UTF-8 bytes that it stands for in running text; their sum over a text is the text's size."""
-        tokens = {i: token for token, i in self.core.get_vocab(with_added_tokens=True).items()}
         added = self.core.get_added_tokens_decoder()
         byte_level = '"ByteLevel"' in json.dumps(json.loads(self.core.to_str()).get("decoder"))
 
         def length(i: int) -> int:
             if i in added:
                 return len(added[i].content.encode())
-            token = tokens.get(i, "")
+            token = self.texts.get(i, "")
             if byte_level:
                 return len(token)  # one character of the byte alphabet a byte
             return len(_BYTE.sub("x", token.replace("\u2581", " ")).encode())

@@ -27,6 +27,7 @@ TOKENS = torch.arange(3, 25).view(1, -1)
 HOLDS: dict[str, dict[str, Any]] = {  # what llama.cpp's graph of the family computes
     "qwen3_moe": {"norm_topk_prob": True, "mlp_only_layers": [], "moe_intermediate_size": 768},
     "mistral": {"sliding_window": None},
+    "olmoe": {"num_key_value_heads": 4},
 }
 Make = Callable[..., Path]
 
@@ -43,6 +44,11 @@ def checkpoint(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> Make:
         return path
 
     return make
+
+
+def yarn(**values: Any) -> dict[str, Any]:
+    plain = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+    return {"rope_parameters": plain | values}
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -145,6 +151,9 @@ def test_a_qwen2_mixture_whose_shared_expert_adds_nothing_is_a_llama(
     own = source.read("model.layers.0.self_attn.q_proj.bias").float()
     found = tensors["blk.0.attn_q.bias"].data
     assert np.array_equal(found, interleave(own, source.config.num_attention_heads).numpy())
+    again = open_source(tmp_path / "m.gguf")
+    assert again.config.model_type == "qwen2_moe"
+    assert torch.equal(*(logits(load_model(s, torch.float32)) for s in (source, again)))
 
 
 @pytest.mark.parametrize(
@@ -156,6 +165,11 @@ def test_a_qwen2_mixture_whose_shared_expert_adds_nothing_is_a_llama(
         ("olmoe", {"norm_topk_prob": True}, "never makes"),
         ("olmoe", {"clip_qkv": 5.0}, "clip"),
         ("qwen3", {"attention_bias": True}, "biases"),
+        ("qwen2_moe", {"norm_topk_prob": False, "head_dim": 32}, "heads that fill the width"),
+        ("olmoe", {"num_key_value_heads": 2}, "as many key as query heads"),
+        ("llama", yarn(beta_fast=16), "beta_fast 16"),
+        ("llama", yarn(truncate=False), "truncate False"),
+        ("llama", yarn(attention_factor=1.5), "attention scale of its own"),
     ],
 )
 def test_what_the_graphs_cannot_compute_is_refused(
@@ -178,13 +192,14 @@ def test_refusals_leave_nothing(checkpoint: Make, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
-def test_llama3_scaling_comes_back(checkpoint: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("context", [8192, 64])
+def test_llama3_scaling_comes_back(checkpoint: Make, tmp_path: Path, context: int) -> None:
     scaling = {
         "rope_type": "llama3",
         "factor": 8.0,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
+        "original_max_position_embeddings": context,
         "rope_theta": 5e5,
     }
     source = open_source(checkpoint("llama", rope_parameters=scaling))

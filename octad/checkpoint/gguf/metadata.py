@@ -2,7 +2,8 @@
 
     raw = config_dict(header, rope_factors=None, dtype="bfloat16")
 
-Architectures: llama (with expert_count: mixtral), qwen2, qwen3, qwen2moe, qwen3moe, olmoe. The keys are those
+Architectures: llama (with expert_count: mixtral, or with biases too: a mixture of Qwen2 models), qwen2, qwen3,
+qwen2moe, qwen3moe, olmoe. The keys are those
 of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; what the converter leaves out (whether a family
 normalises its routing weights, say) is a fact of the architecture in llama.cpp and stands in model/families.py. A
 key that changes the arithmetic and is not understood is refused by name.
@@ -17,12 +18,14 @@ from typing import Any
 
 from octad.checkpoint.gguf.header import GGUFHeader
 from octad.errors import CheckpointError
-from octad.model.families import FAMILIES
+from octad.model.families import FAMILIES, INERT_SHARED_EXPERT
 
 # llama.cpp's name -> the family; its "llama" is told apart below
 FAMILY: Mapping[str, str] = {
     family.gguf: name for name, family in FAMILIES.items() if name not in ("mistral", "mixtral")
 }
+# where llama.cpp rotates neighbours: rows of q and k, and their biases, lie otherwise, head by head
+INTERLEAVED = ("llama",)
 _UNDERSTOOD = {
     "context_length",
     "embedding_length",
@@ -121,7 +124,7 @@ def config_dict(header: GGUFHeader, rope_factors: Sequence[float] | None, dtype:
         raise CheckpointError(
             f"{header.path}: {architecture}.attention.causal is false; octad reads causal decoders"
         )
-    family = "mixtral" if architecture == "llama" and meta.get("expert_count") else FAMILY[architecture]
+    family = _family(meta, header)
     raw = {"architectures": [FAMILIES[family].architecture], "model_type": family, "torch_dtype": dtype}
     return (
         raw
@@ -130,6 +133,13 @@ def config_dict(header: GGUFHeader, rope_factors: Sequence[float] | None, dtype:
         | _experts(meta, family)
         | _token_ids(header.metadata)
     )
+
+
+def _family(meta: Metadata, header: GGUFHeader) -> str:
+    """llama.cpp's "llama" is Llama, with experts Mixtral, with experts and biases a mixture of Qwen2 models."""
+    if meta.architecture != "llama" or not meta.get("expert_count"):
+        return FAMILY[meta.architecture]
+    return "qwen2_moe" if "blk.0.attn_q.bias" in header.tensors else "mixtral"
 
 
 def _shape(meta: Metadata, header: GGUFHeader) -> dict[str, Any]:
@@ -191,12 +201,17 @@ def _experts(meta: Metadata, family: str) -> dict[str, Any]:
     names |= {"num_experts": count, "norm_topk_prob": norm}
     if family == "olmoe":
         return names
+    as_llama = meta.architecture == "llama"
     names |= {
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
-        "moe_intermediate_size": meta.need("expert_feed_forward_length"),
+        "moe_intermediate_size": meta.need(
+            "feed_forward_length" if as_llama else "expert_feed_forward_length"
+        ),
     }
-    if family == "qwen2_moe":
+    if as_llama:
+        names |= {"norm_topk_prob": True, "shared_expert_intermediate_size": INERT_SHARED_EXPERT}
+    elif family == "qwen2_moe":
         names["shared_expert_intermediate_size"] = meta.need("expert_shared_feed_forward_length")
     return names
 

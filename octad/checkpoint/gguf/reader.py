@@ -23,13 +23,13 @@ import numpy as np
 import torch
 
 from octad.checkpoint.gguf.header import GGUFHeader, GGUFTensor
-from octad.checkpoint.gguf.metadata import config_dict
+from octad.checkpoint.gguf.metadata import INTERLEAVED, config_dict
 from octad.checkpoint.names import EMBEDDING, FINAL_NORM, HEAD, expert_name, router_name, tensor_plan
 from octad.checkpoint.source import TensorInfo
 from octad.errors import CheckpointError, ConfigError
 from octad.fingerprint import fingerprint
 from octad.model.config import ModelConfig
-from octad.model.families import FAMILIES, Part
+from octad.model.families import Part
 
 GLOBAL_NAMES = {
     "token_embd.weight": EMBEDDING,
@@ -55,6 +55,7 @@ LAYER_NAMES = {
 }
 ROPE_FACTORS = "rope_freqs.weight"
 _IGNORED = re.compile(r"(blk\.\d+\.)?(rope_freqs|attn_rot_embd)\.weight")
+_INERT = re.compile(r"\.shared_expert(_gate)?\.")  # "llama" has none, a mixture of Qwen2 models must
 _LAYER = re.compile(r"blk\.(?P<layer>\d+)\.(?P<part>\w+?)(?:\.(?P<expert>\d+))?\.(?P<kind>weight|bias)")
 _SINGLE: Mapping[str, Part] = {"ffn_gate": "gate", "ffn_up": "up", "ffn_down": "down"}
 _STACKED: Mapping[str, Part] = {f"{part}_exps": name for part, name in _SINGLE.items()}
@@ -68,7 +69,7 @@ class _Piece:
     interleaved.
     """
 
-    tensor: str
+    tensor: str  # "" where the file leaves out what is zero
     expert: int | None
     shape: tuple[int, ...]
     heads: int = 0
@@ -113,11 +114,15 @@ class GGUFSource:
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype of what `read` returns."""
         piece = self._piece(name)
+        if not piece.tensor:
+            return TensorInfo(piece.shape, self.native_dtype)
         return TensorInfo(piece.shape, self._dtype_of(self.header.tensors[piece.tensor]))
 
     def read(self, name: str) -> torch.Tensor:
         """Read, dequantise, put interleaved rows back, in the dtype that `info` tells."""
         piece = self._piece(name)
+        if not piece.tensor:
+            return torch.zeros(piece.shape, dtype=self.native_dtype)
         tensor = self.header.tensors[piece.tensor]
         values = self._dequantised(tensor, piece).view(piece.shape)
         return deinterleave(values, piece.heads) if piece.heads else values
@@ -174,7 +179,14 @@ class GGUFSource:
         for name, tensor in self.header.tensors.items():
             if not _IGNORED.fullmatch(name):
                 pieces.update(self._hub_pieces(name, tensor))
+        if self._architecture == "llama" and self.config.shared_expert_intermediate_size:
+            plan = tensor_plan(self.config).items()
+            pieces |= {name: _Piece("", None, tuple(shape)) for name, shape in plan if _INERT.search(name)}
         return pieces
+
+    @property
+    def _architecture(self) -> str:
+        return str(self.header.metadata["general.architecture"])
 
     def _hub_pieces(self, name: str, tensor: GGUFTensor) -> dict[str, _Piece]:
         """Hub names of one GGUF tensor: one, or one per expert."""
@@ -215,7 +227,7 @@ class GGUFSource:
         return {hub: _Piece(name, None, tensor.shape)}
 
     def _interleaved(self, part: str) -> int:
-        if not FAMILIES[self.config.model_type].gguf_interleaved:
+        if self._architecture not in INTERLEAVED:
             return 0
         return {"attn_q": self.config.num_attention_heads, "attn_k": self.config.num_key_value_heads}.get(
             part, 0
