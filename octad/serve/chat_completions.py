@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from octad.engine.outputs import CompletionOutput, Delta, RequestOutput, TokenLogprob
-from octad.serve.event_stream import DONE, EventStream, frame, unless_gone
+from octad.serve.event_stream import EventStream, frame, told_to_the_end, unless_gone
 from octad.serve.generation import Generator, Job, Piece
 from octad.serve.limits import read_body
 from octad.serve.listing import ModelNames
-from octad.serve.npy import routes_of
-from octad.serve.protocol import ChatRequest, parse
-from octad.serve.replies import ApiError, as_api_error, json_response
+from octad.serve.npy import routes_of, weights_of
+from octad.serve.protocol import ChatRequest, CompletionRequest, parse
+from octad.serve.replies import ApiError, json_response
 from octad.serve.sampling_options import response_schema, sampling
 from octad.serve.tool_calls import Toolbox
 
@@ -35,11 +35,20 @@ async def chat_completions(request: Request, generator: Generator, names: ModelN
     job = await unless_gone(request, begin(asked, generator))
     head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
     if asked.stream:
-        return EventStream(_chunks(asked, job, head), job.close)
+        return EventStream(
+            told_to_the_end(_chunks(asked, job, head), usage(asked, job, head), job.close), job.close
+        )
     try:
         return json_response(await unless_gone(request, _whole(asked, job, head)))
     finally:
         job.close()
+
+
+def usage(asked: ChatRequest | CompletionRequest, job: Job, head: dict[str, Any]) -> Callable[[], bytes]:
+    """The last chunk of a stream, which tells what was used, where the client asked for it."""
+    counted = bool(asked.stream_options and asked.stream_options.include_usage)
+    kind = {"object": "chat.completion.chunk"} if isinstance(asked, ChatRequest) else {}
+    return lambda: frame(head | kind | {"choices": [], "usage": job.usage.as_openai()}) if counted else b""
 
 
 async def begin(asked: ChatRequest, generator: Generator) -> Job:
@@ -117,9 +126,7 @@ def _choice(asked: ChatRequest, answer: Gathered, job: Job, output: CompletionOu
         "stop_reason": output.stop_reason,
     }
     return (
-        choice
-        | _extras(asked, answer.deltas, job, answer.text)
-        | _routes(asked, job.outputs[0], output.index)
+        choice | _extras(asked, answer.deltas, job, answer.text) | routes(asked, job.outputs[0], output.index)
     )
 
 
@@ -129,8 +136,15 @@ def _extras(asked: ChatRequest, deltas: list[Delta], job: Job, content: str) -> 
     return {"speakers": speakers(deltas, job.generator.names, content)}
 
 
-def _routes(asked: ChatRequest, output: RequestOutput, index: int) -> dict[str, Any]:
-    return {"routed_experts": routes_of(output, index)} if asked.return_routed_experts else {}
+def routes(asked: ChatRequest | CompletionRequest, output: RequestOutput, index: int) -> dict[str, Any]:
+    """The whole routing of an answer and its weights, as far as the client asked."""
+    found = {"routed_experts": routes_of(output, index)} if asked.return_routed_experts else {}
+    return found | ({"routed_weights": weights_of(output, index)} if asked.return_routed_weights else {})
+
+
+def traced(asked: ChatRequest | CompletionRequest) -> bool:
+    """Whether something of the routing comes at the end."""
+    return bool(asked.return_routed_experts or asked.return_routed_weights)
 
 
 def speakers(deltas: list[Delta], names: list[str], content: str) -> list[dict[str, Any]]:
@@ -171,38 +185,26 @@ def logprob(token: TokenLogprob) -> dict[str, Any]:
 async def _chunks(asked: ChatRequest, job: Job, head: dict[str, Any]) -> AsyncGenerator[bytes]:
     counted = bool(asked.stream_options and asked.stream_options.include_usage)
     head = head | {"object": "chat.completion.chunk", "system_fingerprint": None}
-    usage = {"usage": None} if counted else {}
+    unknown = {"usage": None} if counted else {}
 
     def chunk(index: int, delta: dict[str, Any], reason: str | None = None, **more: Any) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason} | more
-        return frame(head | {"choices": [choice]} | usage)
+        return frame(head | {"choices": [choice]} | unknown)
 
-    try:
-        for index in range(job.params.n):
-            yield chunk(index, {"role": "assistant", "content": "", "refusal": None})
-        last: dict[int, tuple[str, Any]] = {}
-        async for piece in job.pieces():
-            if (told := _chunk_parts(asked, job, piece)) is not None:
-                yield chunk(piece.index, *told[:1], **told[1])
-            if piece.finish_reason is not None:
-                last[piece.index] = piece.finish_reason, piece.delta.stop_reason if piece.delta else None
-                if not asked.return_routed_experts:
-                    yield chunk(piece.index, {}, piece.finish_reason, stop_reason=last[piece.index][1])
-        if asked.return_routed_experts:
-            for index, (reason, stopped) in sorted(last.items()):
-                routes = routes_of(job.outputs[0], index)
-                yield chunk(index, {}, reason, stop_reason=stopped, routed_experts=routes)
-        if counted:
-            yield frame(head | {"choices": [], "usage": job.usage.as_openai()})
-        yield DONE
-    except Exception as error:
-        told_error = as_api_error(error)
-        if told_error.code == "internal_error":
-            raise
-        yield frame(told_error.body())
-        yield DONE
-    finally:
-        job.close()
+    for index in range(job.params.n):
+        yield chunk(index, {"role": "assistant", "content": "", "refusal": None})
+    last: dict[int, tuple[str, Any]] = {}
+    async for piece in job.pieces():
+        if (told := _chunk_parts(asked, job, piece)) is not None:
+            yield chunk(piece.index, *told[:1], **told[1])
+        if piece.finish_reason is not None:
+            last[piece.index] = piece.finish_reason, piece.delta.stop_reason if piece.delta else None
+            if not traced(asked):
+                yield chunk(piece.index, {}, piece.finish_reason, stop_reason=last[piece.index][1])
+    if traced(asked):
+        for index, (reason, stopped) in sorted(last.items()):
+            more = routes(asked, job.outputs[0], index)
+            yield chunk(index, {}, reason, stop_reason=stopped, **more)
 
 
 def _chunk_parts(asked: ChatRequest, job: Job, piece: Piece) -> tuple[dict[str, Any], dict[str, Any]] | None:

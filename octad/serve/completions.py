@@ -18,14 +18,13 @@ from starlette.responses import Response
 
 from octad.engine.detokenize import token_text
 from octad.engine.outputs import RequestOutput, TokenLogprobs
-from octad.serve.chat_completions import speakers
-from octad.serve.event_stream import DONE, EventStream, frame, unless_gone
+from octad.serve.chat_completions import routes, speakers, traced, usage
+from octad.serve.event_stream import EventStream, frame, told_to_the_end, unless_gone
 from octad.serve.generation import Generator, Job, Piece
 from octad.serve.limits import read_body
 from octad.serve.listing import ModelNames
-from octad.serve.npy import routes_of
 from octad.serve.protocol import CompletionRequest, parse
-from octad.serve.replies import ApiError, as_api_error, json_response
+from octad.serve.replies import ApiError, json_response
 from octad.serve.sampling_options import response_schema, sampling
 
 DEFAULT_TOKENS = 16
@@ -45,7 +44,9 @@ async def completions(request: Request, generator: Generator, names: ModelNames)
         "system_fingerprint": None,
     }
     if asked.stream:
-        return EventStream(_chunks(asked, job, head), job.close)
+        return EventStream(
+            told_to_the_end(_chunks(asked, job, head), usage(asked, job, head), job.close), job.close
+        )
     try:
         return json_response(await unless_gone(request, _whole(asked, job, head)))
     finally:
@@ -130,9 +131,7 @@ def _choice(
         choice["logprobs"] = logprob_lists(job, ids, scored)
     if asked.speakers:
         choice["speakers"] = speakers([p.delta for p in pieces if p.delta], job.generator.names, text)
-    if asked.return_routed_experts:
-        choice["routed_experts"] = routes_of(output, which)
-    return choice
+    return choice | routes(asked, output, which)
 
 
 def _prompt_text(asked: CompletionRequest, job: Job, place: int) -> str:
@@ -171,42 +170,33 @@ def _best_first(top: dict[str, float] | None) -> dict[str, float] | None:
 
 async def _chunks(asked: CompletionRequest, job: Job, head: dict[str, Any]) -> AsyncGenerator[bytes]:
     counted = bool(asked.stream_options and asked.stream_options.include_usage)
-    usage = {"usage": None} if counted else {}
+    unknown = {"usage": None} if counted else {}
 
     def chunk(index: int, text: str, reason: str | None = None, **more: Any) -> bytes:
         choice = {"index": index, "text": text, "logprobs": None, "finish_reason": reason} | more
-        return frame(head | {"choices": [choice]} | usage)
+        return frame(head | {"choices": [choice]} | unknown)
 
     offsets: dict[int, int] = {}
-    try:
-        if asked.echo:
-            for index in range(len(job.streams) * job.params.n):
-                yield chunk(index, _prompt_text(asked, job, index // job.params.n))
-        async for piece in job.pieces():
-            more: dict[str, Any] = {"stop_reason": piece.delta.stop_reason if piece.delta else None}
-            if piece.delta and asked.logprobs is not None:
-                lists = logprob_lists(
-                    job, piece.delta.token_ids, piece.delta.logprobs or (), offsets.get(piece.index, 0)
-                )
-                offsets[piece.index] = offsets.get(piece.index, 0) + sum(map(len, lists["tokens"]))
-                more["logprobs"] = lists
-            if piece.delta and asked.speakers:
-                more["speakers"] = speakers([piece.delta], job.generator.names, piece.text)
-            text = "" if asked.max_tokens == 0 else piece.text
-            if text or piece.finish_reason or len(more) > 1:
-                yield chunk(piece.index, text, piece.finish_reason, **more)
-        if asked.return_routed_experts:
-            for place, output in job.outputs.items():
-                for which in range(job.params.n):
-                    yield chunk(place * job.params.n + which, "", routed_experts=routes_of(output, which))
-        if counted:
-            yield frame(head | {"choices": [], "usage": job.usage.as_openai()})
-        yield DONE
-    except Exception as error:
-        told = as_api_error(error)
-        if told.code == "internal_error":
-            raise
-        yield frame(told.body())
-        yield DONE
-    finally:
-        job.close()
+    if asked.echo:
+        for index in range(len(job.streams) * job.params.n):
+            yield chunk(index, _prompt_text(asked, job, index // job.params.n))
+    async for piece in job.pieces():
+        more: dict[str, Any] = {"stop_reason": piece.delta.stop_reason if piece.delta else None}
+        if piece.delta and asked.logprobs is not None:
+            lists = logprob_lists(
+                job, piece.delta.token_ids, piece.delta.logprobs or (), offsets.get(piece.index, 0)
+            )
+            offsets[piece.index] = offsets.get(piece.index, 0) + sum(map(len, lists["tokens"]))
+            more["logprobs"] = lists
+        if piece.delta and asked.speakers:
+            more["speakers"] = speakers([piece.delta], job.generator.names, piece.text)
+        if asked.max_tokens == 0:  # one token was made and is not shown
+            yield chunk(piece.index, "", "length")
+        elif piece.text or piece.finish_reason or len(more) > 1:
+            yield chunk(piece.index, piece.text, piece.finish_reason, **more)
+    if asked.max_tokens == 0:
+        job.usage.answered = 0
+    if traced(asked):
+        for place, output in job.outputs.items():
+            for which in range(job.params.n):
+                yield chunk(place * job.params.n + which, "", **routes(asked, output, which))

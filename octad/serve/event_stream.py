@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from octad.serve.replies import encoded
+from octad.serve.replies import as_api_error, encoded
 
 Result = TypeVar("Result")
 SILENCE = 15.0  # seconds after which a comment is sent
@@ -36,6 +36,25 @@ def frame(content: Any, event: str | None = None) -> bytes:
 
 
 DONE = b"data: [DONE]\n\n"
+
+
+async def told_to_the_end(
+    chunks: AsyncGenerator[bytes], last: Callable[[], bytes], close: Callable[[], None]
+) -> AsyncGenerator[bytes]:
+    """Chunks of OpenAI's kind, then `last` and [DONE]; an error underway is told in their place. `close` in any case."""
+    try:
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                yield chunk
+        yield last()
+    except Exception as error:
+        told = as_api_error(error)
+        if told.code == "internal_error":
+            raise
+        yield frame(told.body())
+    finally:
+        close()
+    yield DONE
 
 
 class EventStream(Response):

@@ -21,6 +21,7 @@ from typing import Any
 from octad.serve.backend import Routing
 from octad.serve.event_stream import DONE, frame
 from octad.serve.foreign_routes import routes_in, speakers
+from octad.serve.npy import encoded_ids
 
 Routes = Callable[[list[int], int], Awaitable[dict[str, Any]]]
 
@@ -71,6 +72,8 @@ class Speaking:
                     else speakers(routes, tokens, message.get("content") or "", self.routing.names, thought)
                 )
             self._clean(choice)
+            if routes is not None and self.asked.get("return_routed_experts"):
+                choice["routed_experts"] = encoded_ids(routes)  # SGLang's, in vLLM's form
         if not self.asked.get("return_routed_experts"):
             answer.pop("sglext", None)
         return answer
@@ -146,7 +149,8 @@ class Speaking:
                 answer = await routes(self.prompt + told.ids[:-1], start if asked else len(self.prompt) - 1)
                 choice = (answer.get("choices") or [{}])[0]
                 told.routes = routes_in(answer, choice, (0, 0))
-                more |= {"routed_experts": choice.get("routed_experts")} if asked else {}
+            if told.routes is not None and self.asked.get("return_routed_experts"):
+                more["routed_experts"] = encoded_ids(told.routes)
             if self.asked.get("speakers"):
                 found = None
                 if told.routes is not None:

@@ -5,7 +5,7 @@
 null stands for "not given" everywhere, since clients send null for every option they know. Fields that are not here are
 accepted and left alone: clients send new ones all the time (store, metadata, service_tier, verbosity, ...). Fields that
 would change the answer and cannot be honoured are named in UNABLE and refused. Wire names are those of OpenAI, vLLM and
-SGLang; `speakers` and `only_experts` are octad's own.
+SGLang; `speakers`, `only_experts` and `return_routed_weights` are octad's own.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ class SamplingFields(Wire):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
     return_routed_experts: bool | None = None
+    return_routed_weights: bool | None = None
     routed_experts_prompt_start: int | None = None
     only_experts: list[str | int] | None = None
     speakers: bool | None = None

@@ -53,7 +53,7 @@ def sampling(
             raise ApiError(400, f"stop: found {len(found['stop'])} texts, allowed: 64", param="stop")
     if asked.only_experts is not None:
         found["only_experts"] = experts(asked.only_experts, llm)
-    if asked.return_routed_experts:
+    if asked.return_routed_experts or asked.return_routed_weights:
         found["routed_experts"] = True
     if (form := _form(asked)) is not None:
         found["structured"] = form

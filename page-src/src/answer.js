@@ -10,13 +10,13 @@ export class AnswerView {
   /** `run` is the Run that fills the node, if one does; `act` is what the page can do (see main.js). */
   constructor({ node, run, server, act, compared = false }) {
     Object.assign(this, { node, run, server, experts: castOf(node, server.experts), act, compared });
-    this.drawn = 0; // pieces that are on the screen
-    this.thoughtDrawn = 0; // and characters of what was thought
+    this.thoughtDrawn = 0; // characters of what was thought that are on the screen
     this.prose = el("div", { class: "prose" });
     this.thinking = el("pre", {});
     this.thought = el("details", { class: "thought", hidden: true }, el("summary", {}, "Thinking"), this.thinking);
     this.state = el("div", { class: "state" });
     this.shares = new ShareBar();
+    this.foot = el("div", { class: "shares-place" }, this.shares.element);
     this.tools = el("div", { class: "tools" });
     this.element = el(
       "article",
@@ -26,11 +26,10 @@ export class AnswerView {
       this.thought,
       this.prose,
       this.state,
-      el("div", { class: "answer-foot" }, this.shares.element, this.tools),
+      el("div", { class: "answer-foot" }, this.foot, this.tools),
     );
-    this.view = new MarkdownView(this.prose, (piece) => this.#speakerOf(piece));
+    this.#empty();
     this.reader = new Reader();
-    this.shares.element.hidden = true;
     if (run) this.#follow(run);
     else this.#whole();
   }
@@ -41,12 +40,23 @@ export class AnswerView {
     return el("p", { class: "mask-note" }, this.experts.describe(this.node.only));
   }
 
+  // Nothing is drawn.
+  #empty() {
+    fill(this.prose);
+    this.drawn = 0; // pieces that are on the screen
+    this.pieces = this.node.pieces; // those that they were
+    this.view = new MarkdownView(this.prose, (piece) => this.#speakerOf(piece));
+    this.shares = new ShareBar();
+    this.shares.element.hidden = true;
+    fill(this.foot, this.shares.element);
+  }
+
   /** See who may have spoken: known from the first piece on, as the server may not have been ready before. */
   recast() {
     const served = this.server.experts;
     this.experts = castOf(this.node, served);
     addColours(this.experts);
-    const same = sameExperts(this.experts, served);
+    const same = served.masks && sameExperts(this.experts, served);
     this.shares.speakers(this.experts, same ? (mask) => this.act.askAgain(this.node, mask) : null);
   }
 
@@ -91,6 +101,8 @@ export class AnswerView {
   }
 
   #write() {
+    if (this.pieces && this.node.pieces !== this.pieces) this.#empty(); // cut anew
+    this.pieces = this.node.pieces;
     const { pieces = [], content } = this.node;
     const from = this.drawn;
     if (!from && pieces.length) this.recast();

@@ -58,7 +58,7 @@ async function failure(response) {
 
 export const getJson = async (path, options) => (await request(path, options)).json();
 
-/** Ask for an answer; yields {content, speakers, reasoning}, {finish}, {usage} and {routes} as they come. */
+/** Ask for an answer; yields {content, speakers, reasoning}, {cast}, {finish}, {usage} and {routes} as they come. */
 export async function* chat(body, signal) {
   const response = await request("v1/chat/completions", { method: "POST", json: body, signal });
   let finished = false;
@@ -86,6 +86,7 @@ function* parts(chunk) {
   if (delta?.content || reasoning || choice?.speakers?.length) {
     yield { content: delta?.content ?? "", speakers: choice.speakers ?? [], reasoning: reasoning ?? "" };
   }
+  if (choice?.speakers_of_answer) yield { cast: choice.speakers_of_answer };
   if (choice?.routed_experts) yield { routes: choice.routed_experts, weights: choice.routed_weights };
   if (choice?.finish_reason) yield { finish: choice.finish_reason };
   if (chunk.usage) yield { usage: chunk.usage };

@@ -15,6 +15,9 @@ export class Experts {
     this.layers = answer.layers ?? 0;
     this.topK = answer.top_k ?? 0;
     this.makeUp = answer.make_up ?? null;
+    this.masks = answer.masks !== false; // false in front of another engine than octad's
+    this.live = answer.live !== false; // false where speakers are known only once all was said
+    this.share = this.masks ? "weight" : "places"; // what a speaker's figure is a part of
     this.numbers = new Map(
       this.list.flatMap(({ index, name }) => [
         [name, index],
@@ -60,7 +63,7 @@ export class Experts {
 
   /** A request's `only_experts` for a mask, by name; undefined where all may speak. */
   only(mask) {
-    return mask?.length && mask.length < this.list.length ? mask.map((index) => this.name(index)) : undefined;
+    return this.masks && mask?.length && mask.length < this.list.length ? mask.map((index) => this.name(index)) : undefined;
   }
 
   /** A mask in words: "only python", "without french", "all experts". */
@@ -80,7 +83,7 @@ export function castOf(node, served) {
   if (!node.names) return served;
   const key = node.names.join("\n");
   if (!casts.has(key)) casts.set(key, new Experts({ data: node.names.map((name, index) => ({ index, name })) }));
-  return casts.get(key);
+  return sameExperts(casts.get(key), served) ? served : casts.get(key);
 }
 
 /** Whether two are the same experts in the same order. */

@@ -120,6 +120,7 @@ export class Frame {
     const said = {
       loading: "The model is being loaded",
       draining: "The server is shutting down; running answers are finished",
+      away: "The engine behind this server does not answer; trying again",
       gone: "The server does not answer; trying again",
       locked: "The server wants an API key",
     }[state];

@@ -8,6 +8,9 @@ import { percent, swatch } from "./sharebar.js";
 
 const NOBODY = [];
 
+const foreign = ({ live }) =>
+  `Another engine answers here. It tells who was chosen but not with how much weight, so a share is one of places${live ? "" : "; colours come when an answer is whole"}. Masks need octad’s own engine.`;
+
 export class Panel {
   /** act: setMask(mask), compareMask(), latest() -> the newest answer's node or null, talk() */
   constructor({ server, settings, act }) {
@@ -51,6 +54,7 @@ export class Panel {
       this.body,
       this.#modes(),
       this.about,
+      experts.masks ? null : el("p", { class: "note" }, foreign(experts)),
       el(
         "ul",
         { class: "experts", role: "list" },
@@ -94,7 +98,7 @@ export class Panel {
         "span",
         {},
         "Trace layers",
-        el("small", {}, "each token’s experts layer by layer; the server reads the whole conversation again for it"),
+        el("small", {}, "each token’s experts layer by layer; the server reads the conversation again for it"),
       ),
     );
   }
@@ -130,7 +134,7 @@ export class Panel {
         domain && domain !== name ? el("small", {}, domain) : null,
       ),
       row.share,
-      el("span", { class: "toggles" }, row.solo, row.mask),
+      this.server.experts.masks ? el("span", { class: "toggles" }, row.solo, row.mask) : null,
       el("span", { class: "meter" }, row.meter),
     );
     for (const [event, focus] of [

@@ -18,6 +18,7 @@ export function requestOf({ talk, node, server, settings }) {
   if (only) body.only_experts = only;
   if (settings.get("layers")) {
     body.return_routed_experts = true;
+    if (experts.masks) body.return_routed_weights = true; // octad's own
     const start = knownPrompt(talk, node);
     if (start > 0) body.routed_experts_prompt_start = start;
   }

@@ -52,6 +52,7 @@ export class Run extends EventTarget {
     this.#tell("");
     for await (const part of chat(this.body(), this.abort.signal)) {
       if (part.content !== undefined) this.#add(part);
+      if (part.cast) this.#cast(part.cast);
       if (part.finish) node.finish = part.finish;
       if (part.usage)
         node.usage = { prompt_tokens: part.usage.prompt_tokens, completion_tokens: part.usage.completion_tokens };
@@ -70,6 +71,13 @@ export class Run extends EventTarget {
     if (this.server.experts.known) node.names ??= this.server.experts.list.map(({ name }) => name);
     node.pieces.push(...this.server.experts.pieces(content, speakers));
     if (reasoning) node.reasoning = (node.reasoning ?? "") + reasoning;
+  }
+
+  // Who spoke, known only now that all was said: the pieces are cut anew, and views draw them again.
+  #cast(speakers) {
+    const { node } = this;
+    const pieces = this.server.experts.pieces(node.content, speakers);
+    if (pieces.some(([, expert]) => expert >= 0)) node.pieces = pieces;
   }
 
   // True where it is worth asking again.

@@ -7,7 +7,7 @@ const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 export class Server extends EventTarget {
   constructor() {
     super();
-    this.state = "asking"; // asking, ready, loading, draining, gone
+    this.state = "asking"; // asking, ready, loading, draining, away (the server behind it), gone
     this.progress = null; // 0 to 1, or null
     this.message = "";
     this.models = [];
@@ -66,7 +66,8 @@ export class Server extends EventTarget {
       : null;
     const word = body?.stage ?? body?.message ?? body?.error?.message;
     this.message = typeof word === "string" ? word : "";
-    if (status === 503) this.#become(/drain|shut|stop/i.test(String(said)) ? "draining" : "loading");
+    if (status === 503 && said === "unreachable") this.#become("away");
+    else if (status === 503) this.#become(/drain|shut|stop/i.test(String(said)) ? "draining" : "loading");
     else if (status === 401) this.#become("locked");
     else {
       this.message = status ? error.message : "";

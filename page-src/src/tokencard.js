@@ -118,7 +118,7 @@ export class TokenCard {
         { class: "token-speaker" },
         swatch(expert),
         el("strong", {}, experts.name(expert)),
-        weight === null ? null : el("span", { class: "weight" }, `${percent(weight)} of the weight`),
+        weight === null ? null : el("span", { class: "weight" }, `${percent(weight)} of the ${experts.share}`),
       ),
       weight === null ? null : meter(expert, weight),
       layers ? grid(layers, experts) : pinned && experts.layers ? this.#askLayers() : null,

@@ -167,6 +167,27 @@ def test_the_whole_routing(running: Running) -> None:
         assert last["finish_reason"] == "length"
 
 
+def test_the_weights_of_the_routing(running: Running) -> None:
+    """Beside the numbers, of the same shape; the speaker is who has most of them over the layers."""
+    expected = running.llm.chat(HI, SamplingParams(temperature=0, max_tokens=12, routed_experts=True))
+    body = GREEDY | {"return_routed_experts": True, "return_routed_weights": True, "speakers": True}
+    choice = running.post("/v1/chat/completions", body).json()["choices"][0]
+    ids, weights = (
+        np.load(io.BytesIO(base64.b64decode(choice[name]))) for name in ("routed_experts", "routed_weights")
+    )
+    assert weights.dtype == np.float32
+    assert weights.shape == ids.shape
+    assert np.array_equal(weights[-12:], expected.outputs[0].routed_weights)  # type: ignore[arg-type]
+    for row, entry in enumerate(choice["speakers"]):
+        sums = np.bincount(ids[row - 12].ravel(), weights[row - 12].ravel(), minlength=3)
+        assert ["general", "french", "maths"][int(sums.argmax())] == entry["expert"]
+        assert abs(sums.max() / sums.sum() - entry["weight"]) < 1e-3
+    alone = GREEDY | {"return_routed_weights": True}
+    last = streamed(running, alone)[-1]["choices"][0]
+    assert last["routed_weights"] == choice["routed_weights"]
+    assert "routed_experts" not in last
+
+
 def test_masks_of_one_request(running: Running) -> None:
     for named in ("maths", 2):
         body = GREEDY | {"speakers": True, "only_experts": [named]}
