@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from octad.errors import RequestError
+from octad.fast.grouped_experts import group_experts
 from octad.fast.native_layer import NativeDecoder, NativeLayer
 from octad.fast.native_modules import (
     NativeAttention,
@@ -45,7 +46,8 @@ from octad.kernels.compile import BuildError, load
 from octad.kernels.native import NativeKernels
 from octad.kernels.packed import GROUPS, PANEL, Packed, Placed, panel_bytes
 from octad.kernels.packing import quick_pack
-from octad.kernels.paged import PagedAttention, paged_attention
+from octad.kernels.paged import PagedAttention, PagedBatch, paged_attention
+from octad.kernels.varlen import pages_suit, varlen_paged
 from octad.model.moe import MLP, Experts, MoE, Router
 from octad.model.transformer import DecoderLayer, Transformer
 
@@ -64,10 +66,20 @@ def optimize(model: Transformer, *, quantize: str | None = None, native: bool = 
             LOG.warning(line)
         if precision is not None:
             quantize_modules(model, precision)
-        return paged_attention
+        elif model.model.norm.weight.device.type == "cuda":
+            group_experts(model)
+        return paged_on_gpu if model.model.norm.weight.device.type == "cuda" else paged_attention
     with torch.no_grad():
         swap(model, kernels, precision or exact_precision(model))
     return native_attention(kernels)
+
+
+def paged_on_gpu(
+    q_NHK: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: PagedBatch, window: int | None
+) -> torch.Tensor:
+    """The signature of paged_attention: one call of PyTorch's flash kernels where they take such queries."""
+    attend = varlen_paged if pages_suit(q_NHK) else paged_attention
+    return attend(q_NHK, keys, values, batch, window)
 
 
 def slow_path(model: Transformer, precision: Precision | None) -> str | None:

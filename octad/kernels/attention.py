@@ -36,15 +36,22 @@ def causal_attention(
         window = None
     plain = window is None and (S == 1 or S == T)
     mask = None if plain else causal_mask(S, T, window, q_BSHK.device)
-    y = F.scaled_dot_product_attention(
-        q_BSHK.transpose(1, 2),
-        k_BTGK.transpose(1, 2),
-        v_BTGK.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=plain and S > 1,
-        enable_gqa=q_BSHK.shape[2] != k_BTGK.shape[2],
-    )
+    q, k, v = (x.transpose(1, 2) for x in (q_BSHK, k_BTGK, v_BTGK))
+    k, v, grouped = shared_heads(q, k, v, masked=mask is not None)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain and S > 1, enable_gqa=grouped)
     return y.transpose(1, 2)
+
+
+def shared_heads(
+    q_BHSK: torch.Tensor, k_BGTK: torch.Tensor, v_BGTK: torch.Tensor, *, masked: bool
+) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """k and v for PyTorch's attention, and whether it is to share their heads. On CUDA it does that in the flash kernel
+    alone, which takes no mask: with one, it would write out all scores, so that k and v are repeated instead."""
+    groups = q_BHSK.shape[1] // k_BGTK.shape[1]
+    if groups > 1 and masked and q_BHSK.device.type == "cuda":
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k_BGTK, v_BGTK))
+        return k, v, False
+    return k_BGTK, v_BGTK, groups > 1
 
 
 def causal_attention_reference(

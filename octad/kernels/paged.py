@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from octad.kernels.attention import causal_attention_reference, causal_mask
+from octad.kernels.attention import causal_attention_reference, causal_mask, shared_heads
 
 
 @dataclass(frozen=True)
@@ -161,14 +161,9 @@ def _prefill(
     mask = batch.memo.get((r, window))
     if mask is None and not plain:
         mask = batch.memo[r, window] = causal_mask(S, T, window, q_SHK.device)
-    y = F.scaled_dot_product_attention(
-        q_SHK.transpose(0, 1)[None],
-        k.transpose(0, 1)[None],
-        v.transpose(0, 1)[None],
-        attn_mask=mask,
-        is_causal=plain,
-        enable_gqa=q_SHK.shape[1] != k.shape[1],
-    )
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_SHK, k, v))
+    k, v, grouped = shared_heads(q, k, v, masked=mask is not None)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain, enable_gqa=grouped)
     return y[0].transpose(0, 1)
 
 

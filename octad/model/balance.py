@@ -20,8 +20,11 @@ import torch
 
 def expert_load(experts_NA: torch.Tensor, num_experts: int) -> torch.Tensor:
     """How many tokens each expert gets, load_E (int64); a dropped choice is -1 and counts nowhere."""
-    chosen = experts_NA.flatten()
-    return torch.bincount(chosen[chosen >= 0], minlength=num_experts)
+    chosen = experts_NA.flatten() + 1
+    load = torch.zeros(num_experts + 1, dtype=torch.int64, device=chosen.device)
+    return load.scatter_add_(0, chosen, torch.ones_like(chosen))[
+        1:
+    ]  # a bincount would ask a GPU for the largest
 
 
 def load_balancing_loss(logits_NE: torch.Tensor, experts_NA: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,7 @@ from octad.checkpoint.source import TensorSource
 from octad.checkpoint.writer import CheckpointWriter
 from octad.dist import compute_dtype, own_device
 from octad.errors import CheckpointError, RecipeError
+from octad.fast.grouped_experts import group_experts
 from octad.fast.training_experts import TrainExperts
 from octad.guard import read_json
 from octad.model.moe import Experts, MoE
@@ -113,8 +114,10 @@ def tune_learner(config: TuneConfig) -> Learner:
 
 
 def prepare_mixture(model: Transformer, routing: RoutingSpec) -> list[TrainRouter]:
-    """Swap routers and experts for those that train; returns the routers."""
+    """Swap routers and experts for those that train; returns the routers. On a GPU experts are grouped products."""
     routers = swap_routers(model, routing)
+    if next(model.parameters()).device.type == "cuda":
+        group_experts(model)
     for layer in model.model.layers:
         if isinstance(layer.mlp, MoE) and isinstance(layer.mlp.experts, Experts):
             layer.mlp.experts = TrainExperts(layer.mlp.experts)

@@ -67,7 +67,8 @@ class TrainRouter(nn.Module):
         self.register_buffer("load", self.bias.to(torch.int64), persistent=False)
         self._routed: Routed | None = None
         self._entropy: list[torch.Tensor] = []
-        self._dropped = self._chosen = 0
+        self._dropped: list[torch.Tensor] = []
+        self._chosen = 0
 
     def forward(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """weights_NA in float32 and experts_NA, best first; in training, choices beyond the capacity are -1, weight 0."""
@@ -92,31 +93,33 @@ class TrainRouter(nn.Module):
         E, served = len(self.weight), self._within_capacity(routed.experts)
         self.load += expert_load(routed.experts.masked_fill(~served, -1), E)
         self._entropy.append(router_entropy(routed.logits.detach()))
-        self._dropped += int((~served).sum())
+        if self.spec.capacity is not None:
+            self._dropped.append((~served).sum())
         self._chosen += served.numel()
         return routed
 
     def tally(self) -> torch.Tensor:
-        """What ranks add up: the experts' load, then entropies, how many, choices dropped, choices (float64)."""
-        entropy = float(torch.stack(self._entropy).sum()) if self._entropy else 0.0
-        rest = self.load.new_tensor(
-            [entropy, len(self._entropy), self._dropped, self._chosen], dtype=torch.float64
-        )
-        return torch.cat((self.load.double(), rest))
+        """What ranks add up: the experts' load, then entropies, how many, choices dropped, choices (float64). Nothing
+        here asks the device for a value."""
+        zero = self.load.new_zeros((), dtype=torch.float64)
+        entropy = sum((e.double() for e in self._entropy), zero)
+        dropped = sum((d.double() for d in self._dropped), zero)
+        passes, chosen = (torch.full_like(zero, float(n)) for n in (len(self._entropy), self._chosen))
+        return torch.cat((self.load.double(), torch.stack((entropy, passes, dropped, chosen))))
 
     def finish_step(
         self, rate: float, fade: float = 1.0, tally: torch.Tensor | None = None
     ) -> LoadStatistics:
         """Move the bias by `rate`, times `fade` (0 at the end: no format has a place for it); tell and clear the load.
-        `tally`: the sum over all ranks, where there are several."""
+        `tally`: the sum over all ranks, where there are several, best on the CPU."""
         *load, entropy, passes, dropped, chosen = (self.tally() if tally is None else tally).tolist()
-        self.load.copy_(torch.tensor(load))
-        statistics = LoadStatistics.of(self.load, entropy / max(1, passes), dropped / max(1, chosen))
+        load_E = torch.tensor(load).long()
+        statistics = LoadStatistics.of(load_E, entropy / max(1, passes), dropped / max(1, chosen))
         if rate:
-            update_bias(self.bias, self.load, rate)
+            update_bias(self.bias, load_E.to(self.bias.device), rate)
             self.bias *= fade
         self.load.zero_()
-        self._entropy, self._dropped, self._chosen = [], 0, 0
+        self._entropy, self._dropped, self._chosen = [], [], 0
         return statistics
 
     def _choose(self, p_NE: torch.Tensor) -> torch.Tensor:

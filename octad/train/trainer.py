@@ -82,6 +82,8 @@ class Trainer:
             lambda: (open_stream(learner), open_held_out(learner))
         )
         self.flops = training_flops(self.model.config, learner.trainable, learner.data.window)
+        longest = max(learner.data.window, learner.evaluate.window)
+        self.model.model.rope.tables(longest, self.device)  # made here, no layer has to
         self.layout = Layout.decide(self.config.parallel, self.world, self.model, self.device)
         self.layout.spread(self.model)
         if self.device.type == "cpu":
@@ -174,10 +176,10 @@ class Trainer:
     def loss(self, batch: Batch, learnt: int, share: float) -> tuple[torch.Tensor, torch.Tensor]:
         """A micro-batch's part of the step's loss: its sum over the step's `learnt` targets, and its `share` of the
         routers' losses; and every position's nats."""
-        batch = batch.to(self.device)
         masked = self.learner.data.document_mask
         documents_BS = batch.documents if masked else torch.zeros_like(batch.documents)
-        cache = DocumentAttention(self.model.config, documents_BS)
+        cache = DocumentAttention(self.model.config, documents_BS, self.device)
+        batch = batch.to(self.device)
         x_ND = self.model.model(batch.tokens, cache).flatten(0, 1)
         targets = batch.targets.flatten()
         total, losses = next_token_loss(head_of(self.model), x_ND, targets, teach(self.learner, batch, cache))
@@ -187,13 +189,12 @@ class Trainer:
         return loss, losses
 
     def _tallies(self) -> list[torch.Tensor]:
-        """What the routers counted, over all ranks."""
-        tallies = [router.tally() for router in self.learner.routers]
-        if tallies and self.world.size > 1:
-            together = torch.stack(tallies)
-            self.world.add_up([together])
-            tallies = list(together)
-        return tallies
+        """What the routers counted, over all ranks, on the CPU."""
+        if not self.learner.routers:
+            return []
+        together = torch.stack([router.tally() for router in self.learner.routers])
+        self.world.add_up([together])
+        return list(together.cpu())
 
     # ---- judging -------------------------------------------------------------------------------------------
 

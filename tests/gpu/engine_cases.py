@@ -1,6 +1,7 @@
 """The engine on the pretended GPU: what it answers there is what it answers on the CPU."""
 
 from typing import Any
+from unittest import mock
 
 import cases
 import torch
@@ -13,6 +14,9 @@ from octad.engine.engine import Engine, EngineConfig
 from octad.engine.outputs import RequestOutput
 from octad.engine.params import SamplingParams, StructuredOutput
 from octad.fast.loading import open_fast
+from octad.kernels.paged import PagedBatch, paged_attention_reference
+from octad.kernels.varlen import varlen_paged
+from octad.model.paged_cache import PagedCache
 
 SETTINGS = {"block_size": 4, "num_blocks": 128}
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -47,7 +51,10 @@ def every_family_answers_as_on_the_cpu() -> None:
 @case
 def rounded_weights_answer_as_on_the_cpu() -> None:
     for name in ("int8", "int4"):
-        compare("mixtral", quantize=name)
+        gpu = compare("mixtral", quantize=name)
+        assert any(
+            where.startswith("model/moe.py") for _, where in gpu.in_layers()
+        )  # as the log line says: slow
 
 
 @case
@@ -69,3 +76,52 @@ def sampling_grammar_and_penalties_answer_as_on_the_cpu() -> None:
 def single_experts_work() -> None:
     compare("mixtral", SamplingParams(temperature=0, max_tokens=5, only_experts=(1,)))
     compare("olmoe", SamplingParams(temperature=0, max_tokens=5, only_experts=(0, 2)))
+
+
+@case
+def attention_over_pages_equals_its_twin() -> None:
+    """In one call, through what stands for CUDA's kernels: gathered, and in their blocks."""
+    torch.manual_seed(0)
+    queries, contexts = [1, 1, 5, 3], [9, 4, 5, 11]
+    tables = [[7, 1, 4], [0], [2, 9], [3, 5, 8]]
+    keys, values = (torch.randn(12, 4, 2, 8).bfloat16() for _ in range(2))
+    q = torch.randn(sum(queries), 4, 8).bfloat16()
+    for window in (None, 3):
+        batch = PagedBatch.of(queries, contexts, tables)
+        want = paged_attention_reference(q, keys, values, batch, window)
+        for blocks in (False, True):
+            with PretendedGPU(), mock.patch("octad.kernels.varlen.reads_blocks", lambda on=blocks: on):
+                batch = PagedBatch.of(queries, contexts, tables, "cuda")
+                got = varlen_paged(*(x.to("cuda") for x in (q, keys, values)), batch, window).cpu()
+            assert torch.equal(got, want)
+
+
+@case
+def the_host_waits_for_nothing_in_a_layer() -> None:
+    """Prompts and single tokens of mixed lengths, in bfloat16: nothing asked of the device, nothing sent to it."""
+    with PretendedGPU() as gpu:
+        run(engine("mixtral", "cuda", dtype=torch.bfloat16), BATCH, GREEDY)
+        run(engine("qwen2_moe", "cuda", dtype=torch.bfloat16), BATCH, GREEDY)
+    assert gpu.launches
+    assert gpu.in_layers() == []
+
+
+@case
+def a_step_of_decoding_can_be_captured() -> None:
+    """What the model launches for one new token a sequence is the same from step to step, shape by shape, and needs
+    nothing of the host: what a CUDA graph asks for."""
+    steps = []
+    with PretendedGPU() as gpu:
+        runner = engine("mixtral", "cuda", dtype=torch.bfloat16).runner
+        for contexts in ([5, 9], [6, 10]):
+            batch = PagedBatch.of([1, 1], contexts, [[1, 2, 3], [4, 5, 6]], "cuda")
+            places = torch.tensor([[8, 9], [c - 1 for c in contexts], [0, 1]]).to("cuda")
+            cache = PagedCache(runner.pool, batch, places[1], places[2], runner.attention)
+            runner.model.model.rope.tables(16, runner.device)
+            gpu.forget()
+            with torch.no_grad():
+                runner.model.head(runner.model.model(places[:1], cache))
+            assert not gpu.waits
+            assert not gpu.uploads
+            steps.append(list(gpu.launches))
+    assert steps[0] == steps[1]

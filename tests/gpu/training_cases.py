@@ -11,6 +11,8 @@ from pretended_gpu import PretendedGPU
 from safetensors.torch import load_file
 from small import tune_file
 
+from octad.fast.document_attention import DocumentAttention
+from octad.model.config import ModelConfig
 from octad.train.learner import tune_learner
 from octad.train.run_config import load_config
 from octad.train.trainer import Trainer
@@ -66,7 +68,36 @@ def repair_learns_as_on_the_cpu() -> None:
 
 @case
 def everything_learns_as_on_the_cpu() -> None:
-    compare("all", mode="all", batch={"windows": 4, "micro": 2, "checkpointing": True})
+    """And the host waits for nothing within a layer, on the way there or back."""
+    batch = {"windows": 4, "micro": 2, "checkpointing": True}
+    gpu = compare("all", mode="all", batch=batch, routing=ROUTING | {"capacity": 1.0})
+    assert gpu.in_layers() == [], gpu.in_layers()
+    places = {where for _, where, _ in gpu.waits}
+    assert not [
+        p for p in places if p == "?" or p.startswith(("model/", "fast/", "kernels/", "train/routers"))
+    ]
+
+
+@case
+def documents_of_many_lengths_are_one_call() -> None:
+    """With the gradients that each document alone has on the CPU."""
+    config = ModelConfig.from_dict(json.loads((cases.MODELS["mixtral"] / "config.json").read_text()))
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2], [0, 1, 1, 1, 1, 1, 1, 1]])
+    torch.manual_seed(0)
+    given = [torch.randn(2, 8, heads, 8).bfloat16() for heads in (4, 2, 2)]
+    seed = torch.randn(2, 8, 4, 8).bfloat16()
+
+    def found(device: str) -> list[torch.Tensor]:
+        leaves = [x.to(device).requires_grad_() for x in given]
+        y = DocumentAttention(config, documents, device).attend(0, *leaves)
+        return [t.detach().cpu() for t in (y, *torch.autograd.grad(y, leaves, seed.to(device)))]
+
+    want = found("cpu")
+    with PretendedGPU() as gpu:
+        got = found("cuda")
+    assert sum("varlen_attn.default" in name for name, _ in gpu.launches) == 1
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2)
 
 
 @case

@@ -356,9 +356,16 @@ def _attended(q: Any, k: Any, v: Any, starts_q: Any, starts_k: Any, window: Any)
 
 
 def _varlen(
-    q: Any, k: Any, v: Any, starts_q: Any, starts_k: Any, max_q: int, max_k: int, *rest: Any, **more: Any
+    q: Any, k: Any, v: Any, starts_q: Any, starts_k: Any, max_q: int, max_k: int, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    window = rest[2] if len(rest) > 2 else more["window_size"]
+    _, _, window, _, used, tables, *_ = (*rest, *[None] * 7)
+    if tables is not None:  # pages
+        k, v = (x[tables.long()].flatten(0, 2) for x in (k, v))
+        starts_k = torch.arange(len(starts_q)) * (len(k) // len(tables))
+    if used is not None:  # the first of each sequence's room
+        rooms = zip(starts_k.tolist(), used.tolist(), strict=False)
+        kept = torch.cat([torch.arange(start, start + count) for start, count in rooms])
+        k, v, starts_k = k[kept], v[kept], torch.tensor([0, *used.cumsum(0).tolist()])
     out = _attended(q, k, v, starts_q, starts_k, window)
     return out, q.new_zeros(q.shape[1], len(q), dtype=torch.float32), torch.zeros(2, dtype=torch.uint64)
 
@@ -376,9 +383,16 @@ def _varlen_backward(
     **more: Any,
 ) -> tuple[torch.Tensor, ...]:
     window = rest[5] if len(rest) > 5 else more["window_size"]
-    with torch.enable_grad():
+    found: list[torch.Tensor] = []
+
+    def work() -> None:
         given = [t.detach().requires_grad_() for t in (q, k, v)]
-        return torch.autograd.grad(_attended(*given, starts_q, starts_k, window), given, grad)
+        found.extend(torch.autograd.grad(_attended(*given, starts_q, starts_k, window), given, grad))
+
+    thread = threading.Thread(target=work)  # of its own: autograd is off in this one, within its own backward
+    thread.start()
+    thread.join()
+    return tuple(found)
 
 
 OWN: dict[str, Callable[..., Any]] = {
