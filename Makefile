@@ -14,7 +14,7 @@ LLAMA_FLAGS = $(foreach set,AVX AVX2 FMA F16C BMI2,-DGGML_$(set)=$(call HAS,$(sh
 	-DGGML_AVX512_VNNI=$(call HAS,avx512_vnni) -DGGML_AVX512_BF16=$(call HAS,avx512_bf16)
 LLAMA_TOOLS := llama-perplexity llama-tokenize llama-quantize llama-completion llama-bench
 
-.PHONY: help install demo llama test test-slow test-page page lint bench-combine bench-large bench-engine wheel test-neon clean
+.PHONY: help install demo llama test test-slow test-page page lint reference bench-combine bench-large bench-engine wheel test-neon clean
 
 help:
 	@echo "make demo           combine eight real models into one mixture, judge it, let it write"
@@ -26,6 +26,7 @@ help:
 	@echo "make fuzz           damage every kind of file that is read, 10,000 times (COUNT=)"
 	@echo "make kill           kill every command that writes, before each call (POINTS=)"
 	@echo "make lint           ruff and mypy"
+	@echo "make reference      docs/reference.md out of the models that read the files"
 	@echo "make bench-combine  quality, speed and memory of combining, beside mergekit-moe"
 	@echo "make bench-large    combining at 20 GB of output, beside a plain copy"
 	@echo "make test-neon      the ARM kernels against the portable ones, cross-compiled, under qemu"
@@ -50,6 +51,9 @@ lint: $(READY)
 	$(BIN)/ruff check octad tests benchmarks
 	$(BIN)/ruff format --check octad tests benchmarks
 	$(BIN)/mypy
+
+reference: $(READY)
+	$(BIN)/python -m octad.project.reference docs/reference.md
 
 test: lint
 	$(BIN)/pytest --durations=5

@@ -101,7 +101,8 @@ class StagedDirectory:
         if not os.path.lexists(self.final):
             return
         if not self.overwrite:
-            raise OutputError(f"{self.final}: exists; choose another -o or remove it")
+            model = "; --overwrite replaces an earlier model" if (self.final / MARKER).is_file() else ""
+            raise OutputError(f"{self.final}: exists; choose another -o or remove it{model}")
         if any(self.final.iterdir()) and not (self.final / MARKER).is_file():
             raise OutputError(
                 f"{self.final}: has no {MARKER}, so it is no checkpoint to overwrite; remove it yourself"

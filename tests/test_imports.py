@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": BASE | {"model", "text", "checkpoint", "fast", "engine", "evaluate", "report"},
 }
 # rooms that only show or start others, and may import any but `cli` (which `demo` drives as a user would)
-FREE = {"cli", "demo", "__init__", "__main__"}
+FREE = {"api", "cli", "demo", "project", "__init__", "__main__"}
 NO_TORCH = [
     "errors.py",
     "model/config.py",

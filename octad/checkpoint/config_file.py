@@ -37,7 +37,10 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-StringList = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_list)]
+_Text = Annotated[str, Field(min_length=1)]
+StringList = Annotated[
+    tuple[_Text, ...], BeforeValidator(_as_list, json_schema_input_type=_Text | tuple[_Text, ...])
+]
 
 
 class OldName(FutureWarning):

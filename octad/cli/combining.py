@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from octad.cli.options import Domains, Model, Output, Overwrite, ShardSize, Tokens, Window, shard_bytes
+from octad.cli.options import (
+    Domains,
+    LastLine,
+    Model,
+    Output,
+    Overwrite,
+    ShardSize,
+    Tokens,
+    Window,
+    wrote,
+)
 from octad.errors import OutputError
 from octad.report import terminal
 
@@ -17,6 +26,7 @@ expert_app = typer.Typer(
 )
 
 Mixture = Annotated[Path, typer.Argument(help="A mixture made by octad combine.")]
+Weights = Annotated[str, typer.Option(help="Its weights: a checkpoint or an adapter.")]
 Data = Annotated[list[str] | None, typer.Option("--data", help="Calibration text; may be repeated.")]
 Base = Annotated[str | None, typer.Option("--base", help="The mixture's base, where it cannot be found.")]
 
@@ -29,68 +39,58 @@ def combine(
     ] = False,
     overwrite: Overwrite = False,
     shard_size: ShardSize = 5.0,
+    as_json: LastLine = False,
 ) -> None:
     """Make one mixture out of the members of a recipe."""
+    from octad.api import verbs
     from octad.cli.combine_view import show_plan
-    from octad.combine.build import combine as carry_out
     from octad.combine.build import expected_seconds
-    from octad.combine.preflight import preflight
     from octad.combine.recipe import Recipe
-    from octad.dist import keep_freed_memory
 
-    keep_freed_memory()
     loaded = Recipe.load(recipe)
     if output is None and not dry_run:
         raise OutputError(f"{recipe}: no output given; add -o DIRECTORY (or --dry-run)")
-    limit = shard_bytes(shard_size)
-    plan = preflight(loaded, None if dry_run else output, overwrite=overwrite)
+    verbs.shard_bytes(shard_size)
+    with terminal.waiting("opening and measuring the members"):
+        plan = verbs.check(loaded, None if dry_run else output, overwrite=overwrite)
     show_plan(plan, expected_seconds(plan))
     if dry_run or output is None:
         return
-    started = time.monotonic()
-    with terminal.progress_bar() as progress:
-        path = carry_out(plan, output, overwrite=overwrite, max_shard_bytes=limit, progress=progress)
-    _wrote(path, started)
+    wrote(verbs.combine(plan, output, overwrite=overwrite, shard_size=shard_size), as_json=as_json)
+
+
+def _edit(change: str, *place: Any, as_json: bool, **options: Any) -> None:
+    from octad.api import verbs
+
+    wrote(verbs.edit_expert(change, *place, tell=terminal.tell, **options), as_json=as_json)  # type: ignore[arg-type]
 
 
 @expert_app.command()
 def add(
     mixture: Mixture,
     name: Annotated[str, typer.Option(help="The new expert's name.")],
-    model: Annotated[str, typer.Option(help="Its weights: a checkpoint or an adapter.")],
+    model: Weights,
     data: Data = None,
     output: Output = None,
     base: Base = None,
+    as_json: LastLine = False,
 ) -> None:
     """Add an expert (in place, or to --output)."""
-    from octad.combine.edit import add_expert
-    from octad.combine.recipe import ExpertSpec
-
-    started = time.monotonic()
-    spec = ExpertSpec.of(name, model, tuple(data or ()))
-    with terminal.progress_bar() as progress:
-        path = add_expert(mixture, spec, output, base=base, progress=progress, tell=terminal.tell)
-    _wrote(path, started)
+    _edit("add", mixture, name, model, data or (), output, base=base, as_json=as_json)
 
 
 @expert_app.command()
 def replace(
     mixture: Mixture,
     name: Annotated[str, typer.Option(help="The expert to replace.")],
-    model: Annotated[str, typer.Option(help="Its new weights: a checkpoint or an adapter.")],
+    model: Weights,
     data: Data = None,
     output: Output = None,
     base: Base = None,
+    as_json: LastLine = False,
 ) -> None:
     """Replace an expert (in place, or to --output)."""
-    from octad.combine.edit import replace_expert
-    from octad.combine.recipe import ExpertSpec
-
-    started = time.monotonic()
-    spec = ExpertSpec.of(name, model, tuple(data or ()))
-    with terminal.progress_bar() as progress:
-        path = replace_expert(mixture, name, spec, output, base=base, progress=progress, tell=terminal.tell)
-    _wrote(path, started)
+    _edit("replace", mixture, name, model, data or (), output, base=base, as_json=as_json)
 
 
 @expert_app.command()
@@ -99,14 +99,10 @@ def remove(
     name: Annotated[str, typer.Option(help="The expert to remove.")],
     output: Output = None,
     base: Base = None,
+    as_json: LastLine = False,
 ) -> None:
     """Remove an expert (in place, or to --output)."""
-    from octad.combine.edit import remove_expert
-
-    started = time.monotonic()
-    with terminal.progress_bar() as progress:
-        path = remove_expert(mixture, name, output, base=base, progress=progress, tell=terminal.tell)
-    _wrote(path, started)
+    _edit("remove", mixture, name, output=output, base=base, as_json=as_json)
 
 
 def quantize(
@@ -125,29 +121,17 @@ def quantize(
             help="Write packed.octad, too: octad maps it in place of packing weights, and reads experts from it.",
         ),
     ] = True,
+    as_json: LastLine = False,
 ) -> None:
     """Write a checkpoint with its weights rounded to 8 or 4 bits: smaller, quick to load, fast to run. With --data it
     tells what that costs, here and in the output's model card."""
-    from octad.checkpoint.load import open_source
+    from octad.api.forms import quantize as carry_out
     from octad.cli.combine_view import show_rounding
-    from octad.dist import keep_freed_memory
-    from octad.evaluate.domains import read_domains
-    from octad.evaluate.heldout import read_texts
-    from octad.evaluate.rounding import quantize_and_judge
 
     if output is None:
         raise OutputError(f"{model}: no output given; add -o DIRECTORY")
-    keep_freed_memory()
-    started, source = time.monotonic(), open_source(model)
-    texts = read_texts(source, read_domains(data), tokens=tokens, window=window).domains if data else {}
-    options: dict[str, Any] = {"overwrite": overwrite, "max_shard_bytes": shard_bytes(shard_size)}
-    options |= {"records": records}
-    with terminal.progress_bar() as progress:
-        path, bits = quantize_and_judge(source, output, to, texts, progress=progress, **options)
-    if bits:
-        show_rounding(bits)
-    _wrote(path, started)
-
-
-def _wrote(path: Path, started: float) -> None:
-    terminal.say(f"wrote {path} in {time.monotonic() - started:.1f} s")
+    options: dict[str, Any] = {"overwrite": overwrite, "shard_size": shard_size, "records": records}
+    written = carry_out(model, output, to, data=data, tokens=tokens, window=window, **options)
+    if written.facts["bits_per_byte"]:
+        show_rounding(written.facts["bits_per_byte"])
+    wrote(written, as_json=as_json)

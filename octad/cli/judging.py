@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from octad.cli.options import Domains, Json, Tokens, Window
-from octad.errors import RequestError
 
 
 def evaluate(
@@ -47,16 +45,8 @@ def evaluate(
 ) -> None:
     """Judge a mixture beside its members, their soup, ensemble and oracle: bits per byte of held-out text, and tasks."""
     from octad.cli import evaluation as commands_evaluate
-    from octad.cli import tasks as commands_tasks
-    from octad.evaluate.compare import Settings
 
-    options = {"members": members, "limit": limit, "samples": samples, "weak_sandbox": weak_sandbox}
-    run_tasks = partial(commands_tasks.run, model, tasks, **options) if tasks is not None else None
-    if data is not None:
-        settings = Settings(tokens=tokens, window=window, seed=seed, smallest=smallest)
-        outputs = commands_evaluate.Outputs(report, cache, card, as_json)
-        commands_evaluate.evaluate(model, data, settings, outputs, dense or [], require, run_tasks)
-    elif run_tasks is not None:
-        commands_tasks.tell(run_tasks(), as_json=as_json)
-    else:
-        raise RequestError("nothing to judge on; give --data domains.yaml, --tasks octad-code, or both")
+    options: dict[str, Any] = {"tokens": tokens, "window": window, "seed": seed, "smallest": smallest}
+    options |= {"dense": dense or [], "require": require, "cache": cache, "tasks": tasks}
+    options |= {"members": members, "limit": limit, "samples": samples, "weak_sandbox": weak_sandbox}
+    commands_evaluate.evaluate(model, data, commands_evaluate.Outputs(report, card, as_json), **options)

@@ -9,17 +9,27 @@ keeps its traceback.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
+import traceback
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from octad.cli import answering, combining, exporting, inspecting, judging, plan, serve, training
+from octad.cli import answering, combining, exporting, inspecting, judging, plan, serve, starting, training
 from octad.errors import OctadError
 from octad.kernels.compile import IsaError
+from octad.report import terminal
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No bars and no remarks: results and errors.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Remarks of libraries, and errors with their traces.")
+]
 
 app = typer.Typer(
     help="One mixture-of-experts language model out of eight smaller ones.",
@@ -27,6 +37,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(starting.init)
+app.command()(starting.make)
 app.command()(combining.combine)
 app.add_typer(combining.expert_app, name="expert")
 app.command()(inspecting.inspect)
@@ -54,14 +66,21 @@ def demo(
     run(output)
 
 
+app.command()(starting.schema)
 app.command()(inspecting.version)
 
 
 @app.callback(invoke_without_command=True)
 def options(
     show_version: Annotated[bool, typer.Option("--version", help="Print octad's version and exit.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """One mixture-of-experts language model out of eight smaller ones."""
+    terminal.err.quiet = quiet
+    if verbose:
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", force=True)
+        logging.getLogger("octad").setLevel(logging.DEBUG)
     if show_version:
         from importlib.metadata import version
 
@@ -72,12 +91,18 @@ def options(
 def main() -> None:
     """Entry point: runs the command and turns errors into exit codes."""
     started = time.monotonic()
+    warnings.simplefilter("once", FutureWarning)
+    warnings.showwarning = _show_warning
+    terminal.err.quiet = False
+    sys.argv[1:] = _flags_first(sys.argv[1:])
     try:
         code = app(standalone_mode=False)  # None, or what typer makes of an Exit: 130 for an interruption
         if code == 130:
             raise KeyboardInterrupt
         sys.exit(code)
     except (OctadError, IsaError) as error:
+        if logging.getLogger("octad").isEnabledFor(logging.DEBUG):
+            traceback.print_exc()
         if os.environ.get("LOCAL_RANK", "0") == "0":  # of torchrun's processes one a machine speaks
             print(f"octad: {' '.join(str(error).splitlines())}", file=sys.stderr)
         sys.exit(2)
@@ -93,3 +118,20 @@ def main() -> None:
                 print(f"octad: {message}", file=sys.stderr)
             sys.exit(2)
         raise
+
+
+def _flags_first(arguments: Sequence[str]) -> list[str]:
+    """-q and -v are the whole command's, and may stand behind the verb, too."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    flags = [a for a in arguments[:end] if a in ("-q", "--quiet", "-v", "--verbose")]
+    return [*flags, *(a for a in arguments[:end] if a not in flags), *arguments[end:]]
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any, **more: Any
+) -> None:
+    """octad's own remarks are a line like others; a library's look as Python shows them."""
+    if category.__module__.startswith("octad."):
+        terminal.tell(f"octad: {message}")
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from octad.errors import OutputError
+from octad.report import terminal
+
+if TYPE_CHECKING:
+    from octad.api.outcomes import Written
 
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Directory to write.")]
+LastLine = Annotated[bool, typer.Option("--json", help="End with a line of JSON that says what was made.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 ShardSize = Annotated[float, typer.Option(help="Largest weight file, in GB.")]
@@ -26,8 +31,8 @@ Quantize = Annotated[str | None, typer.Option(help="Weights in int8 or int4.")]
 Only = Annotated[str | None, typer.Option(help="Send every token to this expert.")]
 
 
-def shard_bytes(shard_size: float) -> float:
-    """Bytes of `shard_size` GB. Raises OutputError for a size that is none."""
-    if not shard_size > 0:
-        raise OutputError(f"--shard-size is {shard_size:g} GB; give a size above 0")
-    return shard_size * 1e9
+def wrote(written: Written, *, as_json: bool, timed: bool = True) -> None:
+    """The last line, or the last two: where it is and how long it took, and the same as JSON."""
+    terminal.say(f"wrote {written.path}" + (f" in {written.seconds:.1f} s" if timed else ""))
+    if as_json:
+        print(json.dumps(written.to_dict(), ensure_ascii=False))

@@ -1,19 +1,16 @@
-"""`octad evaluate --tasks`: run the tasks with a progress bar, print a table with intervals, or JSON.
+"""`octad evaluate --tasks`: what came out, as tables with intervals or as JSON.
 
-rows = run(model, "humaneval,octad-choice", members=True)      # the rows of the report's "tasks"
-show(rows)
+show(verdict.report["tasks"])
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.text import Text
 
-from octad.dist import keep_freed_memory
 from octad.report import terminal
 from octad.report.table import Table
 
@@ -24,16 +21,6 @@ def tell(rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
         print(json.dumps({"tasks": rows}, indent=2, ensure_ascii=False))
     else:
         show(rows)
-
-
-def run(model: str | Path, tasks: str, **options: Any) -> list[dict[str, Any]]:
-    """The rows of all tasks (names and files, separated by commas); options as in run_tasks."""
-    from octad.evaluate.tasks.run_tasks import run_tasks
-
-    keep_freed_memory()
-    references = [name.strip() for name in tasks.split(",") if name.strip()]
-    with terminal.progress_bar() as progress:
-        return run_tasks(model, references, progress=progress, **options)
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -1,0 +1,1 @@
+"""What combining is made of; called, octad.combine(recipe, output) makes a mixture."""

@@ -72,6 +72,11 @@ class SharedSpec(Section):
     seed: int = 0
 
 
+def _method_alone(value: Any) -> Any:
+    """`shared: mean` for `shared: {method: mean}`."""
+    return {"method": value} if isinstance(value, str) else value
+
+
 class Recipe(ConfigFile):
     """A whole recipe.
 
@@ -83,9 +88,9 @@ class Recipe(ConfigFile):
     top_k: int = Field(default=2, ge=1)
     experts: tuple[ExpertSpec, ...]
     router: RouterSpec = RouterSpec()
-    shared: Annotated[SharedSpec, BeforeValidator(lambda v: {"method": v} if isinstance(v, str) else v)] = (
-        SharedSpec()
-    )
+    shared: Annotated[
+        SharedSpec, BeforeValidator(_method_alone, json_schema_input_type=SharedMethod | SharedSpec)
+    ] = SharedSpec()
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     chat_template: str | None = None
 

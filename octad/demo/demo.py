@@ -34,7 +34,6 @@ def run(output: Path) -> None:
     from octad.combine.preflight import preflight
     from octad.combine.recipe import Recipe
     from octad.dist import keep_freed_memory
-    from octad.evaluate.compare import Settings
 
     if output.is_dir() and any(output.iterdir()) and not (output / PROVENANCE).is_file():
         raise OutputError(f"{output}: holds something that octad did not make; choose another --output")
@@ -48,8 +47,8 @@ def run(output: Path) -> None:
         "All of them now read the same text, which none has seen: the mixture, each part, their average, and all parts"
         f" together. The fewer bits a byte of it costs, the better. {TOKENS} tokens of each kind of text: a quick look."
     )
-    outputs = commands_evaluate.Outputs(report)
-    commands_evaluate.evaluate(str(output), HERE / "domains.yaml", Settings(TOKENS, WINDOW), outputs)
+    outputs, options = commands_evaluate.Outputs(report), {"tokens": TOKENS, "window": WINDOW}
+    commands_evaluate.evaluate(str(output), HERE / "domains.yaml", outputs, **options)
     write(output)
     heading(f"Done in {time.monotonic() - started:.0f} s. Three things to try")
     terminal.out.print(
@@ -84,15 +83,9 @@ def introduce(plan: Plan, output: Path) -> None:
 def expected_seconds(plan: Plan) -> float:
     """A rough forecast for combining, and for judging every part and the mixture."""
     from octad.combine.build import expected_seconds as combining
-    from octad.dist import compute_dtype, product_rate
-    from octad.model import cost
+    from octad.evaluate.estimate import judging_seconds
 
-    read = TOKENS * len(plan.members)
-    parts = sum(cost.flops_per_token(member.config) for member in plan.members)
-    mixtures = len(plan.members) * cost.flops_per_token(
-        plan.config
-    )  # top-1, top-2 and all: about as much as each twice
-    return combining(plan) + read * (parts + mixtures) / (0.4 * product_rate(compute_dtype(), seconds=0.3))
+    return combining(plan) + judging_seconds(plan.config, TOKENS * len(plan.members))
 
 
 def make(plan: Plan, output: Path) -> None:

@@ -3,6 +3,7 @@
     llm = LLM("mixture/")
     llm.generate(["Once upon", "def f("], SamplingParams(max_tokens=32))[0].outputs[0].text
     for delta in llm.stream_chat([{"role": "user", "content": "Hi"}]): print(delta.text, end="")
+    async for delta in llm.astream("Once upon"): print(delta.text, end="")
 
 Opens what `octad.checkpoint.load` opens, puts an Engine around it and speaks in text. The checkpoint's generation_config
 is not applied: what SamplingParams says is what is sampled. Several streams can be open at once, and several threads may
@@ -12,7 +13,8 @@ ask: one thread owns the engine (octad.engine.loop).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +46,11 @@ class LLM:
     dtype: "auto" (what the hardware is fast at), "float32", "bfloat16" or "float16". device: "auto" (a GPU where there is
     one), "cpu", "cuda", "cuda:1". quantize: None, "int8" or "int4". native: use compiled kernels where they are there.
     Fields of EngineConfig can be given by name. A given model keeps its dtype and device, and is changed in place.
+
+    >>> llm = octad.LLM("mixture")
+    >>> answer = llm.generate("Once upon", octad.SamplingParams(max_tokens=4, temperature=0))[0].outputs[0]
+    >>> len(answer.token_ids), answer.finish_reason
+    (4, 'length')
     """
 
     tokenizer: Tokenizer
@@ -53,7 +60,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path | tuple[Transformer, Tokenizer],
+        model: str | os.PathLike[str] | tuple[Transformer, Tokenizer],
         *,
         dtype: str = "auto",
         device: str = "auto",
@@ -69,13 +76,14 @@ class LLM:
             transformer, self.tokenizer = model
             attention = optimize(transformer, quantize=quantize, native=native)
         else:
-            source, kind, place = _open(model, dtype, device)
+            source, kind, place = _open(os.fspath(model), dtype, device)
             self.tokenizer, directory = load_tokenizer(source), source.directory
             transformer, attention = open_fast(source, kind, place, quantize=quantize, native=native)
         self.config, self.model = transformer.config, transformer
         self.expert_names = expert_names(directory, self.config.num_experts)
         self.engine = Engine(transformer, self.tokenizer, settings, attention)
         self.loop = EngineLoop(self.engine)
+        self.label = "(a model in memory)" if isinstance(model, tuple) else os.fspath(model)
         self._only: int | None = None
 
     # ---- text in, text out ---------------------------------------------------------------------------------
@@ -110,6 +118,17 @@ class LLM:
         finally:
             stream.close()
 
+    async def astream(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None
+    ) -> AsyncIterator[Delta]:
+        """The answer(s) as they come, in an event loop; leaving the loop early aborts the request."""
+        stream = self.submit(prompt, params)
+        try:
+            async for delta in stream:
+                yield delta
+        finally:
+            stream.close()
+
     def submit(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, deltas: bool = True
     ) -> Stream:
@@ -128,6 +147,18 @@ class LLM:
     ) -> Iterator[Delta]:
         """The answer to a conversation as it comes."""
         return self.stream(self._encode_chat(messages, template_variables), params)
+
+    def astream_chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None, **template_variables: Any
+    ) -> AsyncIterator[Delta]:
+        """The answer to a conversation as it comes, in an event loop."""
+        return self.astream(self._encode_chat(messages, template_variables), params)
+
+    def __repr__(self) -> str:
+        experts = (
+            f", {len(self.expert_names)} experts: {', '.join(self.expert_names)}" if self.expert_names else ""
+        )
+        return f"<LLM {self.label}, {self.config.model_type}{experts}>"
 
     def _encode_chat(self, messages: Sequence[Message], template_variables: dict[str, Any]) -> list[int]:
         """The conversation as ids. Raises RequestError for one without a message: a template may make text of nothing."""
@@ -195,7 +226,7 @@ def _for_each(params: SamplingParams | Sequence[SamplingParams] | None, prompts:
     return list(params)
 
 
-def _open(model: str | Path, dtype: str, device: str) -> tuple[TensorSource, torch.dtype, torch.device]:
+def _open(model: str, dtype: str, device: str) -> tuple[TensorSource, torch.dtype, torch.device]:
     """What lies on disk, the dtype of the activations and the device."""
     if dtype not in ("auto", *DTYPES):
         raise RequestError(f"dtype: found {dtype!r}, allowed: auto, {', '.join(DTYPES)}")

@@ -1,0 +1,1 @@
+"""What judging is made of; called, octad.evaluate(model, data) gives a verdict."""

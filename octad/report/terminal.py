@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import rich.table
@@ -41,6 +41,7 @@ def progress_bar(*, quiet: bool = False) -> Iterator[Callable[[str, float], None
     columns = (TextColumn("{task.description:12}"), BarColumn(40), TextColumn("{task.percentage:3.0f} %"))
     bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err)
     tasks: dict[str, TaskID] = {}
+    was_quiet = err.quiet
 
     def update(stage: str, done: float) -> None:
         if quiet:
@@ -54,12 +55,17 @@ def progress_bar(*, quiet: bool = False) -> Iterator[Callable[[str, float], None
         yield update
     except BaseException:
         bar.live.transient = True  # an error is one line, with no half-full bar above it
-        err.quiet = not err.is_terminal  # rich would leave an empty line in a file
+        err.quiet = was_quiet or not err.is_terminal  # rich would leave an empty line in a file
         raise
     finally:
         if tasks:
             bar.stop()
-        err.quiet = False
+        err.quiet = was_quiet
+
+
+def waiting(what: str) -> AbstractContextManager[object]:
+    """A sign of life on a terminal while something is done whose length nobody knows."""
+    return err.status(what) if err.is_terminal and not err.quiet else nullcontext()
 
 
 def table(t: Table) -> RenderableType:

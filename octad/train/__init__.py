@@ -1,0 +1,1 @@
+"""What training is made of; called, octad.train(config, output) trains."""

@@ -171,17 +171,32 @@ TASKS: dict[str, type[TuneConfig] | type[PretrainConfig]] = {"tune": TuneConfig,
 
 def load_config(path: str | Path) -> TrainConfig:
     """A file for `octad train`. Raises RecipeError with one line for whatever is wrong."""
-    raw = _read(Path(path))
-    if "specialists" in raw or ("experts" in raw and "task" not in raw):
-        raise RecipeError(f"{path}: has specialists to make: it is for `octad branch`")
-    if (kind := TASKS.get(str(raw.get("task")))) is None:
-        raise RecipeError(f"{path}: task must be tune or pretrain, found {raw.get('task')!r}")
-    return kind.from_dict(raw, Path(path).parent, str(path))
+    return _train_config(_read(Path(path)), Path(path).parent, str(path))
 
 
 def load_branch(path: str | Path) -> BranchConfig:
     """A file for `octad branch`. Raises RecipeError with one line for whatever is wrong."""
     return BranchConfig.from_dict(_read(Path(path)), Path(path).parent, str(path))
+
+
+def config_of(config: str | Path | Mapping[str, Any]) -> TrainConfig:
+    """The same of a file, or of plain data, whose paths are relative to the current directory."""
+    return _train_config(config, Path(), "config") if isinstance(config, Mapping) else load_config(config)
+
+
+def branch_of(config: str | Path | Mapping[str, Any]) -> BranchConfig:
+    """As load_branch, or of plain data, whose paths are relative to the current directory."""
+    if isinstance(config, Mapping):
+        return BranchConfig.from_dict(config, Path(), "config")
+    return load_branch(config)
+
+
+def _train_config(raw: Mapping[str, Any], directory: Path, label: str) -> TrainConfig:
+    if "specialists" in raw or ("experts" in raw and "task" not in raw):
+        raise RecipeError(f"{label}: has specialists to make: it is for `octad branch`")
+    if (kind := TASKS.get(str(raw.get("task")))) is None:
+        raise RecipeError(f"{label}: task must be tune or pretrain, found {raw.get('task')!r}")
+    return kind.from_dict(raw, directory, label)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""What octad does, as functions of Python: the command line calls the same ones."""

@@ -1,0 +1,184 @@
+"""A model in another form: rounded weights, or what other programs load. Behind `octad.export` and `octad.quantize`.
+
+octad.export("mixture", "mixture.gguf", "gguf", quantize="q8_0")
+octad.quantize("mixture", "mixture-int8", "int8")
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from os import fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from octad.api.bars import Progress, Report, bars
+from octad.api.outcomes import Written
+from octad.api.verbs import Place, shard_bytes
+from octad.errors import RequestError
+
+if TYPE_CHECKING:
+    from octad.checkpoint.source import TensorSource
+    from octad.export.hub import Changes
+
+FORMS = ("hf", "gguf", "compressed-tensors")
+ENGINES = ("sglang",)  # which does not tie the head of mixtures
+FAST_GROUPS = (32, 64, 128)
+
+
+def export(
+    model: Place,
+    output: Place,
+    to: str = "hf",
+    *,
+    quantize: str | None = None,
+    dtype: str | None = None,
+    untie: bool = False,
+    top_k: int | None = None,
+    member: str | None = None,
+    engine: str | None = None,
+    overwrite: bool = False,
+    shard_size: float | None = None,
+    progress: Progress = True,
+) -> Written:
+    """Write a model for other engines: "hf", Hugging Face's layout in another shape; "gguf" for llama.cpp, Ollama and LM
+    Studio; "compressed-tensors" for vLLM and SGLang. `member`: this expert alone, as a dense model; `engine`: "sglang",
+    for what it needs. What the user should know is in `facts["notes"]`. Raises OctadError.
+
+    >>> octad.export("mixture", "one-alone", member="one").facts["to"]
+    'hf'
+    """
+    from octad.checkpoint.load import open_source
+    from octad.dist import keep_freed_memory
+    from octad.export.hub import Changes, member_source
+
+    if to not in FORMS:
+        raise RequestError(f"--to: found {to!r}, allowed: {', '.join(FORMS)}")
+    if engine is not None and engine not in ENGINES:
+        raise RequestError(f"--for: found {engine!r}, known: {', '.join(ENGINES)}")
+    _refuse_unused(
+        to, quantize=quantize, dtype=dtype, untie=untie, top_k=top_k, engine=engine, shard_size=shard_size
+    )
+    untie = untie or engine == "sglang"
+    limit = shard_bytes(5.0 if shard_size is None else shard_size)
+    keep_freed_memory()
+    started, source, place = time.monotonic(), open_source(fspath(model)), Path(output)
+    if member is not None:
+        source = member_source(source, member)
+    with bars(progress) as bar:
+        if to == "gguf":
+            notes = _gguf(source, place, quantize or "bf16", overwrite, bar)
+        elif to == "compressed-tensors":
+            notes = _compressed(source, place, quantize or "int8", overwrite, limit, bar)
+        else:
+            notes = _hub(source, place, Changes(dtype, untie, top_k), overwrite, limit, bar)
+    return Written(place, time.monotonic() - started, to=to, notes=notes)
+
+
+def quantize(
+    model: Place,
+    output: Place,
+    to: str = "int8",
+    *,
+    data: Place | Mapping[str, Any] | None = None,
+    tokens: int = 4096,
+    window: int = 512,
+    overwrite: bool = False,
+    shard_size: float = 5.0,
+    records: bool = True,
+    progress: Progress = True,
+) -> Written:
+    """Write a checkpoint with its weights rounded to 8 or 4 bits ("int8", "int4"). With `data`, a file of domains or
+    {name: files}, what that costs is in `facts["bits_per_byte"]`: before and after, by domain. `records`: write packed.octad,
+    too, which octad maps in place of packing weights. Raises OctadError.
+
+    >>> rounded = octad.quantize("mixture", "mixture-int8", data={"one": "one.jsonl"}, tokens=64, window=32)
+    >>> before, after = rounded.facts["bits_per_byte"]["one"]
+    >>> abs(after / before - 1) < 0.1
+    True
+    """
+    from octad.checkpoint.load import open_source
+    from octad.dist import keep_freed_memory
+    from octad.evaluate.domains import domains_of
+    from octad.evaluate.heldout import read_texts
+    from octad.evaluate.rounding import quantize_and_judge
+
+    keep_freed_memory()
+    started, source, texts = time.monotonic(), open_source(fspath(model)), {}
+    if data is not None:
+        domains = domains_of(data if isinstance(data, Mapping) else fspath(data))
+        texts = dict(read_texts(source, domains, tokens=tokens, window=window).domains)
+    options: dict[str, Any] = {"overwrite": overwrite, "max_shard_bytes": shard_bytes(shard_size)}
+    options |= {"records": records}
+    with bars(progress) as bar:
+        path, bits = quantize_and_judge(source, Path(output), to, texts, progress=bar, **options)
+    return Written(path, time.monotonic() - started, to=to, bits_per_byte=bits)
+
+
+def _refuse_unused(to: str, **given: object) -> None:
+    """What this form has no use for is refused. Raises RequestError."""
+    used = {
+        "hf": ("dtype", "untie", "top_k", "engine", "shard_size"),
+        "gguf": ("quantize",),
+        "compressed-tensors": ("quantize", "shard_size"),
+    }[to]
+    for name, value in given.items():
+        if value is not None and value is not False and name not in used:
+            option = "for" if name == "engine" else name.replace("_", "-")
+            raise RequestError(f"--{option} has no effect with --to {to}; leave it out")
+
+
+def _gguf(source: TensorSource, output: Path, kind: str, overwrite: bool, progress: Report) -> list[str]:
+    from octad.checkpoint.load import load_tokenizer
+    from octad.export.gguf_file import write_gguf
+    from octad.export.modelfile import modelfile
+    from octad.staging import replace_file
+
+    write_gguf(source, output, kind, overwrite=overwrite, progress=progress)
+    text, has_template = modelfile(load_tokenizer(source), output.name)
+    beside = output.with_name("Modelfile")
+    if beside.exists() and not overwrite:
+        return [f"{beside}: exists and was left alone; for Ollama it needs the line FROM ./{output.name}"]
+    replace_file(beside, text)
+    left_out = "" if has_template else "; it leaves the chat template to Ollama, which reads the file's"
+    return [f"wrote {beside}: ollama create NAME -f {beside}{left_out}"]
+
+
+def _compressed(
+    source: TensorSource, output: Path, name: str, overwrite: bool, limit: float, progress: Report
+) -> list[str]:
+    from octad.fast.quantize import Precision
+    from octad.fast.saved import plan_schemes, save_quantized
+
+    schemes = plan_schemes(source.config, Precision.of(name), source.label)
+    for scheme in (schemes.ffn, schemes.attention, *([schemes.head] if schemes.head else [])):
+        if scheme.group not in FAST_GROUPS:
+            raise RequestError(
+                f"{source.label}: its sizes ask for groups of {scheme.group}, the fast kernels of vLLM and SGLang take"
+                f" {', '.join(map(str, FAST_GROUPS))}; octad itself runs it: octad quantize"
+            )
+    save_quantized(  # whoever it is for has no use for records
+        source, output, name, overwrite=overwrite, max_shard_bytes=limit, progress=progress, records=False
+    )
+    return []
+
+
+def _hub(
+    source: TensorSource,
+    output: Path,
+    changes: Changes,
+    overwrite: bool,
+    limit: float,
+    progress: Report,
+) -> list[str]:
+    from octad.export.hub import export_hub
+
+    rounding = export_hub(
+        source, output, changes, overwrite=overwrite, max_shard_bytes=limit, progress=progress
+    )
+    if not rounding.changed:
+        return []
+    return [
+        f"rounding to {changes.dtype} changed {rounding.changed / rounding.weights:.1%} of the weights, the most by"
+        f" {rounding.largest:.1e} of itself"
+    ]
