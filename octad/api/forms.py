@@ -88,9 +88,9 @@ def quantize(
     records: bool = True,
     progress: Progress = True,
 ) -> Written:
-    """Write a checkpoint with its weights rounded to 8 or 4 bits ("int8", "int4"). With `data`, a file of domains or
-    {name: files}, what that costs is in `facts["bits_per_byte"]`: before and after, by domain. `records`: write packed.octad,
-    too, which octad maps in place of packing weights. Raises OctadError.
+    """Write a checkpoint with its weights rounded to 8 or 4 bits ("int8", "int4"). `records`: write packed.octad, too,
+    which octad maps in place of packing weights. With `data`, a file of domains or {name: files}, what rounding costs is
+    in `facts["bits_per_byte"]`: before and after, by domain. Raises OctadError.
 
     >>> rounded = octad.quantize("mixture", "mixture-int8", data={"one": "one.jsonl"}, tokens=64, window=32)
     >>> before, after = rounded.facts["bits_per_byte"]["one"]
