@@ -37,12 +37,13 @@ OPENMP = "-fopenmp"
 RUNTIMES = ("libgomp", "libiomp5", "libomp")  # OpenMP's, as files are called
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
-_TUNED = "-mtune=skylake"  # a tenth quicker than generic code, on AMD's processors, too
+# a tenth quicker than generic code, on AMD's processors, too; and GCC orders sums in registers so that 4 bits gain a quarter
+_TUNED = ("-mtune=skylake", "-fno-tree-ter")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl")
 X86: dict[str, tuple[str, ...]] = {
     "portable": (),
-    "avx2": (*_AVX2, _TUNED),
-    "avxvnni": (*_AVX2, _TUNED, "-mavxvnni"),
+    "avx2": (*_AVX2, *_TUNED),
+    "avxvnni": (*_AVX2, *_TUNED, "-mavxvnni"),
     "avx512": _AVX512,
     "avx512vnni": (*_AVX512, "-mavx512vnni"),
     "avx512bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
