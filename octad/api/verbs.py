@@ -47,13 +47,16 @@ def check(
     >>> [member.name for member in plan.reports]
     ['general', 'one', 'two']
     """
+    from octad.combine.conversations import check as check_questions
     from octad.combine.preflight import preflight
     from octad.combine.recipe import Recipe
     from octad.dist import keep_freed_memory
 
     keep_freed_memory()
     given = recipe if isinstance(recipe, (Recipe, Mapping)) else fspath(recipe)
-    return preflight(Recipe.of(given), None if output is None else fspath(output), overwrite=overwrite)
+    plan = preflight(Recipe.of(given), None if output is None else fspath(output), overwrite=overwrite)
+    check_questions(plan)
+    return plan
 
 
 def combine(
@@ -71,6 +74,7 @@ def combine(
     >>> mixture.facts["experts"]
     ['general', 'one', 'two']
     """
+    from octad.api.interviewing import interview
     from octad.combine.build import combine as carry_out
     from octad.combine.preflight import Plan
 
@@ -78,6 +82,7 @@ def combine(
     plan = recipe if isinstance(recipe, Plan) else check(recipe, output, overwrite=overwrite)
     started = time.monotonic()
     with bars(progress) as bar:
+        interview(plan, bar)
         path = carry_out(plan, Path(output), overwrite=overwrite, max_shard_bytes=limit, progress=bar)
     names = [report.name for report in plan.reports]
     return Written(path, time.monotonic() - started, experts=names, bytes=plan.output_bytes)

@@ -43,7 +43,9 @@ def text_windows(
 ) -> list[Window]:
     """The calibration windows of one expert's files."""
     try:
-        return read_windows(files, tokenizer, tokens=router.tokens, window=router.window, field=spec.field)
+        return read_windows(
+            files, tokenizer, tokens=router.tokens, window=router.window, field=spec.field, anywhere=True
+        )
     except DataError as error:
         raise DataError(f"expert {spec.name!r}: {error}") from None
 

@@ -33,13 +33,17 @@ GATE_MODES = {"hidden": "prompts", "random": "random"}  # mergekit's -> the meth
 
 
 class ExpertSpec(Section):
-    """One member: its name, where its weights are, and text (or prompts) that is its own; `field`: the column of that."""
+    """One member: its name, where its weights are, and text (or prompts) that is its own; `field`: the column of that.
+
+    `questions`: files of questions, one a line, or "octad" for the bundled ones. The member answers them through its chat
+    template, and these conversations join its text."""
 
     old_names: ClassVar[Mapping[str, str]] = {"source_model": "model", "files": "data"}
     name: str = Field(min_length=1)
     model: str = Field(min_length=1)
     data: StringList = ()
     field: str = "text"
+    questions: StringList = ()
     weight: float = Field(default=1.0, ge=0)
     positive_prompts: StringList = ()
     negative_prompts: StringList = ()
@@ -57,7 +61,7 @@ class RouterSpec(Section):
 
     method: RouterMethod = "logistic"
     tokens: int = Field(default=16384, ge=1)
-    window: int = Field(default=128, ge=2)
+    window: int = Field(default=64, ge=2)
     temperature: float | None = Field(default=None, gt=0)
     ridge: float | None = Field(default=None, gt=0)
     seed: int = 0

@@ -4,8 +4,8 @@
 
 What files can be is in corpus.py; chats go through the chat template. Windows never cross a document. They are taken in
 turn from all documents (the first of each, then the second of each, ...), so that a small budget still sees many
-documents. Of much text a part is read: MOST_CHARACTERS, or CHARACTERS_PER_TOKEN for each token where that is more,
-shared evenly between the files, each from its beginning.
+documents; where it does not see all of them, some from everywhere. Of much text a part is read: MOST_CHARACTERS, or
+CHARACTERS_PER_TOKEN for each token where that is more, shared evenly between the files, each from its beginning.
 
 Shapes: S positions of one window, B windows of a batch.
 """
@@ -25,6 +25,7 @@ from octad.text.tokenizer import Tokenizer
 
 SHORTEST_WINDOW = 16  # tokens; a shorter rest of a document is left out
 MOST_CHARACTERS, CHARACTERS_PER_TOKEN = 32 << 20, 256
+GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are spread evenly however many there are
 LONGEST_TOKEN = 64  # characters: what a window can need of a document
 
 
@@ -47,12 +48,21 @@ class Batch:
 
 
 def read_windows(
-    files: Sequence[str | Path], tokenizer: Tokenizer, *, tokens: int, window: int, field: str = "text"
+    files: Sequence[str | Path],
+    tokenizer: Tokenizer,
+    *,
+    tokens: int,
+    window: int,
+    field: str = "text",
+    anywhere: bool = False,
 ) -> list[Window]:
-    """At most `tokens` tokens of the files, in windows of at most `window`. Raises DataError when there is none."""
+    """At most `tokens` tokens of the files, in windows of at most `window`. Raises DataError when there is none.
+
+    A document's windows are taken from its beginning on, or from `anywhere` in it: the first from its beginning in every
+    other document, from further on in the rest, and those after it far from those before."""
     label = ", ".join(str(f) for f in files)
     documents = read_some(files, field, tokens)
-    return windows_of(documents, tokenizer, tokens=tokens, window=window, label=label)
+    return windows_of(documents, tokenizer, tokens=tokens, window=window, label=label, anywhere=anywhere)
 
 
 def read_some(files: Sequence[str | Path], field: str, tokens: int) -> list[Document]:
@@ -76,13 +86,19 @@ def size_of(document: Document) -> int:
 
 
 def windows_of(
-    documents: list[Document], tokenizer: Tokenizer, *, tokens: int, window: int, label: str
+    documents: list[Document],
+    tokenizer: Tokenizer,
+    *,
+    tokens: int,
+    window: int,
+    label: str,
+    anywhere: bool = False,
 ) -> list[Window]:
     """The same of documents that were read before; `label` says where from."""
     lengths = tokenizer.byte_lengths
     queues = [
-        _cut(tokenizer, lengths, document, window, number, limit=tokens)
-        for number, document in enumerate(_spread(documents, tokens // SHORTEST_WINDOW + 1))
+        _cut(tokenizer, lengths, document, window, number, limit=tokens, anywhere=anywhere)
+        for number, document in enumerate(_spread(documents, tokens, window))
     ]
     chosen, total = [], 0
     while queues and total < tokens:
@@ -128,21 +144,39 @@ def encode_document(document: Document, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode_chat(document, add_generation_prompt=False)
 
 
-def _spread(documents: list[Document], most: int) -> list[Document]:
-    """At most `most` documents, evenly over the whole list."""
-    if len(documents) <= most:
+def _spread(documents: list[Document], tokens: int, window: int) -> list[Document]:
+    """As many documents as the budget can look into, evenly over the whole list. Where it does not reach a window of
+    each, in an order whose every beginning is even, too: files often go source by source."""
+    most = tokens // SHORTEST_WINDOW + 1
+    if len(documents) > most:
+        documents = [documents[i * len(documents) // most] for i in range(most)]
+    if len(documents) * window <= tokens:
         return documents
-    return [documents[i * len(documents) // most] for i in range(most)]
+    return [documents[i] for i in scattered(len(documents))]
+
+
+def scattered(count: int, start: float = 0.0) -> list[int]:
+    """0 to count - 1 in an order whose every beginning is spread evenly; it begins at the share `start` of them."""
+    return sorted(range(count), key=lambda i: (i - int(start * count)) * GOLDEN % 1)
 
 
 def _cut(
-    tokenizer: Tokenizer, lengths: list[int], document: Document, window: int, number: int, limit: int
+    tokenizer: Tokenizer,
+    lengths: list[int],
+    document: Document,
+    window: int,
+    number: int,
+    limit: int,
+    anywhere: bool,
 ) -> Iterator[Window]:
     """The windows of one document; a rest shorter than SHORTEST_WINDOW is dropped."""
     if isinstance(document, str):
         document = document[: LONGEST_TOKEN * limit]
     ids = encode_document(document, tokenizer)
-    for start in range(0, len(ids), window):
+    starts = range(0, len(ids), window)
+    first = 0.25 + 0.5 * (number * GOLDEN % 1) if number % 2 else 0.0
+    order = scattered(len(starts), first) if anywhere else range(len(starts))
+    for start in (starts[i] for i in order):
         piece = ids[start : start + window]
         if len(piece) >= min(SHORTEST_WINDOW, window):
             yield _window(piece, number, lengths)

@@ -110,6 +110,36 @@ def test_a_small_budget_sees_the_whole_file(bytewise: Tokenizer, tmp_path: Path)
     assert first[-1] > 100
 
 
+def test_a_budget_of_few_windows_sees_all_sources(bytewise: Tokenizer, tmp_path: Path) -> None:
+    """Ten windows of long documents, of files that follow each other: some of each, not the first file alone."""
+    files = [
+        write(tmp_path / f"{name}.jsonl", [f"{name}{number:02d} " * 40 for number in range(20)])
+        for name in "abcde"
+    ]
+    windows = read_windows(files, bytewise, tokens=640, window=64)
+    counts = [sum(bytewise.decode(w.ids).startswith(name) for w in windows) for name in "abcde"]
+    assert sum(counts) == 10
+    assert min(counts) >= 1
+    assert max(counts) <= 3
+
+
+def test_windows_from_anywhere(bytewise: Tokenizer, tmp_path: Path) -> None:
+    """Beginnings of half the documents, other places of the rest; all of each in the end."""
+    texts = ["".join(f"{letter}{place:03d}" for place in range(64)) for letter in "abcdefgh"]
+    file = write(tmp_path / "a.jsonl", texts)
+    few = read_windows([file], bytewise, tokens=8 * 32, window=32, anywhere=True)
+    first = [bytewise.decode(w.ids) for w in few]
+    assert [text[0] for text in first] == list("abcdefgh")
+    places = [int(text[1:4]) for text in first]
+    assert places[::2] == [0, 0, 0, 0]
+    assert len(set(places[1::2])) == 4
+    assert all(place >= 8 for place in places[1::2])
+    whole = read_windows([file], bytewise, tokens=10**6, window=32, anywhere=True)
+    assert sorted(bytewise.decode(w.ids) for w in whole) == sorted(
+        text[i : i + 32] for text in texts for i in range(0, 256, 32)
+    )
+
+
 def test_windows_are_the_text_in_order(bytewise: Tokenizer, tmp_path: Path) -> None:
     text = " ".join(MULTILINGUAL) * 3
     file = tmp_path / "plain.txt"

@@ -1,0 +1,400 @@
+"""How good a mixture is on sources that its routers never saw, beside those that they did.
+
+    python benchmarks/quality.py --corpora corpora --mixture mixture
+    python benchmarks/quality.py --corpora corpora --mixture mixture --shipped
+
+A corpus is a directory with <domain>/train.jsonl.gz and valid.jsonl.gz for the seven domains and `dictionary`; every
+document names its `source` (a package, then a file). The sources of each domain are dealt into two halves. Routers are
+fitted on documents of one half (out of `train`) and judge documents of both (out of `valid`); then the other way round.
+So each judged document is read twice, once with its source among the calibrated ones and once without, and both figures
+are of the same text. --mixture is where the experts come from, an octad mixture of the base and the seven specialists;
+with --shipped its own routers are judged, on the sources that its calibration text names and on others.
+
+Judged beside each domain's own specialist, told the domain (the oracle), as the mixture holds it, in bits per byte: the
+excess over it with 95 % intervals over documents, by position in the window, and the ten worst documents. --ensemble N
+also runs every member over the first N documents of each domain and gives the excess of their Bayes ensemble there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import math
+import random
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measure import command_line, hardware, save, tell
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "octad" / "demo"
+DOMAINS = ("python", "c", "french", "german", "spanish", "maths", "literature")
+ALL = (*DOMAINS, "dictionary")
+POSITIONS = ((0, 16), (16, 32), (32, 128), (128, 1 << 30))
+SHORTEST = 400  # characters of a document that is used
+Documents = dict[str, list[tuple[str, str]]]  # source -> (name, text) of each document
+
+
+@dataclass
+class Text:
+    """One judged document: its only window, where it is from, and the half of its source."""
+
+    domain: str
+    name: str
+    half: int
+    window: Any
+
+    @property
+    def source(self) -> str:
+        """The package or book."""
+        return self.name.split("/")[0]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--corpora", type=Path, required=True)
+    parser.add_argument("--mixture", type=Path, required=True, help="where the experts come from")
+    parser.add_argument("--shipped", action="store_true", help="judge the mixture's own routers")
+    parser.add_argument("--documents", type=int, default=30, help="judged documents a domain")
+    parser.add_argument("--window", type=int, default=256, help="judged tokens of a document")
+    parser.add_argument("--tokens", type=int, default=6144, help="calibration tokens per expert")
+    parser.add_argument("--piece", type=int, default=None, help="calibration tokens of a document at a time")
+    parser.add_argument("--ridge", type=float, default=None, help="penalty of the routers")
+    parser.add_argument("--method", default="logistic")
+    parser.add_argument("--ensemble", type=int, default=0, help="documents a domain that all members read")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "quality.json")
+    return parser.parse_args()
+
+
+# ---- text --------------------------------------------------------------------------------------------------
+
+
+def read_corpus(file: Path) -> Documents:
+    """The documents of a file by source, in a fixed shuffled order."""
+    found: Documents = {}
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        for row in map(json.loads, lines):
+            if len(row["text"]) >= SHORTEST:
+                found.setdefault(row["source"].split("/")[0], []).append((row["source"], row["text"]))
+    for source in found:
+        random.Random(source).shuffle(found[source])
+    return dict(sorted(found.items()))
+
+
+def in_turn(documents: Documents, count: int) -> list[tuple[str, str]]:
+    """`count` documents, the sources taking turns."""
+    queues = [iter(found) for found in documents.values()]
+    taken: list[tuple[str, str]] = []
+    while queues and len(taken) < count:
+        for queue in list(queues):
+            if (document := next(queue, None)) is None:
+                queues.remove(queue)
+            elif len(taken) < count:
+                taken.append(document)
+    return taken
+
+
+def halves(judged: Documents, calibrating: Documents) -> dict[str, int]:
+    """Each source's half, 0 or 1: the largest first, to the half that has fewer documents; -1 for one that has nothing to
+    calibrate on: it is unseen in both rounds."""
+    sizes, half = [0, 0], dict[str, int]()
+    for source in sorted(judged, key=lambda s: (-len(judged[s]), s)):
+        if source not in calibrating:
+            half[source] = -1
+            continue
+        half[source] = sizes.index(min(sizes))
+        sizes[half[source]] += len(judged[source])
+    return half
+
+
+def prepare(options: argparse.Namespace, tokenizer: Any, work: Path) -> tuple[list[Text], dict[str, Any]]:
+    """The judged documents; and work/<half>/<domain>.jsonl to calibrate on. Also the sources of both halves."""
+    texts, sources = [], {}
+    for domain in ALL:
+        judged = read_corpus(options.corpora / domain / "valid.jsonl.gz")
+        calibrating = read_corpus(options.corpora / domain / "train.jsonl.gz")
+        half = halves(judged, calibrating)
+        sources[domain] = [[s for s in half if half[s] == n] for n in (0, 1)]
+        for number, names in enumerate(sources[domain]):
+            write_calibration(work / str(number) / f"{domain}.jsonl", calibrating, names, options)
+        for name, text in in_turn(judged, options.documents):
+            if window := window_of(text, tokenizer, options.window):
+                texts.append(Text(domain, name, half[name.split("/")[0]], window))
+    return texts, sources
+
+
+def write_calibration(path: Path, found: Documents, names: Sequence[str], options: Any) -> None:
+    """As many documents of these sources as the budget can look into."""
+    path.parent.mkdir(exist_ok=True)
+    chosen = in_turn({name: found[name] for name in names}, options.tokens // 16)
+    path.write_text("".join(json.dumps({"text": text, "source": name}) + "\n" for name, text in chosen))
+
+
+def window_of(text: str, tokenizer: Any, size: int) -> Any:
+    """A document's first `size` tokens; None where it has hardly any."""
+    from octad.text.windows import Window
+
+    ids = tokenizer.encode(text[: 64 * size], parse_special=False)[:size]
+    lengths = tokenizer.byte_lengths
+    return Window(tuple(ids), sum(lengths[i] for i in ids[1:]), 0) if len(ids) >= 16 else None
+
+
+# ---- routers -----------------------------------------------------------------------------------------------
+
+
+def fitted(options: argparse.Namespace, source: Any, tokenizer: Any, directory: Path) -> list[Any]:
+    """weight_ED of every layer's router, by octad's own calibration of this directory's text."""
+    from octad.combine.calibrate import gate_inputs
+    from octad.combine.calibration import text_windows
+    from octad.combine.fit import Calibration, fitter_of
+    from octad.combine.recipe import ExpertSpec, RouterSpec
+    from octad.dist import compute_dtype
+
+    given = {"method": options.method, "tokens": options.tokens, "ridge": options.ridge}
+    given |= {"window": options.piece} if options.piece else {}
+    spec = RouterSpec.checked(given, "router")
+    calibrations = []
+    for name in experts_of(source):
+        files = [str(directory / f"{'dictionary' if name == 'general' else name}.jsonl")]
+        files = ([str(path) for path in chats()] if name == "general" else []) + files
+        expert = ExpertSpec.of(name, "base", tuple(files))
+        calibrations.append(Calibration(text_windows(expert, files, spec, tokenizer), []))
+    dtype = compute_dtype()
+    fitter = fitter_of(spec, source.config, calibrations, experts_of(source).index("general"), dtype)
+    for step in gate_inputs(source, fitter.runs, dtype):
+        fitter.see(*step)
+    return fitter.fit().weights
+
+
+def chats() -> list[Path]:
+    """The generalist's conversations of the demonstration, where they are in a file of their own."""
+    return sorted((DEMO / "data" / "general").glob("chats.jsonl"))
+
+
+def experts_of(source: Any) -> list[str]:
+    """Their names."""
+    from octad.checkpoint.provenance import Provenance
+
+    made = Provenance.of(source)
+    assert made is not None, "not an octad mixture"
+    return made.names
+
+
+def put_in(model: Any, weights: Sequence[Any]) -> None:
+    """These routers in the place of the model's, rounded as they would be stored."""
+    import torch
+
+    for layer, weight_ED in zip(model.model.layers, weights, strict=True):
+        layer.mlp.gate.weight.data.copy_(weight_ED.to(torch.bfloat16).float())
+
+
+# ---- judging -----------------------------------------------------------------------------------------------
+
+
+def nats_of(model: Any, who: Any, texts: Sequence[Text]) -> list[Any]:
+    """For each text its tokens' nats, by a contestant inside the model (None: the mixture)."""
+    from octad.evaluate.contestants import contestant
+    from octad.evaluate.nats import token_nats
+
+    with contestant(model, who) as judged:
+        return token_nats(judged, [text.window for text in texts])
+
+
+def of_specialists(model: Any, texts: Sequence[Text], experts: Sequence[str]) -> list[Any]:
+    """For each text its tokens' nats, by the domain's own specialist."""
+    from octad.evaluate.contestants import Member
+
+    found: list[Any] = []
+    for domain in ALL:
+        own = Member(experts.index("general" if domain == "dictionary" else domain))
+        found += nats_of(model, own, [text for text in texts if text.domain == domain])
+        tell(f"judged {domain} by its specialist")
+    return found
+
+
+def ensemble(model: Any, texts: Sequence[Text], experts: Sequence[str]) -> list[Any]:
+    """For each text its tokens' nats, by all members weighted by their posterior."""
+    from octad.evaluate.contestants import Member
+    from octad.evaluate.ensemble import ensemble_nats
+
+    members = []
+    for number in range(len(experts)):
+        members.append(np.concatenate(nats_of(model, Member(number), texts)))
+        tell(f"{experts[number]} has read everything")
+    starts = np.cumsum([0, *(len(text.window.ids) - 1 for text in texts)])
+    return np.split(ensemble_nats(np.stack(members), starts[:-1]), starts[1:-1])
+
+
+# ---- figures -----------------------------------------------------------------------------------------------
+
+
+def figures(texts: Sequence[Text], nats: Sequence[Any], oracle: Sequence[Any]) -> dict[str, Any]:
+    """Excess over the oracle: by domain, in the mean of the seven, by position, and the worst documents."""
+    return {
+        "domains": {domain: excess(texts, nats, oracle, (domain,)) for domain in ALL if held(texts, domain)},
+        "mean": excess(texts, nats, oracle, DOMAINS),
+        "positions": [by_position(texts, nats, oracle, start, end) for start, end in POSITIONS],
+        "worst": worst(texts, nats, oracle, 10),
+    }
+
+
+def held(texts: Sequence[Text], domain: str) -> bool:
+    """Whether there is a document of this domain."""
+    return any(text.domain == domain for text in texts)
+
+
+def excess(
+    texts: Sequence[Text], nats: Sequence[Any], oracle: Sequence[Any], domains: Sequence[str]
+) -> dict[str, Any]:
+    """The mean over domains of the bits per byte above the oracle's, as a share of these, with its interval."""
+    from octad.evaluate.bootstrap import Draws
+
+    sizes, more, base = [], [], []
+    for domain in domains:
+        rows = [n for n, text in enumerate(texts) if text.domain == domain]
+        sizes.append(np.array([texts[n].window.predicted_bytes for n in rows], dtype=np.float64))
+        more.append(np.array([float(nats[n].sum() - oracle[n].sum()) for n in rows])[None])
+        base.append(sum(float(oracle[n].sum()) for n in rows) / math.log(2) / sizes[-1].sum())
+    *_, found = Draws(sizes).differences(more)[0]
+    whole = sum(base) / len(base)
+    return {
+        "share": round(found.value / whole, 5),
+        "interval": [round(found.low / whole, 5), round(found.high / whole, 5)],
+        "oracle_bits": round(whole, 4),
+        "documents": sum(map(len, sizes)),
+    }
+
+
+def by_position(
+    texts: Sequence[Text], nats: Sequence[Any], oracle: Sequence[Any], start: int, end: int
+) -> dict[str, Any]:
+    """Nats a token above the oracle's at these predictions of a window, mean over the seven domains."""
+    means = []
+    for domain in DOMAINS:
+        rows = [n for n, text in enumerate(texts) if text.domain == domain]
+        parts = [(nats[n] - oracle[n])[start:end] for n in rows]
+        if sum(map(len, parts)):
+            means.append(float(np.concatenate(parts).mean()))
+    return {"from": start, "to": min(end, 10**6), "nats": round(sum(means) / max(1, len(means)), 4)}
+
+
+def worst(
+    texts: Sequence[Text], nats: Sequence[Any], oracle: Sequence[Any], count: int
+) -> list[dict[str, Any]]:
+    """The documents that lose most, as a share of what their specialist needs."""
+    shares = [float(n.sum() / o.sum() - 1) for n, o in zip(nats, oracle, strict=True)]
+    order = sorted(range(len(texts)), key=lambda n: -shares[n])[:count]
+    return [{"domain": texts[n].domain, "name": texts[n].name, "share": round(shares[n], 4)} for n in order]
+
+
+def calibrated_sources(mixture: Path) -> set[str]:
+    """The first parts of the sources that a mixture's calibration text names, as far as its files are still there."""
+    found = set()
+    recipe = json.loads((mixture / "octad.json").read_text(encoding="utf-8"))["recipe"]
+    for file in files_of(recipe):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            found.add(str(json.loads(line).get("source", "")).split("/")[0])
+    return found
+
+
+def files_of(recipe: Mapping[str, Any]) -> Iterator[Path]:
+    """The calibration files of a recipe that are there."""
+    for expert in recipe["experts"]:
+        for name in [expert["data"]] if isinstance(expert["data"], str) else expert["data"]:
+            for place in (Path(name), DEMO / name):
+                if place.is_file() and place.suffix == ".jsonl":
+                    yield place
+                    break
+
+
+# ---- the whole ---------------------------------------------------------------------------------------------
+
+
+def benchmark(options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Everything in turn."""
+    from octad.checkpoint.load import load_tokenizer, open_source
+    from octad.dist import keep_freed_memory
+    from octad.evaluate.contestants import fast_model
+
+    keep_freed_memory()
+    source = open_source(options.mixture)
+    tokenizer, experts = load_tokenizer(source), experts_of(source)
+    texts, sources = prepare(options, tokenizer, work)
+    model = fast_model(source)
+    tell(f"{len(texts)} documents, {sum(len(text.window.ids) for text in texts)} tokens")
+    oracle = of_specialists(model, texts, experts)
+    results: dict[str, Any] = {"benchmark": "quality", "command": command_line(), "sources": sources}
+    if options.shipped:
+        results |= shipped(options, model, texts, oracle)
+    else:
+        rounds = []
+        for half in (0, 1):
+            weights = fitted(options, source, tokenizer, work / str(half))
+            tell(f"routers fitted on half {half}")
+            put_in(model, weights)
+            rounds.append(nats_of(model, None, texts))
+            tell(f"judged with the routers of half {half}")
+        results |= both_ways(texts, rounds, oracle)
+    if options.ensemble:
+        some = [n for n in range(len(texts)) if place_in_domain(texts, n) < options.ensemble]
+        chosen = [texts[n] for n in some]
+        results["ensemble"] = figures(chosen, ensemble(model, chosen, experts), [oracle[n] for n in some])
+    return results
+
+
+def place_in_domain(texts: Sequence[Text], number: int) -> int:
+    """Which of its domain's documents this is, from 0."""
+    return sum(text.domain == texts[number].domain for text in texts[:number])
+
+
+def both_ways(texts: Sequence[Text], rounds: Sequence[Any], oracle: Sequence[Any]) -> dict[str, Any]:
+    """Calibrated: each document by the routers that know its source; unseen: by the others."""
+    known = [n for n, text in enumerate(texts) if text.half >= 0]
+    seen = [rounds[texts[n].half][n] for n in known]
+    unseen = [rounds[1 - max(0, text.half)][n] for n, text in enumerate(texts)]
+    return {
+        "calibrated": figures([texts[n] for n in known], seen, [oracle[n] for n in known]),
+        "unseen": figures(texts, unseen, oracle),
+    }
+
+
+def shipped(
+    options: argparse.Namespace, model: Any, texts: Sequence[Text], oracle: Sequence[Any]
+) -> dict[str, Any]:
+    """The mixture's own routers, on documents of sources that its calibration text names, and of others."""
+    known = calibrated_sources(options.mixture)
+    nats = nats_of(model, None, texts)
+    found = {"all": figures(texts, nats, oracle), "calibration_sources": sorted(known)}
+    for title, wanted in (("calibrated", True), ("unseen", False)):
+        rows = [n for n, text in enumerate(texts) if (text.source in known) == wanted]
+        there = [d for d in ALL if held([texts[n] for n in rows], d)]
+        found[title] = {
+            domain: excess(
+                [texts[n] for n in rows], [nats[n] for n in rows], [oracle[n] for n in rows], (domain,)
+            )
+            for domain in there
+        }
+    return found
+
+
+def main() -> None:
+    options = arguments()
+    with tempfile.TemporaryDirectory(prefix="octad-quality-") as work:
+        results = benchmark(options, Path(work))
+    settings = {
+        name: value.name if isinstance(value, Path) else value for name, value in vars(options).items()
+    }
+    results |= {"settings": settings, "hardware": hardware()}
+    save(options.out, results)
+    print(
+        json.dumps({name: results[name] for name in ("calibrated", "unseen", "ensemble") if name in results})
+    )
+
+
+if __name__ == "__main__":
+    main()
