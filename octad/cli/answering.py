@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from octad.cli.options import MinP, Model, Only, Quantize, Seed, TopP
+from octad.cli.options import Memory, MinP, Model, Only, Quantize, Seed, TopP
 from octad.engine.params import CHAT_PENALTY
 from octad.errors import DataError, RequestError
 from octad.report import terminal
@@ -45,6 +45,7 @@ def generate(
     routes: Annotated[bool, typer.Option("--routes", help="Tell which experts made each token.")] = False,
     quantize: Quantize = None,
     only: Only = None,
+    memory: Memory = None,
 ) -> None:
     """Continue a text: in colour, each word in that of its main expert, at a terminal; the bare answer in a pipe."""
     from octad.chat import answer_view, pipe, speakers
@@ -65,13 +66,14 @@ def generate(
     text = pipe.read_prompt(prompt)
     if n > 1 and params.greedy:
         raise RequestError(f"n: found {n}, allowed: 1 at temperature 0, where all answers would be the same")
-    llm = open_llm(model, quantize, only)
+    llm = open_llm(model, quantize, only, memory)
     if routes and not llm.expert_names:
         raise RequestError(f"{model}: is dense, there are no routes to show; leave out --routes")
     ids = speakers.encode(llm, text, chat=chat)
     params = replace(params, routed_experts=bool(llm.expert_names))
     if as_json:
         output = llm.generate([ids], params)[0]
+        _tell_store(llm)
         print(json.dumps(answer_view.as_json(llm, output, routes=routes), ensure_ascii=False))
         output.check()
         return
@@ -79,6 +81,7 @@ def generate(
         speakers.write_prompt(terminal.out, text)
     output = speakers.speak(llm, ids, params, terminal.out)
     answer_view.show(llm, output, terminal.out, routes=routes)
+    _tell_store(llm)
     output.check()
 
 
@@ -96,6 +99,7 @@ def chat(
     quantize: Quantize = None,
     load: Annotated[Path | None, typer.Option(help="Go on with a conversation that /save wrote.")] = None,
     only: Only = None,
+    memory: Memory = None,
 ) -> None:
     """Talk with a model. In a pipe: each line is a turn, only the answers are printed."""
     from octad.chat import pipe
@@ -118,7 +122,7 @@ def chat(
         )
     tokenizer = load_tokenizer(open_source(model, quantised=True))
     require_chat_template(tokenizer, model)  # before the weights are read
-    session = Session(open_llm(model, quantize, only), params, label=model, speaker=only)
+    session = Session(open_llm(model, quantize, only, memory), params, label=model, speaker=only)
     if load is not None:
         session.load(load)
     if system is not None:
@@ -131,7 +135,9 @@ def chat(
         pipe.converse(session, pipe.read_lines(), terminal.out, terminal.err)
 
 
-def open_llm(model: str, quantize: str | None = None, only: str | None = None) -> LLM:
+def open_llm(
+    model: str, quantize: str | None = None, only: str | None = None, memory: str | None = None
+) -> LLM:
     """The model behind an engine, with a sign of life on stderr while it is read."""
     from octad.chat.speakers import expert_number
     from octad.dist import keep_freed_memory, spare_the_collector
@@ -141,11 +147,17 @@ def open_llm(model: str, quantize: str | None = None, only: str | None = None) -
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model can say what this terminal's encoding cannot
     with terminal.err.status(f"loading {model}") if terminal.err.is_terminal else nullcontext():
-        llm = LLM(model, quantize=quantize)
+        llm = LLM(model, quantize=quantize, memory=memory)
     spare_the_collector()
     if only is not None:
         llm.only(expert_number(llm, only))
     return llm
+
+
+def _tell_store(llm: LLM) -> None:
+    """With --memory, how often an expert was there, and what it cost where it was not."""
+    if (store := llm.expert_store) is not None:
+        print(f"octad: {store.stats.line()}", file=sys.stderr)
 
 
 def _structured(schema: Path | None, regex: str | None, grammar: Path | None) -> StructuredOutput | None:

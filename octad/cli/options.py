@@ -28,6 +28,13 @@ TopP = Annotated[
 MinP = Annotated[float, typer.Option(help="Leave out tokens this many times less likely than the likeliest.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same answer.")]
 Quantize = Annotated[str | None, typer.Option(help="Weights in int8 or int4.")]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Experts in memory at most (300MB, 2GB); the others stay on the disk until a token needs them.",
+    ),
+]
 Only = Annotated[str | None, typer.Option(help="Send every token to this expert.")]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from octad.cli.options import Quantize
+from octad.cli.options import Memory, Quantize
 from octad.errors import RequestError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Names = list[str] | None
 MODEL = "A checkpoint, .gguf file, hub id or bundled base; with --backend, the mixture that it serves."
-OWN = ("max_queue", "quantize", "dtype", "device", "max_num_seqs", "max_model_len", "kv_cache_gb")
+OWN = ("max_queue", "quantize", "memory", "dtype", "device", "max_num_seqs", "max_model_len", "kv_cache_gb")
 SAME = {
     "dtype": "--dtype",
     "max_num_seqs": "--max-num-seqs",
@@ -64,6 +64,7 @@ def serve(
     max_queue: Annotated[int, _QUEUE] = 128,
     timeout: Annotated[float, _TIMEOUT] = 0,
     quantize: Quantize = None,
+    memory: Memory = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_num_seqs: Annotated[int, _SEQS] = 64,
@@ -95,7 +96,7 @@ def serve(
         served = _vllm(ctx, str(model), served_model_name, vllm_python, door)
     else:
         options = {"dtype": dtype, "device": device, "quantize": quantize, "kv_cache_gb": kv_cache_gb}
-        options |= {"max_num_seqs": max_num_seqs, "max_model_len": max_model_len}
+        options |= {"max_num_seqs": max_num_seqs, "max_model_len": max_model_len, "memory": memory}
         served = _octad(str(model), served_model_name, door, max_queue, options)
     opened = bind(host, port)
     log_to_stderr(requests=log_requests)

@@ -29,10 +29,12 @@ from octad.engine.outputs import Delta, RequestOutput
 from octad.engine.params import SamplingParams
 from octad.errors import CheckpointError, RequestError
 from octad.fast.loading import open_fast
+from octad.fast.offloaded import find_store, memory_bytes
 from octad.fast.optimize import optimize
 
 if TYPE_CHECKING:
     from octad.checkpoint.source import TensorSource
+    from octad.fast.expert_store import ExpertStore
     from octad.model.config import ModelConfig
     from octad.model.transformer import Transformer
     from octad.text.tokenizer import Message, Tokenizer
@@ -45,6 +47,7 @@ class LLM:
 
     dtype: "auto" (what the hardware is fast at), "float32", "bfloat16" or "float16". device: "auto" (a GPU where there is
     one), "cpu", "cuda", "cuda:1". quantize: None, "int8" or "int4". native: use compiled kernels where they are there.
+    memory: bytes (or "300MB") that experts may take; the others stay on the disk until a token is sent to them.
     Fields of EngineConfig can be given by name. A given model keeps its dtype and device, and is changed in place.
 
     >>> llm = octad.LLM("mixture")
@@ -66,6 +69,7 @@ class LLM:
         device: str = "auto",
         quantize: str | None = None,
         native: bool = True,
+        memory: int | str | None = None,
         engine: EngineConfig | None = None,
         **engine_options: Any,
     ) -> None:
@@ -75,16 +79,26 @@ class LLM:
         if isinstance(model, tuple):
             transformer, self.tokenizer = model
             attention = optimize(transformer, quantize=quantize, native=native)
+            if memory is not None:
+                raise RequestError("memory: a model that is loaded is in memory; give its directory")
         else:
             source, kind, place = _open(os.fspath(model), dtype, device)
             self.tokenizer, directory = load_tokenizer(source), source.directory
-            transformer, attention = open_fast(source, kind, place, quantize=quantize, native=native)
+            budget = None if memory is None else memory_bytes(memory)
+            transformer, attention = open_fast(
+                source, kind, place, quantize=quantize, native=native, memory=budget
+            )
         self.config, self.model = transformer.config, transformer
         self.expert_names = expert_names(directory, self.config.num_experts)
         self.engine = Engine(transformer, self.tokenizer, settings, attention)
         self.loop = EngineLoop(self.engine)
         self.label = "(a model in memory)" if isinstance(model, tuple) else os.fspath(model)
         self._only: int | None = None
+
+    @property
+    def expert_store(self) -> ExpertStore | None:
+        """The experts' place in memory, with its counts, where `memory` was given."""
+        return find_store(self.model)
 
     # ---- text in, text out ---------------------------------------------------------------------------------
 

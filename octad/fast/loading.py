@@ -21,7 +21,10 @@ from octad.checkpoint.names import EMBEDDING, HEAD, is_attention, is_linear, lay
 from octad.checkpoint.quantized import QuantizedSource
 from octad.checkpoint.source import TensorSource
 from octad.dist import compute_dtype
+from octad.errors import RequestError
+from octad.fast.expert_store import ExpertStore
 from octad.fast.native_modules import Weight, native_attention
+from octad.fast.offloaded import Offload, refuse_offload
 from octad.fast.optimize import ExpertWeights, Swapper, is_bfloat16, native_kernels, optimize, same_or_held
 from octad.fast.quantize import Precision
 from octad.fast.records import open_records
@@ -40,22 +43,26 @@ def open_fast(
     *,
     quantize: str | None = None,
     native: bool = True,
+    memory: int | None = None,
 ) -> tuple[Transformer, PagedAttention]:
     """The source's model in eval mode on the fastest modules that this machine has, and the attention to run it with.
 
     `dtype` is that of the activations (by default what the hardware is fast at), `quantize` "int8", "int4" or None. A
-    quantised checkpoint runs with the weights that it holds. Raises RequestError as `optimize`, CheckpointError for
-    what cannot be read."""
+    quantised checkpoint runs with the weights that it holds. With `memory`, experts take so many bytes at most, and are
+    read from its records when a token is sent to them. Raises RequestError as `optimize` and where `memory` cannot be
+    kept, CheckpointError for what cannot be read."""
     dtype = dtype or compute_dtype(device)
     fits = torch.device(device).type == "cpu" and dtype in (torch.float32, torch.bfloat16)
     kernels = native_kernels() if native and fits else None
+    if memory is not None:
+        refuse_offload(source, kernels, quantize)
     if kernels is None:
         quantised = isinstance(source, QuantizedSource)
         model = (load_quantized if quantised else load_model)(source, dtype, device)  # type: ignore[arg-type]
         return model, optimize(model, quantize=quantize, native=native)
     precision = _precision(source, dtype, quantize)
     with torch.no_grad():
-        return _Reader(source, dtype, precision).build(kernels), native_attention(kernels)
+        return _Reader(source, dtype, precision).build(kernels, memory), native_attention(kernels)
 
 
 def _precision(source: TensorSource, dtype: torch.dtype, quantize: str | None) -> Precision:
@@ -97,8 +104,15 @@ class _Reader:
             if (layer := layer_of(parameter)) is not None:
                 self.layers[layer].append(parameter)
 
-    def build(self, kernels: NativeKernels) -> Transformer:
+    def build(self, kernels: NativeKernels, memory: int | None = None) -> Transformer:
         """The whole model on native modules."""
+        offload = None
+        if memory is not None:
+            if self.placed is None:
+                raise RequestError(
+                    f"--memory: the records of {self.source.label} do not fit it; quantise it again"
+                )
+            offload = Offload(kernels, ExpertStore(self.placed, memory))
         swapper = Swapper(self.model, kernels, self.precision)
         for parameter in self.parameters:
             if layer_of(parameter) is None and parameter != HEAD:
@@ -108,7 +122,8 @@ class _Reader:
                 for parameter in parameters:
                     if ".mlp.experts." not in parameter:
                         self._fill(parameter, ahead)
-                swapper.layer(number, self._experts(number, ahead))
+                kept = None if offload is None else offload.experts(number)
+                swapper.layer(number, kept or self._experts(number, ahead))
         tied = self.source.config.tie_word_embeddings and self.placed is None
         swapper.ends(self._weight(EMBEDDING if tied else HEAD))
         return self.model

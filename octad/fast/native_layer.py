@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from octad.fast.native_modules import NativeAttention, NativeExperts, NativeMLP, NativeRouter
+from octad.fast.offloaded import OffloadedExperts
 from octad.kernels.calls import DTYPES
 from octad.kernels.native import BlockStruct, LayerArray, NativeKernels, StepStruct
 from octad.model.cache import KVCache
@@ -44,6 +45,10 @@ class NativeLayer(nn.Module):
         self.layer = layer.self_attn.layer
         self._struct = block_struct(layer, config)
         self.block = None if self._struct is None else ctypes.addressof(self._struct)
+        experts: Any = layer.mlp.experts if isinstance(layer.mlp, MoE) else None
+        self.offload = experts.offload if isinstance(experts, OffloadedExperts) else None
+        if self.offload is not None and self._struct is not None:
+            self.offload.connect(self._struct, self.layer)
         # nn.Module looks its children up slowly, and this one is looked up in every step
         self._mlp = (layer.mlp,)
 
@@ -120,6 +125,8 @@ class NativeDecoder(Decoder):
             _fill_in(layers, x_1RD[0], weights_LRA, experts_LRA)
         step = _step(cache, self.rope, x_1RD, given)
         y = self.kernels.layers(self._array(layers, cache.pool), step, x_1RD, weights_LRA, experts_LRA)
+        if (offload := layers[0].offload) is not None:
+            offload.after([layer.layer for layer in layers], experts_LRA)
         if alone_R is not None:  # as wide as the routers' own answers; what is left over weighs nothing
             weights_LRA = F.pad(weights_LRA, (0, routing[1] - 1))
             experts_LRA = experts_LRA.expand(-1, -1, routing[1])

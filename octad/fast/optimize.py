@@ -204,8 +204,9 @@ class Swapper:
         self.attention = Packer(precision.attention, wide=precision.wide)
         self.ffn = Packer(precision.ffn, wide=precision.wide)
 
-    def layer(self, number: int, experts: ExpertWeights | None = None) -> None:
-        """Swap one layer; `experts` are the weights of its experts where the layer does not hold them itself."""
+    def layer(self, number: int, experts: ExpertWeights | NativeExperts | None = None) -> None:
+        """Swap one layer; `experts` are the weights of its experts where the layer does not hold them itself, or a module
+        that has them."""
         layer = self.model.model.layers[number]
         assert isinstance(layer, DecoderLayer)
         for name in ("input_layernorm", "post_attention_layernorm"):
@@ -224,8 +225,10 @@ class Swapper:
         self.model.model = NativeDecoder(self.kernels, decoder)
         self.model.lm_head = NativeLinear(self.kernels, head, None, one)
 
-    def _mixture(self, moe: MoE, experts: ExpertWeights) -> None:
-        moe.experts = NativeExperts(self.kernels, *experts, self.ffn.pair, self.ffn.one)
+    def _mixture(self, moe: MoE, experts: ExpertWeights | NativeExperts) -> None:
+        if not isinstance(experts, NativeExperts):
+            experts = NativeExperts(self.kernels, *experts, self.ffn.pair, self.ffn.one)
+        moe.experts = experts
         if isinstance(moe.gate, Router):
             moe.gate = NativeRouter(self.kernels, moe.gate)
         if moe.shared_expert is not None:

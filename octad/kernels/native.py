@@ -48,7 +48,17 @@ class BlockStruct(ctypes.Structure):
         *((name, _P) for name in ("input_norm", "post_norm", "q_norm", "k_norm", "router")),
         *((name, _I) for name in ("E", "normalise", "D", "H", "G", "K", "window")),
         *((name, _F) for name in ("norm_eps", "head_eps", "scale")),
+        ("store", _P),
     ]
+
+
+FETCH = ctypes.CFUNCTYPE(None, _I, ctypes.POINTER(_I), _I, ctypes.POINTER(_I), _I)
+
+
+class StoreStruct(ctypes.Structure):
+    """native.c's Store: the experts of a layer, some of which are on the disk."""
+
+    _fields_ = [("layer", _I), ("here", _P), ("fetch", FETCH)]
 
 
 class StepStruct(ctypes.Structure):

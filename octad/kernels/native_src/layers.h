@@ -9,6 +9,13 @@
 
    Letters as in parts.h; L layers. */
 
+typedef struct { /* a layer's experts where some are on the disk */
+    int64_t layer;
+    const uint8_t *here; /* [E]: whether an expert is in memory */
+    /* brings `count` experts of the layer, all of which are there when it returns, and may begin with `more` of the next */
+    void (*fetch)(int64_t layer, const int64_t *experts, int64_t count, const int64_t *next, int64_t more);
+} Store;
+
 typedef struct { /* a DecoderLayer's weights and numbers */
     const Weight *qkv, *o, *gate, *up, *down;
     const float *q_bias, *k_bias, *v_bias, *o_bias; /* or null */
@@ -16,6 +23,7 @@ typedef struct { /* a DecoderLayer's weights and numbers */
     const float *router;                                  /* [E, D], or null: the experts are always given */
     int64_t E, normalise, D, H, G, K, window;
     float norm_eps, head_eps, scale;
+    const Store *store; /* or null: all experts are in memory */
 } Block;
 
 typedef struct { /* what a step's tokens share in all layers */
@@ -133,6 +141,27 @@ static void add_row(float *x, const float *y, int64_t dtype, int64_t n) {
         for (int64_t i = 0; i < n; i++) x[i] = from_bf16(to_bf16(x[i] + from_bf16(to_bf16(y[i]))));
 }
 
+static int all_here(const Store *store, const int64_t *experts, int64_t count) {
+    for (int64_t i = 0; i < count; i++)
+        if (!__atomic_load_n(&store->here[experts[i]], __ATOMIC_ACQUIRE)) return 0;
+    return 1;
+}
+
+/* The experts of this layer into memory, by one thread. h [R, D] is what goes into them; with few rows the next layer's router
+   says of it which experts that layer will probably want: most of what it will see is there already. */
+static void experts_here(const Block *b, const Step *s, const float *h, const int64_t *experts, int64_t A, const Block *next) {
+    int64_t N = s->R, more = 0, guess[FEW * A];
+    float row[b->D], weights[A];
+    if (!s->given && N <= FEW && next && next->store && next->router) {
+        for (int64_t n = 0; n < N; n++) {
+            norm_row(h + n * b->D, b->D, next->post_norm, s->dtype, b->norm_eps, row);
+            route_row(row, b->D, next->router, next->E, A, 0, weights, guess + n * A);
+        }
+        if (!all_here(next->store, guess, N * A)) more = N * A;
+    }
+    if (more || !all_here(b->store, experts, N * A)) b->store->fetch(b->store->layer, experts, N * A, guess, more);
+}
+
 /* h = DecoderLayer(h), h [R, D] in `own`, which is `mine` or, where the rows are shared out, everybody's. weights and
    experts [R, A]: the routing, which comes or goes. next: the layer behind it, or null. */
 static void layer_part(const Block *b, const Step *s, const Team *t, Work *w, Own *own, Own *mine, void *keys, void *values,
@@ -169,6 +198,10 @@ static void layer_part(const Block *b, const Step *s, const Team *t, Work *w, Ow
     if (!s->given && t->thread == 0) {
         memcpy(weights, own->weights, N * A * sizeof(float));
         memcpy(experts, own->experts, N * A * sizeof(int64_t));
+    }
+    if (b->store) {
+        if (t->thread == 0) experts_here(b, s, own->h, s->given ? experts : own->experts, A, next);
+        meet(t);
     }
     slots_fill(&mine->slots, s->given ? experts : own->experts, s->given ? weights : own->weights, N, A, b->E);
     experts_part(t, b->gate, b->up, b->down, &own->post, &mine->slots, N * A, w->hidden, &w->mid, w->sum);

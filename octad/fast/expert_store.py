@@ -1,0 +1,204 @@
+"""Experts that are on the disk until a token is sent to them: which are in memory, which go, which are read ahead.
+
+    store = ExpertStore(placed, budget=300_000_000)
+    store.demand(layer, [2, 5], [2, 4])         # both are in memory when this returns; the next layer's 2 and 4 may come
+    store.note(layer, experts_NA)               # what the tokens of a step were sent to
+    store.stats.line()
+
+Memory is divided into slots of one record each. Real text stays with its experts: one that was in use lately will be
+again. So what goes is the record with the smallest count of tokens, where each token makes what came before it count
+DECAY times as much; counts of all layers compare, since all layers see all tokens. What a layer needs does not go, so
+that there must be room for one layer's experts at least: a prompt uses all of them.
+
+The answers are to the bit those of a model that is in memory. Shapes: L layers, E experts, N tokens, A experts a token.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from octad.checkpoint.extent import byte_view
+from octad.errors import RequestError
+from octad.fast.record_reader import RecordReader, Ticket
+from octad.fast.records import PlacedWeights
+from octad.kernels.arena import fresh
+from octad.machine import available_memory
+
+DECAY = 0.95  # of a few measured: 0.9 to 0.98 differ by a hundredth of the hits
+EMPTY = -1
+
+
+@dataclass
+class StoreStats:
+    """Counts since the start, or since they were taken; an expert of a layer that a step needs is one request."""
+
+    slots: int
+    experts: int
+    slot_bytes: int
+    requests: int = 0
+    misses: int = 0
+    late: int = 0  # of the misses: on their way already
+    guessed: int = 0
+    read: int = 0  # records
+    stalled: float = 0.0  # seconds
+    tokens: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the requests whose expert was in memory."""
+        return 1 - self.misses / max(1, self.requests)
+
+    @property
+    def uniform_hit_rate(self) -> float:
+        """The same if routers chose with equal chances."""
+        return min(1.0, self.slots / self.experts)
+
+    def report(self) -> dict[str, float]:
+        """For JSON; bytes and seconds are a token's."""
+        tokens = max(1, self.tokens)
+        return {
+            "budget_bytes": self.slots * self.slot_bytes,
+            "expert_bytes": self.experts * self.slot_bytes,
+            "hit_rate": self.hit_rate,
+            "uniform_hit_rate": self.uniform_hit_rate,
+            "bytes_per_token": self.read * self.slot_bytes / tokens,
+            "stall_seconds_per_token": self.stalled / tokens,
+            "guessed": self.guessed,
+            "tokens": self.tokens,
+        }
+
+    def line(self) -> str:
+        """For people."""
+        found = self.report()
+        return (
+            f"experts: {found['hit_rate']:.1%} were in memory (routers that choose by chance:"
+            f" {found['uniform_hit_rate']:.0%}), {found['bytes_per_token'] / 1e6:.1f} MB read and"
+            f" {found['stall_seconds_per_token'] * 1e3:.1f} ms waited a token"
+        )
+
+
+class ExpertStore:
+    """The experts of one checkpoint within `budget` bytes. Raises RequestError for a budget below one layer's experts."""
+
+    def __init__(
+        self, placed: PlacedWeights, budget: int, *, cached: bool | None = None, ahead: bool = True
+    ) -> None:
+        self.placed, self.ahead = placed, ahead
+        config = placed.source.config
+        self.layers = [number for number in range(config.num_hidden_layers) if config.is_moe_layer(number)]
+        self.E, self._following = config.num_experts, dict(itertools.pairwise(self.layers))
+        self.records = {layer: [placed.record(layer, e) for e in range(self.E)] for layer in self.layers}
+        size = max(record.nbytes for records in self.records.values() for record in records)
+        slots = min(budget // size, len(self.layers) * self.E)
+        if slots < self.E:
+            raise RequestError(
+                f"--memory: found {budget / 1e6:.0f} MB, but a prompt needs the {self.E} experts of a layer at once,"
+                f" which take {self.E * size / 1e6:.1f} MB; give that much or more"
+            )
+        room, total = available_memory(), placed.file.layout.nbytes
+        if cached is None:  # room for the file besides the slots: the system's cache is as good as memory
+            cached = room is not None and room > total + slots * size
+        self.reader = RecordReader(placed.file.path, cached=cached)
+        self.stats = StoreStats(slots, len(self.layers) * self.E, size)
+        self.memory = fresh(slots * size)
+        self.here = np.zeros((config.num_hidden_layers, self.E), np.uint8)  # read by the kernels
+        self._slot_of = np.full((config.num_hidden_layers, self.E), EMPTY)
+        self._owner: list[tuple[int, int] | None] = [None] * slots
+        self._counts = np.zeros((config.num_hidden_layers, self.E))
+        self._coming: dict[tuple[int, int], Ticket] = {}
+        self.moved: Callable[[int, int, torch.Tensor], None] = lambda layer, expert, memory: None
+
+    # ---- what the layers ask for ---------------------------------------------------------------------------
+
+    def demand(self, layer: int, experts: Collection[int], next_ones: Collection[int] = ()) -> None:
+        """These experts of a layer, in memory; what the next layer will probably ask for is begun behind them. Raises
+        CheckpointError where they cannot be read."""
+        self.collect()
+        missing = [e for e in experts if not self.here[layer, e]]
+        self.stats.misses += len(missing)
+        begun, keep = time.perf_counter(), {(layer, e) for e in experts}
+        tickets = [self._begin(layer, e, keep, urgent=True) for e in missing]
+        if self.ahead and next_ones and (following := self._following.get(layer)) is not None:
+            self._guess(following, next_ones, keep)
+        if missing:
+            self.reader.wait([ticket for ticket in tickets if ticket is not None])
+            self.collect()
+            self.stats.stalled += time.perf_counter() - begun
+
+    def _guess(self, layer: int, experts: Collection[int], keep: set[tuple[int, int]]) -> None:
+        keep = keep | {(layer, e) for e in experts}
+        for e in experts:
+            if not self.here[layer, e] and (layer, e) not in self._coming:
+                self._begin(layer, e, keep, urgent=False)
+
+    def note(self, layer: int, experts_NA: np.ndarray) -> None:
+        """Which experts the tokens of a step were sent to."""
+        N, A = experts_NA.shape
+        worth = np.repeat(DECAY ** np.arange(N - 1, -1, -1), A)
+        counts = np.bincount(experts_NA.reshape(-1), worth, self.E)
+        self._counts[layer] = self._counts[layer] * DECAY**N + counts
+        self.stats.requests += int((counts > 0).sum())
+        if layer == self.layers[0]:
+            self.stats.tokens += len(experts_NA)
+
+    def collect(self) -> None:
+        """Note which of the reads are done."""
+        for key in [key for key, ticket in self._coming.items() if ticket.done]:
+            ticket = self._coming.pop(key)
+            if ticket.error is None:
+                self.here[key] = 1
+            else:
+                self._free(key)
+
+    # ---- inside --------------------------------------------------------------------------------------------
+
+    def _begin(self, layer: int, expert: int, keep: set[tuple[int, int]], *, urgent: bool) -> Ticket | None:
+        """Ask for a record, or for its place in the queue; None where a guess finds no room."""
+        if (ticket := self._coming.get((layer, expert))) is not None:
+            if urgent:
+                self.stats.late += 1
+                self.reader.hurry(ticket)
+            return ticket
+        slot = self._room(keep, urgent)
+        if slot is None:
+            return None
+        record, size = self.records[layer][expert], self.stats.slot_bytes
+        memory = self.memory[slot * size : slot * size + record.nbytes]
+        self._owner[slot], self._slot_of[layer, expert] = (layer, expert), slot
+        self.moved(layer, expert, memory)
+        self.stats.read += 1
+        self.stats.guessed += not urgent
+        ticket = self._coming[layer, expert] = self.reader.ask(
+            record.offset, byte_view(memory), urgent=urgent
+        )
+        return ticket
+
+    def _room(self, keep: set[tuple[int, int]], urgent: bool) -> int | None:
+        """A slot that is free, or that the least used record gives up; for a demand there always is one."""
+        if None in self._owner:
+            return self._owner.index(None)
+        free = self.here.astype(bool)  # what is on its way stays
+        for key in keep:
+            free[key] = False
+        if not free.any():
+            if not urgent:
+                return None
+            self.reader.wait(list(self._coming.values()))  # guesses have taken the room
+            self.collect()
+            return self._room(keep, urgent)
+        victim = np.where(free, self._counts, np.inf)
+        gone = divmod(int(victim.argmin()), self.E)
+        slot = int(self._slot_of[gone])
+        self._free(gone)
+        return slot
+
+    def _free(self, key: tuple[int, int]) -> None:
+        self.here[key] = 0
+        self._owner[int(self._slot_of[key])] = None
+        self._slot_of[key] = EMPTY

@@ -1,0 +1,133 @@
+"""Experts on the disk: the same answers to the bit whatever fits in memory, what goes and what stays, what is refused."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import byte_tokenizer, prompts
+from tiny_models import TinyCheckpoint
+
+from octad import LLM, SamplingParams
+from octad.checkpoint.extent import byte_view
+from octad.checkpoint.load import open_source
+from octad.errors import CheckpointError, RequestError
+from octad.fast.expert_store import DECAY
+from octad.fast.offloaded import memory_bytes
+from octad.fast.record_reader import PIECE, RecordReader
+from octad.fast.records import FILE
+from octad.fast.saved import save_quantized
+from octad.kernels.arena import fresh
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=1)
+
+
+@pytest.fixture
+def saved(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> Any:
+    """saved("mixtral") -> an int8 checkpoint with records."""
+    torch.set_num_threads(1)
+
+    def make(family: str, **changes: Any) -> Path:
+        own = {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "dtype": torch.bfloat16}
+        made = tiny_checkpoint(family, **sizes | (own if family == "qwen2_moe" else {}) | changes)
+        path = Path(shutil.copytree(made, tmp_path / family))
+        byte_tokenizer().save(path)
+        return save_quantized(open_source(path), tmp_path / f"{family}-int8", "int8")
+
+    return make
+
+
+def answers(llm: LLM, count: int) -> list[Any]:
+    outputs = llm.generate(prompts(count), GREEDY)
+    return [(output.outputs[0].token_ids, output.outputs[0].logprobs) for output in outputs]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("count", [1, 4])
+def test_the_answers_are_those_of_a_model_in_memory(saved: Any, family: str, count: int) -> None:
+    path = saved(family, num_hidden_layers=4)
+    wanted = answers(LLM(path), count)
+    store = LLM(path, memory=10**9).expert_store
+    assert store is not None
+    everything, one = len(store.layers) * store.E, store.stats.slot_bytes
+    for slots in (everything, everything // 2, store.E):
+        llm = LLM(path, memory=slots * one)
+        assert answers(llm, count) == wanted, slots
+        found = llm.expert_store
+        assert found is not None
+        assert found.stats.slots == slots
+        assert int(found.here.sum()) <= slots
+        assert (found.stats.hit_rate == 1.0) == (found.stats.misses == 0)
+        assert found.stats.read >= found.stats.misses - found.stats.late
+
+
+def test_what_is_used_least_goes(saved: Any) -> None:
+    store = LLM(saved("mixtral"), memory=10**9).expert_store
+    assert store is not None
+    store.note(0, np.array([[0, 1], [0, 2]]))
+    assert np.allclose(store._counts[0][:3], [DECAY + 1, DECAY, 1.0])
+    store.note(0, np.array([[1, 2]]))
+    assert np.allclose(store._counts[0][:3], [DECAY**2 + DECAY, DECAY**2 + 1, DECAY + 1])
+    assert store.stats.requests == 5
+    store._owner = [(0, e) for e in range(store.E)]
+    store.here[0], store._slot_of[0] = 1, np.arange(store.E)
+    assert store._room({(0, 0)}, urgent=True) == 1  # 0 has a smaller count, but is needed
+    assert store.here[0].tolist()[:3] == [1, 0, 1]
+
+
+def test_what_is_waited_for_comes_first(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(4 * PIECE))
+    reader = RecordReader(tmp_path / "file", threads=0)
+    tickets = [reader.ask(PIECE * n, byte_view(fresh(PIECE)), urgent=n == 2) for n in range(3)]
+    reader.hurry(tickets[1])
+    taken = [reader._take() for _ in range(3)]
+    assert [one and one[0].offset // PIECE for one in taken] == [2, 1, 0]
+    reader.close()
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_records_are_read_in_pieces(tmp_path: Path, cached: bool) -> None:
+    data = os.urandom(3 * PIECE + 4096)
+    (tmp_path / "file").write_bytes(data)
+    reader = RecordReader(tmp_path / "file", cached=cached)
+    memory = byte_view(fresh(3 * PIECE))
+    reader.wait([reader.ask(4096, memory, urgent=True)])
+    assert bytes(memory) == data[4096:]
+    with pytest.raises(CheckpointError, match="became shorter"):
+        reader.wait([reader.ask(4 * PIECE, memory[:PIECE], urgent=True)])
+    reader.close()
+
+
+def test_a_file_that_is_cut_ends_the_answer_in_one_line(saved: Any) -> None:
+    path = saved("mixtral", num_hidden_layers=4)
+    llm = LLM(path, memory="1 MB")
+    os.truncate(path / FILE, 1 << 17)
+    with pytest.raises((CheckpointError, RequestError), match="became shorter"):
+        llm.generate(prompts(1), GREEDY)
+
+
+def test_what_cannot_be_kept_is_refused(saved: Any, tmp_path: Path) -> None:
+    path = saved("mixtral")
+    with pytest.raises(RequestError, match=r"needs the 3 experts of a layer at once.*give that much or more"):
+        LLM(path, memory="4kB")
+    with pytest.raises(RequestError, match="give bytes, such as 300MB"):
+        LLM(path, memory="much")
+    with pytest.raises(RequestError, match=f"has no {FILE}.*octad quantize"):
+        LLM(tmp_path / "mixtral", memory="300MB")
+    (path / FILE).unlink()
+    with pytest.raises(RequestError, match=f"has no {FILE}"):
+        LLM(path, memory="300MB")
+    with pytest.raises(RequestError, match="is dense"):
+        LLM(saved("llama"), memory="300MB")
+
+
+def test_sizes_as_people_write_them() -> None:
+    given = {"300MB": 300e6, "1.5 GiB": 1.5 * 2**30, "2g": 2e9, "4096": 4096, 7: 7, "64kib": 65536}
+    assert {text: memory_bytes(text) for text in given} == given
+    for wrong in ("", "-3MB", "3 MBs", "GB", "0x10"):
+        with pytest.raises(RequestError):
+            memory_bytes(wrong)
