@@ -89,8 +89,9 @@ test-page: $(READY) page-src/node_modules
 	$(BIN)/pytest tests/serve/page -m "slow or not slow"
 
 COUNT ?= 10000
+SEED  ?= 0
 fuzz: $(READY)
-	$(BIN)/python tests/fuzz/fuzz.py --count $(COUNT)
+	$(BIN)/python tests/fuzz/fuzz.py --count $(COUNT) --seed $(SEED)
 
 RANDOM_MOMENTS ?= 5
 kill: $(READY)

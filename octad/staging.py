@@ -159,10 +159,10 @@ def recover(directory: Path) -> None:
                 path.rename(directory)
 
 
-def tidy(place: Path) -> None:
-    """Remove what killed runs left in a directory of octad's own, under any name."""
+def tidy(place: Path, name: str | None = None) -> None:
+    """Remove what killed runs left in a place under a name, or, in a directory of octad's own, under any."""
     with contextlib.suppress(OSError):
-        _clean_up(place, None)
+        _clean_up(place, name)
 
 
 def refuse_inputs(output: str | os.PathLike[str], inputs: Iterable[Path | None]) -> None:

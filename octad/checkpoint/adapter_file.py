@@ -94,6 +94,12 @@ class AdapterFile:
                 f"{directory}: {WEIGHTS_FILE} is empty: it holds no tensor, as sharded training leaves it that saves"
                 " without gathering; save the adapter again with its weights gathered"
             )
+        for key, extent in extents.items():
+            if not extent.info.dtype.is_floating_point:
+                raise CheckpointError(
+                    f"{directory}: tensor {key} holds {str(extent.info.dtype).removeprefix('torch.')}, which is rounded"
+                    " in a way that the file does not tell; save the adapter in float32 or bfloat16"
+                )
         return cls(directory, config, extents)
 
     def read(self, key: str) -> torch.Tensor:
@@ -109,6 +115,8 @@ class AdapterFile:
         try:
             rank = int(self._by_pattern("rank_pattern", module, self.config.get("r", 8)))
             alpha = float(self._by_pattern("alpha_pattern", module, self.config.get("lora_alpha", 8)))
+            if not math.isfinite(alpha):
+                raise ValueError(f"alpha is {alpha}")
             return rank, alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
         except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
             raise CheckpointError(

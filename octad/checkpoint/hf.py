@@ -134,11 +134,17 @@ def _open_shards(directory: Path) -> tuple[list[Path], dict[str, Extent]]:
         path = shards[name] = _inside(directory, name)
         if not exists(path) or not path.is_file():
             raise CheckpointError(f"{index}: names {name}, which is missing; download it again")
-    extents: dict[str, Extent] = {}
+    extents, elsewhere = dict[str, Extent](), dict[str, str]()
     for shard, path in shards.items():
-        extents |= {name: e for name, e in read_header(path).items() if weight_map.get(name) == shard}
+        found = read_header(path)
+        elsewhere |= {name: shard for name in found if weight_map.get(name, shard) != shard}
+        extents |= {name: e for name, e in found.items() if weight_map.get(name) == shard}
     if lost := [name for name in weight_map if name not in extents]:
         raise CheckpointError(f"{index}: says {lost[0]} is in {weight_map[lost[0]]}, which does not hold it")
+    for name, shard in elsewhere.items():
+        raise CheckpointError(
+            f"{index}: says {name} is in {weight_map[name]}, but {shard} holds one, too; download it again"
+        )
     return [*shards.values(), index], extents
 
 

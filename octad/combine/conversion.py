@@ -1,7 +1,7 @@
 """What writing weights in another type does to them: measured on samples before, checked value by value on writing.
 
     notes = conversions(base, members, names, torch.bfloat16)     # sentences; nothing where every value stays what it is
-    converted(tensor, torch.float16, "w1 of expert 3")            # raises where a value is too large for the type
+    converted(tensor, torch.float16, "w1 of expert 3")         # raises where values are too large or small for the type
 
 Nothing is said of types that hold all values of the other one. What an adapter adds is rounded with the sum, so that it
 is measured by how much of the *change* gets lost.
@@ -24,6 +24,7 @@ WIDER = {  # what holds every value of a type
     torch.bfloat16: (torch.float32, torch.float64),
 }
 SAMPLE = 1 << 16  # values of each sampled tensor
+MOST_GONE = 0.1  # of the values that are not zero
 WORTH_SAYING = 0.3  # rounding, in parts of an adapter's change: a tenth of its square
 
 
@@ -33,12 +34,18 @@ def holds_all(kept: torch.dtype, given: torch.dtype) -> bool:
 
 
 def converted(tensor: torch.Tensor, dtype: torch.dtype, what: str) -> torch.Tensor:
-    """The tensor in this type. Raises RecipeError where a finite value would become infinite."""
+    """The tensor in this type. Raises RecipeError where a finite value would become infinite, or many of them zero."""
     found = tensor.to(dtype)
     if (tensor.dtype == torch.float64 or dtype == torch.float16) and not holds_all(dtype, tensor.dtype):
         over = found.isinf() & tensor.isfinite()
         if bool(over.any()):
             raise too_large(what, float(tensor[over].abs().max()), dtype)
+        gone, held = int(((found == 0) & (tensor != 0)).sum()), int(tensor.count_nonzero())
+        if gone > MOST_GONE * held:
+            raise RecipeError(
+                f"{what}: {gone / held:.0%} of its weights are so small that {str(dtype).removeprefix('torch.')} has 0"
+                " for them; write dtype: bfloat16 or float32 in the recipe"
+            )
     return found
 
 

@@ -27,6 +27,7 @@ from octad.combine.sidecars import STATISTICS, load_statistics
 from octad.combine.statistics import Statistics
 from octad.errors import CheckpointError, OctadError, OutputError, RecipeError
 from octad.model.config import ModelConfig
+from octad.staging import tidy
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,11 @@ class EditableMixture:
 
     @classmethod
     def open(cls, directory: Path) -> EditableMixture:
-        """Raises CheckpointError or RecipeError where there is no such mixture, or it cannot change in parts."""
+        """Opens it, and removes what an edit of it that was killed left. Raises CheckpointError or RecipeError where
+        there is no such mixture, or it cannot change in parts."""
         source = open_source(directory)
+        place = directory.expanduser().resolve()
+        tidy(place.parent, place.name)
         provenance = Provenance.of(source)
         if provenance is None:
             raise CheckpointError(

@@ -21,7 +21,7 @@ import torch
 
 from octad.checkpoint.gguf.reader import GGUFSource
 from octad.checkpoint.lora import AdapterSource
-from octad.checkpoint.names import is_ffn, tensor_plan
+from octad.checkpoint.names import HEAD, is_ffn, tensor_plan
 from octad.checkpoint.source import TensorSource
 from octad.checkpoint.views import View
 from octad.combine.distances import Distances
@@ -48,6 +48,15 @@ ARITHMETIC_FIELDS = {  # and what attention is trained under where they differ
     "sliding_window": "windows",
     "sliding_layers": "windows",
 }
+
+
+BUFFERS = re.compile(
+    r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|position_ids$"
+)  # older checkpoints carry them along
+ROUNDING, ROUNDING_SHARE = (
+    0.003,
+    0.01,
+)  # what bfloat16 changes of a weight, and of all change, where nothing was learnt
 
 
 @dataclass(frozen=True)
@@ -87,8 +96,8 @@ def member_report(
 ) -> MemberReport:
     """What can be said of a member before it is measured. Raises RecipeError as check_member does."""
     notes = check_member(name, member, base, shared)
-    if line := other_base(member, base):
-        notes.append(line)
+    if member is not base:
+        notes += [line for line in (other_base(member, base), unplaced(member)) if line]
     keys = (*ARITHMETIC_FIELDS, "tie_word_embeddings")
     other = any(not _same(getattr(member.config, key), getattr(base.config, key)) for key in keys)
     return MemberReport(name, reference, kind_of(member, base), notes=tuple(notes), other_arithmetic=other)
@@ -157,6 +166,21 @@ def other_base(member: TensorSource, base: TensorSource) -> str | None:
     return f"was trained on {said!r}, as it says itself, and is put on {base.label}: make sure that this is one model"
 
 
+def unplaced(source: TensorSource) -> str | None:
+    """A note where a checkpoint holds tensors that its config.json has no place for: nothing reads them."""
+    if isinstance(source, (GGUFSource, AdapterSource)):
+        return None
+    known = {*tensor_plan(source.config), HEAD}
+    odd = [name for name in source.names() if name not in known and not BUFFERS.search(name)]
+    if not odd:
+        return None
+    more = f" and {len(odd) - 2} more" if len(odd) > 2 else ""
+    return (
+        f"its config.json has no place for {', '.join(odd[:2])}{more}: left out, as transformers leaves it out; if it"
+        " belongs to the model, config.json is another model's"
+    )
+
+
 def _plain(name: str) -> str:
     """The last part of a path or hub id, letters and digits alone."""
     return re.sub(r"[^a-z0-9]", "", Path(name.rstrip("/")).name.lower().removesuffix(".gguf"))
@@ -172,8 +196,8 @@ def measured(report: MemberReport, found: Distances, shared: str) -> MemberRepor
     for group, values in found.groups.items():
         if not all(math.isfinite(value) for value in values):
             raise RecipeError(
-                f"expert {report.name!r}: {report.reference} or its base holds NaN or infinite {group} weights;"
-                " save it again"
+                f"expert {report.name!r}: {report.reference} or its base holds NaN or infinite {group} weights,"
+                " or some too large to be squared; save it again"
             )
     exact = found.same_shared_part if shared == "base" and not report.other_arithmetic else False
     means = {group: sum(v) / len(v) for group in SHARED_GROUPS if (v := found.groups.get(group))}
@@ -215,6 +239,11 @@ def sentence(report: MemberReport, found: Distances, shared: str) -> str:
         return f"{lost}: its expert is close to the member, not equal to it"
     if found.lost_share is None:
         return f"{lost}: its expert will know less than the member; {fix}"
+    if found.lost_share < ROUNDING_SHARE and max(report.lost.values()) < ROUNDING:
+        return (
+            f"outside its feed-forward nets it differs from the base by no more than rounding does ({parts}, relative to"
+            " the base): the base's is used"
+        )
     share = f"{found.lost_share:.0%} of its change"
     cost = (
         "will be nearer to the base than to the member"

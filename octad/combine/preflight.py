@@ -28,7 +28,7 @@ from octad.combine.conversion import conversions
 from octad.combine.distances import Distances
 from octad.combine.family import TARGETS, mixture_config
 from octad.combine.fit import Calibration
-from octad.combine.members import MemberReport, alike, measured, member_report, refuse_base_again
+from octad.combine.members import MemberReport, alike, measured, member_report, refuse_base_again, unplaced
 from octad.combine.mixture import MixtureSource
 from octad.combine.recipe import Recipe, check_name
 from octad.combine.remember import RememberLast
@@ -166,7 +166,9 @@ def opened(recipe: Recipe) -> Plan:
     raw = mixture_config(base.config, len(members), recipe.top_k, dtype, found.size, ends)
     config = ModelConfig.from_dict(raw)
     texts = [calibration(recipe, spec, found.tokenizer) for spec in recipe.experts]
-    return Plan(recipe, base, members, config, raw, DTYPES[dtype], found, reports, texts, found.notes_on(""))
+    odd = unplaced(source)
+    notes = (*found.notes_on(""), *([f"the base, {source.label}: {odd}"] if odd else ()))
+    return Plan(recipe, base, members, config, raw, DTYPES[dtype], found, reports, texts, notes)
 
 
 def _open(recipe: Recipe, name: str, reference: str, base: TensorSource) -> TensorSource:

@@ -22,7 +22,7 @@ from octad.checkpoint.lora import AdapterSource
 from octad.checkpoint.source import TensorSource
 from octad.combine.recipe import Recipe
 from octad.combine.tokens import Tokens, read_tokens, texts_of
-from octad.errors import CheckpointError, RecipeError
+from octad.errors import CheckpointError, DataError, RecipeError
 from octad.text.tokenizer import NAMED_TOKENS, Tokenizer
 
 PROBE = "The 2 quick foxes, déjà-vu: x += 10**6;\n\tif (a != b) { return  'über 1234567'; }\n\n中文 👋"
@@ -259,7 +259,9 @@ def with_turns(
         for spec, tokens in zip(recipe.experts, own, strict=True)
         if tokens is not None and tokens.tokenizer is not None
     }
-    template, owner, notes = _template(recipe, tokenizer, theirs)
+    broken = _broken_templates(theirs)
+    template, owner, notes = _template(recipe, tokenizer, theirs, broken)
+    notes += [(name, f"{why}: left out") for name, why in broken.items()]
     known = texts_of(tokenizer)
     ends = {name: [i for i in t.eos_ids if i < size and i in known] for name, t in theirs.items()}
     agreed = set.intersection(*map(set, ends.values())) if ends and not joining else set()
@@ -286,12 +288,28 @@ def with_turns(
     return Tokenizer(tokenizer.core, config, taken, tokenizer.generation, tokenizer.label), notes
 
 
+def _broken_templates(theirs: Mapping[str, Tokenizer]) -> dict[str, str]:
+    """What is wrong with the members' chat templates that cannot be used, by the member's name."""
+    found = {}
+    for name, tokenizer in theirs.items():
+        try:
+            if tokenizer.chat_template:
+                tokenizer.apply_chat_template([{"role": "user", "content": "Hello."}])
+        except CheckpointError as error:
+            found[name] = str(error)
+        except DataError:  # it asks for other messages
+            continue
+    return found
+
+
 def _template(
-    recipe: Recipe, tokenizer: Tokenizer, theirs: Mapping[str, Tokenizer]
+    recipe: Recipe, tokenizer: Tokenizer, theirs: Mapping[str, Tokenizer], broken: Mapping[str, str]
 ) -> tuple[str | None, str | None, list[tuple[str, str]]]:
     """The template, the member that it is of (None: the base), and what is to be said. Raises RecipeError."""
     base, wanted = tokenizer.chat_template, recipe.chat_template
-    found = {name: t.chat_template for name, t in theirs.items() if t.chat_template}
+    found = {name: t.chat_template for name, t in theirs.items() if t.chat_template and name not in broken}
+    if wanted is not None and wanted in broken:
+        raise RecipeError(f"chat_template: expert {wanted!r}: {broken[wanted]}")
     others = {name: text for name, text in found.items() if base is None or text.strip() != base.strip()}
     if wanted is not None and wanted != "base":
         if wanted not in found:

@@ -193,6 +193,7 @@ class Build:
         processes cannot disturb each other; what a killed one left goes."""
         library = self.directory / f"{name}.so"
         if library.is_file():
+            _tidy(self.cache)
             return library
         self.cache.mkdir(parents=True, exist_ok=True)
         reasons = list[str]()
@@ -209,6 +210,13 @@ class Build:
                     return library
                 reasons.append(reason)
         raise BuildError(f"{self.command[0]} cannot compile {self.source.name}: {reasons[-1]}")
+
+
+def _tidy(cache: Path) -> None:
+    """Remove what builds left that were killed."""
+    from octad.staging import tidy
+
+    tidy(cache)
 
 
 @contextmanager

@@ -104,6 +104,10 @@ def _with_top_k(config: ModelConfig, top_k: int, label: str) -> ModelConfig:
 def _read(target: str, opened: Opened | None) -> Reading:
     if (named := _named().get(target.lower())) is not None:
         return Reading(target, ModelConfig.from_dict(named["config"]), note=named.get("note", ""))
+    if not target.strip():
+        raise RecipeError(
+            f"the model is empty; give a name ({', '.join(_named())}), a checkpoint, a recipe or a hub id"
+        )
     path = Path(target).expanduser()
     if path.suffix in (".yaml", ".yml"):
         return _of_recipe(path, opened)
@@ -132,15 +136,20 @@ def _of_file(path: Path) -> ModelConfig:
 
 def _of_hub(name: str) -> ModelConfig:
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import logging
 
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it tells of every attempt to connect
     try:
         return _of_file(Path(hf_hub_download(name, "config.json")))
     except (
         OSError,
         ValueError,
     ) as error:  # not there, not allowed, or no network: all of the hub's errors are OSErrors
-        line = str(error).strip().splitlines()[0]
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{name}: no config.json from the hub: {line}") from None
+    finally:
+        logging.set_verbosity(before)
 
 
 def _of_recipe(path: Path, opened: Opened | None) -> Reading:

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -376,3 +378,14 @@ def test_text_is_needed(sharp: World, tmp_path: Path) -> None:
 def test_the_result_opens(sharp: World, tmp_path: Path) -> None:
     source = open_source(add_expert(sharp.mixture([0, 1]), sharp.spec(3), tmp_path / "m"))
     assert source.config.num_experts == 3
+
+
+def test_a_refused_edit_removes_what_a_killed_one_left(sharp: World, tmp_path: Path) -> None:
+    """An edit that was killed after its last step is refused when it is asked for again; its trash goes all the same."""
+    mixture = shutil.copytree(sharp.mixture([0, 1, 2]), tmp_path / "mix")
+    gone = subprocess.Popen([sys.executable, "-c", "pass"])
+    gone.wait()
+    for kind in ("trash", "incomplete"):
+        (tmp_path / f".mix.{gone.pid}.{kind}").mkdir()
+    refusal(RecipeError, add_expert, mixture, sharp.spec(1))
+    assert [path.name for path in tmp_path.iterdir()] == ["mix"]
