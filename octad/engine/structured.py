@@ -117,6 +117,11 @@ class GrammarCompiler:
                 self._grammars.move_to_end(spec)
         return Matcher(core.deep_copy(), self._vocabulary().vocab_size)
 
+    def read_vocabulary(self) -> None:
+        """Now, rather than with the first form: it takes a second in which no other Python runs. Raises RequestError
+        where there can be no forms."""
+        self._vocabulary()
+
     def _compile(self, spec: StructuredOutput) -> LLMatcher:
         vocabulary = self._vocabulary()
         from llguidance import LLMatcher

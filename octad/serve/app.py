@@ -10,6 +10,7 @@ octad.serve.backend_app.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +29,13 @@ from octad.serve.metrics import Metrics
 from octad.serve.replies import json_response
 from octad.serve.responses import responses
 from octad.serve.security import Access
+from octad.text.chat_template import calls_are_json
 
 if TYPE_CHECKING:
     from octad.engine.llm import LLM
 
 MAX_QUEUE = 128
+log = logging.getLogger("octad.serve")
 
 
 class Application(Front):
@@ -58,6 +61,11 @@ class Application(Front):
         llm.tokenizer.label = self.names.names[0]  # errors tell no paths
         queue = Queue(llm.engine.config.max_num_seqs + self.max_queue)
         self.metrics.watch(llm.engine)
+        template = llm.tokenizer.chat_template or ""
+        if "tools" in template and not calls_are_json(template):
+            log.warning(
+                "the chat template teaches calls in another form; here tools are told as <tool_call> JSON"
+            )
         self.made, self._generator = made, Generator(llm, queue, self.metrics, self.timeout)
         self.state.become("ready", "ready", 1.0)
 
@@ -98,7 +106,7 @@ class Application(Front):
         return endpoint
 
     async def _count_tokens(self, request: Request) -> Response:
-        return await count_tokens(request, self.generator)
+        return await count_tokens(request, self.generator, self.names)
 
     async def _models(self, request: Request) -> Response:
         llm = self._generator.llm if self._generator else None

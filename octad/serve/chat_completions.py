@@ -80,12 +80,14 @@ async def _whole(asked: ChatRequest, job: Job, head: dict[str, Any]) -> dict[str
         _choice(asked, answer, job, output)
         for answer, output in zip(answers, job.outputs[0].outputs, strict=True)
     ]
+    ids = {"prompt_token_ids": job.prompts[0]} if asked.return_token_ids else {}
     return head | {
         "object": "chat.completion",
         "choices": choices,
         "usage": job.usage.as_openai(),
         "system_fingerprint": None,
         "service_tier": None,
+        **ids,
     }
 
 
@@ -125,9 +127,9 @@ def _choice(asked: ChatRequest, answer: Gathered, job: Job, output: CompletionOu
         "finish_reason": answer.reason,
         "stop_reason": output.stop_reason,
     }
-    return (
-        choice | _extras(asked, answer.deltas, job, answer.text) | routes(asked, job.outputs[0], output.index)
-    )
+    ids = {"token_ids": list(output.token_ids)} if asked.return_token_ids else {}
+    more = _extras(asked, answer.deltas, job, answer.text) | routes(asked, job.outputs[0], output.index)
+    return choice | ids | more
 
 
 def _extras(asked: ChatRequest, deltas: list[Delta], job: Job, content: str) -> dict[str, Any]:
@@ -191,6 +193,8 @@ async def _chunks(asked: ChatRequest, job: Job, head: dict[str, Any]) -> AsyncGe
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason} | more
         return frame(head | {"choices": [choice]} | unknown)
 
+    if asked.return_token_ids:  # once, in a chunk of its own
+        yield frame(head | {"choices": [], "prompt_token_ids": job.prompts[0]} | unknown)
     for index in range(job.params.n):
         yield chunk(index, {"role": "assistant", "content": "", "refusal": None})
     last: dict[int, tuple[str, Any]] = {}
@@ -230,6 +234,8 @@ def _chunk_parts(asked: ChatRequest, job: Job, piece: Piece) -> tuple[dict[str, 
         more["logprobs"] = _logprobs(asked, deltas)
     if asked.speakers and deltas:
         more["speakers"] = speakers(deltas, job.generator.names, piece.text)
-    if not delta and not (more.get("logprobs") or more.get("speakers")):
+    if asked.return_token_ids and deltas:
+        more["token_ids"] = [token for one in deltas for token in one.token_ids]
+    if not delta and not any(more.get(name) for name in ("logprobs", "speakers", "token_ids")):
         return None
     return delta, more

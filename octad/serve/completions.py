@@ -131,6 +131,8 @@ def _choice(
         choice["logprobs"] = logprob_lists(job, ids, scored)
     if asked.speakers:
         choice["speakers"] = speakers([p.delta for p in pieces if p.delta], job.generator.names, text)
+    if asked.return_token_ids:
+        choice |= {"token_ids": list(answer.token_ids), "prompt_token_ids": list(output.prompt_token_ids)}
     return choice | routes(asked, output, which)
 
 
@@ -190,6 +192,8 @@ async def _chunks(asked: CompletionRequest, job: Job, head: dict[str, Any]) -> A
             more["logprobs"] = lists
         if piece.delta and asked.speakers:
             more["speakers"] = speakers([piece.delta], job.generator.names, piece.text)
+        if piece.delta and asked.return_token_ids:
+            more["token_ids"] = list(piece.delta.token_ids)
         if asked.max_tokens == 0:  # one token was made and is not shown
             yield chunk(piece.index, "", "length")
         elif piece.text or piece.finish_reason or len(more) > 1:

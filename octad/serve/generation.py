@@ -211,7 +211,7 @@ class Generator:
         """A conversation as ids. Raises ApiError 400 where the template or a message is at fault."""
         given = dict(variables)
         if toolbox.definitions:
-            given["tools"] = [dict(tool) for tool in toolbox.definitions]
+            given |= {"tools": [dict(tool) for tool in toolbox.definitions], "calls_as_json": True}
         if given.get("continue_final_message") and given.get("add_generation_prompt"):
             raise ApiError(400, "continue_final_message and add_generation_prompt exclude each other")
         try:

@@ -16,6 +16,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -96,6 +97,10 @@ def start_loading(
             tell("making a first token", 0.9)
             first = llm.tokenizer.bos_id or llm.tokenizer.eos_id or 0
             llm.submit([first], SamplingParams(max_tokens=1, temperature=0), deltas=False).output()
+            with suppress(
+                RequestError
+            ):  # without llguidance, or end tokens: those who ask for a form hear of it
+                llm.engine.grammars.read_vocabulary()
             ready(llm)
             state.become("ready", "ready", 1.0)
         except BaseException as error:

@@ -1,7 +1,7 @@
 """POST /v1/messages and /v1/messages/count_tokens: Anthropic's form of a conversation, translated to the chat path.
 
     response = await messages(request, generator, names)
-    response = await count_tokens(request, generator)
+    response = await count_tokens(request, generator, names)
 
 Blocks become messages: texts, tool_use, tool_result; thinking that a client sends back is left out, and so are tools that
 only Anthropic's own servers run. Pictures are refused. Errors carry "type": "error", as its clients expect.
@@ -48,9 +48,10 @@ async def messages(request: Request, generator: Generator, names: ModelNames) ->
         job.close()
 
 
-async def count_tokens(request: Request, generator: Generator) -> Response:
+async def count_tokens(request: Request, generator: Generator, names: ModelNames) -> Response:
     """How many tokens a conversation has."""
     asked = parse(MessagesRequest, await read_body(request))
+    names.of(asked.model)
     chat, toolbox = as_chat(asked), _toolbox(asked)
     if not chat:
         raise ApiError(400, "messages: the conversation is empty", param="messages")

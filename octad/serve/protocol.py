@@ -4,16 +4,16 @@
 
 null stands for "not given" everywhere, since clients send null for every option they know. Fields that are not here are
 accepted and left alone: clients send new ones all the time (store, metadata, service_tier, verbosity, ...). Fields that
-would change the answer and cannot be honoured are named in UNABLE and refused. Wire names are those of OpenAI, vLLM and
-SGLang; `speakers`, `only_experts` and `return_routed_weights` are octad's own.
+would change the answer and cannot be honoured are named in UNABLE and NEUTRAL, and refused. Wire names are those of
+OpenAI, vLLM and SGLang; `speakers`, `only_experts` and `return_routed_weights` are octad's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from octad.errors import RequestError
 from octad.serve.replies import ApiError
@@ -32,7 +32,44 @@ UNABLE: Mapping[str, str] = {
     "chat_template": "templates of the client",
     "truncation_side": "cutting prompts",
     "truncate_prompt_tokens": "cutting prompts",
+    "allowed_token_ids": "lists of allowed tokens; use `logit_bias` or `structured_outputs`",
+    "bad_words": "words that may not be said; use `logit_bias`",
+    "logits_processors": "clients' own processors",
+    "prompt_logprobs": "`prompt_logprobs`; use completions with `echo` and `logprobs`",
+    "echo": "`echo` of messages; use completions",
+    "grammar": "grammars under this name; use `structured_outputs`",
+    "ebnf": "grammars under this name; use `structured_outputs`",
+    "regex": "patterns under this name; use `structured_outputs`",
+    "json_schema": "schemas under this name; use `response_format`",
+    "stop_regex": "patterns that stop",
+    "lora_path": "adapters",
+    "cache_salt": "caches of one's own",
 }
+NEUTRAL: Mapping[
+    str, tuple[float, ...]
+] = {  # other engines' samplers, at values that leave everything as it is
+    "mirostat": (0,),
+    "typical_p": (1,),
+    "tfs_z": (1,),
+    "top_a": (0,),
+    "dry_multiplier": (0,),
+    "xtc_probability": (0,),
+    "dynatemp_range": (0,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "length_penalty": (1,),
+    "best_of": (1,),
+    "no_repeat_ngram_size": (0,),
+    "top_n_sigma": (-1, 0),
+}
+
+
+def _whole(value: Any) -> Any:
+    """5.0 is 5: some languages write all numbers so."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
 
 
 class Wire(BaseModel):
@@ -53,20 +90,20 @@ class SamplingFields(Wire):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = None
-    max_tokens: int | None = None
+    n: Whole | None = None
+    max_tokens: Whole | None = None
     temperature: float | None = None
     top_p: float | None = None
     stop: str | list[str] | None = None
-    seed: int | None = None
+    seed: Whole | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     user: str | None = None
-    top_k: int | None = None
+    top_k: Whole | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    min_tokens: int | None = None
+    min_tokens: Whole | None = None
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
@@ -79,6 +116,7 @@ class SamplingFields(Wire):
     return_routed_experts: bool | None = None
     return_routed_weights: bool | None = None
     routed_experts_prompt_start: int | None = None
+    return_token_ids: bool | None = None
     only_experts: list[str | int] | None = None
     speakers: bool | None = None
 
@@ -87,9 +125,9 @@ class ChatRequest(SamplingFields):
     """POST /v1/chat/completions."""
 
     messages: list[Any]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Whole | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Whole | None = None
     response_format: dict[str, Any] | None = None
     tools: list[Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
@@ -106,8 +144,8 @@ class CompletionRequest(SamplingFields):
 
     prompt: str | list[str] | list[int] | list[list[int]] | None = None
     echo: bool | None = None
-    logprobs: int | None = None
-    best_of: int | None = None
+    logprobs: Whole | None = None
+    best_of: Whole | None = None
     response_format: dict[str, Any] | None = None
     add_special_tokens: bool | None = None
 
@@ -118,7 +156,7 @@ class ResponsesRequest(Wire):
     input: str | list[Any]
     model: str | None = None
     instructions: str | None = None
-    max_output_tokens: int | None = None
+    max_output_tokens: Whole | None = None
     temperature: float | None = None
     top_p: float | None = None
     stream: bool | None = None
@@ -138,11 +176,11 @@ class MessagesRequest(Wire):
 
     messages: list[Any]
     model: str | None = None
-    max_tokens: int | None = None
+    max_tokens: Whole | None = None
     system: str | list[Any] | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Whole | None = None
     stop_sequences: list[str] | None = None
     stream: bool | None = None
     tools: list[Any] | None = None
@@ -186,6 +224,11 @@ def parse(model: type[Asked], body: dict[str, Any]) -> Asked:
         if body.get(name) not in (None, False, "", [], {}) and name not in model.model_fields:
             raise ApiError(
                 400, f"{name}: this server does not know {what}", param=name, code="unsupported_parameter"
+            )
+    for name, values in NEUTRAL.items():
+        if body.get(name) not in (None, False, *values) and name not in model.model_fields:
+            raise ApiError(
+                400, f"{name}: this server does not have it", param=name, code="unsupported_parameter"
             )
     try:
         return model.model_validate(body)

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from octad.engine.structured import bounded
 from octad.serve.replies import ApiError
 from octad.text.chat_messages import CALL, CALL_END
 
@@ -95,7 +96,8 @@ class Toolbox:
             rules += [f"call: {json.dumps(CALL)} ({calls})"]
         elif schema is not None:
             start = "call | form"
-            rules += [f"call: {json.dumps(CALL)} ({calls})", f"form: %json {schema}"]
+            form = json.dumps(bounded(json.loads(schema)), ensure_ascii=False)
+            rules += [f"call: {json.dumps(CALL)} ({calls})", f"form: %json {form}"]
         else:
             start = "call* rest"
             rules += [
@@ -150,8 +152,9 @@ def _call_rule(tool: Mapping[str, Any]) -> str:
 
 def tolerant(schema: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A tool's schema for the grammar: an object; what the grammar's library cannot do (look-around in patterns, rare
-    keywords) is left out with a line in the log, since agents send it and a call without that check beats none."""
-    found: dict[str, Any] = _without_look_around(dict(schema), name)
+    keywords) is left out with a line in the log, since agents send it and a call without that check beats none. Numbers
+    have an end."""
+    found: dict[str, Any] = bounded(_without_look_around(dict(schema), name))
     found.setdefault("type", "object")
     if found["type"] == "object":
         found.setdefault("properties", {})

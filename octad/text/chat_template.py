@@ -19,7 +19,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
 from octad.errors import CheckpointError, DataError
-from octad.text.chat_messages import plain_messages, simplified, tools_as_text, with_tools
+from octad.text.chat_messages import CALL, plain_messages, simplified, tools_as_text, with_tools
 from octad.text.template_limits import BoundedEnvironment, TooMuch
 
 _OPEN = "\ufdd1"  # a Unicode noncharacter: where a message that is to be continued ends
@@ -46,7 +46,8 @@ def render_chat(
     template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], label: str
 ) -> str:
     """The prompt of a chat; a template that knows no tools gets them as text, one that refuses the order of the roles a
-    simpler order. With `continue_final_message` among the variables the last message stays open at its end.
+    simpler order. With `continue_final_message` among the variables the last message stays open at its end; with
+    `calls_as_json` a template that teaches calls of another form than <tool_call> JSON counts as one without tools.
 
     Raises DataError for what the caller can mend in the messages, CheckpointError for a broken template.
     """
@@ -63,9 +64,11 @@ def render_chat(
     open_ended = bool(options.pop("continue_final_message", False))
     if open_ended:
         chat, options = _opened(chat), options | {"add_generation_prompt": False}
-    tools = options.get("tools") or []
-    if tools and "tools" not in known:
-        chat = with_tools(chat, tools)
+    tools, told = options.get("tools") or [], "tools" in known
+    if options.pop("calls_as_json", False):
+        told = told and calls_are_json(template)
+    if tools and not told:
+        chat, options = with_tools(chat, tools), options | {"tools": None}
     elif "tool_calls" not in template:
         chat = tools_as_text(chat, answers="tool" not in template)
     if "developer" not in template:
@@ -73,6 +76,12 @@ def render_chat(
     with environment.limited():
         text = _rendered(compiled, chat, options, label)
     return text[: text.index(_OPEN)] if open_ended and _OPEN in text else text
+
+
+def calls_are_json(template: str) -> bool:
+    """Whether calls are taught as <tool_call>{"name": ..., "arguments": ...}</tool_call>: not as Llama 3's bare JSON,
+    Mistral's [TOOL_CALLS] or Qwen-Coder's <function=...>."""
+    return CALL in template and "<function=" not in template
 
 
 def _rendered(

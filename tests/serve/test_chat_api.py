@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
-from serving import CONTEXT, Running, running, served_mixture, start
+from serving import CONTEXT, Running, Start, running, served_mixture, start
 
 from octad.engine.params import SamplingParams
 
@@ -361,3 +361,70 @@ def test_answers_in_a_form(running: Running) -> None:
         error = refused(running, GREEDY | {"response_format": strict})
         assert error["param"] == "response_format"
         assert told in error["message"]
+
+
+def test_whole_numbers_may_be_written_as_floats(running: Running) -> None:
+    body = GREEDY | {"max_tokens": 12.0, "n": 2.0, "seed": 3.0, "top_k": -1.0}
+    found = running.post("/v1/chat/completions", body).json()
+    assert found["usage"]["completion_tokens"] == 24
+    assert refused(running, GREEDY | {"max_tokens": 1.5})["param"] == "max_tokens"
+
+
+def test_options_of_other_engines(running: Running) -> None:
+    """What would change the answer is refused, values that change nothing are taken."""
+    expected = running.post("/v1/chat/completions", GREEDY).json()["choices"]
+    neutral = {
+        "mirostat": 0,
+        "typical_p": 1.0,
+        "dry_multiplier": 0,
+        "length_penalty": 1,
+        "best_of": 1,
+        "echo": False,
+    }
+    neutral |= {"allowed_token_ids": None, "bad_words": [], "grammar": "", "cache_salt": None, "priority": 0}
+    assert running.post("/v1/chat/completions", GREEDY | neutral).json()["choices"] == expected
+    for name, value in {
+        "mirostat": 2,
+        "typical_p": 0.5,
+        "dry_multiplier": 0.8,
+        "best_of": 2,
+        "echo": True,
+        "allowed_token_ids": [5],
+        "bad_words": ["no"],
+        "grammar": 'root ::= "a"',
+        "regex": "a+",
+        "json_schema": {"type": "integer"},
+        "cache_salt": "x",
+        "lora_path": "x",
+        "prompt_logprobs": 1,
+    }.items():
+        error = refused(running, GREEDY | {name: value})
+        assert (error["param"], error["code"]) == (name, "unsupported_parameter")
+
+
+def test_token_ids(running: Running) -> None:
+    expected = running.llm.chat(HI, SamplingParams(temperature=0, max_tokens=12))
+    body = GREEDY | {"return_token_ids": True}
+    whole = running.post("/v1/chat/completions", body).json()
+    assert whole["prompt_token_ids"] == expected.prompt_token_ids
+    assert whole["choices"][0]["token_ids"] == expected.outputs[0].token_ids
+    chunks = streamed(running, body)
+    assert [c["prompt_token_ids"] for c in chunks if "prompt_token_ids" in c] == [expected.prompt_token_ids]
+    told = [token for c in chunks for choice in c["choices"] for token in choice.get("token_ids", [])]
+    assert told == expected.outputs[0].token_ids
+    text = running.post("/v1/completions", {"prompt": "Hi", "max_tokens": 3, "return_token_ids": True}).json()
+    assert text["choices"][0]["prompt_token_ids"] == running.llm.tokenizer.encode_prompt("Hi")
+    assert len(text["choices"][0]["token_ids"]) == 3
+
+
+def test_answers_at_once_share_the_cache(start: Start) -> None:
+    """n answers to the end of the context may take no more than the cache holds, and all of them end."""
+    small = start(engine={"num_blocks": 30})
+    body = GREEDY | {"n": 4, "max_tokens": None, "ignore_eos": True, "temperature": 1, "seed": 1}
+    found = small.post("/v1/chat/completions", body).json()
+    assert [choice["finish_reason"] for choice in found["choices"]] == ["length"] * 4
+    assert found["usage"]["completion_tokens"] <= 30 * 16
+    assert found["usage"]["completion_tokens"] >= 4 * 64
+    assert small.idle()
+    error = refused(small, GREEDY | {"n": 65})
+    assert (error["param"], error["message"]) == ("n", "n: found 65, allowed: an integer from 1 to 64")

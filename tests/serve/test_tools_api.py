@@ -9,8 +9,10 @@ import pytest
 from serving import CONTEXT, Running, running, served_mixture, start
 
 from octad.engine.params import StructuredOutput
+from octad.errors import DataError
 from octad.serve.replies import ApiError
 from octad.serve.tool_calls import CallDelta, CallParser, Toolbox
+from octad.text.chat_template import calls_are_json, render_chat
 
 ADD = {
     "type": "function",
@@ -210,3 +212,55 @@ def test_choices() -> None:
     assert Toolbox.of([ADD, NOW], {"type": "function", "name": "now"}, None).names == ("now",)
     with pytest.raises(ApiError, match="there are no tools"):
         Toolbox.of([], {"type": "function", "function": {"name": "x"}}, None)
+
+
+LLAMA = (
+    "{% if tools %}{{ raise_exception('native tools') }}{% endif %}{% for m in messages %}<{{ m.role }}>"
+    "{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    "{{ '<|python_tag|>' if false }}"
+)
+FORMS = {
+    "llama": LLAMA,
+    "mistral": LLAMA.replace("<|python_tag|>", "[TOOL_CALLS]"),
+    "qwen coder": LLAMA.replace("<|python_tag|>", "<tool_call>\\n<function=name>"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_templates_that_teach_another_form(form: str) -> None:
+    """Tools are told in a system text, and earlier calls in the one form that is understood."""
+    messages = [
+        {"role": "user", "content": "2 + 2?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}],
+        },
+        {"role": "tool", "content": "4"},
+    ]
+    assert not calls_are_json(FORMS[form])
+    text = render_chat(FORMS[form], messages, {"tools": [ADD], "calls_as_json": True}, "m")
+    assert '<tool_call>{"name": "add", "arguments": {"a": 2}}</tool_call>' in text
+    assert "<tool_response>4</tool_response>" in text
+    assert text.startswith("<system>You may call functions.")
+    with pytest.raises(DataError, match="native tools"):  # everybody else gets what the template teaches
+        render_chat(FORMS[form], messages, {"tools": [ADD]}, "m")
+    taught = "{% for t in tools %}{{ t.function.name }} <tool_call>{% endfor %}"
+    assert (
+        render_chat(taught, messages[:1], {"tools": [ADD], "calls_as_json": True}, "m") == "add <tool_call>"
+    )
+
+
+def test_numbers_of_calls_have_an_end(running: Running) -> None:
+    """A random model would go on with digits for ever; so would a small one that was trained."""
+    parameters = {
+        "type": "object",
+        "properties": {"n": {"type": "integer"}, "x": {"type": "number"}},
+        "required": ["n", "x"],
+    }
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    body = BODY | {"tools": tools, "tool_choice": "required", "temperature": 0}
+    call = running.post("/v1/chat/completions", body).json()["choices"][0]["message"]["tool_calls"][0]
+    found = json.loads(call["function"]["arguments"])
+    assert abs(found["n"]) <= 2**53
+    assert abs(found["x"]) <= 1e15

@@ -67,4 +67,4 @@ def test_the_engine_goes_and_comes_back(browser: Any, front: Front) -> None:
             page.keyboard.press("Enter")
             page.wait_for_selector("text=The engine behind this server does not answer")
             engine.down = False
-            until(lambda: answers(page) == [ANSWER, ANSWER])
+            until(lambda page=page: answers(page) == [ANSWER, ANSWER])  # type: ignore[misc]
