@@ -27,6 +27,7 @@ from octad.combine.members import MemberReport
 from octad.combine.mixture import MixtureSource
 from octad.combine.preflight import Plan
 from octad.combine.recipe import Recipe
+from octad.combine.regmean import Regression
 from octad.combine.sidecars import CARD, STATISTICS, model_card, save_statistics
 from octad.dist import compute_dtype, product_rate
 from octad.model import cost
@@ -83,7 +84,9 @@ def write_and_fit(
         written.add(name)
 
     steps = source.config.num_hidden_layers * len(fitter.runs)
-    for done, (layer, number, x_ND) in enumerate(gate_inputs(source, fitter.runs, dtype, write), 1):
+    regmean = source.shared.method == "regmean"
+    settle = Regression(source, fitter.runs, dtype).settle if regmean else None
+    for done, (layer, number, x_ND) in enumerate(gate_inputs(source, fitter.runs, dtype, write, settle), 1):
         fitter.see(layer, number, x_ND)
         progress("calibrating", done / steps)
     fit = fitter.fit()

@@ -32,6 +32,7 @@ from octad.model.transformer import DecoderLayer
 from octad.text.windows import Batch, Window, batches
 
 Write = Callable[[str, torch.Tensor], None]
+Settle = Callable[[int, Rope, Callable[[int], Iterator[tuple[torch.Tensor, Batch]]]], None]
 BATCH_TOKENS = 512  # more are no faster; fewer windows differ less in length: less padding
 
 
@@ -55,13 +56,17 @@ def forget(name: str, tensor: torch.Tensor) -> None:
 
 @torch.no_grad()
 def gate_inputs(
-    source: TensorSource, runs: Sequence[Run], dtype: torch.dtype, write: Write = forget
+    source: TensorSource,
+    runs: Sequence[Run],
+    dtype: torch.dtype,
+    write: Write = forget,
+    settle: Settle | None = None,
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
     """Yields (layer, number of the run, x_ND) for every layer: router inputs of the run's real tokens.
 
     `source` is a mixture, written or not; an expert that no run passes through is not read. Each tensor that is read
     goes to `write` before it is used, so that a mixture in the making is written from one reading. Arithmetic and x
-    are in `dtype`.
+    are in `dtype`. Before a layer is read, `settle` is shown the states of each run that come to it.
     """
     if not runs:
         return
@@ -73,6 +78,8 @@ def gate_inputs(
         numbered = [[(states.append(embed(batch)), batch) for batch in text] for text in texts]
         del embed
         for layer in range(config.num_hidden_layers):
+            if settle is not None:
+                settle(layer, rope, lambda number: ((states[i], batch) for i, batch in numbered[number]))
             block = shared_block(config, layer, read_all(source, shared_names(config, layer), dtype, write))
             for path in sorted({run.path for run in runs}):
                 last = layer == config.num_hidden_layers - 1

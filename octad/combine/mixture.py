@@ -61,6 +61,9 @@ class MixtureSource:
             [w / total for w in weights] if weights and total else [1 / len(members)] * len(members)
         )
         self.routers: dict[str, torch.Tensor] = {}
+        self.settled: dict[
+            str, torch.Tensor
+        ] = {}  # shared tensors that were worked out elsewhere (regmean.py)
         self._shapes = tensor_plan(config)
         self._origins = {
             expert_name(config.model_type, layer, e, part): (member, dense_mlp_name(layer, part))
@@ -115,7 +118,14 @@ class MixtureSource:
             return self.routers[name].to(self.dtype)
         if _INERT.search(name):
             return torch.zeros(self._shapes[name], dtype=self.dtype)
-        return self._converted(self._merged(name), name)
+        merged = self.settled[name] if name in self.settled else self._merged(name)
+        return self._converted(merged, name)
+
+    def mean_of(self, name: str) -> torch.Tensor:
+        """The weighted mean of the members' tensors of this name, float32."""
+        return linear(
+            self.base.read(name), Reads(self.members, name), self.weights, spec=self.shared, name=name
+        )
 
     def _converted(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
         return converted(tensor, self.dtype, what)

@@ -27,7 +27,7 @@ from octad.checkpoint.provenance import TAKEN
 from octad.errors import RecipeError
 
 RouterMethod = Literal["ridge", "logistic", "prompts", "random"]
-SharedMethod = Literal["base", "mean", "linear", "ties", "dare"]
+SharedMethod = Literal["base", "mean", "linear", "ties", "dare", "regmean"]
 MAX_EXPERTS = 64
 GATE_MODES = {"hidden": "prompts", "random": "random"}  # mergekit's -> the method that does the same
 
@@ -68,10 +68,12 @@ class RouterSpec(Section):
 
 
 class SharedSpec(Section):
-    """Where attention, norms and embeddings come from. `density` is the share of a delta that TIES and DARE keep."""
+    """Where attention, norms and embeddings come from. `density` is the share of a delta that TIES and DARE keep;
+    `correlation` how much of the correlations between inputs RegMean goes by."""
 
     method: SharedMethod = "base"
     density: float = Field(default=0.5, gt=0, le=1)
+    correlation: float = Field(default=0.9, ge=0, le=1)
     scale: float = 1.0
     seed: int = 0
 
@@ -108,6 +110,11 @@ class Recipe(ConfigFile):
             raise ValueError(f"top_k is {self.top_k}, but there are only {len(names)} experts")
         if self.chat_template not in (None, "base", *names):
             raise ValueError(f"chat_template: no expert has the name {self.chat_template!r}")
+        if self.shared.method == "regmean" and self.router.method not in ("ridge", "logistic"):
+            raise ValueError(
+                f"shared: regmean is worked out of calibration text, and router {self.router.method!r} reads none; use"
+                " ridge or logistic"
+            )
         if self.router.method == "prompts" and (
             bare := [e.name for e in self.experts if not e.positive_prompts]
         ):

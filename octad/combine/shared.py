@@ -128,4 +128,5 @@ METHODS: dict[str, Method] = {
     "linear": linear,
     "ties": ties,
     "dare": dare,
+    "regmean": linear,  # of what is no linear layer of attention; those are settled by regmean.py
 }
