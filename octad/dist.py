@@ -169,6 +169,10 @@ class World:
             )
         return list(pieces[self.rank :: self.size])
 
+    def every(self, things: Sequence[T]) -> list[T]:
+        """This rank's of some things that need not come out even."""
+        return list(things[self.rank :: self.size])
+
     def add_up(self, tensors: Iterable[torch.Tensor]) -> None:
         """The sum over all ranks, in place; the same bits everywhere."""
         if self.size > 1:
@@ -208,6 +212,20 @@ class World:
         done: list[T] = []
         self.by_leader(lambda: done.append(work()))
         return done[0] if done else work()
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Everybody's own work, which talks to no other rank; where one fails for the user, all fail with its error."""
+        if self.size == 1:
+            return work()
+        done: list[T] = []
+        failed: OctadError | None = None
+        try:
+            done.append(work())
+        except OctadError as error:
+            failed = error
+        if first := next((error for error in self.gather(failed) if error is not None), None):
+            raise first
+        return done[0]
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in their order, on all ranks."""

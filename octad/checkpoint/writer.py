@@ -41,7 +41,9 @@ COPIERS = 4  # files that are copied into at the same time, at most; one file ta
 
 
 @dataclass(frozen=True)
-class _Shard:
+class Shard:
+    """A file of a checkpoint: its name, the bytes that open it, and how long it is."""
+
     file: str
     header: bytes
     size: int
@@ -66,7 +68,7 @@ class CheckpointWriter:
         self.plan = dict(plan)
         self._stage = StagedDirectory(directory, overwrite=overwrite)
         self.directory = self._stage.final
-        self._shards, self._places = _layout(self.plan, max_shard_bytes)
+        self._shards, self._places = shard_layout(self.plan, max_shard_bytes)
         self._needed = sum(shard.size for shard in self._shards)
         self._written: set[str] = set()
         self._finished = False
@@ -175,6 +177,21 @@ class CheckpointWriter:
         with self.explained():
             shutil.copyfile(path, self._side(Path(path).name))
 
+    @property
+    def stage(self) -> Path:
+        """The hidden directory in which the files are."""
+        return self._stage.path
+
+    def written_elsewhere(self, rows: Mapping[str, int]) -> None:
+        """Take tensors as written of which other processes have written so many rows. Raises CheckpointError where they
+        are not all of them."""
+        for name, count in rows.items():
+            if count != (self._expect(name, self.plan[name].shape).shape or (1,))[0]:
+                raise CheckpointError(
+                    f"{self.directory}: {count} rows of {name} were written, {self.plan[name]} planned"
+                )
+            self._done(name)
+
     def finish(self) -> Path:
         """Headers and index: from here on the hidden directory, which is returned, can be read as a checkpoint."""
         if missing := [name for name in self.plan if name not in self._written]:
@@ -263,9 +280,9 @@ def _reserve(fd: int, size: int) -> None:
         os.ftruncate(fd, size)
 
 
-def _layout(
+def shard_layout(
     plan: Mapping[str, TensorInfo], max_shard_bytes: float
-) -> tuple[list[_Shard], dict[str, tuple[int, int]]]:
+) -> tuple[list[Shard], dict[str, tuple[int, int]]]:
     """Shards, and for each tensor its shard's number and its offset there; a larger tensor than a shard gets its own."""
     groups: list[dict[str, TensorInfo]] = [{}]
     room = max_shard_bytes
@@ -275,11 +292,11 @@ def _layout(
             room = max_shard_bytes
         groups[-1][name] = info
         room -= info.nbytes
-    shards: list[_Shard] = []
+    shards: list[Shard] = []
     places: dict[str, tuple[int, int]] = {}
     for number, group in enumerate(groups):
         header, starts = encode_header(group)
         file = SINGLE if len(groups) == 1 else f"model-{number + 1:05}-of-{len(groups):05}.safetensors"
-        shards.append(_Shard(file, header, len(header) + sum(info.nbytes for info in group.values())))
+        shards.append(Shard(file, header, len(header) + sum(info.nbytes for info in group.values())))
         places.update({name: (number, start) for name, start in starts.items()})
     return shards, places

@@ -16,18 +16,20 @@ from typing import Any
 
 import torch
 
-from octad.checkpoint.load import load_model, load_tokenizer, open_member, open_source
+from octad.checkpoint.load import load_tokenizer, open_member, open_source
 from octad.checkpoint.lora import AdapterSource
 from octad.checkpoint.names import PARTS
 from octad.checkpoint.source import TensorSource
 from octad.checkpoint.writer import CheckpointWriter
+from octad.dist import World
 from octad.errors import OctadError, RecipeError
 from octad.model.transformer import Transformer
-from octad.train.export import common_files, write_adapter, write_trained
+from octad.train.export import Changes, common_files, write_adapter, write_trained
 from octad.train.learner import Learner, changes_of, choose, compute_settings
 from octad.train.lowrank import add_low_rank, low_rank_deltas, start_from
 from octad.train.run_config import BranchConfig, SpecialistSpec
 from octad.train.trainer import Outcome, Trainer, TrainingStopped
+from octad.train.weights import bare_model, fill_from
 
 FFN_TARGETS = tuple(f"{part}_proj" for part in PARTS)
 ALL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", *FFN_TARGETS)
@@ -98,19 +100,20 @@ def branch_learner(config: BranchConfig, specialist: SpecialistSpec) -> Learner:
     source = open_source(config.resolve(config.base))
     if source.config.is_moe:
         raise RecipeError(f"{source.label}: is a mixture; specialists branch off a dense base")
-    model = load_model(source, *compute_settings(config)).requires_grad_(False)
+    dtype, device = compute_settings(config)
+    model = bare_model(source.config, dtype)
     adapter = config.mode in ("ffn-adapter", "adapter")
     targets = FFN_TARGETS if config.mode == "ffn-adapter" else ALL_TARGETS
     if adapter:
         torch.manual_seed(config.seed)
-        add_low_rank(model, rf"({'|'.join(targets)})$", config.low_rank)
+        add_low_rank(model, rf"({'|'.join(targets)})$", config.low_rank, device)
     started = _start(config, specialist, source, model, adapter=adapter)
 
-    def write(run: Path, values: Mapping[str, torch.Tensor]) -> Path:
+    def write(run: Path, values: Mapping[str, torch.Tensor], world: World) -> Path:
         if adapter:
             deltas = low_rank_deltas(model, dict(values))
-            return write_adapter(run, source.label, deltas, config.low_rank, targets)
-        return _write_full(run, source, model, values)
+            return write_adapter(run, source.label, deltas, config.low_rank, targets, world)
+        return _write_full(run, source, changes_of(model, values), world)
 
     steps = specialist.steps or config.steps
     return Learner(
@@ -123,6 +126,7 @@ def branch_learner(config: BranchConfig, specialist: SpecialistSpec) -> Learner:
         trainable=choose(model, LEARNING[config.mode]),
         identity={"files": source.provenance().get("files"), "text": list(specialist.data)} | started,
         result="adapter_config.json" if adapter else "config.json",
+        fill=fill_from(source),
     )
 
 
@@ -158,10 +162,8 @@ def _train(
     return trainer.fit()
 
 
-def _write_full(
-    run: Path, source: TensorSource, model: Transformer, values: Mapping[str, torch.Tensor]
-) -> Path:
+def _write_full(run: Path, source: TensorSource, changes: Changes, world: World) -> Path:
     def side_files(writer: CheckpointWriter) -> None:
         common_files(writer, source.config.raw, load_tokenizer(source))
 
-    return write_trained(run, source, changes_of(model, values), side_files)
+    return write_trained(run, source, changes, side_files, world)

@@ -1,6 +1,6 @@
 """torch.compile where it helps: the many small operations between the matrix products become one pass each.
 
-    compile_model(model, "auto", work=1e15, echo=print)      # before the first step; True where it was done
+    compile_model(model, "auto", device, work=1e15, echo=print)  # before the first step; True where it was done
 
 Norms, dense feed-forward networks and the rotation of queries and keys are compiled; the products themselves are the
 library's either way, and attention, experts and loss have backwards of their own. On CPUs blocks.py has done most of it
@@ -26,9 +26,10 @@ AUTO = ("cuda",)  # where much is left to compile
 ENOUGH = 1e14  # operations of a whole run from which the seconds saved are more than those of compiling
 
 
-def compile_model(model: Transformer, wanted: Wanted, *, work: float, echo: Callable[[str], None]) -> bool:
+def compile_model(
+    model: Transformer, wanted: Wanted, device: torch.device, *, work: float, echo: Callable[[str], None]
+) -> bool:
     """Compile the model's small parts in place. Raises RecipeError where it is asked for and cannot be done."""
-    device = next(model.parameters()).device
     if wanted is False or (wanted == "auto" and (device.type not in AUTO or work < ENOUGH)):
         return False
     if reason := cannot_compile(device):

@@ -4,8 +4,9 @@
     write_trained(run, source, changes, side_files)
 
 A low-rank change is added in float32 to the weights as they are on disk, so that only one rounding separates the file
-from the sum. The run's directory already holds its log and states; the model is written whole beside them, then
-moved in with config.json last, so that a run that is cut short never looks like a model.
+from the sum. Every rank writes the rows that it holds, straight to their places; no weight is put together anywhere. The
+run's directory already holds its log and states; the model is written whole beside them, then moved in with config.json
+last, so that a run that is cut short never looks like a model.
 
 Shapes: E experts, F feed-forward hidden, D model.
 """
@@ -15,27 +16,34 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
+from torch.distributed.tensor import DTensor
 
 from octad import staging
 from octad.checkpoint.adapter_file import CONFIG_FILE, WEIGHTS_FILE
 from octad.checkpoint.load import content_names
-from octad.checkpoint.names import parameter_sources, tensor_plan
+from octad.checkpoint.names import tensor_plan
+from octad.checkpoint.row_writer import RowWriter
 from octad.checkpoint.source import TensorInfo, TensorSource
+from octad.checkpoint.spans import Parts
 from octad.checkpoint.writer import CheckpointWriter
+from octad.dist import World
 from octad.model.config import ModelConfig
 from octad.staging import StagedDirectory, explained
 from octad.text.tokenizer import Tokenizer
 from octad.train.lowrank import Factors
+from octad.train.pieces import first_of_copies, local, place_of, whole
 from octad.train.sections import LowRankSpec
 
 _STAGING = "model-in-the-making"
+ALONE = World()
 
 
 @dataclass(frozen=True)
@@ -46,32 +54,26 @@ class Changes:
     deltas: Mapping[str, Factors] = field(default_factory=dict)
 
 
-def hub_tensors(
-    config: ModelConfig, parameter: str, value: torch.Tensor
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """A parameter as the hub's tensors: itself, or stacked experts [E, rows, D] taken apart."""
-    names, shapes = parameter_sources(config)[parameter], tensor_plan(config)
-    if value.dim() < 3:
-        yield names[0], value
-        return
-    heights = [shapes[name][0] for name in names]
-    yield from zip(names, torch.split(value.flatten(0, 1), heights), strict=True)
-
-
 def write_trained(
-    run: Path, source: TensorSource, changes: Changes, side_files: Callable[[CheckpointWriter], None]
+    run: Path,
+    source: TensorSource,
+    changes: Changes,
+    side_files: Callable[[CheckpointWriter], None],
+    world: World = ALONE,
 ) -> Path:
     """Write the source with the changes into a run's directory. Raises OutputError where it cannot be written."""
     plan = {name: source.info(name) for name in content_names(source)}
-    with CheckpointWriter(run / _STAGING, plan, overwrite=True) as writer:
-        written = set()
-        for name, tensor in _changed(source, changes):
-            writer.write(name, tensor)
-            written.add(name)
-        writer.copy_all([name for name in plan if name not in written], source)
-        side_files(writer)
-        writer.commit()
-    return _move_in(run)
+    parts = Parts(source.config)
+    mine = _own_factors(parts, changes.deltas, world)
+    changed = {name for p in (*changes.values, *changes.deltas) for name in parts.sources[p]}
+
+    def fill(rows: RowWriter) -> None:
+        _write_values(rows, parts, changes.values, world)
+        for name, (a, b, scale) in mine:
+            rows.write(name, 0, source.read(name).float().addmm_(b.cpu(), a.cpu(), alpha=scale))
+        rows.copy_all(world.every([name for name in plan if name not in changed]), source)
+
+    return _write(run, plan, fill, side_files, world)
 
 
 def write_new(
@@ -80,24 +82,36 @@ def write_new(
     values: Mapping[str, torch.Tensor],
     dtype: torch.dtype,
     side_files: Callable[[CheckpointWriter], None],
+    world: World = ALONE,
 ) -> Path:
     """Write a model that has no source, every parameter from `values`. Raises OutputError."""
     plan = {name: TensorInfo(shape, dtype) for name, shape in tensor_plan(config).items()}
-    with CheckpointWriter(run / _STAGING, plan, overwrite=True) as writer:
-        for parameter in parameter_sources(config):
-            for name, tensor in hub_tensors(config, parameter, values[parameter]):
-                writer.write(name, tensor)
-        side_files(writer)
-        writer.commit()
-    return _move_in(run)
+    parts = Parts(config)
+    return _write(run, plan, lambda rows: _write_values(rows, parts, values, world), side_files, world)
 
 
 def write_adapter(
-    run: Path, base: str, deltas: Mapping[str, Factors], spec: LowRankSpec, targets: Sequence[str]
+    run: Path,
+    base: str,
+    deltas: Mapping[str, Factors],
+    spec: LowRankSpec,
+    targets: Sequence[str],
+    world: World = ALONE,
 ) -> Path:
     """Low-rank changes as a PEFT adapter (adapter_config.json and adapter_model.safetensors). Raises OutputError."""
+    known = {parameter: (whole(a).cpu(), whole(b).cpu()) for parameter, (a, b, _) in deltas.items()}
+    return world.by_leader(lambda: _write_adapter(run, base, known, spec, targets))
+
+
+def _write_adapter(
+    run: Path,
+    base: str,
+    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    spec: LowRankSpec,
+    targets: Sequence[str],
+) -> Path:
     tensors: dict[str, torch.Tensor] = {}
-    for parameter, (a, b, _) in deltas.items():
+    for parameter, (a, b) in factors.items():
         module = f"base_model.model.{parameter.removesuffix('.weight')}"
         tensors |= {f"{module}.lora_A.weight": a.contiguous(), f"{module}.lora_B.weight": b.contiguous()}
     config = {
@@ -127,16 +141,66 @@ def common_files(writer: CheckpointWriter, config: Mapping[str, object], tokeniz
     tokenizer.save(writer)
 
 
-def _changed(source: TensorSource, changes: Changes) -> Iterator[tuple[str, torch.Tensor]]:
-    for parameter, value in changes.values.items():
-        yield from hub_tensors(source.config, parameter, value)
-    for parameter, (a, b, scale) in changes.deltas.items():
-        parts = list(hub_tensors(source.config, parameter, b))
-        for number, (name, rows) in enumerate(parts):
-            into = (
-                a[number * len(a) // len(parts)] if a.dim() == 3 else a
-            )  # gate_0, up_0, gate_1, ...: an expert's
-            yield name, source.read(name).float().addmm_(rows.cpu(), into.cpu(), alpha=scale)
+def _write(
+    run: Path,
+    plan: Mapping[str, TensorInfo],
+    fill: Callable[[RowWriter], None],
+    side_files: Callable[[CheckpointWriter], None],
+    world: World,
+) -> Path:
+    """Every rank writes what `fill` of it writes, the leader all that stands around it."""
+    writer = CheckpointWriter(run / _STAGING, plan, overwrite=True)
+
+    def fill_mine() -> Counter[str]:
+        with RowWriter(Path(stage), plan) as rows:
+            fill(rows)
+        return rows.rows
+
+    def finish() -> None:
+        writer.written_elsewhere(sum(found, Counter()))
+        side_files(writer)
+        writer.commit()
+        _move_in(run)
+
+    try:
+        stage = world.by_leader(lambda: str(writer.__enter__().stage))
+        found = world.gather(world.together(fill_mine))
+        world.by_leader(finish)
+    finally:
+        if world.leads:
+            writer.__exit__(None, None, None)
+    return run
+
+
+def _write_values(rows: RowWriter, parts: Parts, values: Mapping[str, torch.Tensor], world: World) -> None:
+    """This rank's rows of each parameter: what several ranks hold is written by the first of them, what all hold is dealt
+    out."""
+    turns = set(world.every([name for name, value in values.items() if not isinstance(value, DTensor)]))
+    for parameter, value in values.items():
+        if isinstance(value, DTensor) and not first_of_copies(value):
+            continue
+        if not isinstance(value, DTensor) and parameter not in turns:
+            continue
+        mine = local(value.detach())
+        starts, shape = place_of(value)
+        for span in parts.spans(parameter, starts, shape):
+            rows.write(span.name, span.first, span.of(mine))
+
+
+def _own_factors(
+    parts: Parts, deltas: Mapping[str, Factors], world: World
+) -> list[tuple[str, tuple[torch.Tensor, torch.Tensor, float]]]:
+    """The factors of the tensors that this rank adds them to, by name; all ranks put each one together in turn."""
+    mine = set(world.every([name for parameter in deltas for name in parts.sources[parameter]]))
+    found = []
+    for parameter, (a, b, scale) in deltas.items():
+        a, b, names = whole(a), whole(b), parts.sources[parameter]
+        blocks = torch.split(b.flatten(0, -2), [parts.shapes[name][0] for name in names])
+        for number, (name, rows) in enumerate(zip(names, blocks, strict=True)):
+            if name in mine:  # of a stack gate_0, up_0, gate_1, ...: an expert's
+                into = a[number * len(a) // len(names)] if a.dim() == 3 else a
+                found.append((name, (into.clone(), rows.clone(), scale)))
+    return found
 
 
 def _move_in(run: Path, last: str = "config.json") -> Path:

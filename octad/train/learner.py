@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from octad.checkpoint.load import load_model, load_tokenizer, open_source
 from octad.checkpoint.provenance import PROVENANCE, Provenance
 from octad.checkpoint.source import TensorSource
 from octad.checkpoint.writer import CheckpointWriter
-from octad.dist import compute_dtype, own_device
+from octad.dist import World, compute_dtype, own_device
 from octad.errors import CheckpointError, RecipeError
 from octad.fast.grouped_experts import group_experts
 from octad.fast.training_experts import TrainExperts
@@ -35,9 +36,11 @@ from octad.model.transformer import Transformer
 from octad.text.tokenizer import Tokenizer
 from octad.train.export import Changes, common_files, write_trained
 from octad.train.lowrank import add_low_rank, low_rank_deltas
+from octad.train.pieces import Piece
 from octad.train.routers import TrainRouter, swap_routers
 from octad.train.run_config import TuneConfig
 from octad.train.sections import DataSpec, EvaluateSpec, RoutingSpec, RunSpec
+from octad.train.weights import Fill, bare_model, fill_from, materialise
 
 TRAINING = "training.json"
 ATTENTION = r"self_attn\.[qkvo]_proj$"
@@ -48,15 +51,16 @@ NORM = r"norm\.weight$"
 
 @dataclass
 class Learner:
-    """A task, ready to train. `write` takes the run's directory and the float32 masters by parameter name; `identity`
-    tells which weights it started from; `members` are the experts' names; `result` is the file that says it is done."""
+    """A task, ready to train. `write` takes the run's directory, this rank's float32 masters by parameter name, and the
+    ranks; `identity` tells which weights it started from; `members` are the experts' names; `result` is the file that
+    says it is done; `fill` brings the weights once they are laid out, where the model has none yet."""
 
     model: Transformer
     tokenizer: Tokenizer
     config: RunSpec
     data: DataSpec
     evaluate: EvaluateSpec
-    write: Callable[[Path, Mapping[str, torch.Tensor]], Path]
+    write: Callable[[Path, Mapping[str, torch.Tensor], World], Path]
     trainable: dict[str, nn.Parameter] = field(default_factory=dict)
     routers: list[TrainRouter] = field(default_factory=list)
     routing: RoutingSpec = field(default_factory=RoutingSpec)
@@ -65,6 +69,15 @@ class Learner:
     teacher: Transformer | None = None
     distill: float = 0.0
     result: str = "config.json"
+    fill: Fill | None = None
+
+    def bring_weights(
+        self, device: torch.device | str = "cpu", pieces: Mapping[str, Piece] = MappingProxyType({})
+    ) -> Transformer:
+        """The model with its weights, this rank's `pieces` of them, on `device`."""
+        if self.fill is not None:
+            self.fill(self.model, materialise(self.model, torch.device(device)), pieces)
+        return self.model
 
 
 def compute_settings(config: RunSpec) -> tuple[torch.dtype, torch.device]:
@@ -85,23 +98,29 @@ def tune_learner(config: TuneConfig) -> Learner:
         raise RecipeError(
             f"{source.label}: is dense, there is nothing to tune; `octad branch` trains dense models"
         )
-    model = load_model(source, *compute_settings(config)).requires_grad_(False)
+    dtype, device = compute_settings(config)
+    # a teacher stays whole on every rank, and shares with the model what the mode leaves alone
+    model = load_model(source, dtype, device) if config.distill else bare_model(source.config, dtype)
+    model.requires_grad_(False)
     provenance, earlier = Provenance.of(source), _earlier(source)
     members = tuple(provenance.names) if provenance else ()
     teacher = _teacher(model, config) if config.distill else None
     if teacher is not None:
         _check_members(config, members)
-    routers = prepare_mixture(model, config.routing)
+    routers = prepare_mixture(model, config.routing, device)
     torch.manual_seed(config.seed)
     if config.mode == "repair":
-        add_low_rank(model, rf"{SHARED}|{EXPERTS}" if config.low_rank.experts else SHARED, config.low_rank)
+        pattern = rf"{SHARED}|{EXPERTS}" if config.low_rank.experts else SHARED
+        add_low_rank(model, pattern, config.low_rank, device)
     learner = Learner(
         model=model,
         tokenizer=load_tokenizer(source),
         config=config,
         data=config.data,
         evaluate=config.evaluate,
-        write=lambda run, values: _write_tuned(run, source, model, values, config, provenance, earlier),
+        write=lambda run, values, world: _write_tuned(
+            run, source, changes_of(model, values), config, provenance, earlier, world
+        ),
         trainable=_trainable(model, config.mode),
         routers=routers,
         routing=config.routing,
@@ -109,14 +128,17 @@ def tune_learner(config: TuneConfig) -> Learner:
         members=members,
         teacher=teacher,
         distill=config.distill,
+        fill=fill_from(source),
     )
     return learner
 
 
-def prepare_mixture(model: Transformer, routing: RoutingSpec) -> list[TrainRouter]:
+def prepare_mixture(
+    model: Transformer, routing: RoutingSpec, device: torch.device | str = "cpu"
+) -> list[TrainRouter]:
     """Swap routers and experts for those that train; returns the routers. On a GPU experts are grouped products."""
     routers = swap_routers(model, routing)
-    if next(model.parameters()).device.type == "cuda":
+    if torch.device(device).type == "cuda":
         group_experts(model)
     for layer in model.model.layers:
         if isinstance(layer.mlp, MoE) and isinstance(layer.mlp.experts, Experts):
@@ -168,11 +190,11 @@ def _check_members(config: TuneConfig, members: tuple[str, ...]) -> None:
 def _write_tuned(
     run: Path,
     source: TensorSource,
-    model: Transformer,
-    values: Mapping[str, torch.Tensor],
+    changes: Changes,
     config: TuneConfig,
     provenance: Provenance | None,
     earlier: list[Any],
+    world: World,
 ) -> Path:
     def side_files(writer: CheckpointWriter) -> None:
         common_files(writer, source.config.raw, load_tokenizer(source))
@@ -182,7 +204,7 @@ def _write_tuned(
             provenance.edits.append(f"trained ({config.mode}, {config.steps} steps)")
             writer.add_text(PROVENANCE, provenance.to_json())
 
-    return write_trained(run, source, changes_of(model, values), side_files)
+    return write_trained(run, source, changes, side_files, world)
 
 
 def _earlier(source: TensorSource) -> list[Any]:

@@ -33,12 +33,12 @@ Factors = tuple[torch.Tensor, torch.Tensor, float]
 class LowRankLinear(nn.Module):
     """A linear layer [in to out] with a low-rank change."""
 
-    def __init__(self, base: nn.Linear, spec: LowRankSpec) -> None:
+    def __init__(self, base: nn.Linear, spec: LowRankSpec, device: torch.device | None = None) -> None:
         super().__init__()
         self.base, self.scale = base, spec.alpha / spec.rank
         out, into = base.weight.shape
-        self.lora_A = nn.Parameter(_first(base.weight, spec.rank, into))
-        self.lora_B = nn.Parameter(base.weight.new_zeros(out, spec.rank))
+        self.lora_A = nn.Parameter(_first(base.weight, spec.rank, into, device=device))
+        self.lora_B = nn.Parameter(base.weight.new_zeros(out, spec.rank, device=device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] to [..., out]; on CPUs a few hundred rows at a time, elsewhere plain
@@ -52,12 +52,12 @@ class LowRankLinear(nn.Module):
 class LowRankEmbedding(nn.Module):
     """An embedding [V, D] with a low-rank change; a tied head takes the factors from here (see loss.Head)."""
 
-    def __init__(self, base: nn.Embedding, spec: LowRankSpec) -> None:
+    def __init__(self, base: nn.Embedding, spec: LowRankSpec, device: torch.device | None = None) -> None:
         super().__init__()
         self.base, self.scale = base, spec.alpha / spec.rank
         V, D = base.weight.shape
-        self.lora_A = nn.Parameter(_first(base.weight, spec.rank, D))
-        self.lora_B = nn.Parameter(base.weight.new_zeros(V, spec.rank))
+        self.lora_A = nn.Parameter(_first(base.weight, spec.rank, D, device=device))
+        self.lora_B = nn.Parameter(base.weight.new_zeros(V, spec.rank, device=device))
 
     @property
     def weight(self) -> torch.Tensor:
@@ -70,19 +70,21 @@ class LowRankEmbedding(nn.Module):
         return x + self.scale * F.linear(F.embedding(tokens, self.lora_B), self.lora_A.T)
 
 
-def add_low_rank(model: Transformer, pattern: str, spec: LowRankSpec) -> list[str]:
+def add_low_rank(
+    model: Transformer, pattern: str, spec: LowRankSpec, device: torch.device | None = None
+) -> list[str]:
     """Change every linear layer, embedding and stack of experts whose name the pattern is found in; returns their
-    names."""
+    names. The factors are on `device`, or where the weights are."""
     wrappers = {nn.Linear: LowRankLinear, nn.Embedding: LowRankEmbedding}
     changed = []
     for name, module in list(model.named_modules()):
         if not re.search(pattern, name):
             continue
         if isinstance(module, TrainExperts):
-            _change_experts(module, spec)
+            _change_experts(module, spec, device)
         elif type(module) in wrappers:
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, wrappers[type(module)](module, spec))
+            setattr(model.get_submodule(parent), leaf, wrappers[type(module)](module, spec, device))
         else:
             continue
         changed.append(name)
@@ -133,16 +135,19 @@ def start_from(model: nn.Module, adapter: AdapterSource) -> None:
         module.lora_B.copy_(b * (scale / module.scale))
 
 
-def _change_experts(experts: TrainExperts, spec: LowRankSpec) -> None:
+def _change_experts(experts: TrainExperts, spec: LowRankSpec, device: torch.device | None) -> None:
     factors = {}
     for projection in PROJECTIONS:
         weight = experts.get_parameter(f"{projection}_proj")
         E, out, into = weight.shape
-        factors[projection] = (_first(weight, E, spec.rank, into), weight.new_zeros(E, out, spec.rank))
+        first = _first(weight, E, spec.rank, into, device=device)
+        factors[projection] = (first, weight.new_zeros(E, out, spec.rank, device=device))
     experts.change(factors, spec.alpha / spec.rank)
 
 
-def _first(like: torch.Tensor, *shape: int) -> torch.Tensor:
+def _first(like: torch.Tensor, *shape: int, device: torch.device | None = None) -> torch.Tensor:
     """A's first values, as PEFT draws them: uniform within 1 / sqrt(in)."""
     bound = 1 / math.sqrt(shape[-1])
-    return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound).to(like)
+    return (
+        torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound).to(device or like.device, like.dtype)
+    )

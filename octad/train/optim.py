@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from octad.train.pieces import Piece, like, local, whole
+from octad.train.pieces import Piece, like, local
 from octad.train.sections import OptimizerSpec, ScheduleSpec
 
 _OUTSIDE = ("embed_tokens", "lm_head")  # Muon is for matrices inside the layers
@@ -77,15 +77,6 @@ class Optimizer:
     def values(self) -> dict[str, torch.Tensor]:
         """The float32 masters by name; DTensors where a rank has only a part."""
         return {name: self._placed(name, master.values) for name, master in self.masters.items()}
-
-    def whole_values(self, keep: bool = True) -> dict[str, torch.Tensor]:
-        """The masters put together; every rank has to call this, those that do not `keep` get nothing."""
-        found = {}
-        for name, values in self.values().items():
-            value = whole(values)
-            if keep:
-                found[name] = value.cpu() if name in self.pieces else value
-        return found
 
     @torch.no_grad()
     def collect(self) -> None:

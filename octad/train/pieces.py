@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class Piece:
         assert isinstance(placement, Shard)
         return Piece(mesh, (Shard(placement.dim - 1),), self.shape[1:])
 
+    @property
+    def place(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Where this part begins in each dimension of the whole, and its shape."""
+        return placed(self.shape, self.mesh, self.placements)
+
     def wrap(self, values: torch.Tensor) -> DTensor:
         """This rank's values, in the place that they have in the whole; shares their memory."""
         stride = torch.empty(self.shape, device="meta").stride()
@@ -78,6 +84,28 @@ def like(values: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
         shape=tensor.shape,
         stride=tensor.stride(),
     )
+
+
+def place_of(tensor: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where this rank's part of a tensor begins in each dimension, and its shape."""
+    if not isinstance(tensor, DTensor):
+        return (0,) * tensor.dim(), tuple(tensor.shape)
+    return placed(tensor.shape, tensor.device_mesh, tuple(tensor.placements))
+
+
+def placed(
+    shape: torch.Size, mesh: DeviceMesh, placements: tuple[Placement, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The same of a part that is described."""
+    own, starts = compute_local_shape_and_global_offset(shape, mesh, placements)
+    return tuple(starts), tuple(own)
+
+
+def first_of_copies(tensor: DTensor) -> bool:
+    """Whether this rank is the first of those that hold the same part."""
+    coordinates = tensor.device_mesh.get_coordinate() or ()
+    pairs = zip(tensor.placements, coordinates, strict=True)
+    return not any(isinstance(placement, Replicate) and at for placement, at in pairs)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

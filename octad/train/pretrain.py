@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,17 @@ from typing import Any
 import torch
 
 from octad.checkpoint.load import load_tokenizer, open_source, state_tensors
+from octad.checkpoint.names import layer_of
 from octad.checkpoint.writer import CheckpointWriter
+from octad.dist import World
 from octad.errors import RecipeError
 from octad.model.config import ModelConfig
-from octad.model.transformer import Transformer
 from octad.text.tokenizer import Tokenizer
 from octad.train.export import common_files, write_new
 from octad.train.learner import TRAINING, Learner, choose, compute_settings, prepare_mixture
 from octad.train.run_config import ArchitectureSpec, PretrainConfig
 from octad.train.state import FACTS, latest_state, load_facts, read_masters
+from octad.train.weights import bare_model, fill_drawn
 
 HEAD_DIM, DEVIATION = 64, 0.02
 
@@ -88,19 +90,19 @@ def pretrain_learner(config: PretrainConfig) -> Learner:
         expert_width=dense.width if dense else None,
     )
     raw |= {"torch_dtype": str(dtype).removeprefix("torch."), "eos_token_id": list(tokenizer.eos_ids)}
-    model = Transformer(ModelConfig.from_dict(raw))
-    initialise(model, config.seed)
+    model = bare_model(ModelConfig.from_dict(raw), dtype)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     if dense is not None:
-        upcycle(model, dense)
-    model = model.to(device, dtype)
-    routers = prepare_mixture(model, config.routing)
+        check_upcycled(shapes, dense)
+    routers = prepare_mixture(model, config.routing, device)
+    model.requires_grad_(True)
 
     def side_files(writer: CheckpointWriter) -> None:
         common_files(writer, raw, tokenizer)
         writer.add_text(TRAINING, json.dumps([config.to_dict()], indent=2) + "\n")
 
-    def write(run: Path, values: Mapping[str, torch.Tensor]) -> Path:
-        return write_new(run, model.config, values, dtype, side_files)
+    def write(run: Path, values: Mapping[str, torch.Tensor], world: World) -> Path:
+        return write_new(run, model.config, values, dtype, side_files, world)
 
     return Learner(
         model=model,
@@ -113,19 +115,26 @@ def pretrain_learner(config: PretrainConfig) -> Learner:
         routers=routers,
         routing=config.routing,
         identity={"files": dense.files if dense else None},
+        fill=fill_drawn(lambda: first_values(shapes, config.seed, dense, dtype)),
     )
 
 
-@torch.no_grad()
-def initialise(model: Transformer, seed: int) -> None:
-    """Normal weights of deviation 0.02, those that write into the residual stream less by the root of their number."""
+def first_values(
+    shapes: Mapping[str, torch.Size], seed: int, dense: Dense | None, dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a model's parameters begin with, one after another: normal weights of deviation 0.02, those that write into
+    the residual stream less by the root of their number; for all but routers a dense run's where there is one."""
     torch.manual_seed(seed)
-    inner = DEVIATION / math.sqrt(2 * model.config.num_hidden_layers)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() < 2:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    layers = 1 + max((layer for layer in map(layer_of, shapes) if layer is not None), default=0)
+    inner = DEVIATION / math.sqrt(2 * layers)
+    for name, shape in shapes.items():
+        value = torch.empty(shape)
+        if len(shape) < 2:
+            value.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
-            parameter.normal_(0.0, inner if "o_proj" in name or "down_proj" in name else DEVIATION)
+            value.normal_(0.0, inner if "o_proj" in name or "down_proj" in name else DEVIATION)
+        known = None if dense is None or ".mlp.gate." in name else _dense_value(name, dense.weights)
+        yield name, (value if known is None else known.expand(shape)).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -157,20 +166,17 @@ def open_dense(reference: str) -> Dense:
     return Dense(source.label, weights, source.provenance().get("files"))
 
 
-@torch.no_grad()
-def upcycle(model: Transformer, dense: Dense) -> None:
-    """Fill a mixture from a dense model; routers stay as they are. Raises RecipeError where shapes differ."""
-    for name, parameter in model.named_parameters():
+def check_upcycled(shapes: Mapping[str, torch.Size], dense: Dense) -> None:
+    """Raises RecipeError where the mixture's parameters, but for routers, cannot begin as the dense run's."""
+    for name, shape in shapes.items():
         if ".mlp.gate." in name:
             continue
         value = _dense_value(name, dense.weights)
-        if value is None or value.shape != parameter.shape[-value.dim() :]:
-            shape = "nothing" if value is None else list(value.shape)
+        if value is None or value.shape != shape[-value.dim() :]:
+            found = "nothing" if value is None else list(value.shape)
             raise RecipeError(
-                f"upcycle: {dense.label} has {shape} for {name} {list(parameter.shape)}; "
-                "use the architecture of the dense run"
+                f"upcycle: {dense.label} has {found} for {name} {list(shape)}; use the architecture of the dense run"
             )
-        parameter.copy_(value)
 
 
 def _dense_value(name: str, found: Mapping[str, torch.Tensor]) -> torch.Tensor | None:

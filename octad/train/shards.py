@@ -16,14 +16,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib import format as npy
 
 from octad.errors import DataError, OutputError
 from octad.staging import StagedDirectory, explained
@@ -94,29 +94,62 @@ def _key(opened: Sequence[Documents], tokenizer: Tokenizer, field: str, append_e
 def _build(
     directory: Path, opened: Sequence[Documents], tokenizer: Tokenizer, field: str, append_eos: bool
 ) -> None:
-    tokens, learn, starts = array("I"), bytearray(), array("q", [0])
-    for ids, learnt in _encoded(opened, tokenizer, field, append_eos):
-        tokens.extend(ids)
-        learn.extend(learnt)
-        starts.append(len(tokens))
-    if not tokens:
-        raise DataError(f"{', '.join(d.label for d in opened)}: no text in it; give more")
-    arrays: dict[str, npt.NDArray[Any]] = {
-        "tokens": np.frombuffer(tokens, np.uint32),
-        "starts": np.frombuffer(starts, np.int64),
-    }
-    if not all(learn):
-        arrays["learn"] = np.frombuffer(learn, np.bool_)
     try:
         with StagedDirectory(directory, own_place=True) as stage, explained(directory):
-            for name, values in arrays.items():
-                np.save(stage.path / f"{name}.npy", values)
-            digests = {name: _digest(stage.path, name) for name in arrays}
+            with (
+                _Growing(stage.path / "tokens.npy", np.uint32) as tokens,
+                _Growing(stage.path / "learn.npy", np.bool_) as learn,
+                _Growing(stage.path / "starts.npy", np.int64) as starts,
+            ):
+                starts.add([0])
+                all_learnt = True
+                for ids, learnt in _encoded(opened, tokenizer, field, append_eos):
+                    tokens.add(ids)
+                    learn.add(np.frombuffer(learnt, np.bool_))
+                    starts.add([tokens.count])
+                    all_learnt = all_learnt and all(learnt)
+            if not tokens.count:
+                raise DataError(f"{', '.join(d.label for d in opened)}: no text in it; give more")
+            names = ["tokens", "starts"] if all_learnt else ["tokens", "starts", "learn"]
+            if all_learnt:
+                (stage.path / "learn.npy").unlink()
+            digests = {name: _digest(stage.path, name) for name in names}
             (stage.path / DIGESTS).write_text(json.dumps(digests))
             stage.commit()
     except OutputError:
         if not (directory / DIGESTS).is_file():  # else somebody else made it in the meantime
             raise
+
+
+class _Growing:
+    """An .npy file of one dimension that is written as it comes: memory does not grow with the text. Its header has room
+    for any length, and is written again at the end."""
+
+    def __init__(self, path: Path, dtype: npt.DTypeLike) -> None:
+        self.path, self.dtype, self.count = path, np.dtype(dtype), 0
+
+    def __enter__(self) -> Self:
+        self.file = self.path.open("w+b")
+        self.start = self._header()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self.file:
+            if error[0] is None and self._header() != self.start:
+                raise AssertionError("the header of an .npy file has grown")
+
+    def add(self, values: Any) -> None:
+        """Append them."""
+        array = np.asarray(values, self.dtype)
+        self.file.write(array.tobytes())
+        self.count += len(array)
+
+    def _header(self) -> int:
+        """Write the header and say where it ends."""
+        self.file.seek(0)
+        about = {"descr": npy.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.count,)}
+        npy.write_array_header_1_0(self.file, about)
+        return self.file.tell()
 
 
 def _encoded(

@@ -94,6 +94,8 @@ class Trainer:
             checkpoint_activations(self.model)
         self._compile()
         self.whole = self.layout.shard(self.model)
+        pieces = self.layout.pieces(dict(self.model.named_parameters()))
+        self.world.together(lambda: learner.bring_weights(self.device, pieces))
         learner.trainable = {name: self.model.get_parameter(name) for name in learner.trainable}
         self.optimizer = Optimizer(
             learner.trainable, self.config.optimizer, self.layout.pieces(learner.trainable)
@@ -131,8 +133,7 @@ class Trainer:
                 self.save()
         if self.step < self.config.steps:
             return Outcome.STOPPED
-        values = self.optimizer.whole_values(keep=self.world.leads)
-        self.world.by_leader(lambda: self.learner.write(self.run, values))
+        self.learner.write(self.run, self.optimizer.values(), self.world)
         return Outcome.FINISHED
 
     def _one_step(self, telemetry: Telemetry) -> None:
@@ -285,7 +286,7 @@ class Trainer:
         spec = self.config
         work = self.flops * spec.steps * spec.batch.windows * self.learner.data.window
         if self.world.size == 1:
-            compile_model(self.model, spec.compile, work=work, echo=self.echo)
+            compile_model(self.model, spec.compile, self.device, work=work, echo=self.echo)
 
     def _telemetry(self) -> Telemetry:
         lengths = self.learner.tokenizer.byte_lengths

@@ -107,7 +107,7 @@ def test_going_on_from_an_adapter_of_peft(base, tmp_path) -> None:
     learner = branch_learner(spec, spec.experts[0])
     tokens = torch.randint(0, 95, (2, 20))
     with torch.no_grad():
-        torch.testing.assert_close(learner.model.eval()(tokens), adapted(tokens).logits)
+        torch.testing.assert_close(learner.bring_weights().eval()(tokens), adapted(tokens).logits)
 
 
 @pytest.mark.parametrize(

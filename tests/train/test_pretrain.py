@@ -88,7 +88,7 @@ def test_upcycling_begins_as_the_dense_model(tmp_path) -> None:
     tokens = torch.randint(0, 95, (2, 20))
     with torch.no_grad():
         expected = load_model(open_source(tmp_path / "dense"))(tokens)
-        torch.testing.assert_close(upcycled.model.eval()(tokens), expected)
+        torch.testing.assert_close(upcycled.bring_weights().eval()(tokens), expected)
     with pytest.raises(RecipeError, match=r"upcycle: .*use the architecture of the dense run"):
         learner(tmp_path, "mixture", upcycle=str(tmp_path / "dense"), architecture={"width": 64})
 
@@ -109,7 +109,7 @@ def test_upcycling_midway_begins_as_the_dense_run_was(tmp_path) -> None:
     state = tmp_path / "dense" / "states" / "step-00000003"
     upcycled = learner(tmp_path, "mixture", upcycle=str(state))
     with torch.no_grad():
-        torch.testing.assert_close(upcycled.model.eval()(tokens), expected)
+        torch.testing.assert_close(upcycled.bring_weights().eval()(tokens), expected)
     assert upcycled.identity["files"]["step"] == 3  # the states of a run are all of one size
     with pytest.raises(
         RecipeError, match=r"dense is not finished; name one of its states, .*step-00000003 say"
