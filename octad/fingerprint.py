@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from octad import portable
 from octad.errors import CheckpointError
 
 WHOLE_HASH_BYTES = 1 << 29
@@ -29,7 +30,7 @@ def fingerprint(path: Path, whole: int = WHOLE_HASH_BYTES) -> dict[str, Any]:
                 return {"name": path.name, "bytes": size, "sha256": digest}
             sampled = hashlib.sha256()
             for start in range(0, size, SAMPLE_STRIDE):
-                sampled.update(os.pread(file.fileno(), SAMPLE_BYTES, start))
+                sampled.update(portable.read_at(file.fileno(), SAMPLE_BYTES, start))
             return {"name": path.name, "bytes": size, "sha256_sampled": sampled.hexdigest()}
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error

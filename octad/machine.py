@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from octad import portable
 from octad.dist import product_rate
 
 READ_BYTES = 256 << 20  # far more than any last-level cache of a small machine
@@ -112,7 +113,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instruction_sets": [name for name in INSTRUCTION_SETS if name in flags],
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": portable.memory_bytes(),
         "system": f"{platform.system()} {platform.release()}",
         "scheduling": _scheduling(),
         "device": str(device),

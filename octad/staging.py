@@ -18,17 +18,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import functools
 import os
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from octad import portable
 from octad.errors import OutputError
 
 MARKER = "config.json"  # without it a directory is no checkpoint
@@ -140,9 +141,9 @@ def staged_file(path: Path, *, own_place: bool = False) -> Iterator[Path]:
         new = _sibling(path, f"new{threading.get_ident()}")
         try:
             with open(new, "wb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                portable.lock(lock.fileno())
                 yield new
-                if path.exists():
+                if path.exists() and hasattr(os, "fchmod"):
                     os.fchmod(lock.fileno(), path.stat().st_mode & 0o7777)
                 os.fsync(lock.fileno())
                 os.replace(new, path)
@@ -264,6 +265,8 @@ def _exchange(one: Path, other: Path) -> bool:
 
 @functools.cache
 def _renameat2() -> Callable[..., int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if call is not None:
         call.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
@@ -272,7 +275,7 @@ def _renameat2() -> Callable[..., int] | None:
 
 def _abandoned(path: Path, pid: int) -> bool:
     """True where no live process holds it: the pid in its name is gone (or reused by us), and the lock is free."""
-    if pid != os.getpid() and _alive(pid):
+    if pid != os.getpid() and portable.is_alive(pid):
         return False
     try:
         os.close(_lock(path))
@@ -281,21 +284,11 @@ def _abandoned(path: Path, pid: int) -> bool:
     return True
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def _lock(path: Path) -> int:
     """A descriptor that holds the lock of a file or directory until it is closed or the process dies."""
     fd = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        portable.lock(fd)
     except OSError:
         os.close(fd)
         raise

@@ -65,7 +65,9 @@ def export(
     started, source, place = time.monotonic(), open_source(fspath(model)), Path(output)
     if member is not None:
         if top_k is not None:
-            raise RequestError("--top-k has no effect with --member: one expert is a dense model; leave it out")
+            raise RequestError(
+                "--top-k has no effect with --member: one expert is a dense model; leave it out"
+            )
         source = member_source(source, member)
     with bars(progress) as bar:
         if to == "gguf":

@@ -131,11 +131,11 @@ class Screen:
 
     @contextmanager
     def _coloured(self) -> Iterator[Callable[[Delta], None]]:
-        words = speakers.Words()
+        words, flow = speakers.Words(), speakers.Flow(self.console)
         try:
-            yield lambda delta: speakers.write(self.console, words.add(delta))
+            yield lambda delta: flow.write(words.add(delta))
         finally:
-            speakers.write(self.console, words.rest())
+            flow.write(words.rest())
             self.console.print()
 
     def _legend(self) -> None:

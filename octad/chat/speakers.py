@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.style import Style
@@ -42,19 +43,22 @@ def encode(llm: LLM, text: str, *, chat: bool = False) -> list[int]:
     return llm.tokenizer.encode_prompt(text)
 
 
-def speak(llm: LLM, prompt: Sequence[int], params: SamplingParams, console: Console) -> RequestOutput:
+def speak(
+    llm: LLM, prompt: Sequence[int], params: SamplingParams, console: Console, before: str = ""
+) -> RequestOutput:
     """Print the answer (of several, the first) as it comes, each word in its speaker's colour; returns all there is.
+    `before`: text that stands before it on the screen.
 
     Raises RequestError for a prompt that the model cannot take."""
-    words, stream = Words(), llm.submit(prompt, params)
+    words, stream, flow = Words(), llm.submit(prompt, params), Flow(console, before)
     try:
         for delta in stream:
             if delta.index == 0:
-                write(console, words.add(delta))
+                flow.write(words.add(delta))
         return stream.output()
     finally:
         stream.close()
-        write(console, [*words.rest(), Word("\n", None)])
+        flow.write([*words.rest(), Word("\n", None)])
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,37 @@ def write(console: Console, words: Iterable[Word]) -> None:
         style = None if word.speaker is None else Style.parse(terminal.speaker_style(word.speaker))
         text = visible(word.text) if console.is_terminal else word.text
         console.print(Segments([Segment(text, style)]), end="", crop=False)
+
+
+class Flow:
+    """Words as they come, at a terminal with a new line before one that has no room left; `before` is what stands on the
+    screen already. Of a word longer than the screen is wide the terminal makes what it can."""
+
+    def __init__(self, console: Console, before: str = "") -> None:
+        self._console = console
+        self._column = _column(before, 0) % console.width
+
+    def write(self, words: Iterable[Word]) -> None:
+        """Print them."""
+        for word in words:
+            if self._console.is_terminal:
+                first = visible(word.text).partition("\n")[0]
+                room = self._console.width - self._column
+                if (
+                    self._column
+                    and room < cell_len(first.rstrip())
+                    and cell_len(first.strip()) <= self._console.width
+                ):
+                    write(self._console, [Word("\n", None)])
+                    word, self._column = Word(word.text.lstrip(" "), word.speaker), 0
+                self._column = _column(visible(word.text), self._column)
+            write(self._console, [word])
+
+
+def _column(text: str, start: int) -> int:
+    """Where the cursor is after a text that was begun at a column."""
+    last = text.rpartition("\n")[2]
+    return cell_len(last.expandtabs(8)) + (0 if "\n" in text else start)
 
 
 def write_prompt(console: Console, text: str) -> None:

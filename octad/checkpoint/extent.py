@@ -21,6 +21,7 @@ from typing import Any, cast
 
 import torch
 
+from octad import portable
 from octad.checkpoint.source import TensorInfo
 from octad.errors import CheckpointError
 from octad.kernels.arena import fresh
@@ -90,7 +91,7 @@ class Extent:
     def opened(self) -> Iterator[int]:
         """The descriptor of its file inside the block. Raises CheckpointError."""
         try:
-            file = os.open(self.path, os.O_RDONLY)
+            file = os.open(self.path, os.O_RDONLY | portable.BINARY)
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
         try:
@@ -105,7 +106,7 @@ class Extent:
         start, done = self.offset + first, 0
         while done < len(view):
             try:
-                got = os.preadv(file, [view[done : done + CHUNK_BYTES]], start + done)
+                got = portable.read_into(file, view[done : done + CHUNK_BYTES], start + done)
             except OSError as error:
                 raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
             if not got:
@@ -130,7 +131,7 @@ def write_all(target: int, view: memoryview, position: int) -> None:
     """Write all of `view` at `position` of an open file. Raises OSError."""
     done = 0
     while done < len(view):
-        done += os.pwrite(target, view[done : done + CHUNK_BYTES], position + done)
+        done += portable.write_at(target, view[done : done + CHUNK_BYTES], position + done)
 
 
 def same_bytes(ours: Extent, theirs: Sequence[Extent]) -> list[bool]:

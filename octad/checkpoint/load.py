@@ -137,7 +137,7 @@ def _download(repository: str) -> Path:
             f"{repository}: no such directory here, and no such model on the hub"
         ) from error
     except Exception as error:  # the client raises its own, httpx's and OSError, by version
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        reason = " ".join(str(error).split())[:500] or type(error).__name__
         raise CheckpointError(
             f"{repository}: no such directory here, and the hub cannot be reached ({reason});"
             " check the name and the connection, or give a local directory"

@@ -15,11 +15,12 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from octad.checkpoint.source import TensorSource
 from octad.errors import CheckpointError
-from octad.guard import read_object
+from octad.guard import exists, read_object
 
 PROVENANCE = "octad.json"
 FORMAT = 1
@@ -85,3 +86,9 @@ class Provenance:
     def to_json(self) -> str:
         """The file's text."""
         return json.dumps(self.__dict__, indent=2, ensure_ascii=False) + "\n"
+
+
+def found_at(label: str) -> str:
+    """Where a model lies, for whoever wants to open it again from elsewhere; a hub id or bundled name as it is."""
+    path = Path(label).expanduser()
+    return str(path.resolve()) if exists(path) else label

@@ -30,6 +30,7 @@ from typing import Any, Self
 
 import torch
 
+from octad import portable
 from octad.checkpoint.extent import byte_view, write_all
 from octad.checkpoint.hf import INDEX, SINGLE
 from octad.checkpoint.shard import encode_header
@@ -86,7 +87,9 @@ class CheckpointWriter:
             with self.explained():
                 for shard in self._shards:
                     path = self._stage.path / shard.file
-                    self._files.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
+                    self._files.append(
+                        os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | portable.BINARY, 0o666)
+                    )
                     _reserve(self._files[-1], shard.size)
         except BaseException:
             self.__exit__(None, None, None)
@@ -159,7 +162,9 @@ class CheckpointWriter:
     def open_side(self, file: str, nbytes: int) -> int:
         """The descriptor of a side file of so many bytes, which whoever asks for it writes; closed with the writer."""
         with self.explained():
-            self._sides.append(os.open(self._side(file), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
+            self._sides.append(
+                os.open(self._side(file), os.O_RDWR | os.O_CREAT | os.O_EXCL | portable.BINARY, 0o666)
+            )
             _reserve(self._sides[-1], nbytes)
         return self._sides[-1]
 
@@ -203,7 +208,7 @@ class CheckpointWriter:
                 sync.result()
             for fd, shard in zip(self._files, self._shards, strict=True):
                 os.fsync(fd)  # the data before the header that makes it loadable
-                os.pwrite(fd, shard.header, 0)
+                portable.write_at(fd, shard.header, 0)
         if len(self._shards) > 1:
             self.add_text(INDEX, json.dumps(self._index(), indent=2) + "\n")
         self._finished = True

@@ -77,9 +77,10 @@ def generate(
         print(json.dumps(answer_view.as_json(llm, output, routes=routes), ensure_ascii=False))
         output.check()
         return
-    if terminal.out.is_terminal and not chat:
-        speakers.write_prompt(terminal.out, text)
-    output = speakers.speak(llm, ids, params, terminal.out)
+    shown = text if terminal.out.is_terminal and not chat else ""
+    if shown:
+        speakers.write_prompt(terminal.out, shown)
+    output = speakers.speak(llm, ids, params, terminal.out, shown)
     answer_view.show(llm, output, terminal.out, routes=routes)
     _tell_store(llm)
     output.check()
@@ -100,6 +101,9 @@ def chat(
     load: Annotated[Path | None, typer.Option(help="Go on with a conversation that /save wrote.")] = None,
     only: Only = None,
     memory: Memory = None,
+    speakers: Annotated[
+        bool, typer.Option("--speakers/--no-speakers", help="Each word in its expert's colour, or Markdown.")
+    ] = True,
 ) -> None:
     """Talk with a model. In a pipe: each line is a turn, only the answers are printed."""
     from octad.chat import pipe
@@ -127,6 +131,7 @@ def chat(
         session.load(load)
     if system is not None:
         session.set_system(system or None)
+    session.show_speakers = speakers and bool(session.llm.expert_names)
     if at_terminal:
         from octad.chat.screen import Screen, history_file
 

@@ -31,6 +31,16 @@ Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Remarks of libraries, and errors with their traces.")
 ]
 
+# what an interruption leaves behind, where that is something
+KEPT = {
+    "make": "stages that are done are kept, and the same command goes on",
+    "train": "saved states are kept, and the same command goes on",
+    "branch": "saved states are kept, and the same command goes on",
+    "evaluate": "results that were complete are kept, and the same command goes on",
+    "init": "the text that was split so far is left; begin again with --overwrite",
+    "demo": "what was complete is kept",
+}
+
 app = typer.Typer(
     help="One mixture-of-experts language model out of eight smaller ones.",
     no_args_is_help=True,
@@ -107,10 +117,8 @@ def main() -> None:
             print(f"octad: {' '.join(str(error).splitlines())}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
-        print(
-            f"octad: interrupted after {time.monotonic() - started:.0f} s; nothing was written",
-            file=sys.stderr,
-        )
+        kept = KEPT.get(next((a for a in sys.argv[1:] if not a.startswith("-")), ""), "nothing was written")
+        print(f"octad: interrupted after {time.monotonic() - started:.0f} s; {kept}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if hasattr(error, "format_message"):  # click's own usage errors

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
+from octad.checkpoint.hub_card import hub_facts
 from octad.checkpoint.names import router_name
-from octad.checkpoint.provenance import PROVENANCE, Provenance
+from octad.checkpoint.provenance import PROVENANCE, Provenance, found_at
 from octad.checkpoint.writer import CheckpointWriter
 from octad.combine.calibrate import gate_inputs
 from octad.combine.fit import Calibration, Fitter, Progress, RouterFit, fitter_of, quiet
@@ -117,10 +118,14 @@ def plan_provenance(
         expert_record(report, c, origin)
         for report, c, origin in zip(plan.reports, calibrations, origins["members"], strict=True)
     ]
-    base = dict(origins["base"]) | {
-        "vocab_size": plan.base.config.vocab_size,
-        "path": _path(origins["base"]),
-    }
+    base = (
+        dict(origins["base"])
+        | {
+            "vocab_size": plan.base.config.vocab_size,
+            "path": found_at(origins["base"]["label"]),
+        }
+        | hub_facts(plan.base)
+    )
     return Provenance(recipe_record(plan.recipe), base, experts)
 
 
@@ -135,7 +140,7 @@ def expert_record(report: MemberReport, c: Calibration, origin: Mapping[str, Any
     return {
         "name": report.name,
         "model": report.reference,
-        "path": _path(origin),
+        "path": found_at(origin["label"]),
         "kind": report.kind,
         "exact": report.exact,
         "held": report.held,
@@ -143,12 +148,6 @@ def expert_record(report: MemberReport, c: Calibration, origin: Mapping[str, Any
         "windows": len(c.windows),
         "files": origin.get("files", []),
     }
-
-
-def _path(origin: Mapping[str, Any]) -> str:
-    """Where a model lies, for whoever wants to open it again from elsewhere; a hub id or bundled name as it is."""
-    path = Path(origin["label"]).expanduser()
-    return str(path.resolve()) if path.exists() else str(origin["label"])
 
 
 def write_sidecars(

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from octad.checkpoint.hub_card import front_matter
 from octad.checkpoint.provenance import PROVENANCE, Provenance
 from octad.combine.fit import Calibration
 from octad.combine.statistics import Statistics, pack, unpack
@@ -86,12 +87,14 @@ def model_card(provenance: Provenance, config: Mapping[str, Any], parameters: in
         f"\nChanged since it was first combined: {', '.join(provenance.edits)}.\n" if provenance.edits else ""
     )
     router, shared = (provenance.method(section) for section in ("router", "shared"))
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [moe, octad, merge]
----
-# A mixture of {len(provenance.experts)} experts
+    head = front_matter(
+        ["moe", "octad", "merge"],
+        base=provenance.base.get("hub", ""),
+        relation="merge",
+        license=provenance.base.get("license", ""),
+        datasets=[file for expert in provenance.recipe.get("experts", []) for file in expert.get("data", [])],
+    )
+    return f"""{head}# A mixture of {len(provenance.experts)} experts
 
 Made with octad out of {len(provenance.experts)} models of one base
 (`{provenance.recipe["base"]}`): {parameters:,} parameters, of which {active:,} work on a token

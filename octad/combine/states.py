@@ -20,6 +20,7 @@ from typing import Any, Self, cast
 
 import torch
 
+from octad import portable
 from octad.checkpoint.extent import write_all
 from octad.errors import OutputError
 
@@ -71,7 +72,7 @@ class States:
         tensor = torch.empty(place.shape, dtype=place.dtype)
         view, done = _bytes(tensor), 0
         while done < len(view):
-            done += os.preadv(self._file.fileno(), [view[done:]], place.offset + done)
+            done += portable.read_into(self._file.fileno(), view[done:], place.offset + done)
         return tensor
 
     def __setitem__(self, number: int, tensor: torch.Tensor) -> None:

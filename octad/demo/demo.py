@@ -120,7 +120,7 @@ def write(output: Path) -> None:
         params = SamplingParams(
             max_tokens=48, temperature=temperature, top_p=0.9, seed=1, routed_experts=True
         )
-        speakers.speak(llm, speakers.encode(llm, prompt), params, terminal.out)
+        speakers.speak(llm, speakers.encode(llm, prompt), params, terminal.out, prompt)
 
 
 def heading(text: str) -> None:

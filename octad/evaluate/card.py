@@ -64,6 +64,11 @@ def with_verdict(card: str, report: Mapping[str, Any]) -> str:
     return f"{card.rstrip()}\n\n{block}\n"
 
 
+def without_verdict(card: str) -> str:
+    """The card of a model that has been changed since it was judged."""
+    return _BLOCK.sub("\n\n", card)
+
+
 def _lines(report: Mapping[str, Any]) -> list[str]:
     verdict = report["verdict"]
     advice = [f"- {line}" for line in verdict["advice"]]

@@ -26,6 +26,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
+from octad import portable
 from octad.checkpoint.load import content_names
 from octad.checkpoint.names import parameter_sources
 from octad.checkpoint.source import TensorSource
@@ -191,7 +192,9 @@ def _tensor_digests(source: TensorSource) -> dict[str, str] | None:
             fd, size, start = file.fileno(), extent.info.nbytes, extent.offset
             step = SAMPLE_STRIDE
             for at in range(0, size, step):
-                found.update(os.pread(fd, min(step if whole else SAMPLE_BYTES, size - at), start + at))
+                found.update(
+                    portable.read_at(fd, min(step if whole else SAMPLE_BYTES, size - at), start + at)
+                )
         return found.hexdigest()
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from octad.checkpoint.hub_card import front_matter
 from octad.checkpoint.load import content_names, load_tokenizer
 from octad.checkpoint.names import EMBEDDING, HEAD
 from octad.checkpoint.provenance import PROVENANCE, Provenance
@@ -200,12 +201,9 @@ def member_card(source: Member) -> str:
     """README.md of a member that was taken out of a mixture, with what it is not."""
     made = Provenance.of(source.source)
     name = made.names[source.expert] if made else f"expert {source.expert}"
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [octad]
----
-# {name}
+    base = made.base if made else {}
+    head = front_matter(["octad"], base=base.get("hub", ""), license=base.get("license", ""))
+    return f"""{head}# {name}
 
 Expert {source.expert} of `{Path(source.source.label).name}`, with the mixture's attention, norms and embeddings, as
 a dense model. It is the member that went in where that member differed from the base in its feed-forward nets alone.

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from octad.checkpoint.hf import open_weights
+from octad.checkpoint.hub_card import front_matter, hub_facts
 from octad.checkpoint.load import load_model, load_tokenizer
 from octad.checkpoint.names import (
     EMBEDDING,
@@ -174,13 +175,14 @@ runs as it is. To change an expert or fit a router, change the model that this o
 
 
 def _front_matter(source: TensorSource) -> str:
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [octad, compressed-tensors]
----
-# {Path(source.label).name}
-"""
+    facts = hub_facts(source)
+    head = front_matter(
+        ["octad", "compressed-tensors"],
+        base=facts.get("hub", ""),
+        relation="quantized",
+        license=facts.get("license", ""),
+    )
+    return f"{head}# {Path(source.label).name}\n"
 
 
 def _table(bits: Bits) -> str:

@@ -60,8 +60,8 @@ def divide(references: Sequence[str], field: str, *, share: float, train: Path, 
         sizes = {_digest(d): _size(d) for d in _pieces(references, field, cut=True)}
     if len(sizes) < FEWEST:
         raise DataError(
-            f"{', '.join(references)}: has {len(sizes)} documents or passages; at least {FEWEST} are needed to hold"
-            " some out: give more text"
+            f"{', '.join(references)}: has {len(sizes)} different documents or passages; at least {FEWEST} are needed"
+            " to hold some out: give more text"
         )
     chosen = _choose(sizes, share)
     counts, characters, sample = [0, 0], [0, 0], ""

@@ -19,6 +19,7 @@ import torch
 from octad.checkpoint.load import load_tokenizer, open_member, open_source
 from octad.checkpoint.lora import AdapterSource
 from octad.checkpoint.names import PARTS
+from octad.checkpoint.provenance import found_at
 from octad.checkpoint.source import TensorSource
 from octad.checkpoint.writer import CheckpointWriter
 from octad.dist import World
@@ -112,7 +113,7 @@ def branch_learner(config: BranchConfig, specialist: SpecialistSpec) -> Learner:
     def write(run: Path, values: Mapping[str, torch.Tensor], world: World) -> Path:
         if adapter:
             deltas = low_rank_deltas(model, dict(values))
-            return write_adapter(run, source.label, deltas, config.low_rank, targets, world)
+            return write_adapter(run, found_at(source.label), deltas, config.low_rank, targets, world)
         return _write_full(run, source, changes_of(model, values), world)
 
     steps = specialist.steps or config.steps

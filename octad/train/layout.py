@@ -28,6 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from octad import portable
 from octad.dist import World
 from octad.errors import RecipeError
 from octad.model.cost import OPTIMIZER_BYTES
@@ -207,6 +208,4 @@ def rank_memory(device: torch.device) -> int:
     """Bytes of a GPU, or of this machine by rank."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return (
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    )
+    return portable.memory_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -11,9 +11,10 @@ weights take part in the forward pass only; their gradients are never computed.
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -22,12 +23,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from octad.checkpoint.hub_card import CARD, front_matter, hub_facts
 from octad.checkpoint.load import load_model, load_tokenizer, open_source
 from octad.checkpoint.provenance import PROVENANCE, Provenance
 from octad.checkpoint.source import TensorSource
 from octad.checkpoint.writer import CheckpointWriter
 from octad.dist import World, compute_dtype, own_device
 from octad.errors import CheckpointError, RecipeError
+from octad.evaluate.card import without_verdict
 from octad.fast.grouped_experts import group_experts
 from octad.fast.training_experts import TrainExperts
 from octad.guard import read_json
@@ -53,7 +56,8 @@ NORM = r"norm\.weight$"
 class Learner:
     """A task, ready to train. `write` takes the run's directory, this rank's float32 masters by parameter name, and the
     ranks; `identity` tells which weights it started from; `members` are the experts' names; `result` is the file that
-    says it is done; `fill` brings the weights once they are laid out, where the model has none yet."""
+    says it is done; `fill` brings the weights once they are laid out, where the model has none yet; `notes` are told
+    before the first step."""
 
     model: Transformer
     tokenizer: Tokenizer
@@ -70,6 +74,7 @@ class Learner:
     distill: float = 0.0
     result: str = "config.json"
     fill: Fill | None = None
+    notes: tuple[str, ...] = ()
 
     def bring_weights(
         self, device: torch.device | str = "cpu", pieces: Mapping[str, Piece] = MappingProxyType({})
@@ -129,6 +134,7 @@ def tune_learner(config: TuneConfig) -> Learner:
         teacher=teacher,
         distill=config.distill,
         fill=fill_from(source),
+        notes=tuple(_strangers(config, members)),
     )
     return learner
 
@@ -178,6 +184,15 @@ def _teacher(model: Transformer, config: TuneConfig) -> Transformer:
     return copy.deepcopy(model, dict(shared)).requires_grad_(False).eval()
 
 
+def _strangers(config: TuneConfig, members: tuple[str, ...]) -> Iterator[str]:
+    """A line for each source that names no expert: it is learnt from all the same."""
+    for source in config.data.sources if members else ():
+        if (expert := source.expert or source.name) not in members:
+            near = difflib.get_close_matches(expert, members, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(members)}"
+            yield f"data source {source.name!r} names no expert of the mixture ({hint}); it is learnt from all the same"
+
+
 def _check_members(config: TuneConfig, members: tuple[str, ...]) -> None:
     for source in config.data.sources:
         if (expert := source.expert or source.name) not in members:
@@ -198,6 +213,7 @@ def _write_tuned(
 ) -> Path:
     def side_files(writer: CheckpointWriter) -> None:
         common_files(writer, source.config.raw, load_tokenizer(source))
+        writer.add_text(CARD, tuned_card(source, config))
         record = config.to_dict() | {"trained": source.label}
         writer.add_text(TRAINING, json.dumps([*earlier, record], indent=2) + "\n")
         if provenance is not None:
@@ -205,6 +221,37 @@ def _write_tuned(
             writer.add_text(PROVENANCE, provenance.to_json())
 
     return write_trained(run, source, changes, side_files, world)
+
+
+def tuned_card(source: TensorSource, config: TuneConfig) -> str:
+    """README.md: what the mixture's own says, without a verdict on what it was, and what was done to it."""
+    path = source.directory / CARD if source.directory is not None else None
+    before = path.read_text("utf-8", "replace") if path is not None and path.is_file() else ""
+    if not before:
+        before = front_matter(["moe", "octad"], **_hub(source)) + f"# {Path(source.label).name}\n"
+    learnt = {
+        "router": "the routers",
+        "repair": "routers, norms and low-rank changes of the rest",
+        "all": "all weights",
+    }
+    texts = "\n".join(
+        f"- {s.name}: {', '.join(Path(file).name for file in s.data)}" for s in config.data.sources
+    )
+    return f"""{without_verdict(before).rstrip()}
+
+## Trained further
+
+`octad train`, mode `{config.mode}` ({learnt[config.mode]}): {config.steps:,} steps of
+{config.batch.windows * config.data.window:,} tokens, at most {config.optimizer.lr:g} learning rate. Settings are in
+`{TRAINING}`. Text:
+
+{texts}
+"""
+
+
+def _hub(source: TensorSource) -> dict[str, str]:
+    facts = hub_facts(source)
+    return {"base": facts.get("hub", ""), "relation": "finetune", "license": facts.get("license", "")}
 
 
 def _earlier(source: TensorSource) -> list[Any]:

@@ -22,6 +22,7 @@ from typing import IO, Any
 import torch
 from torch import nn
 
+from octad import portable
 from octad.dist import World
 from octad.model import cost
 from octad.model.balance import LoadStatistics
@@ -165,5 +166,5 @@ def _end_line(log: IO[str]) -> None:
     """A line that a kill cut short is left as it is, and the next one does not go on from it."""
     with open(log.name, "rb") as file:
         size = file.seek(0, os.SEEK_END)
-        if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+        if size and portable.read_at(file.fileno(), 1, size - 1) != b"\n":
             log.write("\n")

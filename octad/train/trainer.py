@@ -77,6 +77,8 @@ class Trainer:
         self.dtype, self.device = compute_settings(self.config)
         if slow := emulation(self.dtype, self.device):
             self.echo(slow)
+        for note in learner.notes:
+            self.echo(note)
         check_fit(learner)
         self.stream, self.held_out = self.world.leader_first(
             lambda: (open_stream(learner), open_held_out(learner))

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from rich.console import Console
 
-from octad.chat.speakers import Word, Words, legend, visible, write
+from octad.chat.speakers import Flow, Word, Words, legend, visible, write
 from octad.engine.outputs import Delta
 
 
@@ -71,3 +71,22 @@ def test_the_legend_tells_shares_of_those_who_spoke() -> None:
 
 def test_visible() -> None:
     assert visible("a\x00\x07\x9b\x7f\r\n\té€😀") == "a\ufffd\ufffd\ufffd\ufffd\n\té€😀"
+
+
+def test_words_are_not_broken_at_the_edge() -> None:
+    """At a terminal a word without room begins a line; the text is the same but for that, and a pipe gets it as it is."""
+    said = [Word(f" {'x' * n}", None) for n in (5, 9, 3, 12, 1, 30, 2)] + [
+        Word("\nend", None),
+        Word(" more", None),
+    ]
+    for before in ("", "a prompt of"):
+        page = Console(file=io.StringIO(), width=20, force_terminal=True, color_system=None)
+        flow = Flow(page, before)
+        for word in said:
+            flow.write([word])
+        shown = before + page.file.getvalue()  # type: ignore[attr-defined]
+        assert shown.split() == (before + "".join(word.text for word in said)).split()
+        assert all(len(line) <= 20 or "x" * 30 in line for line in shown.split("\n"))
+    pipe = Console(file=io.StringIO(), width=20)
+    Flow(pipe).write(said)
+    assert pipe.file.getvalue() == "".join(word.text for word in said)  # type: ignore[attr-defined]

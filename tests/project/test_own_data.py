@@ -43,7 +43,7 @@ def test_one_long_text_is_cut_at_blank_lines(tmp_path: Path) -> None:
     train, held_out = split(tmp_path, [text])
     assert len(held_out) >= 5
     assert sorted("\n\n".join(train + held_out).split("\n\n")) == sorted(text.split("\n\n"))
-    with pytest.raises(DataError, match="has 1 documents or passages; at least 10"):
+    with pytest.raises(DataError, match="has 1 different documents or passages; at least 10"):
         split(tmp_path, ["too little"])
 
 

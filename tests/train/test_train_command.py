@@ -1,5 +1,6 @@
 """The verbs train and branch: what they print, which code they end with."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -98,3 +99,22 @@ def test_mistakes_are_one_line_before_the_first_step(
     assert message in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tuned_mixture_has_a_card_and_strange_sources_are_said(
+    mixture, tmp_path, monkeypatch, capsys
+) -> None:
+    """What was judged before is not claimed of the new weights; a source that names no expert is learnt from and said."""
+    card = "---\nlicense: mit\n---\n# M\n\n<!-- octad verdict: 9 tokens -->\nbest\n<!-- end of octad verdict -->\n"
+    (mixture / "README.md").write_text(card)
+    names = {"recipe": {}, "base": {}, "experts": [{"name": n} for n in ("one", "tow", "three")]}
+    (mixture / "octad.json").write_text(json.dumps(names))
+    file = tune_file(tmp_path, mixture, mode="router", steps=2)
+    assert run(monkeypatch, "train", file, "-o", tmp_path / "out", "--json") == 0
+    printed = capsys.readouterr()
+    assert "data source 'two' names no expert of the mixture (did you mean 'tow'?)" in printed.err
+    assert "source 'one'" not in printed.err
+    assert json.loads(printed.out.splitlines()[-1])["steps"] == 2
+    written = (tmp_path / "out" / "README.md").read_text()
+    assert written.startswith("---\nlicense: mit\n---\n# M\n\n## Trained further\n")
+    assert "mode `router`" in written

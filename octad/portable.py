@@ -1,0 +1,83 @@
+"""What systems other than Linux and macOS do not have, in one place: reading at an offset, locks, memory, who lives.
+
+    read_at(fd, 4096, offset); write_at(fd, data, offset); lock(fd); is_alive(pid); memory_bytes()
+
+Everything here has a way without POSIX's own calls, which tests take too by hiding them; on Windows itself it never ran.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import threading
+
+BINARY = getattr(os, "O_BINARY", 0)  # for os.open: on Windows line ends would be changed without it
+_SEEKING = threading.Lock()  # of those who share a descriptor's position
+
+
+def read_at(fd: int, size: int, offset: int) -> bytes:
+    """At most `size` bytes from a place of a file."""
+    if hasattr(os, "pread"):
+        return os.pread(fd, size, offset)
+    with _SEEKING:
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.read(fd, size)
+
+
+def read_into(fd: int, view: memoryview, offset: int) -> int:
+    """As many bytes as come at once, into `view`; how many."""
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [view], offset)
+    data = read_at(fd, len(view), offset)
+    view[: len(data)] = data
+    return len(data)
+
+
+def write_at(fd: int, data: bytes | memoryview, offset: int) -> int:
+    """As many bytes as go at once, to a place of a file; how many."""
+    if hasattr(os, "pwrite"):
+        return os.pwrite(fd, data, offset)
+    with _SEEKING:
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.write(fd, data)
+
+
+def lock(fd: int) -> None:
+    """Hold a file or directory until the descriptor is closed or the process dies. Raises OSError where another holds it;
+    does nothing where the system has no such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this number runs; True where nobody can tell."""
+    if sys.platform == "win32":  # there a signal 0 is Ctrl-C
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def memory_bytes() -> int:
+    """Of the machine; 0 where it cannot be asked."""
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return _windows_memory()
+
+
+def _windows_memory() -> int:
+    """GlobalMemoryStatusEx's second field of 64 bits."""
+    library = getattr(ctypes, "windll", None)
+    if library is None:
+        return 0
+    status = (ctypes.c_uint64 * 8)()
+    ctypes.cast(status, ctypes.POINTER(ctypes.c_uint32))[0] = ctypes.sizeof(status)
+    return int(status[1]) if library.kernel32.GlobalMemoryStatusEx(status) else 0
