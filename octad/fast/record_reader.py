@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from octad import portable
 from octad.errors import CheckpointError
 
 PIECE = 1 << 20
@@ -125,7 +126,7 @@ class RecordReader:
     def _fill(self, view: memoryview, offset: int) -> None:
         done = 0
         while done < len(view):
-            got = os.preadv(self._file, [view[done:]], offset + done)
+            got = portable.read_into(self._file, view[done:], offset + done)
             if not got:
                 raise OSError(0, "became shorter while it was read")
             done += got
