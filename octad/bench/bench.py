@@ -53,7 +53,7 @@ def run(options: BenchOptions, tell: Tell | None = None, command: str | None = N
 
     Raises OctadError where the options do not fit the model, or nothing of octad's could be measured."""
     begun, load = time.time(), _load_average()
-    source, device = open_source(options.model), find_device(options.device)
+    source, device = open_source(options.model, quantised=True), find_device(options.device)
     check_lengths(options, source.config)
     tokenizer = load_tokenizer(source)
     texts = file_texts(options.text, tokenizer) if options.text else packaged_texts(tokenizer)
@@ -93,7 +93,7 @@ class Rounds:
         self, options: BenchOptions, texts: Texts, limits: Limits, tell: Tell, entries: Sequence[Entry]
     ) -> None:
         self.options, self.texts, self.limits, self._tell = options, texts, limits, tell
-        self.total, self.done = sum(self._runs(entry) for entry in entries), 0
+        self.total, self.done = sum(map(self._work, entries)), 0.0
 
     def measure(self, group: Sequence[Entry]) -> None:
         """Start a group, measure every cell, end the group's processes."""
@@ -118,7 +118,7 @@ class Rounds:
             entry.dtype = entry.contestant.facts.get("dtype", entry.dtype)
         except Unmeasured as error:
             entry.reason = str(error)
-            self.done += self._runs(entry)
+            self.done += self._work(entry)
 
     def _probe(self, repeats: int) -> None:
         self.tell("the machine's limits")
@@ -134,7 +134,7 @@ class Rounds:
 
     def _try(self, cell: Cell, entry: Entry, what: str, turn: int | None) -> None:
         self.tell(f"{cell}: {entry.contestant.name}, {what}")
-        self.done += 1
+        self.done += cell.work(self.options.decode_tokens)
         if cell in entry.failed:
             return
         try:
@@ -162,10 +162,10 @@ class Rounds:
             return contestant.prefill(prompts[0])
         return contestant.warm_up(prompts, steps) if warm else contestant.decode(prompts, steps)
 
-    def _runs(self, entry: Entry) -> int:
-        """How often this contestant runs, warm-ups included."""
-        cells = sum(entry.wants(cell, self.options) for cell in self.options.cells())
-        return cells * (self.options.repeat + 1)
+    def _work(self, entry: Entry) -> float:
+        """All runs of this contestant, warm-ups included, in tokens."""
+        cells = [cell for cell in self.options.cells() if entry.wants(cell, self.options)]
+        return sum(cell.work(self.options.decode_tokens) for cell in cells) * (self.options.repeat + 1)
 
     def tell(self, what: str) -> None:
         """Say what is running, and the share done."""

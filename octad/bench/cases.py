@@ -20,9 +20,11 @@ import torch
 
 from octad.bench.peers import Contestant, LlamaBench, Unmeasured, Worker, find_llama_bench
 from octad.bench.worker import answer_room
+from octad.checkpoint.quantized import QuantizedSource
 from octad.checkpoint.source import TensorSource
 from octad.dist import compute_dtype
 from octad.errors import DataError, OctadError, RequestError
+from octad.fast.offloaded import memory_bytes
 from octad.machine import ALL, available_memory
 from octad.model import cost
 from octad.model.config import ModelConfig, dense_config
@@ -34,6 +36,14 @@ PEERS = ("transformers", "llama.cpp")
 QUANTIZE = ("none", "int8", "int4")
 # bits of a weight of feed-forward nets and experts, with its part of the scales; attention has at least int8's
 BITS = {"none": 16.0, "int8": 8.5, "int4": 4.5}
+QUICK: Mapping[str, Any] = {
+    "prompt_lengths": (128,),
+    "contexts": (128,),
+    "batch_sizes": (1, 4),
+    "decode_tokens": 16,
+    "repeat": 2,
+    "price": False,
+}
 WORKER_BYTES = 0.5e9  # what Python, torch and a cache take besides the weights
 
 
@@ -55,6 +65,8 @@ class BenchOptions:
     repeat: int = 5
     text: Path | None = None
     device: str = "auto"
+    memory: str | None = None  # experts' bytes at most: a contestant more
+    price: bool = True  # whether to show what being a mixture costs
 
     def __post_init__(self) -> None:
         for name, known in (("peers", PEERS), ("quantize", QUANTIZE)):
@@ -69,6 +81,8 @@ class BenchOptions:
                 raise RequestError(f"{option}: give whole numbers above 0, such as 128,512; found {values}")
         if self.decode_tokens < 1 or self.repeat < 1:
             raise RequestError("--decode-tokens and --repeat must be at least 1")
+        if self.memory is not None:
+            memory_bytes(self.memory)
         if not self.quantize:
             raise RequestError(f"--quantize: give at least one of {', '.join(QUANTIZE)}")
 
@@ -87,6 +101,11 @@ class Cell:
     length: int
     users: int
 
+    def work(self, steps: int) -> float:
+        """About how long one run takes, in tokens of one user: for the time that is left."""
+        reading = self.length * self.users / 8
+        return reading if self.measure == "prefill" else reading + steps * (1 + self.users / 4)
+
     def __str__(self) -> str:
         if self.measure == "prefill":
             return f"reading {self.length} tokens"
@@ -99,7 +118,7 @@ class Entry:
 
     contestant: Contestant
     config: ModelConfig
-    role: str  # "model", "price" or "peer"
+    role: str  # "model", "price", "memory" (the model with experts on the disk) or "peer"
     quantize: str | None = None
     variant: str | None = None
     dtype: str | None = None  # what it multiplies in
@@ -147,8 +166,8 @@ def line_up(
     place = str(
         getattr(source, "path", None) or source.directory or source.label
     )  # a hub id is found only once
-    entries, notes = _octad(options, place, config, threads, device), []
-    if config.is_moe and "dense" not in price_variants(config):
+    entries, notes = _octad(options, place, source, threads, device), []
+    if config.is_moe and options.price and "dense" not in price_variants(config):
         notes.append("no dense member to compare: layers with and without experts differ in width")
     if "transformers" in options.peers:
         settings = {"system": "transformers", "model": place, "device": str(device)}
@@ -164,22 +183,33 @@ def line_up(
 
 
 def _octad(
-    options: BenchOptions, place: str, config: ModelConfig, threads: int, device: torch.device
+    options: BenchOptions, place: str, source: TensorSource, threads: int, device: torch.device
 ) -> list[Entry]:
+    config, held = source.config, held_name(source)
     dtype = str(compute_dtype(device)).removeprefix("torch.")
     longest = max(*options.prompt_lengths, max(options.contexts) + room(options)) + 1
     settings = {"system": "octad", "model": place, "device": str(device), "longest": longest}
     settings |= {"users": max(1, *options.batch_sizes)}
     entries = []
-    for variant in ("as made", *price_variants(config)):
-        for quantize in dict.fromkeys(options.quantize):
+    variants = price_variants(config) if options.price and held is None else []
+    for variant in ("as made", *variants):
+        for quantize in dict.fromkeys([held] if held else options.quantize):
             own = {"variant": variant, "quantize": None if quantize == "none" else quantize}
             precision = {"bfloat16": "bf16", "float32": "fp32"}[dtype] if quantize == "none" else quantize
             name = f"octad {precision}{'' if variant == 'as made' else ' ' + variant}"
             role = "model" if variant == "as made" else "price"
             worker = Worker(name, settings | own, threads)
             entries.append(Entry(worker, config, role, quantize, variant, dtype))
+    if options.memory is not None:
+        own = {"variant": "as made", "quantize": held, "memory": options.memory}
+        worker = Worker(f"octad {held or 'fp32'}, {options.memory} of experts", settings | own, threads)
+        entries.append(Entry(worker, config, "memory", held, "as made", dtype))
     return entries
+
+
+def held_name(source: TensorSource) -> str | None:
+    """What a quantised checkpoint is quantised to."""
+    return f"int{source.schemes.ffn.bits}" if isinstance(source, QuantizedSource) else None
 
 
 def price_variants(config: ModelConfig) -> list[str]:

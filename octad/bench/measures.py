@@ -89,7 +89,15 @@ def figures(entry: Entry, cell: Cell, limits: Limits) -> dict[str, Any]:
         "tpot_s": spread(f["seconds"] * cell.users / f["tokens"] for f in found),
         "ttft_s": spread(first) if first else missing("llama-bench does not tell"),
         **_mbu(entry, cell, speeds["median"], limits),
+        **_store([f["expert_store"] for f in found if f.get("expert_store")]),
     }
+
+
+def _store(found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """What experts on the disk cost: means of the repeats."""
+    if not found:
+        return {}
+    return {"expert_store": {key: statistics.mean(f[key] for f in found) for key in found[0]}}
 
 
 def _mfu(entry: Entry, cell: Cell, speed: float, limits: Limits) -> dict[str, Any]:
@@ -103,6 +111,8 @@ def _mfu(entry: Entry, cell: Cell, speed: float, limits: Limits) -> dict[str, An
 
 def _mbu(entry: Entry, cell: Cell, speed: float, limits: Limits) -> dict[str, Any]:
     """Model bandwidth utilisation: bytes that a step must read (weights in use, keys and values), over the limit."""
+    if entry.role == "memory":
+        return {"step_bytes": None, "mbu": None, "mbu_reason": "experts are read from the disk, too"}
     weights, distinct, why = step_weights(entry, cell)
     if weights is None:
         return {"step_bytes": None, "mbu": None, "mbu_reason": why}

@@ -8,6 +8,7 @@ Speeds are medians; the dim figures behind them are the lowest and highest of al
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,7 @@ from octad.report.terminal import table
 
 Contestant = Mapping[str, Any]
 NOTHING = "-"
+SOON = 0.03  # of the work, from which on what is left can be told
 
 
 def render(results: Mapping[str, Any]) -> Iterator[RenderableType]:
@@ -36,6 +38,11 @@ def render(results: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield table(many_users(results))
     yield _title("memory", "weights as they lie in memory; the whole process once loaded, and at most")
     yield table(memory(results))
+    if (rows := expert_store(results)) is not None:
+        yield _title(
+            "experts on the disk", "what was in memory, beside routers that choose by chance; a token's cost"
+        )
+        yield table(rows)
     if price := price_line(results):
         yield price
     for line in results["summary"].get("slower_with_fewer_bits", ()):
@@ -67,7 +74,11 @@ def live(console: Console) -> Iterator[Callable[[str, float], None]]:
         TimeRemainingColumn(),
     )
     bar = Progress(*columns, TextColumn("{task.description}"), console=console, transient=True)
-    task, stages = bar.add_task("", total=1.0), set[str]()
+    task, stages, begun = bar.add_task("", total=1.0), set[str](), time.monotonic()
+
+    def left(done: float) -> str:
+        seconds = (time.monotonic() - begun) * (1 - done) / max(done, 1e-9)
+        return f" ({done:.0%} done, about {seconds:.0f} s left)" if done > SOON else ""
 
     def tell(what: str, done: float) -> None:
         if console.is_terminal:
@@ -75,7 +86,7 @@ def live(console: Console) -> Iterator[Callable[[str, float], None]]:
             bar.update(task, description=what, completed=done)
         elif (stage := what.split(":")[0]) not in stages:
             stages.add(stage)
-            console.print(stage, markup=False)
+            console.print(stage + left(done), markup=False)
 
     try:
         yield tell
@@ -144,6 +155,20 @@ def memory(results: Mapping[str, Any]) -> Table:
         for c in _measured(results)
     ]
     return Table.of("", ["", *(f">{title}" for title in shown.values())], rows)
+
+
+def expert_store(results: Mapping[str, Any]) -> Table | None:
+    """One row a cell of a contestant whose experts are not all in memory."""
+    cells = [(c["name"], cell) for c in _measured(results) for cell in c["cells"] if cell.get("expert_store")]
+    rows = []
+    for name, cell in cells:
+        found, users = cell["expert_store"], cell["users"]
+        shares = f"{found['hit_rate']:.1%}", f"{found['uniform_hit_rate']:.1%}"
+        a_token = human(found["bytes_per_token"], "B"), f"{1000 * found['stall_seconds_per_token']:.1f} ms"
+        budget = f"{human(found['budget_bytes'], 'B')} of {human(found['expert_bytes'], 'B')}"
+        rows.append([name, f"{cell['length']}", f"{users}", budget, *shares, *a_token])
+    head = ["", ">behind", ">users", ">in memory", ">hits", ">by chance", ">read", ">waited"]
+    return Table.of("", head, rows) if rows else None
 
 
 def price_line(results: Mapping[str, Any]) -> str:

@@ -71,16 +71,16 @@ class OctadRunner:
         device: str,
         longest: int,
         users: int,
+        memory: str | None = None,
     ) -> None:
-        source = open_source(model)
+        source = open_source(model, quantised=True)
         given: Any = model
         if variant != "as made":
             given = (make_variant(source, variant, torch.device(device)), load_tokenizer(source))
         block = 16
         blocks = users * (math.ceil(longest / block) + 1)
-        self.llm = LLM(
-            given, device=device, quantize=quantize, block_size=block, num_blocks=blocks, max_num_seqs=users
-        )
+        sizes: dict[str, Any] = {"block_size": block, "num_blocks": blocks, "max_num_seqs": users}
+        self.llm = LLM(given, device=device, quantize=quantize, memory=memory, **sizes)
         self.engine, self.count = self.llm.engine, 0
         self.model: Transformer = self.llm.model
         itemsize = self.model.model.norm.weight.element_size()
@@ -124,6 +124,8 @@ class OctadRunner:
                 if tokens:
                     first.setdefault(name, time.perf_counter() - begun)
         lengths = [len(p) + made[n] + steps / 2 for p, n in zip(prompts, names, strict=True)]
+        if store := self.llm.expert_store:
+            store.reset()
         with counting(self.model) if warm else nullcontext(list[int]()) as used:
             begun = time.perf_counter()
             tokens = sum(count for _ in range(steps) for _, count in self._step())
@@ -135,6 +137,7 @@ class OctadRunner:
         if tokens != steps * len(prompts):
             raise OctadError(f"{tokens} tokens came of {len(prompts)} answers in {steps} steps")
         found = {"seconds": seconds, "tokens": tokens, "ttft": list(first.values()), "lengths": lengths}
+        found |= {"expert_store": store.stats.report() if store else None}
         return found | {"distinct_experts": sum(used) / len(used) if used else None}
 
     def _step(self) -> list[tuple[str, int]]:

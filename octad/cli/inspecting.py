@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from octad.cli.options import Json, Model
+from octad.cli.options import Json, Memory, Model
 from octad.report import terminal
 
 
@@ -48,25 +48,38 @@ def bench(
     quantize: Annotated[
         list[str] | None, typer.Option(help="none, int8 or int4; may be repeated. [default: none]")
     ] = None,
-    prompt_lengths: Annotated[str, typer.Option(help="Tokens to read.")] = "128,512",
-    contexts: Annotated[str, typer.Option(help="Tokens to write behind.")] = "128,1024",
-    batch_sizes: Annotated[str, typer.Option(help="Users at once; 1 is always measured.")] = "1,4,16",
-    decode_tokens: Annotated[int, typer.Option(min=1, help="Tokens that each user writes.")] = 64,
-    repeat: Annotated[int, typer.Option(min=1, help="Repeats of every measurement.")] = 5,
+    memory: Memory = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A minute's worth: 2 repeats of 128 tokens and 16, up to 4 users.")
+    ] = False,
+    prompt_lengths: Annotated[str | None, typer.Option(help="Tokens to read. [default: 128,512]")] = None,
+    contexts: Annotated[str | None, typer.Option(help="Tokens to write behind. [default: 128,1024]")] = None,
+    batch_sizes: Annotated[
+        str | None, typer.Option(help="Users at once; 1 is always measured. [default: 1,4,16]")
+    ] = None,
+    decode_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that each user writes. [default: 64]")
+    ] = None,
+    repeat: Annotated[
+        int | None, typer.Option(min=1, help="Repeats of every measurement. [default: 5]")
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="Text to read, in place of octad's own.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Measure speed and memory, as a share of the machine's limits and beside other programs; the last line is JSON."""
     from octad.bench.bench import run
-    from octad.bench.cases import BenchOptions, whole_numbers
+    from octad.bench.cases import QUICK, BenchOptions, whole_numbers
     from octad.bench.results_table import live, render
 
     lengths = {"prompt_lengths": prompt_lengths, "contexts": contexts, "batch_sizes": batch_sizes}
-    options: dict[str, Any] = {name: whole_numbers(name, value) for name, value in lengths.items()}
+    options: dict[str, Any] = dict(QUICK) if quick else {}
+    options |= {name: whole_numbers(name, value) for name, value in lengths.items() if value is not None}
+    counts = {"decode_tokens": decode_tokens, "repeat": repeat, "memory": memory}
+    options |= {name: value for name, value in counts.items() if value is not None}
     options |= {"peers": tuple(peer or ()), "gguf": tuple(gguf or ()), "llama_bench": llama_bench}
     options |= {"quantize": tuple(quantize or ["none"]), "text": text, "device": device}
-    asked = BenchOptions(model, decode_tokens=decode_tokens, repeat=repeat, **options)
+    asked = BenchOptions(model, **options)
     command = shlex.join(["octad", *(Path(part).name for part in sys.argv[1:])])  # nobody's directories
     with live(terminal.err) as tell:
         results = run(asked, tell, command=command)

@@ -137,6 +137,10 @@ class ExpertStore:
             if not self.here[layer, e] and (layer, e) not in self._coming:
                 self._begin(layer, e, keep, urgent=False)
 
+    def reset(self) -> None:
+        """Count from here on."""
+        self.stats = StoreStats(self.stats.slots, self.stats.experts, self.stats.slot_bytes)
+
     def note(self, layer: int, experts_NA: np.ndarray) -> None:
         """Which experts the tokens of a step were sent to."""
         N, A = experts_NA.shape
