@@ -48,7 +48,7 @@ class StagedDirectory:
     def __init__(
         self, directory: str | os.PathLike[str], *, overwrite: bool = False, own_place: bool = False
     ) -> None:
-        self.final = Path(directory).resolve()
+        self.final = _place(directory)
         if not self.final.name:
             raise OutputError(f"{self.final}: exists; choose another -o")
         self.overwrite, self.own_place = overwrite, own_place
@@ -168,7 +168,7 @@ def tidy(place: Path, name: str | None = None) -> None:
 
 def refuse_inputs(output: str | os.PathLike[str], inputs: Iterable[Path | None]) -> None:
     """Raises OutputError where the output is, or holds, one of the files and directories that it is made of."""
-    final = Path(output).resolve()
+    final = _place(output)
     for path in inputs:
         if path is not None and path.exists() and final in ((place := path.resolve()), *place.parents):
             what = "is itself" if place == final else f"holds {path},"
@@ -193,6 +193,16 @@ def space(place: Path, needed: int | None = None) -> str:
     """Bytes needed (where known) and free, in words."""
     free = f"{shutil.disk_usage(place).free:,} bytes are free in {place}"
     return free if needed is None else f"{needed:,} bytes are needed, {free}"
+
+
+def _place(path: str | os.PathLike[str]) -> Path:
+    """Where an output lies, links followed. Raises OutputError where they lead nowhere."""
+    try:
+        return Path(path).resolve()
+    except (OSError, RuntimeError):  # links in a circle are a RuntimeError
+        raise OutputError(f"{os.fspath(path)}: its links lead in a circle; choose another -o") from None
+    except ValueError:
+        raise OutputError(f"{os.fspath(path)!r}: no file can have this name; choose another -o") from None
 
 
 # ---- hidden names ------------------------------------------------------------------------------------------

@@ -183,3 +183,11 @@ def test_an_output_that_is_or_holds_an_input(tmp_path: Path) -> None:
             refuse_inputs(output, [None, tmp_path / "none", model])
     refuse_inputs(model / "int4", [model])
     refuse_inputs(tmp_path / "other", [model])
+
+
+def test_links_that_lead_in_a_circle(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(OutputError, match="loop: its links lead in a circle; choose another -o"):
+        StagedDirectory(tmp_path / "loop")
+    with pytest.raises(OutputError, match="loop: its links lead in a circle"):
+        refuse_inputs(tmp_path / "loop", [tmp_path])

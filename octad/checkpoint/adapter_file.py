@@ -46,6 +46,7 @@ REFUSED = {
     "monteclora_config": "MonteCLoRA samples its weights",
     "megatron_config": "Megatron's sharded layers are not read",
 }
+MOST_ALPHA = 1e30  # the product is computed in float32
 # Initialisations that leave the base as it is; the others (pissa, olora, corda, ...) subtract from it.
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 # Raw state dicts name the adapter too: lora_A.default.weight, lora_embedding_A.default, modules_to_save.default.weight.
@@ -115,7 +116,7 @@ class AdapterFile:
         try:
             rank = int(self._by_pattern("rank_pattern", module, self.config.get("r", 8)))
             alpha = float(self._by_pattern("alpha_pattern", module, self.config.get("lora_alpha", 8)))
-            if not math.isfinite(alpha):
+            if not abs(alpha) < MOST_ALPHA:
                 raise ValueError(f"alpha is {alpha}")
             return rank, alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
         except (ArithmeticError, AttributeError, TypeError, ValueError) as error:

@@ -70,7 +70,11 @@ class Provenance:
             entry["name"] = str(entry["name"])
         edits = [str(edit) for edit in raw.get("edits", [])]
         return cls(
-            dict(raw.get("recipe", {})), dict(raw.get("base", {})), experts, edits, int(raw.get("format", 1))
+            dict(raw.get("recipe", {})),
+            dict(raw.get("base", {})),
+            experts,
+            edits,
+            _whole(raw.get("format", 1)),
         )
 
     @property
@@ -92,3 +96,9 @@ def found_at(label: str) -> str:
     """Where a model lies, for whoever wants to open it again from elsewhere; a hub id or bundled name as it is."""
     path = Path(label).expanduser()
     return str(path.resolve()) if exists(path) else label
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"format should be a whole number, found {value!r}")
+    return value

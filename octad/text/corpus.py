@@ -30,6 +30,7 @@ from octad.text.documents import ROWS, TEXTS, kind_of, optional, read_documents
 from octad.text.rows import Document, from_row
 
 HUB = "hf:"
+AHEAD = 64  # rows: as many as the library reads at a time, and more
 SPLITS = ("train", "validation", "valid", "test")
 
 
@@ -174,11 +175,18 @@ def _rows(label: str, load: Callable[[Any], Any]) -> Documents:
 
 
 def _numbered(rows: Any, label: str) -> Iterator[tuple[str, Any]]:
-    """The rows of a data set with their places. Raises DataError where one cannot be read."""
-    number, waiting = 1, iter(rows)
+    """The rows of a data set with their places. Raises DataError where one cannot be read.
+
+    What Arrow maps into memory it believes: lengths that lie end in a crash, so that rows are looked through before."""
+    number, waiting, checked = 1, iter(rows), _checked(rows)
+    sound = (
+        0 if rows._indices is None else -AHEAD - len(rows.data)
+    )  # rows in an order of their own: all of them
     while True:
         where = f"{label} row {number}"
         try:
+            while sound < number + AHEAD and (found := next(checked, 0)):
+                sound += found
             row = next(waiting)
         except StopIteration:
             return
@@ -189,6 +197,14 @@ def _numbered(rows: Any, label: str) -> Iterator[tuple[str, Any]]:
             raise DataError(f"{where}: cannot be read ({words[:300]})") from None
         yield where, row
         number += 1
+
+
+def _checked(rows: Any) -> Iterator[int]:
+    """Checks a batch of a data set's rows after the other, and tells how many rows it has."""
+    for batch in rows.data.to_batches():
+        batch.validate(full=True)
+        if batch.num_rows:
+            yield batch.num_rows
 
 
 def _from_hub(library: Any, reference: str) -> Any:

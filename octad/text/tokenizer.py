@@ -28,6 +28,7 @@ from octad.text.chat_template import render_chat
 
 Message = Mapping[str, Any]
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MOST_IDS = 1 << 22  # the largest vocabularies of the hub have some 300,000
 _BYTE = re.compile(r"^<0x[0-9A-Fa-f]{2}>$")
 _MARK = (
     "\ufdd0"  # a Unicode noncharacter: keeps a control token's spelling apart while a template is rendered
@@ -84,7 +85,12 @@ class Tokenizer:
             raise CheckpointError(
                 f"{directory}: eos_token_id should be an id or a list of them, {error}"
             ) from None
-        return cls(core, config, ends, generation, str(path))
+        made = cls(core, config, ends, generation, str(path))
+        if made.vocab_size > MOST_IDS:  # the library goes through all numbers below the largest
+            raise CheckpointError(
+                f"{file}: damaged: gives a token the id {made.vocab_size - 1:,}; ids below {MOST_IDS:,} are read"
+            )
+        return made
 
     # ---- text and ids --------------------------------------------------------------------------------------
 

@@ -2,14 +2,18 @@
 
 import json
 import random
+import struct
 from pathlib import Path
 
 import pytest
-from members import save_tokenizer
+from members import make_base, save_tokenizer
 
 from octad.checkpoint.hf import open_weights
-from octad.errors import CheckpointError
+from octad.checkpoint.load import open_source
+from octad.errors import CheckpointError, DataError
+from octad.text.corpus import open_documents
 from octad.text.tokenizer import Tokenizer
+from octad.train.learner import _earlier
 from octad.train.routing_plot import draw_run, read_log
 
 HERE = Path(__file__).parent
@@ -44,6 +48,14 @@ def test_a_chat_template_that_is_not_utf8(directory: Path) -> None:
         Tokenizer.from_directory(directory)
 
 
+def test_a_vocabulary_with_an_id_beyond_all(directory: Path) -> None:
+    raw = json.loads((directory / "tokenizer.json").read_text())
+    raw["model"]["vocab"]["a"] = 2**31
+    (directory / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match="damaged: gives a token the id 2,147,483,648"):
+        Tokenizer.from_directory(directory)
+
+
 @pytest.mark.parametrize("name", ["x" * 300, "\u00e9" * 200, "a/" + "b" * 256])
 def test_an_index_with_a_name_that_no_file_has(tmp_path: Path, name: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
@@ -68,6 +80,32 @@ def test_an_error_is_one_line_whatever_it_names() -> None:
         str(CheckpointError("a\u202e\n\ud800\0: \u00e9t\u00e9")) == "a\\u202e\\n\\ud800\\x00: \u00e9t\u00e9"
     )
     assert len(str(CheckpointError("x" * 10_000))) < 2000
+
+
+def test_a_history_of_training_that_was_damaged(tmp_path: Path) -> None:
+    source = open_source(make_base(tmp_path / "base", num_hidden_layers=1))
+    (tmp_path / "base" / "training.json").write_text('[{"task": "tune"}, ')
+    with pytest.raises(CheckpointError, match=r"training\.json: is not valid JSON"):
+        _earlier(source)
+    (tmp_path / "base" / "training.json").write_text('{"task": "tune"}')
+    with pytest.raises(CheckpointError, match="should hold a list, found dict; remove it"):
+        _earlier(source)
+
+
+def test_a_data_set_whose_rows_are_damaged(tmp_path: Path) -> None:
+    """Bytes that are no UTF-8 where a row's text lies, and lengths that lie, which would crash the process."""
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list([{"text": "a river"}, {"text": "bridges"}]).save_to_disk(tmp_path / "set")
+    path = next((tmp_path / "set").glob("data-*.arrow"))
+    path.write_bytes(path.read_bytes().replace(b"bridges", b"\xff\xffidges"))
+    with pytest.raises(DataError, match=r"row \d: cannot be read"):
+        list(open_documents(tmp_path / "set").read("text", None))
+    offsets = struct.pack("<3i", 0, 7, 14)
+    data = path.read_bytes().replace(b"\xff\xffidges", b"bridges")
+    assert data.count(offsets) == 1
+    path.write_bytes(data.replace(offsets, struct.pack("<3i", 0, 7, 1 << 28)))
+    with pytest.raises(DataError, match=r"row \d: cannot be read .*out of bounds"):
+        list(open_documents(tmp_path / "set").read("text", None))
 
 
 def test_the_same_seed_is_the_same_damage(monkeypatch: pytest.MonkeyPatch) -> None:
