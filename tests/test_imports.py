@@ -46,6 +46,8 @@ NO_TORCH = [
     "model/keys.py",
     "model/families.py",
     "model/cost.py",
+    "checkpoint/gguf/header.py",
+    "checkpoint/gguf/metadata.py",
     "combine/recipe.py",
     "cli/main.py",
     *(f"plan/{path.name}" for path in sorted((PACKAGE / "plan").glob("*.py"))),

@@ -73,7 +73,12 @@ def plan(
 
 
 def _opened(reference: str) -> ModelConfig:
-    """The config of a GGUF file or a bundled base, by the checkpoint's own reader."""
+    """The config of a GGUF file, by its metadata alone, or of a bundled base, by the checkpoint's own reader."""
+    if reference.endswith(".gguf"):
+        from octad.checkpoint.gguf.header import GGUFHeader
+        from octad.checkpoint.gguf.metadata import config_of
+
+        return config_of(GGUFHeader.read(Path(reference).expanduser()))
     from octad.checkpoint.load import open_source
 
     return open_source(reference).config

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from octad.checkpoint.gguf.header import MAGIC
-from octad.checkpoint.gguf.reader import GLOBAL_NAMES, LAYER_NAMES, ROPE_FACTORS
+from octad.checkpoint.gguf.metadata import ROPE_FACTORS
+from octad.checkpoint.gguf.reader import GLOBAL_NAMES, LAYER_NAMES
 from octad.checkpoint.load import load_tokenizer
 from octad.checkpoint.names import EMBEDDING, expert_name, layer_of, router_name, tensor_plan
 from octad.checkpoint.source import TensorSource

@@ -12,12 +12,14 @@ key that changes the arithmetic and is not understood is refused by name.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from octad.checkpoint.gguf.header import GGUFHeader
-from octad.errors import CheckpointError
+from octad.checkpoint.gguf.header import GGUFHeader, GGUFTensor
+from octad.errors import CheckpointError, ConfigError
+from octad.model.config import ModelConfig
 from octad.model.families import FAMILIES, INERT_SHARED_EXPERT
 
 # llama.cpp's name -> the family; its "llama" is told apart below
@@ -55,6 +57,7 @@ _UNDERSTOOD = {
 }
 _SOFTMAX_GATING = 1
 _MOST_EXPERTS = 4096
+ROPE_FACTORS = "rope_freqs.weight"
 _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXT = 1.0, 4.0, 8192
 
 
@@ -102,6 +105,29 @@ def _inert(key: str, value: Any) -> bool:
     if key == "expert_gating_func":
         return bool(value == _SOFTMAX_GATING)
     return not value or (key.endswith(("_scale", "attn_factor")) and value == 1)
+
+
+def config_of(
+    header: GGUFHeader, rope_factors: Sequence[float] | None = None, dtype: str = "bfloat16"
+) -> ModelConfig:
+    """The config that a file's metadata describe. `rope_factors` as for config_dict; where they are not given, those of a
+    file that holds them in float32, as all that llama.cpp writes do. Raises CheckpointError."""
+    try:
+        if rope_factors is None and (tensor := header.tensors.get(ROPE_FACTORS)) is not None:
+            rope_factors = _floats(header.path, tensor)
+        return ModelConfig.from_dict(config_dict(header, rope_factors, dtype))
+    except ConfigError as error:
+        raise CheckpointError(f"{header.path}: its metadata, read as {error}") from error
+    except (OSError, struct.error, TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{header.path}: the metadata are damaged: {error}") from error
+
+
+def _floats(path: Path, tensor: GGUFTensor) -> list[float]:
+    if tensor.type != 0:
+        raise CheckpointError(f"{path}: {ROPE_FACTORS} is not in float32")
+    with path.open("rb") as file:
+        file.seek(tensor.offset)
+        return list(struct.unpack(f"<{tensor.numel}f", file.read(4 * tensor.numel)))
 
 
 def config_dict(header: GGUFHeader, rope_factors: Sequence[float] | None, dtype: str) -> dict[str, Any]:

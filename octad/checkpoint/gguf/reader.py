@@ -23,10 +23,10 @@ import numpy as np
 import torch
 
 from octad.checkpoint.gguf.header import GGUFHeader, GGUFTensor
-from octad.checkpoint.gguf.metadata import INTERLEAVED, config_dict
+from octad.checkpoint.gguf.metadata import INTERLEAVED, ROPE_FACTORS, config_of
 from octad.checkpoint.names import EMBEDDING, FINAL_NORM, HEAD, expert_name, router_name, tensor_plan
 from octad.checkpoint.source import TensorInfo
-from octad.errors import CheckpointError, ConfigError
+from octad.errors import CheckpointError
 from octad.fingerprint import fingerprint
 from octad.model.config import ModelConfig
 from octad.model.families import Part
@@ -53,7 +53,6 @@ LAYER_NAMES = {
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
     "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
 }
-ROPE_FACTORS = "rope_freqs.weight"
 _IGNORED = re.compile(r"(blk\.\d+\.)?(rope_freqs|attn_rot_embd)\.weight")
 _INERT = re.compile(r"\.shared_expert(_gate)?\.")  # "llama" has none, a mixture of Qwen2 models must
 _LAYER = re.compile(r"blk\.(?P<layer>\d+)\.(?P<part>\w+?)(?:\.(?P<expert>\d+))?\.(?P<kind>weight|bias)")
@@ -165,14 +164,7 @@ class GGUFSource:
             factors = self._dequantised(
                 tensor, _Piece(ROPE_FACTORS, None, tensor.shape), torch.float32
             ).tolist()
-        try:
-            return ModelConfig.from_dict(
-                config_dict(self.header, factors, str(self.native_dtype).removeprefix("torch."))
-            )
-        except ConfigError as error:
-            raise CheckpointError(f"{self.path}: its metadata, read as {error}") from error
-        except (TypeError, ValueError, ZeroDivisionError) as error:
-            raise CheckpointError(f"{self.path}: the metadata are damaged: {error}") from error
+        return config_of(self.header, factors, str(self.native_dtype).removeprefix("torch."))
 
     def _map_names(self) -> dict[str, _Piece]:
         pieces: dict[str, _Piece] = {}
