@@ -14,7 +14,7 @@ LLAMA_FLAGS = $(foreach set,AVX AVX2 FMA F16C BMI2,-DGGML_$(set)=$(call HAS,$(sh
 	-DGGML_AVX512_VNNI=$(call HAS,avx512_vnni) -DGGML_AVX512_BF16=$(call HAS,avx512_bf16)
 LLAMA_TOOLS := llama-perplexity llama-tokenize llama-quantize llama-completion llama-bench
 
-.PHONY: help install demo llama test test-slow test-vllm test-page page lint reference bench-combine bench-large bench-engine wheel test-neon clean
+.PHONY: gpu-check help install demo llama test test-slow test-vllm test-page page lint reference bench-combine bench-large bench-engine wheel test-neon clean
 
 help:
 	@echo "make demo           combine eight real models into one mixture, judge it, let it write"
@@ -31,6 +31,7 @@ help:
 	@echo "make bench-combine  quality, speed and memory of combining, beside mergekit-moe"
 	@echo "make bench-large    combining at 20 GB of output, beside a plain copy"
 	@echo "make test-neon      the ARM kernels against the portable ones, cross-compiled, under qemu"
+	@echo "make gpu-check      right and fast on the GPU of this machine? under ten minutes, JSON"
 	@echo "make wheel          a wheel with the native library, which needs no compiler where it is installed"
 	@echo "make bench-engine   speed and memory of running the demo's mixture, beside transformers and llama.cpp"
 
@@ -138,6 +139,9 @@ test-neon:
 	qemu-aarch64 -cpu max $(NEON_BUILD)/test
 
 # Into dist/, with the native library of every instruction set of this kind of processor (setup.py).
+gpu-check: $(READY)
+	$(BIN)/python benchmarks/gpu_check.py
+
 wheel: $(READY)
 	rm -rf build
 	$(BIN)/pip wheel -q --no-deps -w dist .

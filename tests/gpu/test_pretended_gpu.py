@@ -62,6 +62,26 @@ def test_on_the_pretended_gpu(outcomes: dict[str, str], name: str) -> None:
 
 
 @pytest.mark.slow
+def test_the_check_for_machines_with_a_gpu_runs(tmp_path: Path) -> None:
+    """On the pretended one, where transformers computes on the CPU beside it: all that it can find wrong is right."""
+    if why := pretended_gpu.cannot():
+        pytest.skip(why)
+    script = Path(__file__).parents[2] / "benchmarks" / "gpu_check.py"
+    command = [sys.executable, script, "--pretended", "-o", tmp_path / "found.json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    checks = json.loads((tmp_path / "found.json").read_text())["checks"]
+    assert {name for name, found in checks.items() if found["ok"]} == set(checks)
+    assert checks["training"]["octad_loss"] == pytest.approx(
+        checks["training"]["transformers_loss"], rel=1e-4
+    )
+    assert checks["training"]["octad_norm"] == pytest.approx(
+        checks["training"]["transformers_norm"], rel=1e-3
+    )
+    assert checks["answering"]["same_tokens"] > 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("outcomes", [SLOW], indirect=True, ids=["slow"])
 @pytest.mark.parametrize("name", SLOW)
 def test_more_on_the_pretended_gpu(outcomes: dict[str, str], name: str) -> None:
