@@ -49,7 +49,8 @@ octad.combine("recipe.yaml", "mixture", overwrite=True, progress=False)
 verdict = octad.evaluate(mixture, {"one": "one.jsonl"}, tokens=64, window=32, progress=False)
 assert len(verdict.report["contestants"]) > 6
 octad.train("tune.yaml", "tuned", progress=False)
-answer = octad.LLM("tuned", native=False).generate("Once", octad.SamplingParams(max_tokens=3, ignore_eos=True))[0].outputs[0]
+params = octad.SamplingParams(max_tokens=3, ignore_eos=True)
+answer = octad.LLM("tuned", native=False).generate("Once", params)[0].outputs[0]
 assert len(answer.token_ids) == 3
 from octad.sandbox.run import Sandbox
 print(Sandbox.__name__, "done")

@@ -150,6 +150,7 @@ def train(
     True
     """
     from octad.dist import keep_freed_memory
+    from octad.train.forecast import check_sources
     from octad.train.learner import tune_learner
     from octad.train.pretrain import pretrain_learner
     from octad.train.routing_plot import draw_run
@@ -161,6 +162,7 @@ def train(
     loaded = config_of(config if isinstance(config, Mapping) else fspath(config))
     for key in loaded.unused_keys():
         say(f"{_label(config)}: no effect: {key}")
+    check_sources(loaded)
     learner = tune_learner(loaded) if isinstance(loaded, TuneConfig) else pretrain_learner(loaded)
     trainer = Trainer(learner, run, say)
     with bars(progress and trainer.world.leads) as bar:

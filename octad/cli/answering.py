@@ -122,7 +122,7 @@ def chat(
     at_terminal = pipe.is_terminal() and terminal.out.is_terminal
     if at_terminal and find_spec("prompt_toolkit") is None:
         raise RequestError(
-            "chat: at a terminal it needs the library prompt_toolkit: pip install octad[chat]; or pipe the lines in"
+            "chat: at a terminal it needs the library prompt_toolkit: pip install 'octad[chat]'; or pipe the lines in"
         )
     tokenizer = load_tokenizer(open_source(model, quantised=True))
     require_chat_template(tokenizer, model)  # before the weights are read

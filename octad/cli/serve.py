@@ -174,4 +174,4 @@ def _check_installed() -> None:
     needed = ("fastapi", "uvicorn", "prometheus_client", "httpx2")
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
-        raise RequestError(f"serve: needs {', '.join(missing)}: pip install octad[serve]")
+        raise RequestError(f"serve: needs {', '.join(missing)}: pip install 'octad[serve]'")

@@ -160,7 +160,7 @@ class GrammarCompiler:
                 from llguidance import LLTokenizer
             except ImportError as error:
                 raise RequestError(
-                    "structured: needs the library llguidance: pip install octad[structured]"
+                    "structured: needs the library llguidance: pip install 'octad[structured]'"
                 ) from error
             if not self._eos_ids:
                 raise RequestError("structured: the model has no end token, so that an answer could not end")

@@ -13,9 +13,10 @@ from octad.dist import product_rate
 from octad.errors import DataError, RecipeError
 from octad.guard import exists
 from octad.model import cost
-from octad.text.corpus import open_all
+from octad.text.corpus import HUB, open_all
 from octad.train.learner import compute_settings
-from octad.train.run_config import BranchConfig, SpecialistSpec
+from octad.train.run_config import BranchConfig, SpecialistSpec, TrainConfig
+from octad.train.sections import RunSpec
 from octad.train.trainer import USUAL
 
 
@@ -24,19 +25,31 @@ def check_text(config: BranchConfig, specialists: Iterable[SpecialistSpec]) -> N
     one is trained. Raises DataError or RecipeError naming the specialist."""
     for specialist in specialists:
         for references in (specialist.data, specialist.held_out):
-            try:
-                for part in open_all([config.resolve(reference) for reference in references]):
-                    next(part.read(specialist.field, 1000), None)
-            except DataError as error:
-                raise DataError(f"{specialist.name}: {error}") from None
+            _open(specialist.name, config, references, specialist.field)
         start = specialist.start
         if start is not None and start.startswith(("/", ".")) and not exists(config.directory / start):
             raise RecipeError(f"{specialist.name}: start: {start}: no such directory")
     for name, domain in config.evaluate.domains.items():
-        try:
-            open_all([config.resolve(reference) for reference in domain.data])
-        except DataError as error:
-            raise DataError(f"evaluate.domains.{name}: {error}") from None
+        _open(f"evaluate.domains.{name}", config, domain.data, None)
+
+
+def check_sources(config: TrainConfig) -> None:
+    """The same of a run's own sources and held-out text, before its model is loaded. Raises DataError."""
+    for source in config.data.sources:
+        _open(f"data source {source.name!r}", config, source.data, source.field)
+    for name, domain in config.evaluate.domains.items():
+        _open(f"evaluate.domains.{name}", config, domain.data, None)
+
+
+def _open(label: str, config: RunSpec, references: Sequence[str], field: str | None) -> None:
+    """All files of some text are there, and the first document of each can be read; of the hub nothing is fetched."""
+    local = [config.resolve(reference) for reference in references if not reference.startswith(HUB)]
+    try:
+        for part in open_all(local):
+            if field is not None:
+                next(part.read(field, 1000), None)
+    except DataError as error:
+        raise DataError(f"{label}: {error}") from None
 
 
 def branch_seconds(config: BranchConfig, specialists: Sequence[SpecialistSpec]) -> float:

@@ -308,7 +308,7 @@ class _Codec:
             from gguf.quants import dequantize
         except ImportError as error:
             raise CheckpointError(
-                "reading GGUF files needs the gguf package: pip install octad[gguf]"
+                "reading GGUF files needs the gguf package: pip install 'octad[gguf]'"
             ) from error
         sizes = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
         labels = {int(kind): kind.name for kind in GGMLQuantizationType}
