@@ -33,6 +33,8 @@ help:
 	@echo "make test-neon      the ARM kernels against the portable ones, cross-compiled, under qemu"
 	@echo "make gpu-check      right and fast on the GPU of this machine? under ten minutes, JSON"
 	@echo "make wheel          a wheel with the native library, which needs no compiler where it is installed"
+	@echo "make bench-serve    the server under load, beside llama-server and its own engine (LLAMA_SERVER= GGUF= VLLM=)"
+	@echo "make soak           many rude clients for a long time (MINUTES=)"
 	@echo "make bench-engine   speed and memory of running the demo's mixture, beside transformers and llama.cpp"
 
 install: $(READY)
@@ -125,6 +127,19 @@ bench-engine: $(READY)
 	$(BIN)/python benchmarks/engine.py $(MODEL) --peer transformers \
 		--quantize none --quantize int8 --quantize int4 \
 		$(if $(LLAMA_BENCH),--llama-bench $(LLAMA_BENCH)) $(addprefix --gguf ,$(GGUF))
+
+.PHONY: bench-serve soak
+# The server under 1, 4 and 16 chats at once. LLAMA_SERVER=path/to/llama-server GGUF=mixture-q8_0.gguf and VLLM=path/to/vllm
+# add peers.
+bench-serve: $(READY)
+	@test -d $(MODEL) || { echo 'make demo first, or make bench-serve MODEL=DIR'; exit 2; }
+	$(BIN)/python benchmarks/serve.py $(MODEL) --quantize int8 \
+		$(if $(LLAMA_SERVER),--llama-server $(LLAMA_SERVER) --gguf $(firstword $(GGUF))) $(if $(VLLM),--vllm $(VLLM))
+
+MINUTES ?= 10
+soak: $(READY)
+	@test -d $(MODEL) || { echo 'make demo first, or make soak MODEL=DIR'; exit 2; }
+	$(BIN)/python benchmarks/soak.py $(MODEL) --minutes $(MINUTES)
 
 # Debian: apt-get install gcc-aarch64-linux-gnu qemu-user
 NEON_CC    := aarch64-linux-gnu-gcc -O2 -static -fno-math-errno -fno-trapping-math -fopenmp-simd

@@ -108,7 +108,7 @@ class Child:
                 return
             if state.status == "loading" and self._again():
                 continue
-            state.error = f"vLLM ended with code {code}: {self._latest}"
+            state.error = f"vLLM ended {_how(code)}: {self._latest}"
             state.status = "failed"
             return
 
@@ -138,6 +138,16 @@ class Child:
                 break
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)  # workers that outlived it
+
+
+def _how(code: int) -> str:
+    """An exit status in words."""
+    if code >= 0:
+        return f"with code {code}"
+    with suppress(ValueError):
+        name = signal.Signals(-code).name
+        return f"by {name}" + (" (it is built for another processor)" if name == "SIGILL" else "")
+    return f"by signal {-code}"
 
 
 def _end_with_parent() -> None:

@@ -28,6 +28,19 @@ from octad.serve.replies import ApiError, error_response, json_response
 from octad.serve.security import Access, Guarded
 
 Answer = Callable[[Request], Awaitable[Response]]
+_TEXT = {"type": ["string", "null"]}
+_ERROR = {
+    "type": "object",
+    "properties": {"message": {"type": "string"}, "type": {"type": "string"}, "param": _TEXT, "code": _TEXT},
+    "required": ["message", "type", "param", "code"],
+}
+_BODY = {"type": "object", "properties": {"error": _ERROR}, "required": ["error"]}
+FAILED: dict[str, Any] = {"description": "An error", "content": {"application/json": {"schema": _BODY}}}
+TEXT: dict[str, Any] = {"description": "Prometheus' text", "content": {"text/plain": {}}}
+STREAMED: dict[str, Any] = {
+    "description": "The answer, or with `stream` its pieces",
+    "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}},
+}
 
 
 class Front:
@@ -55,7 +68,14 @@ class Front:
 
     def get(self, path: str, answer: Answer, *, shown: bool = False) -> None:
         """Add a path for GET and HEAD; `shown` in the schema."""
-        self.api.add_api_route(path, answer, methods=["GET"], include_in_schema=shown, response_model=None)
+        self.api.add_api_route(
+            path,
+            answer,
+            methods=["GET"],
+            include_in_schema=shown,
+            response_model=None,
+            responses={"default": FAILED} | ({200: TEXT} if path == "/metrics" else {}),
+        )
         self.api.add_api_route(path, answer, methods=["HEAD"], include_in_schema=False, response_model=None)
 
     def post(self, path: str, model: type[Wire], answer: Answer) -> None:
@@ -63,8 +83,15 @@ class Front:
         extra = {
             "requestBody": {"required": True, "content": {"application/json": {"schema": _inlined(model)}}}
         }
+        told = {"default": FAILED} | ({200: STREAMED} if "stream" in model.model_fields else {})
         self.api.add_api_route(
-            path, answer, methods=["POST"], openapi_extra=extra, response_model=None, name=path
+            path,
+            answer,
+            methods=["POST"],
+            openapi_extra=extra,
+            response_model=None,
+            name=path,
+            responses=told,
         )
 
     # ---- paths ---------------------------------------------------------------------------------------------

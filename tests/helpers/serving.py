@@ -92,10 +92,11 @@ def start(served_mixture: Path) -> Iterator[Start]:
         access: Access | None = None,
         limits: Limits = LIMITS,
         engine: dict[str, Any] | None = None,
+        model: Path | None = None,
         **options: Any,
     ) -> Running:
         torch.set_num_threads(1)
-        llm = LLM(served_mixture, dtype="float32", device="cpu", **({"num_blocks": 600} | (engine or {})))
+        llm = LLM(model or served_mixture, dtype="float32", device="cpu", **({"num_blocks": 600} | (engine or {})))
         app = Application(ModelNames.now(["mixture"]), access, limits, **options)
         app.ready(llm, {"experts": [{"name": "general", "domain": "news"}]})
         opened = bind("127.0.0.1", 0)

@@ -17,7 +17,7 @@ def test_the_report(tmp_path: Path) -> None:
     mixture, report = tmp_path / "mixture", tmp_path / "mixture-report"
     mixture.mkdir()
     assert find_report(str(mixture), None) is None
-    with pytest.raises(DataError, match="has no index.html"):
+    with pytest.raises(DataError, match="has no index"):
         find_report(str(mixture), report)
     report.mkdir()
     (report / "index.html").write_text("<p>judged ü</p>", encoding="utf-8")

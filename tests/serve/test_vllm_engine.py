@@ -154,3 +154,13 @@ def test_the_command_line(octad: Octad, served_mixture: Path, monkeypatch: pytes
         assert len(err.splitlines()) == 1
     assert "Missing argument 'MODEL'" in octad("serve")[2]
     assert "options of vLLM stand behind the model" in octad("serve", "--engine", "vllm", "--tp", "2", "m")[2]
+
+
+def test_a_build_for_another_processor(tmp_path: Path) -> None:
+    program = tmp_path / "vllm"
+    program.write_text("#!/bin/sh\nkill -ILL $$\n")
+    program.chmod(0o755)
+    child, state = Child([str(program), "serve", "m"]), ServerState()
+    child.start(state)
+    wait_for(lambda: state.status == "failed")
+    assert state.error == "vLLM ended by SIGILL (it is built for another processor): starting"
