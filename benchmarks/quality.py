@@ -1,14 +1,14 @@
 """How good a mixture is on sources that its routers never saw, beside those that they did.
 
     python benchmarks/quality.py --corpora corpora --mixture mixture
-    python benchmarks/quality.py --corpora corpora --mixture mixture --shipped
+    python benchmarks/quality.py --corpora corpora --mixture mixture --shipped mixture older-mixture --no-halves
 
 A corpus is a directory with <domain>/train.jsonl.gz and valid.jsonl.gz for the seven domains and `dictionary`; every
 document names its `source` (a package, then a file). The sources of each domain are dealt into two halves. Routers are
 fitted on documents of one half (out of `train`) and judge documents of both (out of `valid`); then the other way round.
 So each judged document is read twice, once with its source among the calibrated ones and once without, and both figures
-are of the same text. --mixture is where the experts come from, an octad mixture of the base and the seven specialists;
-with --shipped its own routers are judged, on the sources that its calibration text names and on others.
+are of the same text. --mixture is where the experts come from, an octad mixture of the base and the seven specialists.
+--shipped names mixtures of the same experts, whose own routers are judged on sources that their text names and on others.
 
 Judged beside each domain's own specialist, told the domain (the oracle), as the mixture holds it, in bits per byte: the
 excess over it with 95 % intervals over documents, by position in the window, and the ten worst documents. --ensemble N
@@ -20,46 +20,30 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import math
 import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from excess import ALL, DOMAINS, Text, excess, figures, held
 from measure import command_line, hardware, save, tell
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "octad" / "demo"
-DOMAINS = ("python", "c", "french", "german", "spanish", "maths", "literature")
-ALL = (*DOMAINS, "dictionary")
-POSITIONS = ((0, 16), (16, 32), (32, 128), (128, 1 << 30))
 SHORTEST = 400  # characters of a document that is used
 Documents = dict[str, list[tuple[str, str]]]  # source -> (name, text) of each document
-
-
-@dataclass
-class Text:
-    """One judged document: its only window, where it is from, and the half of its source."""
-
-    domain: str
-    name: str
-    half: int
-    window: Any
-
-    @property
-    def source(self) -> str:
-        """The package or book."""
-        return self.name.split("/")[0]
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--corpora", type=Path, required=True)
     parser.add_argument("--mixture", type=Path, required=True, help="where the experts come from")
-    parser.add_argument("--shipped", action="store_true", help="judge the mixture's own routers")
+    parser.add_argument(
+        "--shipped", type=Path, nargs="*", default=[], help="mixtures: their own routers, too"
+    )
+    parser.add_argument("--halves", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--documents", type=int, default=30, help="judged documents a domain")
     parser.add_argument("--window", type=int, default=256, help="judged tokens of a document")
     parser.add_argument("--tokens", type=int, default=6144, help="calibration tokens per expert")
@@ -185,6 +169,16 @@ def experts_of(source: Any) -> list[str]:
     return made.names
 
 
+def routers_of(mixture: Path) -> list[Any]:
+    """weight_ED of every layer's router, as a mixture has them."""
+    from octad.checkpoint.load import open_source
+    from octad.checkpoint.names import router_name
+
+    source = open_source(mixture)
+    names = [router_name(source.config.model_type, n) for n in range(source.config.num_hidden_layers)]
+    return [source.read(name) for name in names]
+
+
 def put_in(model: Any, weights: Sequence[Any]) -> None:
     """These routers in the place of the model's, rounded as they would be stored."""
     import torch
@@ -230,66 +224,7 @@ def ensemble(model: Any, texts: Sequence[Text], experts: Sequence[str]) -> list[
     return np.split(ensemble_nats(np.stack(members), starts[:-1]), starts[1:-1])
 
 
-# ---- figures -----------------------------------------------------------------------------------------------
-
-
-def figures(texts: Sequence[Text], nats: Sequence[Any], oracle: Sequence[Any]) -> dict[str, Any]:
-    """Excess over the oracle: by domain, in the mean of the seven, by position, and the worst documents."""
-    return {
-        "domains": {domain: excess(texts, nats, oracle, (domain,)) for domain in ALL if held(texts, domain)},
-        "mean": excess(texts, nats, oracle, DOMAINS),
-        "positions": [by_position(texts, nats, oracle, start, end) for start, end in POSITIONS],
-        "worst": worst(texts, nats, oracle, 10),
-    }
-
-
-def held(texts: Sequence[Text], domain: str) -> bool:
-    """Whether there is a document of this domain."""
-    return any(text.domain == domain for text in texts)
-
-
-def excess(
-    texts: Sequence[Text], nats: Sequence[Any], oracle: Sequence[Any], domains: Sequence[str]
-) -> dict[str, Any]:
-    """The mean over domains of the bits per byte above the oracle's, as a share of these, with its interval."""
-    from octad.evaluate.bootstrap import Draws
-
-    sizes, more, base = [], [], []
-    for domain in domains:
-        rows = [n for n, text in enumerate(texts) if text.domain == domain]
-        sizes.append(np.array([texts[n].window.predicted_bytes for n in rows], dtype=np.float64))
-        more.append(np.array([float(nats[n].sum() - oracle[n].sum()) for n in rows])[None])
-        base.append(sum(float(oracle[n].sum()) for n in rows) / math.log(2) / sizes[-1].sum())
-    *_, found = Draws(sizes).differences(more)[0]
-    whole = sum(base) / len(base)
-    return {
-        "share": round(found.value / whole, 5),
-        "interval": [round(found.low / whole, 5), round(found.high / whole, 5)],
-        "oracle_bits": round(whole, 4),
-        "documents": sum(map(len, sizes)),
-    }
-
-
-def by_position(
-    texts: Sequence[Text], nats: Sequence[Any], oracle: Sequence[Any], start: int, end: int
-) -> dict[str, Any]:
-    """Nats a token above the oracle's at these predictions of a window, mean over the seven domains."""
-    means = []
-    for domain in DOMAINS:
-        rows = [n for n, text in enumerate(texts) if text.domain == domain]
-        parts = [(nats[n] - oracle[n])[start:end] for n in rows]
-        if sum(map(len, parts)):
-            means.append(float(np.concatenate(parts).mean()))
-    return {"from": start, "to": min(end, 10**6), "nats": round(sum(means) / max(1, len(means)), 4)}
-
-
-def worst(
-    texts: Sequence[Text], nats: Sequence[Any], oracle: Sequence[Any], count: int
-) -> list[dict[str, Any]]:
-    """The documents that lose most, as a share of what their specialist needs."""
-    shares = [float(n.sum() / o.sum() - 1) for n, o in zip(nats, oracle, strict=True)]
-    order = sorted(range(len(texts)), key=lambda n: -shares[n])[:count]
-    return [{"domain": texts[n].domain, "name": texts[n].name, "share": round(shares[n], 4)} for n in order]
+# ---- rounds ----------------------------------------------------------------------------------------------
 
 
 def calibrated_sources(mixture: Path) -> set[str]:
@@ -329,9 +264,11 @@ def benchmark(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     tell(f"{len(texts)} documents, {sum(len(text.window.ids) for text in texts)} tokens")
     oracle = of_specialists(model, texts, experts)
     results: dict[str, Any] = {"benchmark": "quality", "command": command_line(), "sources": sources}
-    if options.shipped:
-        results |= shipped(options, model, texts, oracle)
-    else:
+    for mixture in options.shipped:
+        put_in(model, routers_of(mixture))
+        results[f"shipped {mixture.name}"] = shipped(mixture, nats_of(model, None, texts), texts, oracle)
+        tell(f"judged {mixture.name}")
+    if options.halves:
         rounds = []
         for half in (0, 1):
             weights = fitted(options, source, tokenizer, work / str(half))
@@ -364,21 +301,17 @@ def both_ways(texts: Sequence[Text], rounds: Sequence[Any], oracle: Sequence[Any
 
 
 def shipped(
-    options: argparse.Namespace, model: Any, texts: Sequence[Text], oracle: Sequence[Any]
+    mixture: Path, nats: Sequence[Any], texts: Sequence[Text], oracle: Sequence[Any]
 ) -> dict[str, Any]:
-    """The mixture's own routers, on documents of sources that its calibration text names, and of others."""
-    known = calibrated_sources(options.mixture)
-    nats = nats_of(model, None, texts)
+    """A mixture with its own routers, on sources that its calibration text names, and on others."""
+    known = calibrated_sources(mixture)
     found = {"all": figures(texts, nats, oracle), "calibration_sources": sorted(known)}
     for title, wanted in (("calibrated", True), ("unseen", False)):
         rows = [n for n, text in enumerate(texts) if (text.source in known) == wanted]
-        there = [d for d in ALL if held([texts[n] for n in rows], d)]
-        found[title] = {
-            domain: excess(
-                [texts[n] for n in rows], [nats[n] for n in rows], [oracle[n] for n in rows], (domain,)
-            )
-            for domain in there
-        }
+        parts = [[of[n] for n in rows] for of in (texts, nats, oracle)]
+        there = [domain for domain in ALL if held(parts[0], domain)]
+        found[title] = {domain: excess(*parts, (domain,)) for domain in there}
+        found[title]["mean"] = excess(*parts, tuple(d for d in there if d in DOMAINS))
     return found
 
 
@@ -386,14 +319,8 @@ def main() -> None:
     options = arguments()
     with tempfile.TemporaryDirectory(prefix="octad-quality-") as work:
         results = benchmark(options, Path(work))
-    settings = {
-        name: value.name if isinstance(value, Path) else value for name, value in vars(options).items()
-    }
-    results |= {"settings": settings, "hardware": hardware()}
-    save(options.out, results)
-    print(
-        json.dumps({name: results[name] for name in ("calibrated", "unseen", "ensemble") if name in results})
-    )
+    save(options.out, results | {"hardware": hardware()})
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -61,7 +61,12 @@ def join(plan: Plan, number: int, questions: Sequence[str], answers: Sequence[st
     ]
     budget = max(router.tokens // 2, 2)
     windows = windows_of(
-        chats, plan.tokenizer, tokens=budget, window=router.window, label=f"expert {name!r}: questions"
+        chats,
+        plan.tokenizer,
+        tokens=budget,
+        window=router.window,
+        label=f"expert {name!r}: questions",
+        anywhere=True,
     )
     left = router.tokens - sum(len(window.ids) for window in windows)
     own = list(_first(plan.calibrations[number].windows, left))

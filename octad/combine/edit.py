@@ -285,18 +285,19 @@ def _in_words(report: MemberReport, old: EditableMixture, under: TensorSource) -
 def refitter(edit: Edit, config: ModelConfig, dtype: torch.dtype, progress: Progress = quiet) -> Fitter:
     """What fits the routers of the new mixture: by addition where the statistics allow, else from all stored text."""
     old, spec, generalist = edit.old, edit.recipe.router, generalist_of(edit.records)
+    ends = config.eos_token_ids
     if old.statistics is None or spec.method != "ridge" or not edit.keeps_generalist:
         return fitter_of(spec, config, edit.calibrations, generalist, dtype)
     for e in edit.leaving:  # counted out, in the place that they had
         leaver = Additive(
-            spec, old.statistics, runs_of(_only(old.calibrations, e), old.generalist), sign=-1.0
+            spec, old.statistics, runs_of(_only(old.calibrations, e), old.generalist, ends), sign=-1.0
         )
         steps = config.num_hidden_layers * len(leaver.runs)
         for done, step in enumerate(gate_inputs(old.source, leaver.runs, dtype), 1):
             leaver.see(*step)
             progress("calibrating", done / steps)
     joining = _only(edit.calibrations, edit.slots.index(None)) if None in edit.slots else []
-    return Additive(spec, old.statistics.moved(edit.slots), runs_of(joining, generalist))
+    return Additive(spec, old.statistics.moved(edit.slots), runs_of(joining, generalist, ends))
 
 
 def _only(calibrations: Sequence[Calibration], expert: int) -> list[Calibration]:

@@ -83,7 +83,7 @@ def fitter_of(
         return LayerByLayer([], weights=[router.random(E, D, seed=spec.seed, layer=n) for n in range(L)])
     if spec.method == "prompts":
         return _prompts(spec, calibrations)
-    runs = runs_of(calibrations, generalist)
+    runs = runs_of(calibrations, generalist, config.eos_token_ids)
     return (
         Additive(spec, Statistics.zeros(L, E, D), runs)
         if spec.method == "ridge"
@@ -137,14 +137,21 @@ class LayerByLayer:
         return RouterFit(self._weights)
 
 
-def runs_of(calibrations: Sequence[Calibration], generalist: int | None) -> list[Run]:
+def runs_of(
+    calibrations: Sequence[Calibration], generalist: int | None, ends: Sequence[int] = ()
+) -> list[Run]:
     """What is sent through which expert: of the pieces of a text two in three through its own expert, every third,
-    counting GENERALIST_WEIGHT times, through the generalist; without one, all through its own."""
+    counting GENERALIST_WEIGHT times, through the generalist; without one, all through its own. A window in which a turn
+    ends (`ends`: the tokens that do that) is a conversation, and stays whole: an answer comes after its question."""
     runs = []
     for e, calibration in enumerate(calibrations):
         if not calibration.windows:
             continue
-        pieces = [piece for window in calibration.windows for piece in cut(window)]
+        pieces = [
+            piece
+            for window in calibration.windows
+            for piece in (cut(window) if set(ends).isdisjoint(window.ids) else [window])
+        ]
         if generalist is None or e == generalist:
             runs.append(Run(e, e, pieces))
             continue

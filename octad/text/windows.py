@@ -25,6 +25,7 @@ from octad.text.tokenizer import Tokenizer
 
 SHORTEST_WINDOW = 16  # tokens; a shorter rest of a document is left out
 MOST_CHARACTERS, CHARACTERS_PER_TOKEN = 32 << 20, 256
+CONVERSATION = 2  # windows that a conversation's are as long as, where text is taken from anywhere
 GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are spread evenly however many there are
 LONGEST_TOKEN = 64  # characters: what a window can need of a document
 
@@ -59,7 +60,8 @@ def read_windows(
     """At most `tokens` tokens of the files, in windows of at most `window`. Raises DataError when there is none.
 
     A document's windows are taken from its beginning on, or from `anywhere` in it: the first from its beginning in every
-    other document, from further on in the rest, and those after it far from those before."""
+    other document, from further on in the rest, and those after it far from those before. Conversations are then taken
+    from their beginnings, CONVERSATION windows at a time: an answer means little without its question."""
     label = ", ".join(str(f) for f in files)
     documents = read_some(files, field, tokens)
     return windows_of(documents, tokenizer, tokens=tokens, window=window, label=label, anywhere=anywhere)
@@ -173,9 +175,11 @@ def _cut(
     if isinstance(document, str):
         document = document[: LONGEST_TOKEN * limit]
     ids = encode_document(document, tokenizer)
+    talk = not isinstance(document, str)
+    window *= CONVERSATION if anywhere and talk else 1
     starts = range(0, len(ids), window)
     first = 0.25 + 0.5 * (number * GOLDEN % 1) if number % 2 else 0.0
-    order = scattered(len(starts), first) if anywhere else range(len(starts))
+    order = scattered(len(starts), first) if anywhere and not talk else range(len(starts))
     for start in (starts[i] for i in order):
         piece = ids[start : start + window]
         if len(piece) >= min(SHORTEST_WINDOW, window):

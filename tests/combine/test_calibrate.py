@@ -122,6 +122,19 @@ def test_what_runs_through_whom() -> None:
     assert runs_of([Calibration([], []), texts[1]], 0)[0].label == 1
 
 
+def test_conversations_stay_whole() -> None:
+    """A window in which a turn ends is run as it is, through whomever; others are cut."""
+    end = 7
+    talk = Window((1, 2, end, *([3] * 2 * PIECE)), 0, 0)
+    plain = Window(tuple([3] * 2 * PIECE), 0, 1)
+    text = Calibration([talk, plain], [])
+    (alone,) = runs_of([text], None, (end, 9))
+    assert [len(w.ids) for w in alone.windows] == [2 * PIECE + 3, PIECE, PIECE]
+    assert alone.windows[0] is talk
+    (cut_all,) = runs_of([text], None)
+    assert [len(w.ids) for w in cut_all.windows] == [PIECE, PIECE, 3, PIECE, PIECE]
+
+
 def test_the_logistic_sample() -> None:
     """A long run is thinned, always to the same rows, and no position of a piece is left out."""
     x = torch.arange(4096.0)[:, None]

@@ -140,6 +140,20 @@ def test_windows_from_anywhere(bytewise: Tokenizer, tmp_path: Path) -> None:
     )
 
 
+def test_conversations_from_their_beginnings(bytewise: Tokenizer, tmp_path: Path) -> None:
+    """Two windows long, so that an answer comes with its question."""
+    chats = [
+        [{"role": "user", "content": f"{n}?" * 9}, {"role": "assistant", "content": f"{n}." * 40}]
+        for n in range(4)
+    ]
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    found = read_windows([file], bytewise, tokens=4 * 64, window=32, anywhere=True)
+    assert [bytewise.decode(w.ids) for w in found] == [
+        (f"<user>{n}?{n}?{n}?{n}?{n}?{n}?{n}?{n}?{n}?<assistant>" + f"{n}." * 40)[:64] for n in range(4)
+    ]
+
+
 def test_windows_are_the_text_in_order(bytewise: Tokenizer, tmp_path: Path) -> None:
     text = " ".join(MULTILINGUAL) * 3
     file = tmp_path / "plain.txt"
