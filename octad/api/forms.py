@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 FORMS = ("hf", "gguf", "compressed-tensors")
 ENGINES = ("sglang",)  # which does not tie the head of mixtures
 FAST_GROUPS = (32, 64, 128)
+MARLIN_WIDTH = 128  # vLLM 0.32: check_moe_marlin_supports_config
 
 
 def export(
@@ -71,7 +72,7 @@ def export(
         source = member_source(source, member)
     with bars(progress) as bar:
         if to == "gguf":
-            notes = _gguf(source, place, quantize or "bf16", overwrite, bar)
+            notes = _gguf(source, place, (quantize or "bf16").lower(), overwrite, bar)
         elif to == "compressed-tensors":
             notes = _compressed(source, place, quantize or "int8", overwrite, limit, bar)
         else:
@@ -164,6 +165,11 @@ def _compressed(
     save_quantized(  # whoever it is for has no use for records
         source, output, name, overwrite=overwrite, max_shard_bytes=limit, progress=progress, records=False
     )
+    if source.config.is_moe and (width := source.config.hidden_size) % MARLIN_WIDTH:
+        return [
+            f"vLLM's Marlin kernel runs experts whose width is a multiple of {MARLIN_WIDTH}; with {width} vLLM takes its"
+            " slower Triton kernel"
+        ]
     return []
 
 
@@ -183,6 +189,6 @@ def _hub(
     if not rounding.changed:
         return []
     return [
-        f"rounding to {changes.dtype} changed {rounding.changed / rounding.weights:.1%} of the weights, the most by"
+        f"rounding to {changes.dtype} changed {rounding.changed / rounding.weights:.2g} of the weights, the most by"
         f" {rounding.largest:.1e} of itself"
     ]

@@ -70,6 +70,7 @@ class ExpertView(View):
         self._names = {
             dense_mlp_name(layer, part): expert_name(config.model_type, layer, expert, part)
             for layer in range(config.num_hidden_layers)
+            if layer not in config.dense_layers
             for part in ("gate", "up", "down")
         }
 
@@ -97,3 +98,9 @@ class ExpertView(View):
     def extent(self, name: str) -> Extent | None:
         """See TensorSource."""
         return self.source.extent(self.origin(name))
+
+
+def shared_expert_adds_nothing(source: TensorSource) -> bool:
+    """True where there is a shared expert and its output is zero, as in mixtures made of Qwen2 models."""
+    downs = [name for name in tensor_plan(source.config) if name.endswith(".shared_expert.down_proj.weight")]
+    return bool(downs) and all(not torch.any(source.read(name)) for name in downs)

@@ -12,6 +12,7 @@ Shapes: E experts, O outputs, K inputs.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from octad.errors import CheckpointError, OutputError
 from octad.export.gguf_metadata import Form, add_metadata, gguf_form, rope_factors
 from octad.export.gguf_vocabulary import add_vocabulary, vocabulary_values
 from octad.model.families import Part
-from octad.staging import explained, refuse_inputs, staged_file
+from octad.staging import explained, refuse_inputs, space, staged_file
 
 # what the user asks for -> the types of most weights, and of embeddings and head
 TYPES: Mapping[str, tuple[str, str]] = {
@@ -81,10 +82,10 @@ def write_gguf(
             f"--quantize: found {kind!r}, octad writes {', '.join(TYPES)}; for others (q4_k_m, q6_k, ...) write bf16 and"
             " run llama.cpp's llama-quantize on it"
         )
-    if final.exists() and not overwrite:
-        raise OutputError(f"{final}: exists; choose another -o, or add --overwrite")
     if final.is_dir():
         raise OutputError(f"{final}: is a directory; name a file, such as {final / 'model.gguf'}")
+    if final.exists() and not overwrite:
+        raise OutputError(f"{final}: exists; choose another -o, or add --overwrite")
     refuse_inputs(final, [source.directory, getattr(source, "path", None)])
     if final.exists() and not _is_gguf(final):
         raise OutputError(f"{final}: is no GGUF file to overwrite; choose another -o, or remove it yourself")
@@ -93,6 +94,7 @@ def write_gguf(
     values = vocabulary_values(load_tokenizer(source), source.config.vocab_size)
     with explained(final):
         final.parent.mkdir(parents=True, exist_ok=True)
+        _need_space(final, sum(int(np.prod(_byte_shape(entry))) for entry in entries))
     with staged_file(final) as part:
         writer = GGUFWriter(part, form.architecture)
         try:
@@ -104,6 +106,14 @@ def write_gguf(
         finally:
             writer.close()
     return final
+
+
+def _need_space(final: Path, needed: int) -> None:
+    """Raises OutputError, before anything is written, where the disk has no place for the weights."""
+    if shutil.disk_usage(final.parent).free < needed:
+        raise OutputError(
+            f"{final}: {space(final.parent, needed)}; free some, choose another -o, or round the weights with --quantize"
+        )
 
 
 def _is_gguf(path: Path) -> bool:

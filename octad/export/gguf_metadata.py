@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from octad.checkpoint.gguf.metadata import INTERLEAVED, llama3_factors
-from octad.checkpoint.names import tensor_plan
 from octad.checkpoint.source import TensorSource
+from octad.checkpoint.views import shared_expert_adds_nothing
 from octad.errors import CheckpointError
 from octad.model.config import ModelConfig, RopeConfig
 from octad.model.families import FAMILIES
@@ -55,7 +55,7 @@ def gguf_form(source: TensorSource) -> Form:
     """The form of a source's model. Raises CheckpointError with what llama.cpp's graph cannot compute."""
     config = source.config
     family = FAMILIES[config.model_type]
-    if config.model_type == "qwen2_moe" and config.norm_topk_prob and _adds_nothing(source):
+    if config.model_type == "qwen2_moe" and config.norm_topk_prob and shared_expert_adds_nothing(source):
         form = Form("llama", no_shared_expert=True)
     else:
         form = Form(family.gguf)
@@ -114,12 +114,6 @@ def _why_not_rope(rope: RopeConfig) -> str | None:
     if abs(yarn_scale(rope) - yarn_scale(replace(rope, parameters=(("factor", rope.get("factor")),)))) > 1e-4:
         return f"YaRN with an attention scale of its own ({yarn_scale(rope):g}) has no place in it"
     return None
-
-
-def _adds_nothing(source: TensorSource) -> bool:
-    """True where the shared expert's output is zero, as in mixtures made of Qwen2 models."""
-    downs = [name for name in tensor_plan(source.config) if name.endswith(".shared_expert.down_proj.weight")]
-    return bool(downs) and all(not torch.any(source.read(name)) for name in downs)
 
 
 def add_metadata(writer: GGUFWriter, config: ModelConfig, form: Form, name: str) -> None:

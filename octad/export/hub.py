@@ -23,7 +23,7 @@ from octad.checkpoint.load import content_names, load_tokenizer
 from octad.checkpoint.names import EMBEDDING, HEAD
 from octad.checkpoint.provenance import PROVENANCE, Provenance
 from octad.checkpoint.source import TensorInfo, TensorSource
-from octad.checkpoint.views import ExpertView
+from octad.checkpoint.views import ExpertView, shared_expert_adds_nothing
 from octad.checkpoint.writer import CheckpointWriter
 from octad.errors import CheckpointError, RequestError
 from octad.model.config import ModelConfig
@@ -164,6 +164,15 @@ def member_source(source: TensorSource, member: str) -> Member:
     if config.sliding_window:
         raise RequestError(
             f"{source.label}: attends within {config.sliding_window} tokens; no dense family here does"
+        )
+    if config.family.member is None:
+        raise RequestError(
+            f"{source.label}: is a {config.model_type} model, whose experts no dense family here holds"
+        )
+    if config.shared_expert_intermediate_size and not shared_expert_adds_nothing(source):
+        raise RequestError(
+            f"{source.label}: has a shared expert beside the others, which a dense {config.family.member} model has no"
+            " place for"
         )
     made = Provenance.of(source)
     names = made.names if made else []

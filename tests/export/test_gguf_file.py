@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -180,10 +181,16 @@ def test_what_the_graphs_cannot_compute_is_refused(
     assert not (tmp_path / "m.gguf").exists()
 
 
-def test_refusals_leave_nothing(checkpoint: Make, tmp_path: Path) -> None:
+def test_refusals_leave_nothing(checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(checkpoint("llama"))
     with pytest.raises(OutputError, match="llama-quantize"):
         write_gguf(source, tmp_path / "m.gguf", "q4_k_m")
+    with pytest.raises(OutputError, match="is a directory; name a file"):
+        write_gguf(source, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=10))
+        with pytest.raises(OutputError, match="bytes are needed, 10 bytes are free"):
+            write_gguf(source, tmp_path / "m.gguf")
     (tmp_path / "m.gguf").write_text("mine")
     with pytest.raises(OutputError, match="overwrite"):
         write_gguf(source, tmp_path / "m.gguf")

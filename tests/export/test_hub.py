@@ -113,6 +113,19 @@ def test_a_member_comes_out_as_it_went_in(octad: Octad, tmp_path: Path, family: 
         assert octad("inspect", tmp_path / "m.gguf")[0] == 0
 
 
+def test_a_member_of_a_mixture_with_dense_layers(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    """Layers without experts are shared; transformers' own tensors of expert 1 and of layer 0 are found."""
+    path = Path(shutil.copytree(tiny_checkpoint("qwen3_moe", moe_intermediate_size=48), tmp_path / "m"))
+    byte_tokenizer().save(path)
+    member = member_source(open_source(path), "1")
+    tensors = load_file(path / "model.safetensors")
+    shared, own = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(member.read(shared), tensors[shared])
+    assert torch.equal(member.read(own), tensors["model.layers.1.mlp.experts.1.up_proj.weight"])
+    export_hub(member, tmp_path / "out", Changes())
+    assert type(theirs(tmp_path / "out")).__name__ == "Qwen3ForCausalLM"
+
+
 def test_members_that_are_not_there(mixture: Path, tiny_checkpoint: TinyCheckpoint) -> None:
     assert torch.equal(
         member_source(open_source(mixture), "two").read("model.layers.1.mlp.down_proj.weight"),
@@ -122,6 +135,10 @@ def test_members_that_are_not_there(mixture: Path, tiny_checkpoint: TinyCheckpoi
         member_source(open_source(mixture), "four")
     with pytest.raises(RequestError, match="is dense"):
         member_source(open_source(tiny_checkpoint("llama")), "one")
+    with pytest.raises(RequestError, match="no dense family here holds"):
+        member_source(open_source(tiny_checkpoint("olmoe")), "0")
+    with pytest.raises(RequestError, match="has a shared expert beside the others"):
+        member_source(open_source(tiny_checkpoint("qwen2_moe")), "0")
 
 
 @pytest.mark.parametrize(
