@@ -20,11 +20,13 @@ from octad.errors import RequestError
 if TYPE_CHECKING:
     from octad.checkpoint.source import TensorSource
     from octad.export.hub import Changes
+    from octad.text.windows import Window
 
 FORMS = ("hf", "gguf", "compressed-tensors")
 ENGINES = ("sglang",)  # which does not tie the head of mixtures
 FAST_GROUPS = (32, 64, 128)
 MARLIN_WIDTH = 128  # vLLM 0.32: check_moe_marlin_supports_config
+ROUND_TOKENS, ROUND_WINDOW = 1024, 512  # of each kind of text that 4 bits are rounded for
 
 
 def export(
@@ -91,11 +93,13 @@ def quantize(
     overwrite: bool = False,
     shard_size: float = 5.0,
     records: bool = True,
+    calibrate: Place | Mapping[str, Any] | None = None,
     progress: Progress = True,
 ) -> Written:
     """Write a checkpoint with its weights rounded to 8 or 4 bits ("int8", "int4"). `records`: write packed.octad, too,
-    which octad maps in place of packing weights. With `data`, a file of domains or {name: files}, what rounding costs is
-    in `facts["bits_per_byte"]`: before and after, by domain. Raises OctadError.
+    which octad maps in place of packing weights. 4 bits are rounded for the text that the mixture's routers were fitted
+    on, where it brings that along, or for that of `calibrate`, a file of domains or {name: files}. With `data`, likewise
+    one or the other, what rounding costs is in `facts["bits_per_byte"]`: before and after, by domain. Raises OctadError.
 
     >>> rounded = octad.quantize("mixture", "mixture-int8", data={"one": "one.jsonl"}, tokens=64, window=32)
     >>> before, after = rounded.facts["bits_per_byte"]["one"]
@@ -114,10 +118,34 @@ def quantize(
         domains = domains_of(data if isinstance(data, Mapping) else fspath(data))
         texts = dict(read_texts(source, domains, tokens=tokens, window=window).domains)
     options: dict[str, Any] = {"overwrite": overwrite, "max_shard_bytes": shard_bytes(shard_size)}
-    options |= {"records": records}
+    options |= {"records": records, "windows": _text_to_round_for(source, to, calibrate)}
     with bars(progress) as bar:
         path, bits = quantize_and_judge(source, Path(output), to, texts, progress=bar, **options)
     return Written(path, time.monotonic() - started, to=to, bits_per_byte=bits)
+
+
+def _text_to_round_for(
+    source: TensorSource, to: str, given: Place | Mapping[str, Any] | None
+) -> list[Window]:
+    """Of `given`, or for 4 bits what a mixture of octad's brings along, ROUND_TOKENS of each kind of text."""
+    from octad.combine.sidecars import STATISTICS, load_statistics
+    from octad.evaluate.domains import domains_of
+    from octad.evaluate.heldout import read_texts
+
+    if given is not None:
+        domains = domains_of(given if isinstance(given, Mapping) else fspath(given))
+        return read_texts(source, domains, tokens=ROUND_TOKENS, window=ROUND_WINDOW).windows
+    directory = source.directory
+    if to != "int4" or directory is None or not (directory / STATISTICS).is_file():
+        return []
+    chosen = list[Window]()
+    for calibration in load_statistics(directory, source.config.num_experts)[0]:
+        left = ROUND_TOKENS
+        for window in calibration.windows:
+            if left > 0:
+                chosen.append(window)
+                left -= len(window.ids)
+    return chosen
 
 
 def _refuse_unused(to: str, **given: object) -> None:

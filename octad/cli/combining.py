@@ -121,6 +121,12 @@ def quantize(
             help="Write packed.octad, too: octad maps it in place of packing weights, and reads experts from it.",
         ),
     ] = True,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file like that of --data, of other text: what int4 is rounded for. [default: the mixture's own]"
+        ),
+    ] = None,
     as_json: LastLine = False,
 ) -> None:
     """Write a checkpoint with its weights rounded to 8 or 4 bits: smaller, quick to load, fast to run. With --data it
@@ -131,6 +137,7 @@ def quantize(
     if output is None:
         raise OutputError(f"{model}: no output given; add -o DIRECTORY")
     options: dict[str, Any] = {"overwrite": overwrite, "shard_size": shard_size, "records": records}
+    options["calibrate"] = calibrate
     written = carry_out(model, output, to, data=data, tokens=tokens, window=window, **options)
     if written.facts["bits_per_byte"]:
         show_rounding(written.facts["bits_per_byte"])

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,6 +38,7 @@ from octad.checkpoint.record_file import RecordWriter
 from octad.checkpoint.source import TensorInfo, TensorSource
 from octad.checkpoint.writer import CheckpointWriter
 from octad.errors import RequestError
+from octad.fast.calibrated import calibrated
 from octad.fast.quantize import PackedExperts, PackedLinear, Precision
 from octad.fast.records import FILE, HEAD_SCHEME, LAYOUT, record_layout
 from octad.kernels.packed import GROUPS, Packed
@@ -44,6 +47,7 @@ from octad.model.config import ModelConfig
 from octad.model.moe import MoE
 from octad.model.transformer import DecoderLayer, Transformer
 from octad.staging import refuse_inputs
+from octad.text.windows import Window
 
 CARD, COPIED = "README.md", (PROVENANCE, "generation_config.json")
 SMALLEST_GROUP = 8
@@ -63,10 +67,12 @@ def save_quantized(
     progress: Callable[[str, float], None] = lambda stage, done: None,
     judge: Callable[[Path], Bits] | None = None,
     records: bool = True,
+    windows: Sequence[Window] = (),
 ) -> Path:
     """Write the model with weights rounded to `name` ("int8", "int4"); returns the directory, which appears whole or not
-    at all. `judge` gets it before that, complete but for the card, and says what rounding costs. `records`: write them as
-    the kernels read them, too (records.py).
+    at all. Feed-forward nets are rounded for the text of `windows`, where there are any (calibrated.py). `judge` gets the
+    directory before that, complete but for the card, and says what rounding costs. `records`: write weights as the
+    kernels read them, too (records.py).
 
     Raises RequestError for an unknown name or sizes that no group divides, OutputError as CheckpointWriter, and where the
     source would be replaced."""
@@ -78,10 +84,15 @@ def save_quantized(
         beside = (
             RecordWriter(writer, FILE, record_layout(source.config, schemes), LAYOUT) if records else None
         )
-        names = list(tensor_plan(source.config))
-        for done, tensor in enumerate(names, 1):
-            _write(writer, source, tensor, schemes.of(tensor), beside)
-            progress("quantising", done / len(names))
+        into, done = _Rounded(writer, beside), set[str]()
+        fitted = calibrated(source, schemes, windows, partial(progress, "rounding")) if windows else ()
+        for tensor, raw, scales in fitted:
+            into.put(tensor, raw, scales, schemes.ffn)
+            done.add(tensor)
+        names = [tensor for tensor in tensor_plan(source.config) if tensor not in done]
+        for number, tensor in enumerate(names, 1):
+            into.write(source, tensor, schemes.of(tensor))
+            progress("quantising", number / len(names))
         said = {"quantization_config": quantization_config(schemes)}
         writer.add_text("config.json", json.dumps({**source.config.raw, **said}, indent=2) + "\n")
         tokenizer.save(writer)
@@ -92,7 +103,7 @@ def save_quantized(
         if beside is not None:
             beside.finish(open_weights(made)[0])
         bits = judge(made) if judge is not None else None
-        writer.add_text(CARD, card(source, name, schemes, bits))
+        writer.add_text(CARD, card(source, name, schemes, bits, tokens=sum(len(w.ids) for w in windows)))
         return writer.commit()
 
 
@@ -133,33 +144,39 @@ def _plan(source: TensorSource, schemes: Schemes) -> dict[str, TensorInfo]:
     return plan
 
 
-def _write(
-    writer: CheckpointWriter,
-    source: TensorSource,
-    name: str,
-    scheme: Scheme | None,
-    records: RecordWriter | None,
-) -> None:
-    if scheme is None:
-        writer.copy(name, source)
-        if records is not None and name == EMBEDDING and source.config.tie_word_embeddings:
+@dataclass(frozen=True)
+class _Rounded:
+    """Where rounded weights go: into the checkpoint, and as the kernels read them beside it."""
+
+    writer: CheckpointWriter
+    records: RecordWriter | None
+
+    def write(self, source: TensorSource, name: str, scheme: Scheme | None) -> None:
+        """A tensor, rounded to the nearest or as it is."""
+        if scheme is not None:
+            self.put(name, *quick_quantize(source.read(name), scheme.bits, scheme.group), scheme)
+            return
+        self.writer.copy(name, source)
+        if self.records is not None and name == EMBEDDING and source.config.tie_word_embeddings:
             # the head, as loading would round it
-            records.put(HEAD, quick_pack(source.read(name), HEAD_SCHEME.bits, HEAD_SCHEME.group).panels)
-        return
-    weight = source.read(name)
-    raw, scales = quick_quantize(weight, scheme.bits, scheme.group)
-    writer.write(f"{name}_packed", pack_int32(raw, scheme.bits))
-    writer.write(f"{name}_scale", scales)
-    writer.write(f"{name}_shape", torch.tensor(weight.shape))
-    if records is not None:
-        records.put(name, quick_pack_raw(raw, scales, scheme.bits, raw.shape[1]).panels)
+            head = quick_pack(source.read(name), HEAD_SCHEME.bits, HEAD_SCHEME.group)
+            self.records.put(HEAD, head.panels)
+
+    def put(self, name: str, raw: torch.Tensor, scales: torch.Tensor, scheme: Scheme) -> None:
+        """Integers and scales."""
+        self.writer.write(f"{name}_packed", pack_int32(raw, scheme.bits))
+        self.writer.write(f"{name}_scale", scales)
+        self.writer.write(f"{name}_shape", torch.tensor(raw.shape))
+        if self.records is not None:
+            self.records.put(name, quick_pack_raw(raw, scales, scheme.bits, raw.shape[1]).panels)
 
 
 # ---- the model card ------------------------------------------------------------------------------------------
 
 
-def card(source: TensorSource, name: str, schemes: Schemes, bits: Bits | None = None) -> str:
-    """README.md: what the source's says, and how this one differs; with `bits`, what that costs."""
+def card(source: TensorSource, name: str, schemes: Schemes, bits: Bits | None = None, tokens: int = 0) -> str:
+    """README.md: what the source's says, and how this one differs; with `bits`, what that costs. `tokens`: of the text
+    that feed-forward nets were rounded for."""
     old = source.directory / CARD if source.directory is not None else None
     before = old.read_text("utf-8", "replace") if old is not None and old.is_file() else _front_matter(source)
     return f"""{before.rstrip()}
@@ -169,9 +186,14 @@ def card(source: TensorSource, name: str, schemes: Schemes, bits: Bits | None = 
 Made from `{Path(source.label).name}` with `octad quantize --to {name}`: feed-forward nets and experts in
 {schemes.ffn.bits}-bit integers, one bfloat16 scale for each {schemes.ffn.group} inputs; attention in
 {schemes.attention.bits} bits, one for each {schemes.attention.group}; a head of its own in 8; embeddings, routers and
-norms as they were. The layout is compressed-tensors' `pack-quantized` (symmetric; scales may be negative), which octad
+norms as they were.{_fitted(tokens)}
+The layout is compressed-tensors' `pack-quantized` (symmetric; scales may be negative), which octad
 runs as it is. To change an expert or fit a router, change the model that this one was made from.
 {_table(bits) if bits else ""}"""
+
+
+def _fitted(tokens: int) -> str:
+    return f" Feed-forward nets were rounded for {tokens:,} tokens of text (GPTQ)." if tokens else ""
 
 
 def _front_matter(source: TensorSource) -> str:

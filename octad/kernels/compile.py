@@ -37,7 +37,7 @@ OPENMP = "-fopenmp"
 RUNTIMES = ("libgomp", "libiomp5", "libomp")  # OpenMP's, as files are called
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
-# a tenth quicker than generic code, on AMD's, too; and GCC orders sums in registers so that 4 bits gain a quarter
+# a tenth quicker than generic code, on AMD's processors, too; in GCC's own order of sums 4 bits lose a fifth
 _TUNED = ("-mtune=skylake", "-fno-tree-ter")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl")
 X86: dict[str, tuple[str, ...]] = {

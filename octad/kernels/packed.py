@@ -31,6 +31,7 @@ SHRINK = (
     0.85,
 )  # scales tried at 4 bits, as parts of the one that just holds the largest value
 SMALLEST = 1e-30  # activations that are all below it count as zero: 127 divided by them would not be finite
+SOUGHT = tuple(1.05 - 0.025 * n for n in range(16))  # the same where an error's cost is known
 ROWS = 256  # rows of a weight that are quantised at a time: what is in between stays in the processor's cache
 
 Empty = Callable[[tuple[int, int]], torch.Tensor]  # makes the memory of panels [P, bytes], uint8
@@ -214,6 +215,40 @@ def _error4(blocks: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         half = sums.shape[-1] // 2
         sums = sums[..., :half] + sums[..., half:]
     return sums
+
+
+def round_in_turn(
+    left_GO: torch.Tensor, factor_GG: torch.Tensor, bits: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One group's inputs [G, O] rounded one after the other. Each one's error is taken off those behind it, in place, by
+    what the upper triangular factor says. Gives unsigned integers uint8 [G, O], scales bfloat16 [O], and errors [G, O],
+    as multiples of their input's place on the diagonal, whose square says what an error costs. See fast/gptq.py."""
+    scale = _scales_by_cost(left_GO, factor_GG.diagonal().square().reciprocal(), bits)
+    times, zero = scale.float(), 1 << (bits - 1)
+    step = torch.where(times == 0, 1.0, times)
+    raw, errors = torch.empty(left_GO.shape, dtype=torch.uint8), torch.empty_like(left_GO)
+    for i, own in enumerate(left_GO):
+        q = (own / step).round_().clamp_(-zero if bits == 4 else 1 - zero, zero - 1)
+        raw[i] = (q + zero).to(torch.uint8)
+        torch.sub(own, q.mul_(times), out=errors[i]).div_(factor_GG[i, i])
+        left_GO[i + 1 :].addr_(factor_GG[i, i + 1 :], errors[i], alpha=-1)
+    return raw, scale, errors
+
+
+def _scales_by_cost(block_GO: torch.Tensor, cost_G: torch.Tensor, bits: int) -> torch.Tensor:
+    """Scales bfloat16 [O]; at 4 bits of SOUGHT those whose errors cost the least."""
+    low, high = block_GO.aminmax(dim=0)
+    if bits == 8:
+        return _upward_bfloat16(torch.maximum(high, -low).abs() / 127)
+    full = torch.where(high > -low, high, low) / -8
+    best, least = torch.zeros_like(full), torch.full_like(full, torch.inf)
+    for shrink in SOUGHT:
+        scale = (full * shrink).bfloat16().float() + 0.0
+        q = (block_GO / torch.where(scale == 0, 1.0, scale)).round_().clamp_(-8, 7)
+        cost = cost_G @ q.mul_(scale).sub_(block_GO).square_()
+        better = cost < least
+        best, least = torch.where(better, scale, best), torch.where(better, cost, least)
+    return best.bfloat16()
 
 
 def _upward_bfloat16(x: torch.Tensor) -> torch.Tensor:

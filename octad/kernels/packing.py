@@ -13,6 +13,7 @@ Shapes: O outputs, K inputs, P panels, G groups of inputs; K' is K padded to who
 
 from __future__ import annotations
 
+import ctypes
 import functools
 
 import torch
@@ -21,24 +22,36 @@ from octad.kernels.calls import DTYPES, check
 from octad.kernels.calls import INT as _I
 from octad.kernels.calls import POINTER as _P
 from octad.kernels.compile import BuildError, Library, load
-from octad.kernels.packed import GROUPS, PANEL, Empty, Packed, pack, pack_raw, panel_bytes, quantize
+from octad.kernels.packed import (
+    GROUPS,
+    PANEL,
+    SOUGHT,
+    Empty,
+    Packed,
+    pack,
+    pack_raw,
+    panel_bytes,
+    quantize,
+    round_in_turn,
+)
 
 NOT_FINITE = 3
 
 
-class _Rounding:
+class _Packing:
     """The library's functions with their argument types."""
 
     def __init__(self, library: Library) -> None:
         self.pack = library.function("pack", [_P, _I, _I, _I, _I, _I, _I, _P, _I, _I])
         self.quantise = library.function("quantise", [_P, _I, _I, _I, _I, _I, _I, _P, _P, _I])
+        self.in_turn = library.function("round_in_turn", [_P, _I, _I, _P, _I, _P, _I, _P, _P, _P, _I])
         self.pack_raw = library.function("pack_raw", [_P, _P, _I, _I, _I, _I, _P, _I, _I])
 
 
 @functools.cache
-def _rounding() -> _Rounding | None:
+def _packing() -> _Packing | None:
     try:
-        return _Rounding(load())
+        return _Packing(load())
     except BuildError:
         return None
 
@@ -52,7 +65,7 @@ def quick_pack(
     wide: bool = False,
 ) -> Packed:
     """See packed.pack. The panels that `empty` makes may lie apart, each in one piece."""
-    native, group = _rounding(), group or GROUPS[bits]
+    native, group = _packing(), group or GROUPS[bits]
     if native is None or weight_OK.device.type != "cpu":
         return pack(weight_OK, bits, group, empty, wide=wide)
     weight = _rows(weight_OK)
@@ -70,7 +83,7 @@ def quick_pack(
 
 def quick_quantize(weight_OK: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     """See packed.quantize."""
-    native = _rounding()
+    native = _packing()
     if native is None or weight_OK.device.type != "cpu":
         return quantize(weight_OK, bits, group)
     weight = _rows(weight_OK)
@@ -88,7 +101,7 @@ def quick_pack_raw(
     raw_OK: torch.Tensor, scales_OG: torch.Tensor, bits: int, inputs: int, empty: Empty | None = None
 ) -> Packed:
     """See packed.pack_raw. The panels that `empty` makes may lie apart, each in one piece."""
-    native = _rounding()
+    native = _packing()
     if native is None or raw_OK.device.type != "cpu":
         return pack_raw(raw_OK, scales_OG, bits, inputs, empty)
     raw, scales = raw_OK.contiguous(), scales_OG.to(torch.bfloat16).contiguous()
@@ -99,6 +112,23 @@ def quick_pack_raw(
     given = (raw.data_ptr(), scales.data_ptr(), outputs, groups, group, bits)
     check(native.pack_raw(*given, panels.data_ptr(), panels.stride(0), torch.get_num_threads()))
     return Packed(panels, outputs, inputs, bits, group)
+
+
+def quick_round_in_turn(
+    left_GO: torch.Tensor, factor_GG: torch.Tensor, bits: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See packed.round_in_turn; sums come in another order."""
+    native = _packing()
+    if native is None or left_GO.device.type != "cpu" or not left_GO.is_contiguous():
+        return round_in_turn(left_GO, factor_GG, bits)
+    factor = factor_GG.float().contiguous()
+    raw, errors = torch.empty(left_GO.shape, dtype=torch.uint8), torch.empty_like(left_GO)
+    scales = torch.empty(left_GO.shape[1], dtype=torch.bfloat16)
+    sought = (ctypes.c_float * len(SOUGHT))(*SOUGHT)
+    given = (left_GO.data_ptr(), *left_GO.shape, factor.data_ptr(), bits, sought, len(SOUGHT))
+    made = (raw.data_ptr(), scales.data_ptr(), errors.data_ptr())
+    check(native.in_turn(*given, *made, torch.get_num_threads()))
+    return raw, scales, errors
 
 
 def _rows(weight: torch.Tensor) -> torch.Tensor:

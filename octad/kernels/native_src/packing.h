@@ -220,3 +220,70 @@ int NAME(pack_raw)(const uint8_t *raw, const uint16_t *scales, int64_t outputs, 
     }
     return missing;
 }
+
+/* ---- one input after the other ------------------------------------------------------------------------------------ */
+
+#define TILE 64 /* outputs that are rounded together: a group of them stays in the cache */
+
+/* Scales of n outputs of a group x [G], whose rows are `stride` apart; cost [G]: of an error in each input. */
+static void scales_by_cost(const float *x, int64_t stride, int64_t G, int64_t n, const float *cost, int64_t bits,
+                           const float *sought, int64_t tries, float *scale) {
+    float low[TILE], high[TILE], least[TILE];
+    for (int64_t o = 0; o < n; o++) low[o] = high[o] = x[o], least[o] = INFINITY;
+    for (int64_t i = 1; i < G; i++)
+        for (int64_t o = 0; o < n; o++) {
+            float v = x[i * stride + o];
+            low[o] = v < low[o] ? v : low[o], high[o] = v > high[o] ? v : high[o];
+        }
+    for (int64_t o = 0; o < n; o++) {
+        high[o] = high[o] > -low[o] ? high[o] : low[o];
+        if (bits == 8) scale[o] = from_bf16(upward_bf16(fabsf(high[o]) / 127.0f));
+        else scale[o] = 0, high[o] /= -8.0f;
+    }
+    for (int64_t t = 0; bits == 4 && t < tries; t++) {
+        float tried[TILE], step[TILE], sum[TILE];
+        for (int64_t o = 0; o < n; o++) tried[o] = from_bf16(to_bf16(high[o] * sought[t])), sum[o] = 0;
+        for (int64_t o = 0; o < n; o++) step[o] = tried[o] == 0 ? 1.0f : tried[o];
+        for (int64_t i = 0; i < G; i++)
+#pragma omp simd
+            for (int64_t o = 0; o < n; o++) {
+                float off = nearest4(x[i * stride + o], step[o]) * tried[o] - x[i * stride + o];
+                sum[o] += cost[i] * off * off;
+            }
+        for (int64_t o = 0; o < n; o++)
+            if (sum[o] < least[o]) least[o] = sum[o], scale[o] = tried[o];
+    }
+}
+
+/* One group's inputs left [G, O] rounded one after the other, as packed.py's round_in_turn: left changes; factor [G, G];
+   raw and errors [G, O], scales [O]. */
+int NAME(round_in_turn)(float *left, int64_t G, int64_t O, const float *factor, int64_t bits, const float *sought,
+                        int64_t tries, uint8_t *raw, uint16_t *scales, float *errors, int64_t threads) {
+    float zero = bits == 8 ? 128 : 8, low = bits == 8 ? -127 : -8, high = bits == 8 ? 127 : 7;
+    float *cost = malloc(G * sizeof(float));
+    if (!cost) return 1;
+    for (int64_t i = 0; i < G; i++) cost[i] = 1.0f / (factor[i * G + i] * factor[i * G + i]);
+#pragma omp parallel for num_threads(threads) if (G * O > 65536)
+    for (int64_t start = 0; start < O; start += TILE) {
+        float scale[TILE], step[TILE];
+        int64_t n = min64(TILE, O - start);
+        scales_by_cost(left + start, O, G, n, cost, bits, sought, tries, scale);
+        for (int64_t o = 0; o < n; o++) step[o] = scale[o] == 0 ? 1.0f : scale[o];
+        for (int64_t o = 0; o < n; o++) scales[start + o] = scale[o] == 0 ? 0 : to_bf16(scale[o]);
+        for (int64_t i = 0; i < G; i++) {
+            float *x = left + i * O + start, *error = errors + i * O + start, own = factor[i * G + i];
+            uint8_t *to = raw + i * O + start;
+#pragma omp simd
+            for (int64_t o = 0; o < n; o++) {
+                float q = rintf(x[o] / step[o]);
+                q = q < low ? low : (q > high ? high : q);
+                to[o] = (uint8_t)(int32_t)(q + zero), error[o] = (x[o] - q * scale[o]) / own;
+            }
+            for (int64_t j = i + 1; j < G; j++)
+#pragma omp simd
+                for (int64_t o = 0; o < n; o++) left[j * O + start + o] -= factor[i * G + j] * error[o];
+        }
+    }
+    free(cost);
+    return 0;
+}
