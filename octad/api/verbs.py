@@ -165,7 +165,7 @@ def train(
     check_sources(loaded)
     learner = tune_learner(loaded) if isinstance(loaded, TuneConfig) else pretrain_learner(loaded)
     trainer = Trainer(learner, run, say)
-    with bars(progress and trainer.world.leads) as bar:
+    with bars(progress if trainer.world.leads else False) as bar:
         trainer.progress = partial(bar, "training")
         outcome = trainer.fit()
     finished = outcome is Outcome.FINISHED
@@ -334,7 +334,7 @@ def _compare(
             )
 
     world = World.join()
-    with bars(progress and world.leads) as bar:
+    with bars(progress if world.leads else False) as bar:
         found = compare(
             source, domains, settings, dense=dense, cache=kept, world=world, progress=bar, ready=ready
         )

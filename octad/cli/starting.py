@@ -108,8 +108,8 @@ def make(
         terminal.tell(f"stopped and saved; octad make {directory} goes on")
         raise SystemExit(130)
     if not dry_run:
-        terminal.say(made.facts["headline"])
-        terminal.say(f"the verdict with pictures: {directory / 'report' / 'index.html'}")
+        terminal.out.print(made.facts["headline"], markup=False)
+        terminal.say(f"the verdict with pictures: {made.facts['report']}")
         terminal.say(f"talk to it: octad serve {made.facts['mixture']}")
     if as_json:
         print(json.dumps(made.to_dict(), ensure_ascii=False))

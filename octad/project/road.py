@@ -109,6 +109,7 @@ def make(
     if dry_run:
         return Written(place, 0.0, would_do=waiting)
     with bars(progress) as road.bar:
+        road.bar("all of it", 0.0)  # above the stages
         if config is not None and not _branch(road, config):
             return Written(place, time.monotonic() - started, finished=False, done=road.done)
         key = _combine(road)
@@ -116,11 +117,9 @@ def make(
         if repair and not (headline := _repair(road, key)):
             return Written(place, time.monotonic() - started, finished=False, done=road.done)
         road.bar("all of it", 1.0)
-    facts: dict[str, Any] = {
-        "done": road.done,
-        "headline": headline,
-        "mixture": str(place / (TUNED if repair else MIXTURE)),
-    }
+    made, report = (TUNED, f"{TUNED}-{REPORT}") if repair else (MIXTURE, REPORT)
+    facts: dict[str, Any] = {"done": road.done, "headline": headline, "mixture": str(place / made)}
+    facts |= {"report": str(place / report / "index.html")}
     return Written(place, time.monotonic() - started, **facts)
 
 
@@ -150,10 +149,14 @@ def _forecast(road: Road, config: BranchConfig | None, recipe: Recipe) -> list[s
     if known:
         road.say(f"done before: {', '.join(known)}")
     for stage, seconds in road.expected.items():
-        road.say(f"to do: {stage}, about {duration(seconds)}")
+        road.say(f"to do: {stage}, {_about(seconds)}")
     if len(road.expected) > 1:
-        road.say(f"about {duration(sum(road.expected.values()))} in all on this machine")
+        road.say(f"{_about(sum(road.expected.values()))} in all on this machine")
     return list(road.expected)
+
+
+def _about(seconds: float) -> str:
+    return f"about {duration(seconds)}" if seconds >= 1 else "a moment"
 
 
 # ---- specialists -------------------------------------------------------------------------------------------------

@@ -55,7 +55,11 @@ def test_what_comes_back(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"calibrating", "writing"} <= set(heard)
     assert Path(mixture) == (place / "again").resolve()
     assert mixture.to_dict()["experts"] == ["general", "one", "two"]
-    verdict = octad.evaluate(mixture, {"one": "one.jsonl", "two": ["two.jsonl"]}, tokens=150, window=32)
+    heard.clear()
+    texts = {"one": "one.jsonl", "two": ["two.jsonl"]}
+    tell = lambda stage, done: heard.append(stage)  # noqa: E731
+    verdict = octad.evaluate(mixture, texts, tokens=150, window=32, routing=True, progress=tell)
+    assert {"judging", "routing"} <= set(heard)
     frame = verdict.to_pandas()
     assert list(frame.columns) == ["one", "two", "mean"]
     told = {c["name"]: c["bits_per_byte"]["two"] for c in verdict.report["contestants"]}

