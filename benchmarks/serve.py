@@ -170,7 +170,7 @@ class Bare:
 # ---- servers -----------------------------------------------------------------------------------------------
 
 
-def servers(known: argparse.Namespace, logs: Path) -> list[tuple[str, int, list[str]]]:
+def servers(known: argparse.Namespace) -> list[tuple[str, int, list[str]]]:
     """(name, port, command) of octad and of the peers that are asked for."""
     threads = ["-t", str(known.threads), "-tb", str(known.threads)] if known.threads else []
     bits = ["--quantize", known.quantize] if known.quantize else []
@@ -255,8 +255,7 @@ def main() -> None:
         bare(known.model, known.quantize, known.threads)
         return
     about = {"command": command_line(), "quantize": known.quantize, "threads": known.threads}
-    with tempfile.TemporaryDirectory() as scratch:
-        results = about | measured(known, Path(scratch))
+    results = about | measured(known, Path(tempfile.mkdtemp(prefix="octad-bench-")))
     save(known.out, results)
     print(json.dumps(results))
 
@@ -266,10 +265,8 @@ def measured(known: argparse.Namespace, logs: Path) -> dict[str, Any]:
     with ExitStack() as stack:
         runs: dict[str, Callable[[int, int], dict[str, Any]]] = {}
         started: dict[str, float] = {}
-        for name, port, command in servers(known, logs):
-            log = known.out.with_name(f"{known.out.stem}-{name}.log")
-            log.parent.mkdir(parents=True, exist_ok=True)
-            server = stack.enter_context(Server(name, command, port, log))
+        for name, port, command in servers(known):
+            server = stack.enter_context(Server(name, command, port, logs / f"{name}.log"))
             started[name] = round(server.wait(600), 2)
             tell(f"{name} is ready after {started[name]} s")
             model = Path(known.model).resolve().name if name == "octad" else "m"

@@ -196,7 +196,7 @@ def main() -> None:
         keys.write_text(KEY + "\n")
         command = [sys.executable, "-m", "octad", "serve", known.model, "--port", str(port), "--no-log"]
         command += ["--api-key-file", str(keys), "--max-queue", str(known.clients), *options]
-        with Server("octad", command, port, known.out.with_suffix(".log")) as server:
+        with Server("octad", command, port, Path(tempfile.gettempdir()) / "octad-soak.log") as server:
             tell(f"ready after {server.wait():.1f} s")
             results = soaked(server, known.clients, known.minutes * 60, questions(known.questions))
     results |= {"command": command_line(), "hardware": hardware()}

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from octad.serve.lifecycle import Tell
 
 
+TURN = 0.001  # seconds after which the engine's thread lets the event loop have Python; a fifth of what it would be
+
+
 def _nothing() -> None:
     """There is nothing to do."""
 
@@ -127,6 +130,7 @@ def _opened(model: str) -> TensorSource:
 
 def run(served: Served, opened: socket) -> None:
     """Until it is told to stop. Raises RequestError where the engine failed."""
+    sys.setswitchinterval(TURN)
     front, place = served.front, opened.getsockname()
     shown = f"[{place[0]}]" if ":" in place[0] else place[0]
     print(f"octad: http://{shown}:{place[1]}/ is the chat page, /v1 the API", file=sys.stderr, flush=True)
