@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 EXPERTS = ".mlp.experts."
+BUCKET = 32 << 20  # bytes of gradients that are added up over the ranks as one
 FULL = 0.5  # of a rank's memory, from which on `auto` spreads weights
 
 
@@ -180,12 +181,16 @@ class Layout:
         """Gradients over the ranks that hold the same part; FSDP has added up its own."""
         if self.world.size == 1:
             return
+        everywhere, column = list[torch.Tensor](), list[torch.Tensor]()
         for name, gradient in optimizer.named_gradients():
             piece = optimizer.pieces.get(name)
             if piece is None:
-                dist.all_reduce(gradient)
+                everywhere.append(gradient)
             elif piece.copies > 1:
-                dist.all_reduce(gradient, group=self.grid["data"].get_group())
+                column.append(gradient)
+        add_up_together(everywhere, None)
+        if column:
+            add_up_together(column, self.grid["data"].get_group())
 
     def norm(self, optimizer: Optimizer) -> float:
         """The length of the whole gradient, the same on every rank; not finite where any of it is not."""
@@ -197,6 +202,33 @@ class Layout:
             copies = piece.copies if piece else self.world.size
             total += gradient.norm().double().cpu() ** 2 / copies
         return math.sqrt(self.world.total(float(total)))
+
+
+def add_up_together(gradients: Sequence[torch.Tensor], group: dist.ProcessGroup | None) -> None:
+    """The sum of each over a group's ranks, in place: many small ones travel as one, while the next are put together."""
+    travelling = []
+    for bucket in buckets(gradients):
+        flat = torch.cat([gradient.flatten() for gradient in bucket]) if len(bucket) > 1 else bucket[0]
+        travelling.append((bucket, flat, dist.all_reduce(flat, group=group, async_op=True)))
+    for bucket, flat, work in travelling:
+        work.wait()
+        if len(bucket) > 1:
+            parts = torch.split(flat, [gradient.numel() for gradient in bucket])
+            for gradient, part in zip(bucket, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+
+def buckets(gradients: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Runs of neighbours of about BUCKET bytes; what is larger travels alone."""
+    bucket, size = list[torch.Tensor](), 0
+    for gradient in gradients:
+        if bucket and size + gradient.nbytes > BUCKET:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(gradient)
+        size += gradient.nbytes
+    if bucket:
+        yield bucket
 
 
 def training_bytes(model: nn.Module) -> int:

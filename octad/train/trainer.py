@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from octad.dist import World, emulation, product_rate
 from octad.errors import CheckpointError, OctadError, OutputError, RecipeError
@@ -43,6 +42,7 @@ from octad.train.learner import Learner, compute_settings
 from octad.train.loss import Head, next_token_loss
 from octad.train.lowrank import LowRankEmbedding, LowRankLinear
 from octad.train.optim import Optimizer, learning_rate
+from octad.train.recompute import checkpoint_activations
 from octad.train.shards import open_shard
 from octad.train.signals import StopRequest
 from octad.train.state import Saver, check_resumable, latest_state, load_facts, load_tensors, saved_names
@@ -284,11 +284,10 @@ class Trainer:
                 torch.cuda.set_rng_state(value, self.device)
 
     def _compile(self) -> None:
-        """Of one process: what several do to the weights is not for the compiler."""
+        """Small parts within the blocks: what several processes do to the weights surrounds these."""
         spec = self.config
         work = self.flops * spec.steps * spec.batch.windows * self.learner.data.window
-        if self.world.size == 1:
-            compile_model(self.model, spec.compile, self.device, work=work, echo=self.echo)
+        compile_model(self.model, spec.compile, self.device, work=work, echo=self.echo)
 
     def _telemetry(self) -> Telemetry:
         lengths = self.learner.tokenizer.byte_lengths
@@ -362,9 +361,3 @@ def check_fit(learner: Learner) -> None:
         raise RecipeError(
             f"data.window {learner.data.window} is more than the model's {config.max_position_embeddings} positions"
         )
-
-
-def checkpoint_activations(model: torch.nn.Module) -> None:
-    """Keep each block's input only and compute the block again when its gradient is due."""
-    for layer in model.model.layers:  # type: ignore[union-attr]
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)

@@ -21,6 +21,7 @@ QUICK = [
     "a_step_of_decoding_can_be_captured",
     "everything_learns_as_on_the_cpu",
     "documents_of_many_lengths_are_one_call",
+    "a_recomputed_block_keeps_its_routing",
     "a_run_resumes_to_the_same_bits",
 ]
 SLOW = [

@@ -118,3 +118,23 @@ def a_run_resumes_to_the_same_bits() -> None:
         again = tuned("cut", "cuda", **noisy)
     for key, value in load_file(straight / "model.safetensors").items():
         assert torch.equal(load_file(again / "model.safetensors")[key], value), key
+
+
+@case
+def a_recomputed_block_keeps_its_routing() -> None:
+    """One choice a layer and micro-batch, whether blocks are computed again or not."""
+    counts = []
+    with PretendedGPU() as gpu:
+        for name, again in (("kept", False), ("again", True)):
+            batch = {"windows": 4, "micro": 2, "checkpointing": again}
+            run = trainer(name, "cuda", mode="all", batch=batch)
+            gpu.forget()
+            run.train_step()
+            names = [launch for launch, _ in gpu.launches]
+            counts.append(
+                [names.count(f"aten.{op}") for op in ("topk.default", "sort.stable", "silu.default")]
+            )
+    layers, micros = 2, 2
+    assert [count[0] for count in counts] == [layers * micros] * 2
+    assert counts[0][1] == counts[1][1]  # of the choices
+    assert counts[1][2] > counts[0][2]  # and the rest is computed again

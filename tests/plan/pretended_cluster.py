@@ -31,7 +31,8 @@ from octad.train.loss import next_token_loss
 from octad.train.optim import Optimizer
 from octad.train.routers import TrainRouter
 from octad.train.sections import OptimizerSpec, RoutingSpec
-from octad.train.trainer import checkpoint_activations, head_of
+from octad.train.recompute import checkpoint_activations
+from octad.train.trainer import head_of
 
 
 def even_choices(experts_NA: torch.Tensor, experts: int) -> tuple[torch.Tensor, list[int]]:

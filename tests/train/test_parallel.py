@@ -18,7 +18,7 @@ from octad.dist import World
 from octad.errors import OctadError, RecipeError
 from octad.model.config import ModelConfig
 from octad.model.transformer import Transformer
-from octad.train.layout import Layout
+from octad.train.layout import Layout, buckets
 from octad.train.sections import ParallelSpec
 
 SETTINGS: dict[str, Any] = {
@@ -43,6 +43,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "muon": {"parallel": {"shard": True}} | MUON,
     "muon-both": {"parallel": BOTH} | MUON,
     "bfloat16": {"parallel": BOTH, "dtype": "bfloat16"},
+    "compiled": {"parallel": BOTH, "compile": True},
 }
 
 
@@ -150,6 +151,13 @@ def test_four_ranks_go_on_where_two_stopped(mixture, tmp_path: Path) -> None:
     rank_worker.main([str(file), str(tmp_path / "one"), str(longer), str(tmp_path / "one")])
     launch(4, longer, tmp_path / "two")
     equal(tmp_path / "two", tmp_path / "one", 1e-4)
+
+
+def test_gradients_travel_in_buckets(monkeypatch) -> None:
+    monkeypatch.setattr("octad.train.layout.BUCKET", 40)
+    sizes = [2, 3, 30, 4, 6, 1]  # float32
+    found = [[len(g) for g in bucket] for bucket in buckets([torch.zeros(n) for n in sizes])]
+    assert found == [[2, 3], [30], [4, 6], [1]]
 
 
 def test_pieces_are_dealt_out_evenly() -> None:
