@@ -53,10 +53,15 @@ def combine(
     verbs.shard_bytes(shard_size)
     with terminal.waiting("opening and measuring the members"):
         plan = verbs.check(loaded, None if dry_run else output, overwrite=overwrite)
-    show_plan(plan, expected_seconds(plan))
+    if terminal.leads():
+        show_plan(plan, expected_seconds(plan))
     if dry_run or output is None:
         return
-    wrote(verbs.combine(plan, output, overwrite=overwrite, shard_size=shard_size), as_json=as_json)
+    written = verbs.combine(
+        plan, output, overwrite=overwrite, shard_size=shard_size, progress=terminal.leads()
+    )
+    if terminal.leads():
+        wrote(written, as_json=as_json)
 
 
 def _edit(change: str, *place: Any, as_json: bool, **options: Any) -> None:

@@ -30,7 +30,7 @@ from octad.combine.preflight import Plan
 from octad.combine.recipe import Recipe
 from octad.combine.regmean import Regression
 from octad.combine.sidecars import CARD, STATISTICS, model_card, save_statistics
-from octad.dist import compute_dtype, product_rate
+from octad.dist import World, compute_dtype, product_rate
 from octad.model import cost
 from octad.model.config import ModelConfig, dense_config
 from octad.text.tokenizer import Tokenizer
@@ -46,7 +46,13 @@ def combine(
     max_shard_bytes: float = DEFAULT_SHARD_BYTES,
     progress: Progress = quiet,
 ) -> Path:
-    """Write the mixture of a plan to `output` (atomically) and return its path. Raises OutputError, DataError."""
+    """Write the mixture of a plan to `output` (atomically) and return its path; by all processes of torchrun where there
+    are several (together.py). Raises OutputError, DataError."""
+    if (world := World.join()).size > 1:
+        from octad.combine.together import combine_together
+
+        options: dict[str, Any] = {"overwrite": overwrite, "max_shard_bytes": max_shard_bytes}
+        return combine_together(plan, output, world, progress=progress, **options)
     recipe = plan.recipe
     writer = CheckpointWriter(output, plan.tensors, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
     calibrations = plan.calibrations

@@ -8,7 +8,7 @@ first is what a well-routed token looks like; the second is what a token looks l
 cannot give the label away by the fingerprint of its own expert (docs/log.md has the measurement). Neither depends on the
 other specialists, so the statistics of an expert stay true when others come or go.
 
-One layer of one expert is in memory at a time, whatever the model's size, and each weight is read once; so are the
+One layer of one expert is in memory at a time, of a large one a single matrix, and each weight is read once; so are the
 inputs of one run, while the states of all of them may lie in a file (states.py). Padding never reaches the statistics.
 
 Shapes: B sequences, S positions, N real tokens of one run, D model, F feed-forward hidden.
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from octad.checkpoint.names import EMBEDDING, PARTS, expert_name, is_ffn, tensor_plan
 from octad.checkpoint.source import TensorSource
@@ -33,6 +34,7 @@ from octad.text.windows import Batch, Window, batches
 
 Write = Callable[[str, torch.Tensor], None]
 Settle = Callable[[int, Rope, Callable[[int], Iterator[tuple[torch.Tensor, Batch]]]], None]
+SINGLY = 2 << 30  # bytes of an expert in memory, beyond which its matrices are read one at a time
 BATCH_TOKENS = 512  # more are no faster; fewer windows differ less in length: less padding
 
 
@@ -81,16 +83,24 @@ def gate_inputs(
             if settle is not None:
                 settle(layer, rope, lambda number: ((states[i], batch) for i, batch in numbered[number]))
             block = shared_block(config, layer, read_all(source, shared_names(config, layer), dtype, write))
+            last = layer == config.num_hidden_layers - 1
             for path in sorted({run.path for run in runs}):
-                last = layer == config.num_hidden_layers - 1
-                mlp = (
-                    None
-                    if last
-                    else dense_mlp(config, read_all(source, expert_names(config, layer, path), dtype, write))
+                own = [n for n, run in enumerate(runs) if run.path == path]
+                singly = (
+                    not last
+                    and 3 * config.hidden_size * config.moe_intermediate_size * dtype.itemsize > SINGLY
                 )
-                for number in (n for n, run in enumerate(runs) if run.path == path):
+                mlp = None
+                if not last and not singly:
+                    mlp = dense_mlp(config, read_all(source, expert_names(config, layer, path), dtype, write))
+                for number in own:
                     seen = [_advance(block, mlp, rope, states, i, batch) for i, batch in numbered[number]]
                     yield layer, number, _finite(torch.cat(seen), layer, path)
+                if singly:
+                    places = [i for number in own for i, _ in numbered[number]]
+                    _through_singly(
+                        source, block, expert_names(config, layer, path), states, places, dtype, write
+                    )
 
 
 def _advance(
@@ -98,12 +108,47 @@ def _advance(
 ) -> torch.Tensor:
     """Take one batch through the layer, in place in `states`; returns the gate inputs of its real tokens, x_ND.
 
-    The last layer's feed-forward network can be left out: no router reads what it makes."""
+    Without a network the states end behind attention: the last layer's is left out, since no router reads what it makes,
+    and one that is too large comes after all batches."""
     h_BSD = block.attend(states[number], rope)
     x_BSD: torch.Tensor = block.post_attention_layernorm(h_BSD)
-    if mlp is not None:
-        states[number] = h_BSD + mlp(x_BSD)
+    states[number] = h_BSD if mlp is None else h_BSD + mlp(x_BSD)
     return x_BSD[batch.mask]
+
+
+def _through_singly(
+    source: TensorSource,
+    block: DecoderLayer,
+    names: Mapping[str, str],
+    states: States,
+    places: Sequence[int],
+    dtype: torch.dtype,
+    write: Write,
+) -> None:
+    """Take batches, which stand behind attention, through an expert of which one matrix is in memory at a time. What lies
+    between its products is kept for all of them, in a file where it is much. The operations are MLP's."""
+
+    def matrix(part: str) -> torch.Tensor:
+        name = names[f"{part}_proj.weight"]
+        return read_all(source, {part: name}, dtype, write)[part]
+
+    def read_by_router(place: int) -> torch.Tensor:
+        x_BSD: torch.Tensor = block.post_attention_layernorm(states[place])
+        return x_BSD
+
+    gate_FD = matrix("gate")
+    tokens = sum(states[place].shape[:2].numel() for place in places)
+    with States(tokens * len(gate_FD) * dtype.itemsize) as between:
+        for place in places:
+            between.append(F.silu(F.linear(read_by_router(place), gate_FD)))
+        del gate_FD
+        up_FD = matrix("up")
+        for number, place in enumerate(places):
+            between[number] = between[number] * F.linear(read_by_router(place), up_FD)
+        del up_FD
+        down_DF = matrix("down")
+        for number, place in enumerate(places):
+            states[place] = states[place] + F.linear(between[number], down_DF)
 
 
 def _finite(x_ND: torch.Tensor, layer: int, path: int) -> torch.Tensor:

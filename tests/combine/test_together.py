@@ -1,0 +1,109 @@
+"""Processes of torchrun make the mixture that one makes, to the byte; a large expert, matrix by matrix, the same."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from members import adapter, full_member, make_base, make_recipe, text_file
+from safetensors.torch import load_file, save_file
+
+from octad.combine import calibrate
+from octad.combine.build import combine
+from octad.combine.calibrate import Run, gate_inputs
+from octad.combine.preflight import preflight
+from octad.combine.recipe import Recipe
+from octad.text.windows import Window
+
+
+def recipe(directory: Path, **changes: object) -> Path:
+    base = make_base(directory / "base", "llama")
+    models = {
+        "general": "base",
+        "full": str(full_member(base, directory / "full", 1, only=".mlp.")),
+        "adapter": str(adapter(base, directory / "adapter", 3)),
+    }
+    experts = [
+        {"name": name, "model": model, "data": str(text_file(directory, seed))}
+        for seed, (name, model) in enumerate(models.items())
+    ]
+    raw = {"base": str(base), "experts": experts, "router": {"tokens": 400, "window": 64}} | changes
+    path = directory / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def launch(ranks: int, file: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += ["-m", "octad", "combine", str(file), "-o", str(out), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def same(out: Path, twin: Path) -> None:
+    files = {path.name: path.read_bytes() for path in twin.iterdir()}
+    assert {path.name for path in out.iterdir()} == set(files)
+    for name, data in files.items():
+        assert (out / name).read_bytes() == data, name
+
+
+def alone(file: Path, out: Path) -> Path:
+    torch.set_num_threads(1)
+    return combine(preflight(Recipe.load(file)), out, max_shard_bytes=20_000)
+
+
+def test_two_processes_write_what_one_does(tmp_path: Path) -> None:
+    file = recipe(tmp_path)
+    done = launch(2, file, tmp_path / "two", "--shard-size", "0.00002")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote ") + done.stderr.count("wrote ") == 1
+    same(tmp_path / "two", alone(file, tmp_path / "one"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ridge", "logistic", "random"])
+@pytest.mark.parametrize("share", ["base", "mean"])
+def test_three_processes_and_every_way_to_fit(tmp_path: Path, method: str, share: str) -> None:
+    router = {"method": method, "tokens": 400, "window": 64}
+    file = recipe(tmp_path, router=router, shared={"method": share})
+    done = launch(3, file, tmp_path / "three", "--shard-size", "0.00002")
+    assert done.returncode == 0, done.stderr
+    same(tmp_path / "three", alone(file, tmp_path / "one"))
+
+
+@pytest.mark.slow
+def test_what_one_process_finds_wrong_all_say_and_nothing_is_left(tmp_path: Path) -> None:
+    file = recipe(tmp_path)
+    weights = tmp_path / "full" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.0.mlp.down_proj.weight"][:] = math.nan
+    save_file(tensors, weights, {"format": "pt"})
+    before = set(tmp_path.iterdir())
+    done = launch(2, file, tmp_path / "two")
+    assert done.returncode != 0
+    assert "NaN or infinite values" in done.stderr
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_matrix_by_matrix_a_large_expert_makes_the_same_inputs(tmp_path: Path, monkeypatch) -> None:
+    base = make_base(tmp_path / "base", "llama")
+    member = full_member(base, tmp_path / "member", 1, only=".mlp.")
+    entries = [{"name": "a", "model": "base"}, {"name": "b", "model": str(member)}]
+    source = preflight(make_recipe(base, entries, router={"method": "random"})).source()
+    torch.manual_seed(0)
+    windows = [Window(tuple(torch.randint(256, (n,)).tolist()), 0, n) for n in (50, 7, 33)]
+    runs = [Run(0, 0, windows), Run(1, 1, windows), Run(1, 0, windows, 3.0)]
+
+    def seen(names: list[str]) -> list[tuple[int, int, torch.Tensor]]:
+        return list(gate_inputs(source, runs, torch.float32, lambda name, tensor: names.append(name)))
+
+    whole, single = list[str](), list[str]()
+    want = seen(whole)
+    monkeypatch.setattr(calibrate, "SINGLY", 0)
+    got = seen(single)
+    assert sorted(single) == sorted(whole)  # each once
+    for (layer, number, x), (their_layer, their_number, y) in zip(got, want, strict=True):
+        assert (layer, number) == (their_layer, their_number)
+        assert torch.equal(x, y)
