@@ -29,9 +29,9 @@ from octad.train.layout import Layout
 from octad.train.learner import choose, prepare_mixture
 from octad.train.loss import next_token_loss
 from octad.train.optim import Optimizer
+from octad.train.recompute import checkpoint_activations
 from octad.train.routers import TrainRouter
 from octad.train.sections import OptimizerSpec, RoutingSpec
-from octad.train.recompute import checkpoint_activations
 from octad.train.trainer import head_of
 
 
