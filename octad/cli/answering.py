@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,8 +50,9 @@ def generate(
     memory: Memory = None,
 ) -> None:
     """Continue a text: in colour, each word in that of its main expert, at a terminal; the bare answer in a pipe."""
-    from octad.chat import answer_view, pipe, speakers
-    from octad.engine.params import SamplingParams
+    with _no_collection():
+        from octad.chat import answer_view, pipe, speakers
+        from octad.engine.params import SamplingParams
 
     params = SamplingParams(
         n=n,
@@ -106,10 +109,11 @@ def chat(
     ] = True,
 ) -> None:
     """Talk with a model. In a pipe: each line is a turn, only the answers are printed."""
-    from octad.chat import pipe
-    from octad.chat.session import Session, require_chat_template
-    from octad.checkpoint.load import load_tokenizer, open_source
-    from octad.engine.params import SamplingParams
+    with _no_collection():
+        from octad.chat import pipe
+        from octad.chat.session import Session, require_chat_template
+        from octad.checkpoint.load import load_tokenizer, open_source
+        from octad.engine.params import SamplingParams
 
     params = SamplingParams(
         max_tokens=max_tokens,
@@ -144,19 +148,34 @@ def open_llm(
     model: str, quantize: str | None = None, only: str | None = None, memory: str | None = None
 ) -> LLM:
     """The model behind an engine, with a sign of life on stderr while it is read."""
-    from octad.chat.speakers import expert_number
-    from octad.dist import keep_freed_memory, spare_the_collector
-    from octad.engine.llm import LLM
+    with _no_collection():
+        from octad.chat.speakers import expert_number
+        from octad.dist import keep_freed_memory, spare_the_collector
+        from octad.engine.llm import LLM
 
     keep_freed_memory()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model can say what this terminal's encoding cannot
-    with terminal.err.status(f"loading {model}") if terminal.err.is_terminal else nullcontext():
+    status = terminal.err.status(f"loading {model}") if terminal.err.is_terminal else nullcontext()
+    with status, _no_collection():
         llm = LLM(model, quantize=quantize, memory=memory)
     spare_the_collector()
+    if llm.dtype_note and terminal.err.is_terminal:
+        print(f"octad: {llm.dtype_note}", file=sys.stderr)
     if only is not None:
         llm.only(expert_number(llm, only))
     return llm
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Inside, nobody looks for garbage: imports and loading make a million objects and no garbage to speak of, and
+    looking through them takes a tenth of a start."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _tell_store(llm: LLM) -> None:

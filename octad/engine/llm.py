@@ -28,7 +28,7 @@ from octad.engine.loop import EngineLoop, Stream, Submission
 from octad.engine.outputs import Delta, RequestOutput
 from octad.engine.params import SamplingParams
 from octad.errors import CheckpointError, RequestError
-from octad.fast.loading import open_fast
+from octad.fast.loading import dtype_note, open_fast
 from octad.fast.offloaded import find_store, memory_bytes
 from octad.fast.optimize import optimize
 
@@ -60,6 +60,7 @@ class LLM:
     config: ModelConfig
     engine: Engine
     expert_names: list[str]
+    dtype_note: str | None = None  # where "auto" chose another dtype than the checkpoint's, in one line
 
     def __init__(
         self,
@@ -84,6 +85,7 @@ class LLM:
         else:
             source, kind, place = _open(os.fspath(model), dtype, device)
             self.tokenizer, directory = load_tokenizer(source), source.directory
+            self.dtype_note = dtype_note(source, kind) if dtype == "auto" else None
             budget = None if memory is None else memory_bytes(memory)
             transformer, attention = open_fast(
                 source, kind, place, quantize=quantize, native=native, memory=budget

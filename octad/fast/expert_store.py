@@ -8,7 +8,8 @@
 Memory is divided into slots of one record each. Real text stays with its experts: one that was in use lately will be
 again. So what goes is the record with the smallest count of tokens, where each token makes what came before it count
 DECAY times as much; counts of all layers compare, since all layers see all tokens. What a layer needs does not go, so
-that there must be room for one layer's experts at least: a prompt uses all of them.
+that there must be room for one layer's experts at least: a prompt uses all of them. Guesses are read as long as most of
+them are right: who stays with its experts misses what nobody would have guessed.
 
 The answers are to the bit those of a model that is in memory. Shapes: L layers, E experts, N tokens, A experts a token.
 """
@@ -32,6 +33,8 @@ from octad.machine import available_memory
 
 DECAY = 0.95  # of a few measured: 0.9 to 0.98 differ by a hundredth of the hits
 EMPTY = -1
+RIGHT = 0.7  # of the last guesses, from which on the next ones are read: a wrong one costs a read and a place
+LEARN, RETRY = 0.1, 500  # what the last guess counts of that; layers with a guess until one is tried again
 
 
 @dataclass
@@ -112,6 +115,8 @@ class ExpertStore:
         self._owner: list[tuple[int, int] | None] = [None] * slots
         self._counts = np.zeros((config.num_hidden_layers, self.E))
         self._coming: dict[tuple[int, int], Ticket] = {}
+        self._guesses: dict[int, set[int]] = {}
+        self._right, self._unguessed = 1.0, 0
         self.moved: Callable[[int, int, torch.Tensor], None] = lambda layer, expert, memory: None
 
     # ---- what the layers ask for ---------------------------------------------------------------------------
@@ -124,18 +129,37 @@ class ExpertStore:
         self.stats.misses += len(missing)
         begun, keep = time.perf_counter(), {(layer, e) for e in experts}
         tickets = [self._begin(layer, e, keep, urgent=True) for e in missing]
-        if self.ahead and next_ones and (following := self._following.get(layer)) is not None:
+        if next_ones and (following := self._following.get(layer)) is not None and self._wants(next_ones):
             self._guess(following, next_ones, keep)
         if missing:
             self.reader.wait([ticket for ticket in tickets if ticket is not None])
             self.collect()
             self.stats.stalled += time.perf_counter() - begun
 
+    def _wants(self, guesses: Collection[int]) -> bool:
+        """Whether to read ahead: what a prompt will need for sure, or what is worth a try."""
+        return self.ahead and (len(guesses) == self.E or self._worth_guessing())
+
+    def _worth_guessing(self) -> bool:
+        """Whether enough of the last guesses were right, or it is time to see whether they are now."""
+        self._unguessed += 1
+        if self._right >= RIGHT or self._unguessed >= RETRY:
+            self._unguessed = 0
+            return True
+        return False
+
+    def _judge(self, layer: int, used: set[int]) -> None:
+        """Of a layer's guesses, which were right."""
+        for expert in self._guesses.pop(layer, ()):
+            self._right += LEARN * ((expert in used) - self._right)
+
     def _guess(self, layer: int, experts: Collection[int], keep: set[tuple[int, int]]) -> None:
         keep = keep | {(layer, e) for e in experts}
         for e in experts:
-            if not self.here[layer, e] and (layer, e) not in self._coming:
-                self._begin(layer, e, keep, urgent=False)
+            if self.here[layer, e] or (layer, e) in self._coming:
+                continue
+            if self._begin(layer, e, keep, urgent=False) is not None and len(experts) < self.E:
+                self._guesses.setdefault(layer, set()).add(e)
 
     def reset(self) -> None:
         """Count from here on."""
@@ -148,6 +172,8 @@ class ExpertStore:
         counts = np.bincount(experts_NA.reshape(-1), worth, self.E)
         self._counts[layer] = self._counts[layer] * DECAY**N + counts
         self.stats.requests += int((counts > 0).sum())
+        if self._guesses:
+            self._judge(layer, set(np.flatnonzero(counts).tolist()))
         if layer == self.layers[0]:
             self.stats.tokens += len(experts_NA)
 

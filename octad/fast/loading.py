@@ -65,6 +65,18 @@ def open_fast(
         return _Reader(source, dtype, precision).build(kernels, memory), native_attention(kernels)
 
 
+def dtype_note(source: TensorSource, dtype: torch.dtype) -> str | None:
+    """One line where activations have another dtype than the checkpoint's weights; None where it is the same."""
+    held = source.info(EMBEDDING).dtype
+    if held == dtype:
+        return None
+    ours, theirs = (str(kind).removeprefix("torch.") for kind in (dtype, held))
+    why = "which is what this machine multiplies fastest"
+    if (held, dtype) == (torch.bfloat16, torch.float32):
+        why = "since this CPU has no products of bfloat16; bfloat16 weights stay so in memory, and nothing is lost"
+    return f"computes in {ours}, the checkpoint is {theirs}: {why}"
+
+
 def _precision(source: TensorSource, dtype: torch.dtype, quantize: str | None) -> Precision:
     """The bits that were asked for, those that the file has, or the fewest that lose nothing."""
     held = None

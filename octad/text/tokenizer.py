@@ -99,7 +99,7 @@ class Tokenizer:
 
         With parse_special=False the spelling of a control token in the text is plain text, not the token.
         """
-        core = self.core if parse_special else self._plain_core
+        core = self._reader([text], parse_special)
         try:
             ids: list[int] = core.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError:
@@ -114,7 +114,7 @@ class Tokenizer:
         self, texts: Sequence[str], add_special_tokens: bool = False, *, parse_special: bool = True
     ) -> list[list[int]]:
         """`encode` of many texts, in parallel where the library's threads allow."""
-        core = self.core if parse_special else self._plain_core
+        core = self._reader(texts, parse_special)
         try:
             return [e.ids for e in core.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)]
         except TypeError:
@@ -254,6 +254,20 @@ class Tokenizer:
                 target.add_text(name, text)
 
     # ---- inside --------------------------------------------------------------------------------------------
+
+    def _reader(self, texts: Sequence[str], parse_special: bool) -> tokenizers.Tokenizer:
+        """The tokenizer that reads these texts: where no control token is spelt, either one gives the same ids, and the
+        second one need not be made."""
+        if parse_special or not any(spelt in text for text in texts if text for spelt in self._spellings):
+            return self.core
+        return self._plain_core
+
+    @cached_property
+    def _spellings(self) -> list[str]:
+        """Of the control tokens; "" (in every text) for one that is looked for in another form of the text."""
+        tokens = [token for token in self.core.get_added_tokens_decoder().values() if token.special]
+        plain = self.core.normalizer is None
+        return [token.content if plain or not token.normalized else "" for token in tokens]
 
     @cached_property
     def _plain_core(self) -> tokenizers.Tokenizer:

@@ -131,3 +131,18 @@ def test_sizes_as_people_write_them() -> None:
     for wrong in ("", "-3MB", "3 MBs", "GB", "0x10"):
         with pytest.raises(RequestError):
             memory_bytes(wrong)
+
+
+def test_guesses_are_read_as_long_as_they_are_right(saved: Any) -> None:
+    store = LLM(saved("mixtral", num_hidden_layers=4), memory=10**9).expert_store
+    assert store is not None
+    assert store._worth_guessing()
+    for _ in range(5):
+        store._guesses = {1: {2}}
+        store._judge(1, {0, 1})
+    assert not store._worth_guessing()
+    store._guesses = {1: {2}}
+    for _ in range(20):
+        store._guesses = {1: {2}}
+        store._judge(1, {0, 2})
+    assert store._worth_guessing()

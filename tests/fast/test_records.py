@@ -13,6 +13,7 @@ from tiny_models import TinyCheckpoint
 from octad import LLM, SamplingParams
 from octad.checkpoint.load import open_source
 from octad.checkpoint.quantized import QuantizedSource
+from octad.fast.loading import dtype_note
 from octad.fast.records import FILE, open_records, record_layout
 from octad.fast.saved import packed_weight, save_quantized
 from octad.kernels.packed import pack
@@ -95,3 +96,13 @@ def test_records_of_other_weights_are_left_alone(saved: Any, caplog: Any) -> Non
     assert len(caplog.records) == 1
     (path / FILE).write_bytes(b"octadrec" + (9).to_bytes(8, "little") + b"[" * 9)
     assert open_records(QuantizedSource(path)) is None
+
+
+def test_another_dtype_than_the_checkpoints_is_told_in_a_line(saved: Any) -> None:
+    source = QuantizedSource(saved("mixtral", "int8"))
+    assert source.info("model.embed_tokens.weight").dtype == torch.bfloat16
+    assert dtype_note(source, torch.bfloat16) is None
+    told = dtype_note(source, torch.float32)
+    assert told is not None
+    assert told.startswith("computes in float32, the checkpoint is bfloat16: since this CPU")
+    assert LLM(source.directory, dtype="float32").dtype_note is None
