@@ -44,8 +44,9 @@ def run(output: Path) -> None:
     make(plan, output)
     heading("2. Is it better than its parts?")
     tell(
-        "All of them now read the same text, which none has seen: the mixture, each part, their average, and all parts"
-        f" together. The fewer bits a byte of it costs, the better. {TOKENS} tokens of each kind of text: a quick look."
+        "All of them now read text that none has seen, some of it from sources that the router does not know either: the"
+        " mixture, each part, their average, all together. Fewer bits a byte are better."
+        f" {TOKENS} tokens of each kind: a quick look."
     )
     outputs, options = commands_evaluate.Outputs(report), {"tokens": TOKENS, "window": WINDOW}
     commands_evaluate.evaluate(str(output), HERE / "domains.yaml", outputs, **options)
@@ -57,8 +58,7 @@ def run(output: Path) -> None:
         f"  octad evaluate {output} --data {HERE / 'domains.yaml'}\n"
         "      judge it on 4,096 tokens of each kind of text\n"
         f"  octad combine {HERE / 'recipe.yaml'} -o mine\n"
-        "      the recipe of this demo: copy it, and put your own eight models in\n"
-        f"\nThe verdict with pictures: {report / 'index.html'}",
+        "      the recipe of this demo: copy it, and put your own eight models in",
         markup=False,
         soft_wrap=True,
     )
@@ -73,9 +73,9 @@ def introduce(plan: Plan, output: Path) -> None:
     names = [member.name for member in plan.reports]
     heading("octad demo: eight models become one")
     tell(
-        f"{names[0]} is a small chat model; {listed(names[1:])} were each tuned from it for what"
-        f" their name says. Together they become one mixture of experts: {human(total)} parameters, of which"
-        f" {plan.config.num_experts_per_tok} of {plan.config.num_experts} experts, {human(active)}, work on each token."
+        f"{names[0]} is a small chat model; {listed(names[1:])} were tuned from it. Together: one mixture of"
+        f" {human(total)} parameters; {plan.config.num_experts_per_tok} of {plan.config.num_experts} experts,"
+        f" {human(active)}, work on a token."
         f" About {minutes} min on this machine, and {human(plan.output_bytes, 'B')} in {output}."
     )
 
@@ -94,8 +94,8 @@ def make(plan: Plan, output: Path) -> None:
 
     heading("1. One mixture out of eight models")
     tell(
-        "Each model's feed-forward networks become an expert; what the models have in common is kept once. A router"
-        " learns whom to ask: it sees some text of each kind, and no weight of the models changes."
+        "Each model's feed-forward networks become an expert; the rest is kept once. A router learns from text of each"
+        " kind whom to ask; no weight of the models changes."
     )
     started = time.monotonic()
     with terminal.progress_bar() as progress:
@@ -109,9 +109,7 @@ def write(output: Path) -> None:
     from octad.engine.params import SamplingParams
 
     heading("3. What does it write?")
-    tell(
-        "Each word has the colour of the part that had the most to say on it. The model is small: expect no wisdom."
-    )
+    tell("Each word has the colour of the part that had most to say on it.")
     llm = answering.open_llm(str(output))
     terminal.out.print(speakers.legend(llm.expert_names))
     for title, prompt, temperature in SAMPLES:
