@@ -138,7 +138,7 @@ def _text_to_round_for(
     directory = source.directory
     if to != "int4" or directory is None or not (directory / STATISTICS).is_file():
         return []
-    chosen = list[Window]()
+    chosen: list[Window] = []
     for calibration in load_statistics(directory, source.config.num_experts)[0]:
         left = ROUND_TOKENS
         for window in calibration.windows:

@@ -81,6 +81,17 @@ def test_what_comes_back(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert asyncio.run(streamed()) == llm.generate("Once", params)[0].outputs[0].text
 
 
+def test_four_bits_are_rounded_for_the_mixtures_own_text_or_for_what_is_given(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    mixture = octad.combine(json.loads((place / "recipe.yaml").read_text()), "rounded-from")
+    options = {"nearest": ("int8", None), "own": ("int4", None), "given": ("int8", {"one": "one.jsonl"})}
+    for name, (bits, calibrate) in options.items():
+        path = Path(octad.quantize(mixture, name, bits, calibrate=calibrate))
+        assert ("tokens of text (GPTQ)" in (path / "README.md").read_text()) == (name != "nearest")
+
+
 def test_names() -> None:
     assert set(octad.__all__) <= set(dir(octad))
     assert octad.__version__.count(".") == 2
