@@ -25,7 +25,7 @@ from octad.serve.limits import read_body
 from octad.serve.listing import ModelNames
 from octad.serve.protocol import MessagesRequest, SamplingFields, parse
 from octad.serve.replies import ApiError, as_api_error, json_response
-from octad.serve.sampling_options import sampling
+from octad.serve.sampling_options import response_schema, sampling
 from octad.serve.tool_calls import Toolbox
 
 log = logging.getLogger("octad.serve")
@@ -70,7 +70,11 @@ async def _begin(asked: MessagesRequest, generator: Generator) -> Job:
     wants.stop = [text for text in asked.stop_sequences or [] if text] or None
     params = sampling(wants, generator.llm, asked.max_tokens, None)
     chat = as_chat(asked)
-    return await generator.chat(chat, params, _toolbox(asked), None, _variables(chat))
+    form = (asked.output_config or {}).get("format")
+    if form is not None and not isinstance(form, Mapping):
+        raise ApiError(400, "output_config.format: should be an object", param="output_config")
+    schema = response_schema(form, "output_config.format")
+    return await generator.chat(chat, params, _toolbox(asked), schema, _variables(chat))
 
 
 def _variables(chat: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -102,7 +106,7 @@ def _toolbox(asked: MessagesRequest) -> Toolbox:
         raise ApiError(
             400, f"tool_choice: found {ascii(kind)[:50]}, allowed: auto, any, tool, none", param="tool_choice"
         )
-    return Toolbox.of(tools, choices[kind], None)
+    return Toolbox.of(tools, choices[kind], False if given.get("disable_parallel_tool_use") is True else None)
 
 
 def as_chat(asked: MessagesRequest) -> list[dict[str, Any]]:

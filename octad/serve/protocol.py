@@ -185,6 +185,7 @@ class MessagesRequest(Wire):
     stream: bool | None = None
     tools: list[Any] | None = None
     tool_choice: dict[str, Any] | None = None
+    output_config: dict[str, Any] | None = None
     only_experts: list[str | int] | None = None
 
 

@@ -43,11 +43,12 @@ class CallDelta:
 
 @dataclass(frozen=True)
 class Toolbox:
-    """The tools of a request. `choice`: none, auto, required, or a tool's name."""
+    """The tools of a request. `choice`: none, auto, required, or a tool's name. `parallel`: whether several calls are
+    asked for at once; None: `required` gives one, `auto` as many as the model makes."""
 
     definitions: tuple[Mapping[str, Any], ...]
     choice: str = "auto"
-    parallel: bool = False
+    parallel: bool | None = None
 
     @classmethod
     def of(
@@ -61,13 +62,13 @@ class Toolbox:
             return cls(
                 found if wanted != "none" else (),
                 "auto" if found and wanted != "none" else "none",
-                bool(parallel),
+                parallel,
             )
         if not found:
             raise ApiError(400, f"tool_choice: found {wanted!a}, but there are no tools", param="tool_choice")
         if wanted != "required" and wanted[1:] not in names:
             raise ApiError(400, f"tool_choice: no tool is called {wanted[1:]!a}", param="tool_choice")
-        return cls(found, wanted, bool(parallel))
+        return cls(found, wanted, parallel)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -99,7 +100,7 @@ class Toolbox:
             form = json.dumps(bounded(json.loads(schema)), ensure_ascii=False)
             rules += [f"call: {json.dumps(CALL)} ({calls})", f"form: %json {form}"]
         else:
-            start = "call* rest"
+            start = "call | rest" if self.parallel is False else "call* rest"
             rules += [
                 "rest: TEXT",
                 "TEXT: /(.|\\n)*/",

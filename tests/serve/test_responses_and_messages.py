@@ -228,3 +228,21 @@ def test_messages_that_cannot_be(running: Running) -> None:
         assert found.json()["type"] == "error"
     with pytest.raises(openai.NotFoundError):
         running.openai().responses.retrieve("resp_1")
+
+
+def test_a_message_in_a_form(running: Running) -> None:
+    """Anthropic's output_config: JSON of the schema, or a 400 that names the field."""
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    body = {"model": "mixture", "max_tokens": 200, "messages": [{"role": "user", "content": "Hi"}]}
+    form = {"type": "json_schema", "schema": schema}
+    answer = running.post("/v1/messages", body | {"output_config": {"format": form, "effort": "low"}}).json()
+    assert 0 <= json.loads(answer["content"][0]["text"])["n"] <= 9
+    for wrong in ("json", {"type": "json_schema"}):
+        refused = running.post("/v1/messages", body | {"output_config": {"format": wrong}})
+        assert refused.status_code == 400
+        assert "output_config.format" in refused.json()["error"]["message"]

@@ -10,6 +10,8 @@ from serving import CONTEXT, Running, running, served_mixture, start
 
 from octad.engine.params import StructuredOutput
 from octad.errors import DataError
+from octad.serve.messages import _toolbox
+from octad.serve.protocol import MessagesRequest
 from octad.serve.replies import ApiError
 from octad.serve.tool_calls import CallDelta, CallParser, Toolbox
 from octad.text.chat_template import calls_are_json, render_chat
@@ -122,6 +124,25 @@ def test_what_begins_as_a_call_goes_on_as_one(running: Running) -> None:
     rest = encode('{"name": "add", "arguments": {"a":5,"how":"fast"}}</tool_call> done', parse_special=False)
     assert core.try_consume_tokens(rest) == len(rest)
     assert not core.is_error()
+
+
+def test_no_second_call_where_one_is_allowed(running: Running) -> None:
+    """parallel_tool_calls: false and Anthropic's disable_parallel_tool_use, in the grammar, fed by hand."""
+    encode = running.llm.tokenizer.encode
+    one = encode('Well. <tool_call>{"name": "now", "arguments": {}}</tool_call>', parse_special=False)
+    for parallel, more in ((False, 0), (None, 1), (True, 1)):
+        grammar = Toolbox.of([NOW], "auto", parallel).grammar()
+        core = running.llm.engine.grammars.compile(StructuredOutput(grammar=grammar))._core
+        assert core.try_consume_tokens(one) == len(one)
+        assert core.try_consume_tokens(encode("<", parse_special=False)) == more
+    asked = MessagesRequest.model_validate(
+        {
+            "messages": [],
+            "tools": [{"name": "f"}],
+            "tool_choice": {"type": "auto", "disable_parallel_tool_use": True},
+        }
+    )
+    assert _toolbox(asked).parallel is False
 
 
 def test_patterns_that_look_around_are_left_to_the_tool(running: Running) -> None:
