@@ -29,7 +29,7 @@ from octad.errors import CheckpointError
 from octad.model.config import ModelConfig, dense_config
 from octad.model.moe import MLP
 from octad.model.rope import Rope
-from octad.model.transformer import DecoderLayer
+from octad.model.transformer import DecoderLayer, RMSNorm
 from octad.text.windows import Batch, Window, batches
 
 Write = Callable[[str, torch.Tensor], None]
@@ -84,23 +84,28 @@ def gate_inputs(
                 settle(layer, rope, lambda number: ((states[i], batch) for i, batch in numbered[number]))
             block = shared_block(config, layer, read_all(source, shared_names(config, layer), dtype, write))
             last = layer == config.num_hidden_layers - 1
+            singly = not last and expert_bytes(config, dtype) > SINGLY
+            later: list[tuple[int, list[int]]] = []
             for path in sorted({run.path for run in runs}):
                 own = [n for n, run in enumerate(runs) if run.path == path]
-                singly = (
-                    not last
-                    and 3 * config.hidden_size * config.moe_intermediate_size * dtype.itemsize > SINGLY
-                )
                 mlp = None
                 if not last and not singly:
                     mlp = dense_mlp(config, read_all(source, expert_names(config, layer, path), dtype, write))
                 for number in own:
                     seen = [_advance(block, mlp, rope, states, i, batch) for i, batch in numbered[number]]
                     yield layer, number, _finite(torch.cat(seen), layer, path)
-                if singly:
-                    places = [i for number in own for i, _ in numbered[number]]
-                    _through_singly(
-                        source, block, expert_names(config, layer, path), states, places, dtype, write
-                    )
+                later.append((path, [i for number in own for i, _ in numbered[number]]))
+            if singly:
+                norm = block.post_attention_layernorm
+                del block  # attention is done with, and large too
+                for path, places in later:
+                    names = expert_names(config, layer, path)
+                    _through_singly(source, norm, names, states, places, dtype, write)
+
+
+def expert_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """One expert of one layer in memory."""
+    return 3 * config.hidden_size * config.moe_intermediate_size * dtype.itemsize
 
 
 def _advance(
@@ -118,7 +123,7 @@ def _advance(
 
 def _through_singly(
     source: TensorSource,
-    block: DecoderLayer,
+    norm: RMSNorm,
     names: Mapping[str, str],
     states: States,
     places: Sequence[int],
@@ -133,7 +138,7 @@ def _through_singly(
         return read_all(source, {part: name}, dtype, write)[part]
 
     def read_by_router(place: int) -> torch.Tensor:
-        x_BSD: torch.Tensor = block.post_attention_layernorm(states[place])
+        x_BSD: torch.Tensor = norm(states[place])
         return x_BSD
 
     gate_FD = matrix("gate")

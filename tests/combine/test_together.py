@@ -54,6 +54,7 @@ def alone(file: Path, out: Path) -> Path:
     return combine(preflight(Recipe.load(file)), out, max_shard_bytes=20_000)
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_does(tmp_path: Path) -> None:
     file = recipe(tmp_path)
     done = launch(2, file, tmp_path / "two", "--shard-size", "0.00002")

@@ -1,0 +1,144 @@
+"""Combining layers of the shape of 220 billion parameters: seconds and memory of a slice, and what they say of the whole.
+
+    python benchmarks/slice_8x220b.py --work /mnt/big --layers 1 --experts 2
+
+Members are sparse files: they say that they hold a model of width 16,384 and feed-forward width 57,344, and take no disk.
+The output is real, so that a machine takes as many layers and experts as its disk holds (12.5 GB for a layer of two
+experts; the vocabulary is cut to 1,024). Timed are `octad combine` with random routers, and `cp` and `sync` of about as
+many bytes of the same files; and, by itself since it writes nothing, the calibration pass over two layers, in which an
+expert is read one matrix at a time. Hours of the whole are its bytes at the slice's rate: one disk, no faults, members
+that are read as fast as holes are; the arithmetic of the calibration comes on top.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from combine_large import COMMON, minimal_tokenizer, octad, rated
+from measure import command_line, hardware, run, save, tell, tree_bytes
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPE = {
+    "hidden_size": 16384, "intermediate_size": 57344, "num_attention_heads": 128, "num_key_value_heads": 8,
+    "head_dim": 128, "vocab_size": 1024,
+}  # fmt: skip
+WHOLE = SHAPE | {"num_hidden_layers": 64, "vocab_size": 100256}
+CALIBRATE = """
+import sys
+from pathlib import Path
+import torch
+from octad.combine.calibrate import Run, gate_inputs
+from octad.combine.preflight import preflight
+from octad.combine.recipe import Recipe
+from octad.text.windows import Window
+source = preflight(Recipe.load(Path(sys.argv[1]))).source()
+windows = [Window(tuple(range(32)), 0, n) for n in range(int(sys.argv[2]) // 32)]
+for layer, number, x in gate_inputs(source, [Run(0, 0, windows), Run(1, 1, windows)], torch.float32):
+    print("layer", layer, "run", number, tuple(x.shape), file=sys.stderr)
+"""
+
+
+def write_sparse(work: Path, name: str, layers: int, experts: int) -> Path:
+    """A base and its members, all of zeros that take no disk, and the recipe; returns the recipe."""
+    import torch
+
+    from octad.checkpoint.names import tensor_plan
+    from octad.checkpoint.shard import encode_header
+    from octad.checkpoint.source import TensorInfo
+    from octad.model.config import ModelConfig
+
+    raw = COMMON | SHAPE | {"num_hidden_layers": layers}
+    plan = {n: TensorInfo(s, torch.bfloat16) for n, s in tensor_plan(ModelConfig.from_dict(raw)).items()}
+    header, _ = encode_header(plan)
+    place = work / name
+    for member in ["base", *(f"member{n}" for n in range(experts))]:
+        (place / member).mkdir(parents=True)
+        with (place / member / "model.safetensors").open("wb") as file:
+            file.write(header)
+            file.truncate(len(header) + sum(info.nbytes for info in plan.values()))
+        (place / member / "config.json").write_text(json.dumps(raw))
+        (place / member / "tokenizer.json").write_text(minimal_tokenizer())
+    entries = "".join(f"  - {{name: m{n}, model: member{n}}}\n" for n in range(experts))
+    recipe = place / "recipe.yaml"
+    recipe.write_text(f"base: base\ntop_k: 2\nexperts:\n{entries}router: {{method: random}}\n")
+    return recipe
+
+
+def combine_turn(recipe: Path, work: Path) -> dict[str, float]:
+    os.sync()
+    found = run([octad(), "combine", recipe, "-o", work / "mixture"])
+    found["bytes"] = tree_bytes(work / "mixture")
+    shutil.rmtree(work / "mixture")
+    return rated(found)
+
+
+def copy_turn(recipe: Path, work: Path, count: float) -> dict[str, float]:
+    """About as many bytes out of a member's file, dense."""
+    file, copies = recipe.parent / "base" / "model.safetensors", work / "copies"
+    copies.mkdir()
+    times = max(1, round(count / file.stat().st_size))
+    commands = " && ".join(f"cp --sparse=never {file} {copies}/{n}" for n in range(times))
+    os.sync()
+    found = run(["sh", "-c", f"{commands} && sync {copies}/*"])
+    found["bytes"] = tree_bytes(copies)
+    shutil.rmtree(copies)
+    return rated(found)
+
+
+def whole_bytes(experts: int = 8) -> dict[str, float]:
+    """Of eight such models around one attention."""
+    from octad.model import cost
+    from octad.model.config import ModelConfig
+
+    config = ModelConfig.from_dict(
+        {"model_type": "mixtral", "num_local_experts": experts, **COMMON_MIXTURE, **WHOLE}
+    )
+    return {"parameters": cost.parameters(config), "bytes": 2 * cost.parameters(config)}
+
+
+COMMON_MIXTURE = {"num_experts_per_tok": 2, "tie_word_embeddings": False, "max_position_embeddings": 8192}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--experts", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=64, help="of the calibration pass, by run")
+    parser.add_argument("--work", type=Path, help="a directory on the disk to measure; it is emptied again")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "slice_8x220b.json")
+    given = parser.parse_args()
+    results: dict[str, Any] = {"benchmark": "slice_8x220b", "command": command_line()}
+    with tempfile.TemporaryDirectory(dir=given.work, prefix="octad-bench-") as folder:
+        work = Path(folder)
+        tell("combining")
+        recipe = write_sparse(work, "slice", given.layers, given.experts)
+        results["octad"] = combine_turn(recipe, work)
+        tell(f"copying ({results['octad']['gigabytes_per_second']} GB/s was octad)")
+        results["copy"] = copy_turn(recipe, work, results["octad"]["bytes"])
+        rates = [results[who]["gigabytes_per_second"] for who in ("octad", "copy")]
+        results["octad_over_copy"] = round(rates[0] / rates[1], 3)
+        tell("calibrating")
+        recipe = write_sparse(work, "two-layers", 2, 2)
+        results["calibration"] = run([sys.executable, "-c", CALIBRATE, recipe, str(given.tokens)])
+        results["calibration"]["tokens"] = 2 * given.tokens
+    whole = whole_bytes()
+    results["whole"] = whole | {
+        "hours_on_this_disk": round(
+            whole["bytes"] / results["octad"]["gigabytes_per_second"] / 1e9 / 3600, 1
+        ),
+        "disk_for_members_and_mixture": 2 * whole["bytes"],
+    }
+    results["hardware"] = hardware()
+    save(given.out, results)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
