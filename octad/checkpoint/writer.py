@@ -173,6 +173,11 @@ class CheckpointWriter:
         with self.explained():
             self._side(file).write_bytes(data)
 
+    def add_file(self, file: str, write: Callable[[Path], None]) -> None:
+        """A side file that is too large for memory: `write` makes it at the path that it is given."""
+        with self.explained():
+            write(self._side(file))
+
     def add_text(self, file: str, text: str) -> None:
         """A side file such as config.json, in UTF-8."""
         self.add_bytes(file, text.encode("utf-8"))

@@ -171,5 +171,5 @@ def write_sidecars(
     writer.add_text("config.json", json.dumps(config_dict, indent=2) + "\n")
     tokenizer.save(writer)
     writer.add_text(PROVENANCE, provenance.to_json())
-    writer.add_bytes(STATISTICS, save_statistics(calibrations, fit.statistics))
+    writer.add_file(STATISTICS, lambda path: save_statistics(path, calibrations, fit.statistics))
     writer.add_text(CARD, card)

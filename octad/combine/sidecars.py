@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 
 from octad.checkpoint.hub_card import front_matter
 from octad.checkpoint.provenance import PROVENANCE, Provenance
@@ -31,8 +31,8 @@ STATISTICS, CARD = "router_statistics.octad", "README.md"
 OLD_STATISTICS = "router_statistics.safetensors"
 
 
-def save_statistics(calibrations: Sequence[Calibration], statistics: Statistics | None) -> bytes:
-    """The bytes of the statistics' file."""
+def save_statistics(path: Path, calibrations: Sequence[Calibration], statistics: Statistics | None) -> None:
+    """Write the statistics' file."""
     tensors: dict[str, torch.Tensor] = {}
     for e, calibration in enumerate(calibrations):
         for kind, windows in (("tokens", calibration.windows), ("negative", calibration.negative)):
@@ -42,7 +42,7 @@ def save_statistics(calibrations: Sequence[Calibration], statistics: Statistics 
     if statistics is not None:
         tensors["means"] = statistics.means.contiguous()
         tensors["grams"] = pack(statistics.grams)
-    return save(tensors, {"format": "pt"})
+    save_file(tensors, path, {"format": "pt"})
 
 
 def load_statistics(directory: Path, experts: int) -> tuple[list[Calibration], Statistics | None]:

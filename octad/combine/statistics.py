@@ -10,6 +10,9 @@ Shapes: L layers, E experts, D model.
 
 from __future__ import annotations
 
+import math
+import os
+import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,6 +20,9 @@ from dataclasses import dataclass
 import torch
 
 from octad.dist import bfloat16_products
+from octad.errors import OutputError
+
+IN_MEMORY = 1 << 30  # bytes of sums; more go to the temporary directory
 
 
 @dataclass
@@ -29,7 +35,7 @@ class Statistics:
     @classmethod
     def zeros(cls, layers: int, experts: int, dim: int) -> Statistics:
         """Nothing seen yet."""
-        return cls(torch.zeros(layers, dim, dim), torch.zeros(layers, experts, dim))
+        return cls(room(layers, dim, dim), torch.zeros(layers, experts, dim))
 
     def add(self, layer: int, expert: int, x_ND: torch.Tensor, share: float) -> None:
         """Count inputs of an expert in, each with the same share, or out again with a negative one.
@@ -56,8 +62,35 @@ def add_gram(gram_DD: torch.Tensor, x_ND: torch.Tensor, share: float) -> None:
 
 def pack(grams_LDD: torch.Tensor) -> torch.Tensor:
     """The lower triangles, [L, D(D+1)/2]: a gram is symmetric."""
-    rows, columns = torch.tril_indices(*grams_LDD.shape[1:])
-    return grams_LDD[:, rows, columns]
+    L, D, _ = grams_LDD.shape
+    packed = room(L, D * (D + 1) // 2)
+    for layer in range(L):
+        start = 0
+        for row in range(D):
+            packed[layer, start : start + row + 1] = grams_LDD[layer, row, : row + 1]
+            start += row + 1
+    return packed
+
+
+def room(*shape: int) -> torch.Tensor:
+    """Float32 zeros; where they are many in a file without a name, whose pages the system takes back when it needs them.
+    Raises OutputError where the temporary directory has no room for them."""
+    size = 4 * math.prod(shape)
+    if size <= IN_MEMORY:
+        return torch.zeros(shape)
+    place = tempfile.gettempdir()
+    try:
+        with tempfile.NamedTemporaryFile(dir=place) as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                os.ftruncate(file.fileno(), size)
+            return torch.from_file(file.name, shared=True, size=size // 4).view(shape)
+    except OSError as error:
+        raise OutputError(
+            f"{place}: {size:,} bytes of router statistics cannot be put there ({error.strerror}); set TMPDIR to another"
+            " directory, or fit routers by another method"
+        ) from error
 
 
 def unpack(packed: torch.Tensor, dim: int) -> torch.Tensor:

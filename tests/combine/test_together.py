@@ -11,7 +11,7 @@ import yaml
 from members import adapter, full_member, make_base, make_recipe, text_file
 from safetensors.torch import load_file, save_file
 
-from octad.combine import calibrate
+from octad.combine import calibrate, statistics
 from octad.combine.build import combine
 from octad.combine.calibrate import Run, gate_inputs
 from octad.combine.preflight import preflight
@@ -108,3 +108,17 @@ def test_matrix_by_matrix_a_large_expert_makes_the_same_inputs(tmp_path: Path, m
     for (layer, number, x), (their_layer, their_number, y) in zip(got, want, strict=True):
         assert (layer, number) == (their_layer, their_number)
         assert torch.equal(x, y)
+
+
+def test_sums_that_are_many_lie_in_a_file_and_are_the_same(tmp_path: Path, monkeypatch) -> None:
+    file = recipe(tmp_path)
+    want = alone(file, tmp_path / "memory")
+    monkeypatch.setattr(statistics, "IN_MEMORY", 0)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    before = set(tmp_path.iterdir())
+    same(alone(file, tmp_path / "file"), want)
+    assert set(tmp_path.iterdir()) == before | {tmp_path / "file"}
+    grams = torch.randn(2, 5, 5)
+    grams = grams + grams.mT
+    assert torch.equal(statistics.unpack(statistics.pack(grams), 5), grams)

@@ -19,7 +19,7 @@ from octad.kernels.varlen import varlen_paged
 from octad.model.paged_cache import PagedCache
 
 SETTINGS = {"block_size": 4, "num_blocks": 128}
-GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 BATCH = prompts(3, longest=20)
 
 

@@ -22,7 +22,7 @@ ROUTING = {"balance": 0.01, "z": 0.001, "bias": 1e-3}
 
 def trainer(name: str, device: str, **changes: Any) -> Trainer:
     settings = {
-        "steps": 3,
+        "steps": 2,
         "log_every": 1,
         "device": device,
         "optimizer": {"lr": 0.01},
@@ -107,7 +107,12 @@ def muon_learns_as_on_the_cpu() -> None:
 
 @case
 def a_run_resumes_to_the_same_bits() -> None:
-    noisy = {"mode": "all", "routing": ROUTING | {"jitter": 0.1, "sample": True}, "save": {"every": 9}}
+    noisy = {
+        "steps": 3,
+        "mode": "all",
+        "routing": ROUTING | {"jitter": 0.1, "sample": True},
+        "save": {"every": 9},
+    }
     with PretendedGPU():
         straight = tuned("straight", "cuda", **noisy)
         cut = trainer("cut", "cuda", **noisy)
