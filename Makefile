@@ -78,7 +78,7 @@ $(LLAMA)/.built: | $(READY)
 	@touch $@
 
 test-slow: llama
-	LLAMA_CPP_LIB_PATH=$(abspath $(LLAMA))/build/bin $(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow
 
 # vLLM for processors, in an environment of its own (two gigabytes; its PyTorch is another). Text needs no pictures and no
 # sound, whose packages transformers imports where they are, whether they were built for this PyTorch or not.

@@ -1,6 +1,7 @@
 """Tokenizers: ids against llama.cpp on the same file, files and chats against transformers."""
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import tokenizers
 import transformers
 from bundled import smollm2_path
+from llama_tools import TREE
 
 from octad.checkpoint.gguf.header import GGUFHeader
 from octad.checkpoint.gguf.vocabulary import gguf_tokenizer
@@ -69,6 +71,8 @@ def smollm2_header():
 
 def llama(path):
     """llama.cpp's own tokenizer; `make test-slow` builds it."""
+    if (TREE / "build/bin").is_dir():  # the Python package has no library of its own
+        os.environ.setdefault("LLAMA_CPP_LIB_PATH", str(TREE / "build/bin"))
     llama_cpp = pytest.importorskip("llama_cpp")
     return llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
 
