@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Two kinds of text, one mixture
 # A session in cells, for Jupyter, VS Code or `python examples/notebook.py`. It makes its own tiny base out of nothing, so
-# that all of it runs in half a minute on any machine; put a real model and your own folders in its place.
+# that all of it runs in a minute or two on any machine; put a real model and your own folders in its place.
 
 # %%
 import random
