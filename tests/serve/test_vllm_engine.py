@@ -141,6 +141,7 @@ def test_the_command_line(octad: Octad, served_mixture: Path, monkeypatch: pytes
         (["--engine", "vllm", "--quantize", "int8"], "--quantize: has no effect with --engine vllm"),
         (["--engine", "other"], "--engine: found 'other'"),
         (["--engine", "vllm", "--backend", "http://x"], "--backend: is for a server that runs"),
+        (["--backend", "http://x", "--memory", "1GB"], "--memory: has no effect with --backend"),
         (["--backend", "x"], "--backend: found 'x'"),
         (["--backend", "http://x", "--max-queue", "3"], "--max-queue: has no effect with --backend"),
         (["--backend-key-file", "x"], "--backend-key-file: has no effect with --engine octad"),
