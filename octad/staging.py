@@ -176,6 +176,24 @@ def refuse_inputs(output: str | os.PathLike[str], inputs: Iterable[Path | None])
 
 
 @contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Inside the block no other process that asks for it changes this file or directory. Raises OutputError at once where
+    one does; a file system without locks lets all pass."""
+    held = None
+    try:
+        held = _lock(path)
+    except BlockingIOError:
+        raise OutputError(f"{path}: another process is changing it; wait until it is done") from None
+    except OSError:  # not there, or not ours to read: whoever goes on from here says it
+        pass
+    try:
+        yield
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+@contextlib.contextmanager
 def explained(directory: Path, needed: int | None = None) -> Iterator[None]:
     """Turns the operating system's refusals to write a directory or file into one line for the user."""
     try:

@@ -501,3 +501,17 @@ def test_an_interruption(octad: Octad, monkeypatch: pytest.MonkeyPatch, world: W
     code, _, err = octad("inspect", world.base)
     assert code == 130
     assert err.startswith("octad: interrupted")
+
+
+def test_where_the_reader_of_the_output_has_gone(world: World) -> None:
+    """As behind `| head`: exit code 1 and not a word; a full disk is one line."""
+    command = [sys.executable, "-m", "octad", "plan", "8x7b", "--json"]
+    read, write = os.pipe()
+    os.close(read)
+    found = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (found.returncode, found.stderr) == (1, "")
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert found.returncode == 2
+    assert found.stderr == "octad: standard output cannot be written (No space left on device)\n"

@@ -52,12 +52,12 @@ class Written(os.PathLike[str]):
     def records(self) -> list[dict[str, Any]]:
         """What a training run noted every few steps, oldest first; [] where there is no log."""
         log = self.path / LOG
-        lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+        lines = log.read_text("utf-8", "replace").splitlines() if log.is_file() else []
         found = []
         for line in lines:
             try:
                 found.append(json.loads(line))
-            except ValueError:  # cut short by a kill
+            except (ValueError, RecursionError):  # cut short by a kill, or damaged
                 continue
         return found
 

@@ -9,6 +9,8 @@ keeps its traceback.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
 import sys
@@ -17,7 +19,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -109,6 +111,7 @@ def main() -> None:
         code = app(standalone_mode=False)  # None, or what typer makes of an Exit: 130 for an interruption
         if code == 130:
             raise KeyboardInterrupt
+        _flush()
         sys.exit(code)
     except (OctadError, IsaError) as error:
         if logging.getLogger("octad").isEnabledFor(logging.DEBUG):
@@ -121,11 +124,33 @@ def main() -> None:
         print(f"octad: interrupted after {time.monotonic() - started:.0f} s; {kept}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
+        if (
+            isinstance(error, OSError)
+            and error.filename is None
+            and error.errno in (errno.ENOSPC, errno.EPIPE)
+        ):
+            _no_output(error)
         if hasattr(error, "format_message"):  # click's own usage errors
             if message := " ".join(error.format_message().split()):  # empty where help was printed instead
                 print(f"octad: {message}", file=sys.stderr)
             sys.exit(2)
         raise
+
+
+def _flush() -> None:
+    """Write out what stdout still holds. Where its reader has gone, or there is no room, this is where it shows."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _no_output(error: OSError) -> NoReturn:
+    """Ends where nothing can be printed: without a word where the reader has gone (head, a pager that was left)."""
+    with contextlib.suppress(OSError, ValueError):  # or else Python tries again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):
+        sys.exit(1)
+    print(f"octad: standard output cannot be written ({error.strerror})", file=sys.stderr)
+    sys.exit(2)
 
 
 def _flags_first(arguments: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ fitted again from the calibration tokens that the mixture carries.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from octad.combine.token_rows import Owners, Vocabulary, agree
 from octad.dist import compute_dtype
 from octad.errors import CheckpointError, RecipeError
 from octad.model.config import ModelConfig
-from octad.staging import StagedDirectory
+from octad.staging import StagedDirectory, alone
 
 Slots = Sequence[int | None]
 Tell = Callable[[str], None]
@@ -199,7 +200,23 @@ def _change(
     progress: Progress,
     tell: Tell,
 ) -> Path:
-    """Carry one edit out; `note` is what octad.json will say of it."""
+    """Carry one edit out; `note` is what octad.json will say of it. In place, no two processes do it at once: the change
+    of one would be lost."""
+    with alone(old.directory) if output is None else nullcontext():
+        old.check_same()
+        return _carried_out(old, slots, spec, output, base, note, progress, tell)
+
+
+def _carried_out(
+    old: EditableMixture,
+    slots: Slots,
+    spec: ExpertSpec | None,
+    output: Path | None,
+    base: str | None,
+    note: str,
+    progress: Progress,
+    tell: Tell,
+) -> Path:
     StagedDirectory(output or old.directory, overwrite=output is None).check()
     edit = Edit(old, slots, _new_recipe(old, slots, spec))
     if spec is not None:

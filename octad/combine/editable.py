@@ -40,12 +40,13 @@ class EditableMixture:
     recipe: Recipe
     calibrations: list[Calibration]
     statistics: Statistics | None
+    seen: tuple[int, int]  # which directory had the name when it was opened
 
     @classmethod
     def open(cls, directory: Path) -> EditableMixture:
         """Opens it, and removes what an edit of it that was killed left. Raises CheckpointError or RecipeError where
         there is no such mixture, or it cannot change in parts."""
-        source = open_source(directory)
+        seen, source = _identity(directory), open_source(directory)
         place = directory.expanduser().resolve()
         tidy(place.parent, place.name)
         provenance = Provenance.of(source)
@@ -64,7 +65,13 @@ class EditableMixture:
                 f"{directory}: its attention is made of all members (shared: {recipe.shared.method}), "
                 "so no expert can change alone; combine again with the changed recipe"
             )
-        return cls(directory, source, provenance, recipe, *load_statistics(directory, len(recipe.experts)))
+        statistics = load_statistics(directory, len(recipe.experts))
+        return cls(directory, source, provenance, recipe, *statistics, seen)
+
+    def check_same(self) -> None:
+        """Raises OutputError where another mixture has taken the place of this one since it was opened."""
+        if _identity(self.directory) != self.seen:
+            raise OutputError(f"{self.directory}: was changed by another process meanwhile; run this again")
 
     @property
     def names(self) -> list[str]:
@@ -209,3 +216,12 @@ def _first_that_opens(references: Sequence[str], directory: Path) -> TensorSourc
         except OctadError as error:
             problem = str(error)
     raise RecipeError(f"{directory}: its base cannot be opened ({problem}); say where it is with --base")
+
+
+def _identity(directory: Path) -> tuple[int, int]:
+    """Of the directory that has this name now; zeros where none has."""
+    try:
+        found = directory.expanduser().stat()
+    except OSError:
+        return 0, 0
+    return found.st_dev, found.st_ino

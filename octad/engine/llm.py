@@ -12,7 +12,6 @@ ask: one thread owns the engine (octad.engine.loop).
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
@@ -31,6 +30,7 @@ from octad.errors import CheckpointError, RequestError
 from octad.fast.loading import dtype_note, open_fast
 from octad.fast.offloaded import find_store, memory_bytes
 from octad.fast.optimize import optimize
+from octad.guard import read_object
 
 if TYPE_CHECKING:
     from octad.checkpoint.source import TensorSource
@@ -269,8 +269,8 @@ def expert_names(directory: Path | None, experts: int) -> list[str]:
     if not experts or path is None or not path.is_file():
         return [f"expert {number}" for number in range(experts)]
     try:
-        names = [str(entry["name"]) for entry in json.loads(path.read_text(encoding="utf-8"))["experts"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        names = [str(entry["name"]) for entry in read_object(path)["experts"]]
+    except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: damaged ({error!r}); combine again, or remove it") from None
     if len(names) != experts:
         raise CheckpointError(f"{path}: names {len(names)} experts, the weights have {experts}; remove it")

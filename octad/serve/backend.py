@@ -234,6 +234,6 @@ def _json(response: httpx2.Response, body: bytes | None = None) -> dict[str, Any
     """The object in a body; {} for anything else."""
     try:
         found = json.loads(response.content if body is None else body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

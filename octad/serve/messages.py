@@ -210,7 +210,7 @@ def _input(arguments: str) -> dict[str, Any]:
     """A call's arguments as an object; of one that was cut off, nothing."""
     try:
         found = json.loads(arguments or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

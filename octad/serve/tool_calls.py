@@ -241,7 +241,10 @@ class CallParser:
                 text, self._held, self._state = CALL + self._held, "", "text"
                 yield from self._text(text)
             return
-        name = json.loads(match[1])
+        try:
+            name = json.loads(match[1])
+        except ValueError:  # an escape that JSON does not know
+            name = None
         if name not in self._names:
             text, self._held, self._state = CALL + self._held, "", "text"
             yield from self._text(text)

@@ -68,7 +68,7 @@ def _intact(directory: Path) -> dict[str, npt.NDArray[Any]] | None:
         digests = dict(json.loads((directory / DIGESTS).read_text()))
         if {"tokens", "starts"} <= digests.keys() and digests == {n: _digest(directory, n) for n in digests}:
             return {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in digests}
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         pass
     shutil.rmtree(directory, ignore_errors=True)
     return None

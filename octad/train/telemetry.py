@@ -24,6 +24,7 @@ from torch import nn
 
 from octad import portable
 from octad.dist import World
+from octad.errors import OutputError
 from octad.model import cost
 from octad.model.balance import LoadStatistics
 from octad.model.config import ModelConfig
@@ -51,9 +52,9 @@ class Telemetry:
         self.lengths = torch.tensor(lengths)
         self.world = world
         self.log = (run / LOG if world.leads else Path(os.devnull)).open("a", encoding="utf-8")
-        if world.leads and (run / LOG).stat().st_size and not (run / LOG).read_bytes().endswith(b"\n"):
-            self.log.write("\n")  # a killed run's last line ends here
-        _end_line(self.log)
+        if world.leads:
+            _alone(self.log, run)
+            _end_line(self.log)
         self.board = _tensorboard(run) if world.leads else None
         self.step = step
         self._clear()
@@ -160,6 +161,17 @@ def _tensorboard(run: Path) -> Any:
     except ImportError:
         return None
     return SummaryWriter(str(run / "tensorboard"))
+
+
+def _alone(log: IO[str], run: Path) -> None:
+    """Raises OutputError where another process trains in this directory; the lock goes with the log or the process."""
+    try:
+        portable.lock(log.fileno())
+    except BlockingIOError:
+        log.close()
+        raise OutputError(f"{run}: another process trains here; wait for it, or choose another -o") from None
+    except OSError:  # a file system without locks
+        pass
 
 
 def _end_line(log: IO[str]) -> None:

@@ -30,6 +30,7 @@ from octad.combine.edit import add_expert, remove_expert, replace_expert
 from octad.combine.preflight import preflight
 from octad.combine.recipe import ExpertSpec, Recipe
 from octad.errors import CheckpointError, OctadError, OutputError, RecipeError
+from octad.staging import alone
 
 METHODS = ("ridge", "logistic", "prompts", "random")
 
@@ -389,3 +390,14 @@ def test_a_refused_edit_removes_what_a_killed_one_left(sharp: World, tmp_path: P
         (tmp_path / f".mix.{gone.pid}.{kind}").mkdir()
     refusal(RecipeError, add_expert, mixture, sharp.spec(1))
     assert [path.name for path in tmp_path.iterdir()] == ["mix"]
+
+
+def test_two_edits_in_place_at_once(sharp: World, tmp_path: Path) -> None:
+    """The second would undo the first: it is refused while that one works, and when it began before that one's end."""
+    mixture = shutil.copytree(sharp.mixture([0, 1, 2]), tmp_path / "mix")
+    with alone(mixture):
+        assert "another process is changing it" in refusal(OutputError, remove_expert, mixture, "m1")
+    opened = edit.EditableMixture.open(mixture)
+    remove_expert(mixture, "m1")
+    assert "was changed by another process meanwhile" in refusal(OutputError, opened.check_same)
+    assert octad_json(mixture)["edits"] == ["remove m1"]

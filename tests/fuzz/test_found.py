@@ -10,6 +10,7 @@ from members import make_base, save_tokenizer
 
 from octad.checkpoint.hf import open_weights
 from octad.checkpoint.load import open_source
+from octad.engine.llm import expert_names
 from octad.errors import CheckpointError, DataError
 from octad.text.corpus import open_documents
 from octad.text.tokenizer import Tokenizer
@@ -117,3 +118,9 @@ def test_the_same_seed_is_the_same_damage(monkeypatch: pytest.MonkeyPatch) -> No
         made = [mutated(data, random.Random(seed), kind) for seed in range(200)]
         assert made == [mutated(data, random.Random(seed), kind) for seed in range(200)]
         assert len(set(made)) > 100
+
+
+def test_a_mixture_whose_experts_are_nested_too_deep(tmp_path: Path) -> None:
+    (tmp_path / "octad.json").write_text('{"experts": ' + "[" * 3000)
+    with pytest.raises(CheckpointError, match=r"octad\.json: is not valid JSON"):
+        expert_names(tmp_path, 2)

@@ -285,3 +285,10 @@ def test_numbers_of_calls_have_an_end(running: Running) -> None:
     found = json.loads(call["function"]["arguments"])
     assert abs(found["n"]) <= 2**53
     assert abs(found["x"]) <= 1e15
+
+
+def test_a_name_that_is_no_json_is_text() -> None:
+    parser = CallParser(["add"])
+    said = '<tool_call>{"name": "a\\qd", "arguments": {}}</tool_call>'
+    assert "".join(str(part) for part in [*parser.push(said), *parser.finish()]) == said
+    assert parser.calls == 0

@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from small import checkpoint, tune_file
 
+from octad import portable
 from octad.checkpoint.load import load_model, open_source
 from octad.errors import CheckpointError, OutputError, RecipeError
 from octad.model.moe import FixedRouter
@@ -247,3 +248,17 @@ def test_held_out_text_is_judged_while_training(mixture, tmp_path) -> None:
     assert len(told["layers"]) == 2
     assert sum(told["layers"][0]["share"]) == pytest.approx(1)
     assert set(told["bits_per_byte"]) == {"one", "two"}
+
+
+def test_two_processes_do_not_train_in_one_directory(mixture, tmp_path) -> None:
+    """The second is refused while the first has the log; both would write states, and a log of both."""
+    file = tune_file(tmp_path, mixture, mode="router")
+    run = tmp_path / "run"
+    run.mkdir()
+    other = (run / "log.jsonl").open("a")
+    portable.lock(other.fileno())
+    with pytest.raises(OutputError, match="another process trains here; wait for it, or choose another -o"):
+        trainer(file, run).fit()
+    other.close()
+    trainer(file, run).fit()
+    assert (run / "config.json").is_file()
