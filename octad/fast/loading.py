@@ -23,7 +23,7 @@ from octad.checkpoint.source import TensorSource
 from octad.dist import compute_dtype
 from octad.errors import RequestError
 from octad.fast.expert_store import ExpertStore
-from octad.fast.native_modules import Weight, native_attention
+from octad.fast.native_modules import NarrowEmbedding, Weight, native_attention
 from octad.fast.offloaded import Offload, refuse_offload
 from octad.fast.optimize import ExpertWeights, Swapper, is_bfloat16, native_kernels, optimize, same_or_held
 from octad.fast.quantize import Precision
@@ -127,8 +127,9 @@ class _Reader:
             offload = Offload(kernels, ExpertStore(self.placed, memory))
         swapper = Swapper(self.model, kernels, self.precision)
         for parameter in self.parameters:
-            if layer_of(parameter) is None and parameter != HEAD:
+            if layer_of(parameter) is None and parameter not in (HEAD, EMBEDDING):
                 self._fill(parameter)
+        self._embed()
         with _Ahead(self._packed, list(self._in_order())) as ahead:
             for number, parameters in enumerate(self.layers):
                 for parameter in parameters:
@@ -157,6 +158,14 @@ class _Reader:
             place_linear(self.model, parameter, ahead.take(name))
         else:
             assign(self.model, parameter, self.source.read(name).to(self.dtype))
+
+    def _embed(self) -> None:
+        """The embeddings: bfloat16 ones stay so, half the bytes of float32."""
+        weight = self.source.read(self.parameters[EMBEDDING][0])
+        if (weight.dtype, self.dtype) == (torch.bfloat16, torch.float32):
+            self.model.model.embed_tokens = NarrowEmbedding(weight, self.dtype)  # type: ignore[assignment]
+        else:
+            assign(self.model, EMBEDDING, weight.to(self.dtype))
 
     def _experts(self, layer: int, ahead: _Ahead) -> ExpertWeights | None:
         """The experts' weights of one layer, each packed; None for a dense layer."""

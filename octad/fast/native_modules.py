@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from octad.kernels.native import NativeKernels, describe
@@ -43,6 +44,18 @@ class NativeLinear(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         (y,) = self.kernels.linear(self.weight, flat, self.bias)
         return y.view(*x.shape[:-1], -1)
+
+
+class NarrowEmbedding(nn.Module):
+    """nn.Embedding whose weight keeps its narrower dtype in memory: a token reads one row of it, which is widened."""
+
+    def __init__(self, weight_VD: torch.Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight, self.dtype = nn.Parameter(weight_VD, requires_grad=False), dtype
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """x [..., D] of ids [...], in `dtype`."""
+        return F.embedding(tokens, self.weight).to(self.dtype)
 
 
 class NativeNorm(RMSNorm):

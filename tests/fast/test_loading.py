@@ -104,3 +104,16 @@ def test_no_compiler_of_pytorchs_is_loaded(tiny_checkpoint: TinyCheckpoint) -> N
         "sys.exit('torch._dynamo' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_bfloat16_embeddings_stay_so_and_give_the_same_rows(
+    tiny_checkpoint: TinyCheckpoint,
+) -> None:
+    source = open_source(tiny_checkpoint("mixtral", dtype=torch.bfloat16))
+    model, _ = open_fast(source, torch.float32)
+    ids = torch.arange(source.config.vocab_size)[None]
+    rows = model.model.embed_tokens(ids)
+    assert rows.dtype == torch.float32
+    assert torch.equal(rows[0], source.read("model.embed_tokens.weight").float())
+    if native_kernels() is not None:
+        assert model.model.embed_tokens.weight.dtype == torch.bfloat16
