@@ -21,10 +21,14 @@ EXACT = ["-ctk", "f32", "-ctv", "f32", "-fa", "off"]  # keys and values as they 
 
 def run(program: str, *arguments: Any) -> str:
     """What a program says, stdout and then stderr; a failure is an AssertionError that quotes it."""
+    return "".join(_said(program, *arguments))
+
+
+def _said(program: str, *arguments: Any) -> tuple[str, str]:
     command = [str(TREE / "build/bin" / program), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     assert done.returncode == 0, f"{' '.join(command)}\n{(done.stdout + done.stderr)[-3000:]}"
-    return done.stdout + done.stderr
+    return done.stdout, done.stderr
 
 
 def perplexity(model: Path, text: Path, window: int) -> float:
@@ -49,12 +53,27 @@ def token_ids(model: Path, text: Path) -> list[int]:
 
 def continuation(model: Path, prompt: str, tokens: int) -> str:
     """What is written greedily behind a prompt."""
-    said = run(
-        *("llama-completion", "-m", model, "-p", prompt, "-n", tokens, "--temp", 0, *EXACT, "-t", 1),
-        *("-no-cnv", "--no-display-prompt", "--no-warmup", "--no-escape", "--log-disable", "--simple-io"),
-        *("--repeat-penalty", 1, "--ignore-eos", "-ngl", 0),
+    said, _ = _said(
+        *(
+            "llama-completion",
+            "-m",
+            model,
+            "-p",
+            prompt,
+            "-n",
+            tokens,
+            "--temp",
+            0,
+            *EXACT,
+            "-t",
+            1,
+            "-ngl",
+            0,
+        ),
+        *("-no-cnv", "--no-display-prompt", "--no-warmup", "--no-escape", "--simple-io"),
+        *("--repeat-penalty", 1, "--ignore-eos"),
     )
-    return said
+    return said.removesuffix("\n\n")  # the program's own
 
 
 @torch.inference_mode()
