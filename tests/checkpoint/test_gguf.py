@@ -462,7 +462,7 @@ def test_unknown_tensor_name_on_reading(good, tmp_path):
 def test_without_the_gguf_package(good, tmp_path, monkeypatch):
     (tmp_path / "good.gguf").write_bytes(good)
     monkeypatch.setitem(sys.modules, "gguf.quants", None)
-    with pytest.raises(CheckpointError, match=r"pip install octad\[gguf\]"):
+    with pytest.raises(CheckpointError, match=r"pip install 'octad\[gguf\]'"):
         GGUFSource(tmp_path / "good.gguf")
 
 
