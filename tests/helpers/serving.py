@@ -96,7 +96,9 @@ def start(served_mixture: Path) -> Iterator[Start]:
         **options: Any,
     ) -> Running:
         torch.set_num_threads(1)
-        llm = LLM(model or served_mixture, dtype="float32", device="cpu", **({"num_blocks": 600} | (engine or {})))
+        llm = LLM(
+            model or served_mixture, dtype="float32", device="cpu", **({"num_blocks": 600} | (engine or {}))
+        )
         app = Application(ModelNames.now(["mixture"]), access, limits, **options)
         app.ready(llm, {"experts": [{"name": "general", "domain": "news"}]})
         opened = bind("127.0.0.1", 0)
