@@ -40,12 +40,16 @@ def asked(recipe: Recipe) -> Iterator[tuple[int, list[str]]]:
 
 def check(plan: Plan) -> None:
     """Notes a generalist that holds conversations, but has none in its text. Raises RecipeError where questions are given
-    and nobody can be asked, DataError where they cannot be read."""
+    and nobody can be asked, or a generalist is favoured that is not there, DataError where they cannot be read."""
     answering = [number for number, _ in asked(plan.recipe)]
     if answering and plan.tokenizer.chat_template is None:
         name = plan.recipe.experts[answering[0]].name
         raise RecipeError(f"expert {name!r}: questions: the model has no chat template; leave them out")
     number = plan.generalist
+    if number is None and plan.recipe.router.generalist:
+        raise RecipeError(
+            f"router: generalist {plan.recipe.router.generalist:g}: no expert's model is base; leave it out"
+        )
     if number is None or number in answering or plan.tokenizer.chat_template is None:
         return
     if plan.recipe.router.method in ("ridge", "logistic") and not holds_conversations(plan, number):

@@ -87,7 +87,7 @@ def fitter_of(
     return (
         Additive(spec, Statistics.zeros(L, E, D), runs)
         if spec.method == "ridge"
-        else _logistic(spec, runs, D * dtype.itemsize)
+        else _logistic(spec, runs, D * dtype.itemsize, generalist)
     )
 
 
@@ -184,19 +184,23 @@ def _temperature(spec: RouterSpec) -> float:
     return spec.temperature if spec.temperature is not None else router.DEFAULT_TEMPERATURE[spec.method]
 
 
-def _logistic(spec: RouterSpec, runs: Sequence[Run], row_bytes: int) -> Fitter:
+def _logistic(spec: RouterSpec, runs: Sequence[Run], row_bytes: int, generalist: int | None) -> Fitter:
     """From an even sample of what the routers will read."""
     most = _rows_per_run(len(runs), row_bytes)
+    own = next((n for n, run in enumerate(runs) if run.label == generalist), None)
 
     def solve(samples: list[torch.Tensor]) -> torch.Tensor:
         sizes = torch.tensor([len(x) for x in samples])
-        return router.logistic(
+        weight_ED = router.logistic(
             torch.cat(samples),
             (torch.tensor([run.mass() for run in runs]) / sizes).repeat_interleave(sizes),
             torch.tensor([run.label for run in runs]).repeat_interleave(sizes),
             strength=_strength(spec),
             temperature=_temperature(spec),
         )
+        if own is not None and generalist is not None and spec.generalist:
+            router.favour(weight_ED, generalist, samples[own], spec.generalist)
+        return weight_ED
 
     return LayerByLayer(runs, lambda x_ND: _sampled(x_ND, most), solve)
 

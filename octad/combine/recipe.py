@@ -57,13 +57,16 @@ class ExpertSpec(Section):
 class RouterSpec(Section):
     """How the routers are fitted. `tokens` are counted per expert; `window` is how many are taken at one place of a text.
 
-    `ridge` is the penalty and `temperature` what the router's scores are divided by; each method has its own default."""
+    `ridge` is the penalty and `temperature` what the router's scores are divided by; each method has its own default.
+    `generalist` is added to the score of the expert that is the base, in the mean over its own text (logistic alone):
+    chats are its own more often than calibration text, which has as much of each kind."""
 
     method: RouterMethod = "logistic"
     tokens: int = Field(default=16384, ge=1)
     window: int = Field(default=64, ge=2)
     temperature: float | None = Field(default=None, gt=0)
     ridge: float | None = Field(default=None, gt=0)
+    generalist: float = Field(default=0.0, ge=0, le=100)
     seed: int = 0
 
 
@@ -114,6 +117,10 @@ class Recipe(ConfigFile):
             raise ValueError(
                 f"shared: regmean is worked out of calibration text, and router {self.router.method!r} reads none; use"
                 " ridge or logistic"
+            )
+        if self.router.generalist and self.router.method != "logistic":
+            raise ValueError(
+                f"router: generalist is for method logistic alone, and method is {self.router.method!r}; leave it out"
             )
         if self.router.method == "prompts" and (
             bare := [e.name for e in self.experts if not e.positive_prompts]

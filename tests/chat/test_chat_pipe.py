@@ -124,7 +124,7 @@ def test_a_terminal_needs_prompt_toolkit(mixture: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(pipe, "is_terminal", lambda: True)
     monkeypatch.setattr(terminal, "out", Console(force_terminal=True))
     monkeypatch.setattr(answering, "find_spec", lambda name: None)
-    with pytest.raises(RequestError, match=r"prompt_toolkit: pip install octad\[chat\]"):
+    with pytest.raises(RequestError, match=r"prompt_toolkit: pip install 'octad\[chat\]'"):
         answering.chat(str(mixture / "nowhere"))
 
 

@@ -93,3 +93,16 @@ def test_what_is_refused(base: Path, tmp_path: Path) -> None:
     plan = preflight(recipe_with(untaught, tmp_path / "b", "octad"), measure=False)
     with pytest.raises(RecipeError, match="expert 'general': questions: the model has no chat template"):
         check(plan)
+
+
+def test_a_generalist_that_is_not_there_is_not_favoured(base: Path, tmp_path: Path) -> None:
+    experts = [
+        {
+            "name": f"m{n}",
+            "model": str(adapter(base, tmp_path / f"m{n}", n)),
+            "data": [str(text_file(tmp_path, n))],
+        }
+        for n in (1, 2)
+    ]
+    with pytest.raises(RecipeError, match="generalist 2: no expert's model is base"):
+        check(preflight(make_recipe(base, experts, top_k=1, router={"generalist": 2}), measure=False))

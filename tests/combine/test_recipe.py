@@ -63,6 +63,8 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
         ["experts.1.positive_prompts.1", "at least 1 character"],
     ),
     ({"experts": PROMPTS, "router": {"method": "prompts"}}, ["needs positive_prompts", "missing for b"]),
+    ({"router": {"method": "ridge", "generalist": 2}}, ["generalist is for method logistic", "'ridge'"]),
+    ({"router": {"generalist": -1}}, ["router.generalist", "found -1"]),
 ]
 
 

@@ -140,6 +140,15 @@ def test_logistic_keeps_a_row_for_each_expert() -> None:
     assert router.logistic(x, weight, label, strength=0.01, temperature=1.0).shape == (E, D)
 
 
+def test_an_expert_is_favoured_in_the_mean() -> None:
+    x, weight = torch.randn(50, D) + 0.5, torch.randn(E, D)
+    before = x @ weight.T
+    router.favour(weight, 1, x.bfloat16(), 2.5)
+    gained = x @ weight.T - before
+    assert gained.mean(0)[1].item() == pytest.approx(2.5, rel=1e-2)
+    assert gained[:, [e for e in range(E) if e != 1]].abs().max() == 0
+
+
 def test_prompts_by_hand() -> None:
     means = [torch.tensor([2.0, 0.0]), torch.tensor([0.0, 1.0]), torch.tensor([0.0, 3.0])]
     negative = [None, torch.tensor([0.0, -1.0]), None]

@@ -288,7 +288,7 @@ def test_forms_that_do_not_compile(compiler: GrammarCompiler, form: StructuredOu
 def test_without_the_library(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     compiler = GrammarCompiler(tokenizer, tokenizer.eos_ids)
-    with pytest.raises(RequestError, match=r"llguidance: pip install octad\[structured\]"):
+    with pytest.raises(RequestError, match=r"llguidance: pip install 'octad\[structured\]'"):
         compiler.compile(StructuredOutput(regex="a"))
 
 
