@@ -108,7 +108,7 @@ def test_closing_frees_the_blocks(loop: EngineLoop, model: Transformer) -> None:
     waiting = loop.submit(prompts(1, shortest=40)[0], LONG)
     waiting.close()
     waiting.close()
-    assert list(waiting) == []
+    assert all(d.finish_reason is None for d in waiting)  # what was made before it was closed may come
     assert not loop.engine.has_unfinished()
 
 
