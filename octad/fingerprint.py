@@ -1,12 +1,15 @@
-"""What identifies a file: its name, its size and a digest of what it holds.
+"""What identifies a file: its name, its size and a digest of what it holds; and a digest of plain data.
 
 fingerprint(Path("model.safetensors"))        # {"name": ..., "bytes": ..., "sha256": ...}
+digest_of(["a setting", 3])                   # 64 hexadecimal digits
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,12 @@ from octad.errors import CheckpointError
 
 WHOLE_HASH_BYTES = 1 << 29
 SAMPLE_STRIDE, SAMPLE_BYTES = 1 << 24, 1 << 18
+
+
+def digest_of(data: Any, default: Callable[[Any], Any] | None = None) -> str:
+    """The sha256 of plain data, whatever the order of its keys; `default` makes plain data of what is none. Raises
+    TypeError where nothing does."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=default).encode()).hexdigest()
 
 
 def fingerprint(path: Path, whole: int = WHOLE_HASH_BYTES) -> dict[str, Any]:

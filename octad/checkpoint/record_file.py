@@ -5,7 +5,7 @@
         records = RecordWriter(writer, "packed.octad", layout, "panels16")
         records.put("...w1.weight", panels_PB)
         records.finish(weights)                       # names what the file was made of
-    with RecordFile.open(directory / "packed.octad", layout, "panels16", weights) as file: ...
+    file = RecordFile.open(directory / "packed.octad", layout, "panels16", weights)
 
 Beside a checkpoint's weights it is a second form of them, which nobody needs: engines do not know the name, and octad
 goes without it where it is missing, was made of other weights, or is laid out for other code. So its header promises

@@ -204,42 +204,31 @@ def _change(
     of one would be lost."""
     with alone(old.directory) if output is None else nullcontext():
         old.check_same()
-        return _carried_out(old, slots, spec, output, base, note, progress, tell)
-
-
-def _carried_out(
-    old: EditableMixture,
-    slots: Slots,
-    spec: ExpertSpec | None,
-    output: Path | None,
-    base: str | None,
-    note: str,
-    progress: Progress,
-    tell: Tell,
-) -> Path:
-    StagedDirectory(output or old.directory, overwrite=output is None).check()
-    edit = Edit(old, slots, _new_recipe(old, slots, spec))
-    if spec is not None:
-        edit = replace(edit, newcomer=welcome(old, edit.recipe, spec, base, tell))
-    kept = old.foreign_files() if output is None else []
-    source = edit.source()
-    plan = {name: source.info(name) for name in source.names()}
-    if not edit.keeps_generalist and edit.recipe.router.method in ("ridge", "logistic"):
-        tell("the generalist changes: all routers are fitted again from the stored text")
-    with CheckpointWriter(output or old.directory, plan, overwrite=output is None) as writer:
-        dtype = compute_dtype()
-        fit = write_and_fit(writer, source, refitter(edit, source.config, dtype, progress), dtype, progress)
-        for path in kept:
-            writer.copy_in(path)
-        provenance = replace(
-            old.provenance,
-            recipe=recipe_record(edit.recipe),
-            experts=edit.records,
-            edits=[*old.provenance.edits, note],
-        )
-        tokenizer = edit.newcomer.vocabulary.tokenizer if edit.newcomer else load_tokenizer(old.source)
-        write_sidecars(writer, edit.config_dict, tokenizer, provenance, edit.calibrations, fit)
-        return writer.commit()
+        StagedDirectory(output or old.directory, overwrite=output is None).check()
+        edit = Edit(old, slots, _new_recipe(old, slots, spec))
+        if spec is not None:
+            edit = replace(edit, newcomer=welcome(old, edit.recipe, spec, base, tell))
+        kept = old.foreign_files() if output is None else []
+        source = edit.source()
+        plan = {name: source.info(name) for name in source.names()}
+        if not edit.keeps_generalist and edit.recipe.router.method in ("ridge", "logistic"):
+            tell("the generalist changes: all routers are fitted again from the stored text")
+        with CheckpointWriter(output or old.directory, plan, overwrite=output is None) as writer:
+            dtype = compute_dtype()
+            fit = write_and_fit(
+                writer, source, refitter(edit, source.config, dtype, progress), dtype, progress
+            )
+            for path in kept:
+                writer.copy_in(path)
+            provenance = replace(
+                old.provenance,
+                recipe=recipe_record(edit.recipe),
+                experts=edit.records,
+                edits=[*old.provenance.edits, note],
+            )
+            tokenizer = edit.newcomer.vocabulary.tokenizer if edit.newcomer else load_tokenizer(old.source)
+            write_sidecars(writer, edit.config_dict, tokenizer, provenance, edit.calibrations, fit)
+            return writer.commit()
 
 
 def _new_recipe(old: EditableMixture, slots: Slots, spec: ExpertSpec | None) -> Recipe:

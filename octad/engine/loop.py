@@ -295,7 +295,7 @@ class Stream(Iterator["Delta"], AsyncIterator["Delta"]):
         return found
 
     def close(self) -> None:
-        """Abort the request if it has not finished; its blocks are free when this returns."""
+        """Abort the request if it has not finished: nothing more is to be read, its blocks are free when this returns."""
         if not self._over and not sys.is_finalizing():
             self._loop.call(self._abort)
 
@@ -307,5 +307,6 @@ class Stream(Iterator["Delta"], AsyncIterator["Delta"]):
     def _abort(self) -> None:
         self._loop.forget(self.request_id)
         with self._lock:
+            self._items.clear()
             self._over = True
         self._wake()

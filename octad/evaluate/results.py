@@ -32,6 +32,7 @@ from octad.checkpoint.names import parameter_sources
 from octad.checkpoint.source import TensorSource
 from octad.errors import OutputError
 from octad.evaluate.contestants import Contestant, Member, Original, Soup, TopK
+from octad.fingerprint import digest_of
 from octad.staging import replace_file
 
 VERSION = 2
@@ -122,7 +123,7 @@ def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def key_of(*parts: Any) -> str:
     """One digest of all parts, which must be plain data."""
-    return hashlib.sha256(json.dumps([VERSION, *parts], sort_keys=True).encode()).hexdigest()
+    return digest_of([VERSION, *parts])
 
 
 @dataclass

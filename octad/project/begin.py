@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
 
@@ -139,7 +139,7 @@ def _open_base(base: Place) -> TensorSource:
 
 
 def _divide(
-    place: Path, wanted: Mapping[str, list[str]], field: str, share: float, say: Tell
+    place: Path, wanted: Mapping[str, list[str]], field: str, share: float, say: Callable[[str], None]
 ) -> Iterator[tuple[str, Split]]:
     for name, files in wanted.items():
         text = place / "text" / name
@@ -148,7 +148,7 @@ def _divide(
         train, held_out = text / "train.jsonl", text / "heldout.jsonl"
         split = divide(files, field, share=share, train=train, held_out=held_out)
         kind = "passages" if split.cut else "documents"
-        teller(say)(
+        say(
             f"{name}: {split.documents:,} {kind} ({human(split.characters)} characters) to learn from, "
             f"{split.held_out:,} held out ({human(split.held_out_characters)})"
         )

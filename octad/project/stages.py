@@ -8,13 +8,13 @@ the record has this very key for it and its result is there; names and dates of 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from octad.errors import OctadError, OutputError
+from octad.fingerprint import digest_of
 from octad.guard import read_object
 from octad.staging import replace_file
 from octad.text.corpus import TextFiles, open_all
@@ -24,7 +24,7 @@ RECORD = "made.json"
 
 def key_of(*parts: Any) -> str:
     """A digest of plain data."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    return digest_of(parts, default=str)[:32]
 
 
 def text_key(references: Sequence[str]) -> Any:

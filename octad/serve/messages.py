@@ -222,6 +222,7 @@ class _Blocks:
         self.index, self.open = -1, ""
 
     def add(self, piece: Piece) -> list[tuple[str, dict[str, Any]]]:
+        """The events that a piece of the answer makes: names and data."""
         events = []
         if piece.text:
             if self.open != "text":

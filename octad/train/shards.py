@@ -26,6 +26,7 @@ import numpy.typing as npt
 from numpy.lib import format as npy
 
 from octad.errors import DataError, OutputError
+from octad.fingerprint import digest_of
 from octad.staging import StagedDirectory, explained
 from octad.text.corpus import Documents, open_documents
 from octad.text.tokenizer import Tokenizer
@@ -88,7 +89,7 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
 def _key(opened: Sequence[Documents], tokenizer: Tokenizer, field: str, append_eos: bool) -> str:
     facts = [documents.digest() for documents in opened]
     parts: list[Any] = [FORMAT, facts, tokenizer_digest(tokenizer), field, append_eos]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return digest_of(parts)[:32]
 
 
 def _build(

@@ -1,6 +1,5 @@
 """octad inside lm-eval against lm-eval's own model class of transformers: the same task, the same numbers."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness_task import CHOICE, make_task
 from members import make_base
 
 from octad.engine.llm import LLM
@@ -17,18 +17,6 @@ from octad.evaluate.tasks.run_tasks import run_tasks
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed; pip install 'octad[eval]'")
 
-TASK = """
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-{rest}
-"""
-CHOICE = """output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{answer}}"
-metric_list: [{metric: acc}, {metric: acc_norm}]"""
 WRITE = """output_type: generate_until
 doc_to_text: "{{question}}"
 doc_to_target: "{{choices[0]}}"
@@ -52,23 +40,6 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-def make_task(directory: Path, name: str, rest: str) -> Path:
-    data = directory / "data.jsonl"
-    lines = [
-        {
-            "question": f"What is {n} and {n + 1}? ",
-            "choices": [f"{n}", "none, ever", "x" * (n + 1)],
-            "answer": n % 3,
-        }
-        for n in range(7)
-    ]
-    lines[3]["question"] = "a long text " * 30  # longer than the model's context of 128
-    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    file = directory / f"{name}.yaml"
-    file.write_text(TASK.format(name=name, data=data, rest=rest))
-    return file
-
-
 def both(base: Path, task: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What lm-eval finds with octad's model, and with transformers'."""
     from lm_eval.models.huggingface import HFLM
@@ -86,7 +57,7 @@ def both(base: Path, task: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def test_log_likelihoods_are_those_of_its_transformers_model(base: Path, tmp_path: Path) -> None:
-    mine, theirs = both(base, make_task(tmp_path, "octad_test_choice", CHOICE))
+    mine, theirs = both(base, make_task(tmp_path, "octad_test_choice", CHOICE, 7, longest=3))
     for own, other in zip(*(r["samples"]["octad_test_choice"] for r in (mine, theirs)), strict=True):
         for (nats, greedy), (their_nats, their_greedy) in zip(
             own["filtered_resps"], other["filtered_resps"], strict=True
@@ -105,14 +76,14 @@ def test_log_likelihoods_are_those_of_its_transformers_model(base: Path, tmp_pat
 
 
 def test_generated_texts_are_those_of_its_transformers_model(base: Path, tmp_path: Path) -> None:
-    mine, theirs = both(base, make_task(tmp_path, "octad_test_write", WRITE))
+    mine, theirs = both(base, make_task(tmp_path, "octad_test_write", WRITE, 7, longest=3))
     texts = [[s["filtered_resps"] for s in r["samples"]["octad_test_write"]] for r in (mine, theirs)]
     assert texts[0] == texts[1]
     assert any(texts[0])
 
 
 def test_rolling_log_likelihoods_are_those_of_its_transformers_model(base: Path, tmp_path: Path) -> None:
-    file = make_task(tmp_path, "octad_test_rolling", ROLLING)
+    file = make_task(tmp_path, "octad_test_rolling", ROLLING, 7, longest=3)
     mine, theirs = both(base, file)
     value = theirs["results"]["octad_test_rolling"]["bits_per_byte,none"]
     assert mine["results"]["octad_test_rolling"]["bits_per_byte,none"] == pytest.approx(value, rel=1e-4)
@@ -229,7 +200,7 @@ def test_names_are_lm_evals() -> None:
 
 @pytest.mark.slow
 def test_its_own_command_line_knows_octad(base: Path, tmp_path: Path) -> None:
-    file = make_task(tmp_path, "octad_test_cli", CHOICE)
+    file = make_task(tmp_path, "octad_test_cli", CHOICE, 7, longest=3)
     command = [
         sys.executable,
         "-m",

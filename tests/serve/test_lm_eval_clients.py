@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness_task import CHOICE, make_task
 from serving import LIMITS, Running, running, served_mixture, start
 from tiny_chat import make_mixture
 from tiny_models import TinyCheckpoint
@@ -18,17 +19,6 @@ lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed; pip i
 pytest.importorskip("tenacity", reason="lm-eval's clients need lm-eval[api]")
 pytestmark = pytest.mark.slow
 
-HEAD = """
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-"""
-CHOICE = """output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{answer}}"
-metric_list: [{metric: acc}, {metric: acc_norm}]"""
 WRITE = """output_type: generate_until
 doc_to_text: "{{question}}"
 doc_to_target: "{{choices[0]}}"
@@ -41,22 +31,6 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("OPENAI_API_KEY", "none")
-
-
-def make_task(directory: Path, name: str, rest: str) -> Path:
-    data = directory / "data.jsonl"
-    rows = [
-        {
-            "question": f"What is {n} and {n + 1}? ",
-            "choices": [f"{n}", "none, ever", "x" * (n + 1)],
-            "answer": n % 3,
-        }
-        for n in range(9)
-    ]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    file = directory / f"{name}.yaml"
-    file.write_text(HEAD.format(name=name, data=data) + rest)
-    return file
 
 
 def asked(task: Path, model: str, **arguments: Any) -> dict[str, Any]:
@@ -77,7 +51,7 @@ def asked(task: Path, model: str, **arguments: Any) -> dict[str, Any]:
 
 
 def test_local_completions(running: Running, served_mixture: Path, tmp_path: Path) -> None:
-    task = make_task(tmp_path, "octad_served_choice", CHOICE)
+    task = make_task(tmp_path, "octad_served_choice", CHOICE, 9)
     found = asked(
         task,
         "local-completions",
@@ -92,7 +66,7 @@ def test_local_completions(running: Running, served_mixture: Path, tmp_path: Pat
         "acc_norm": results["acc_norm,none"],
     }
     assert 0 < results["acc,none"] < 1 or 0 < results["acc_norm,none"] < 1
-    write = make_task(tmp_path, "octad_served_write", WRITE)
+    write = make_task(tmp_path, "octad_served_write", WRITE, 9)
     texts = asked(
         write,
         "local-completions",
@@ -110,7 +84,7 @@ def test_local_chat_completions(start: Any, tiny_checkpoint: TinyCheckpoint, tmp
         source, tmp_path / "plain", "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     )
     server = start(model=directory)
-    task = make_task(tmp_path, "octad_served_chat", WRITE)
+    task = make_task(tmp_path, "octad_served_chat", WRITE, 9)
     found = asked(
         task, "local-chat-completions", base_url=server.url + "/v1/chat/completions", tokenizer_backend=None
     )
