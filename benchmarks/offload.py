@@ -10,9 +10,12 @@ turns.
     in memory           the file mapped, every page touched before
     all of it           --memory as large as the experts
     share               --memory of that share, read past the page cache; with and without reading ahead
-    share, mapped       a plain mapping of the file whose least recently used records are dropped, from memory and from
+    share, records      a plain mapping of the file whose least recently used records are dropped, from memory and from
                         the page cache, as soon as more than that share is there: what the system's own cache would do
                         under a limit, but that it drops whole records and never the wrong ones
+    share, mapped       the same mapping in a control group whose memory the kernel limits to what the process holds
+                        besides experts and that share of them; where no group can be made (root is needed), left out
+    share, limited      --memory of that share in a group with the same limit
 
 The first WARM tokens are not counted. Shown are tokens/s, CPU seconds a token, and where there is a store hits, bytes and
 waiting a token; how long the text stays with its experts; and whether all hidden states are the same to the bit.
@@ -45,7 +48,18 @@ from octad.machine import hardware
 from octad.model.observe import watching
 
 WARM = 32
-CONTESTANTS = ("in memory", "all of it", "share", "share, not ahead", "share, mapped")
+CONTESTANTS = (
+    "in memory",
+    "all of it",
+    "share",
+    "share, not ahead",
+    "share, records",
+    "share, mapped",
+    "share, limited",
+)
+MAPPED = ("in memory", "share, records", "share, mapped")
+LIMITED = ("share, mapped", "share, limited")
+SLACK = 64 << 20  # of a group's limit: what the kernel counts besides
 DONTNEED, NOHUGEPAGE = 4, 15  # of madvise
 
 
@@ -62,10 +76,11 @@ def main() -> None:
     if given.one:
         print(json.dumps(one(given)))
         return
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTESTANTS}
+    names = [name for name in CONTESTANTS if name not in LIMITED or group_root() is not None]
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for number in range(given.rounds):
-        turn = number % len(CONTESTANTS)
-        for name in (*CONTESTANTS[turn:], *CONTESTANTS[:turn]):
+        turn = number % len(names)
+        for name in (*names[turn:], *names[:turn]):
             own = ["--one", name, "--round", str(number)]
             command = [sys.executable, __file__, *sys.argv[1:], *own]
             found[name].append(
@@ -88,7 +103,10 @@ def report(given: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) ->
         "tokens": given.tokens - WARM,
         "hardware": hardware(torch.device("cpu")),
         "tokens_per_s": speeds,
-        "over_mapped": speeds["share"] / speeds["share, mapped"],
+        "over_records": speeds["share"] / speeds["share, records"],
+        "over_mapped": speeds["share, limited"] / speeds["share, mapped"]
+        if "share, mapped" in speeds
+        else None,
         "all_over_in_memory": speeds["all of it"] / speeds["in memory"],
         "same_to_the_bit": same,
         "stays_with_its_experts": statistics.mean(f["stays"] for f in found["in memory"]),
@@ -102,25 +120,33 @@ def one(given: argparse.Namespace) -> dict[str, Any]:
     assert placed is not None, f"{given.model} has no {FILE}"
     records = [record for name, record in placed.file.layout.records.items() if ".mlp.experts." in name]
     experts = sum(record.nbytes for record in records)
-    budget = {"in memory": None, "all of it": experts}.get(given.one, int(experts * given.share))
+    budget = experts if given.one == "all of it" else int(experts * given.share)
     octad.fast.expert_store.available_memory = lambda: 0  # as on a machine that has no room for a page cache
     drop_cache(placed.file.path)
+    group = (
+        Group() if given.one in LIMITED else None
+    )  # before a page of the file is touched: the first to touch one pays
     llm = LLM(
         given.model,
-        memory=None if given.one in ("in memory", "share, mapped") else budget,
+        memory=None if given.one in MAPPED else budget,
         max_num_batched_tokens=1,
         max_num_seqs=1,
         enable_prefix_caching=False,
     )
     if (store := llm.expert_store) is not None:
         store.ahead = "not ahead" not in given.one
-    text = packaged_texts(llm.tokenizer).prompts(given.round + 1, given.tokens, given.round)[-1]
+    other, text = packaged_texts(llm.tokenizer).prompts(given.round + 2, given.tokens, given.round)[-2:]
     if given.one in ("in memory", "all of it"):
         run(llm, text)
     if given.one == "in memory":
         placed.memory[::4096].sum()  # and those that the text does not use
-    if given.one == "share, mapped":
-        with watching(llm.model, Limit(llm, placed, budget or 0)):
+    if group is not None:
+        run(llm, other)  # makes what the process holds besides weights
+        own = anonymous_bytes() - group.held_before - (budget if llm.expert_store is not None else 0)
+        group.limit(own + placed.file.layout.nbytes - experts + budget + SLACK)
+        drop_cache(placed.file.path)
+    if given.one == "share, records":
+        with watching(llm.model, Limit(llm, placed, budget)):
             found = run(llm, text)
     else:
         found = run(llm, text)
@@ -145,9 +171,47 @@ def run(llm: LLM, text: list[int]) -> dict[str, Any]:
     seen.update(repr((output.token_ids, output.logprobs)).encode())
     count = len(text) - WARM
     found = {"tokens_per_s": count / seconds, "cpu_s_a_token": used / count, "digest": seen.hexdigest()}
-    peak = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
-    found["anonymous_bytes"] = int(peak[0].split()[1]) * 1024
+    found["anonymous_bytes"] = anonymous_bytes()
     return found | ({"store": store.stats.report()} if store is not None else {})
+
+
+def anonymous_bytes() -> int:
+    """What this process holds that is no file's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def group_root() -> Path | None:
+    """Where control groups that limit memory can be made (version 1's folder, or version 2's); None: nowhere."""
+    first, second = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+    root = first if (first / "memory.limit_in_bytes").exists() else second
+    delegated = root == first or "memory" in read_or_empty(second / "cgroup.subtree_control")
+    return root if delegated and os.access(root, os.W_OK) else None
+
+
+def read_or_empty(path: Path) -> str:
+    """The file's text; nothing where there is none."""
+    return path.read_text() if path.exists() else ""
+
+
+class Group:
+    """A control group around this process; it goes when the process has ended and the next one begins."""
+
+    def __init__(self) -> None:
+        root = group_root()
+        assert root is not None
+        for old in root.glob("octad-offload-*"):
+            if not read_or_empty(old / "cgroup.procs").strip():
+                old.rmdir()
+        self.path = root / f"octad-offload-{os.getpid()}"
+        self.path.mkdir()
+        self.held_before = anonymous_bytes()  # is counted where it was, and stays
+        (self.path / "cgroup.procs").write_text(str(os.getpid()))
+
+    def limit(self, count: int) -> None:
+        """From now on, this many bytes of memory and page cache."""
+        first = self.path / "memory.limit_in_bytes"
+        (first if first.exists() else self.path / "memory.max").write_text(str(count))
 
 
 def stays(llm: LLM, text: list[int]) -> float:
