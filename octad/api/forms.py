@@ -216,7 +216,8 @@ def _hub(
     )
     if not rounding.changed:
         return []
+    gone = f"; {rounding.gone:,} are too small for it, and 0 now" if rounding.gone else ""
     return [
-        f"rounding to {changes.dtype} changed {rounding.changed / rounding.weights:.2g} of the weights, the most by"
-        f" {rounding.largest:.1e} of itself"
+        f"rounding to {changes.dtype} changed {100 * rounding.changed / rounding.weights:.2g} % of the weights, by at most"
+        f" {100 * rounding.largest:.2g} % of each{gone}"
     ]

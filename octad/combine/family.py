@@ -53,14 +53,18 @@ def mixture_config(
         "num_experts_per_tok": top_k,
         "output_router_logits": False,
         "router_aux_loss_coef": 0.0,
-        **{key: base.raw[key] for key in CARRIED if base.raw.get(key) is not None},
-        **(
-            {"eos_token_id": found}
-            if (found := list(dict.fromkeys([*base.eos_token_ids, *ends]))) and ends
-            else {}
-        ),
+        **_carried(base, vocab_size, ends),
         **_target_keys(base, target, num_experts),
     }
+
+
+def _carried(base: ModelConfig, rows: int, ends: Sequence[int]) -> dict[str, Any]:
+    """What the base says that stays as it is, and where its answers end: with `ends`, and at no id without a row."""
+    found = {key: base.raw[key] for key in CARRIED if base.raw.get(key) is not None}
+    held = [i for i in dict.fromkeys((*base.eos_token_ids, *ends)) if i < rows]
+    if ends or len(held) < len(set(base.eos_token_ids)):
+        found["eos_token_id"] = held or None
+    return found
 
 
 def _target_keys(base: ModelConfig, target: str, num_experts: int) -> dict[str, Any]:

@@ -274,6 +274,9 @@ def with_turns(
             ("", f"answers also end at {shown}, which the base does not end at: taken over from members")
         )
     for name, found in ends.items():
+        if nowhere := [i for i in theirs[name].eos_ids if i not in found]:
+            shown = ", ".join(map(str, nowhere))
+            notes.append((name, f"ends its answers at id {shown}, which is no token that it has a row for: left out"))
         if lost := [i for i in found if i not in taken]:
             shown = ", ".join(repr(known[i]) for i in lost)
             notes.append(

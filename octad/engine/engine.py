@@ -121,7 +121,8 @@ class Engine:
         self.blocks = BlockManager(num_blocks, config.block_size)
         self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens)
         self.sampler = Sampler(partial(token_text, tokenizer))
-        self.eos_ids: tuple[int, ...] = tokenizer.eos_ids or model.config.eos_token_ids
+        ends = tokenizer.eos_ids or model.config.eos_token_ids
+        self.eos_ids = tuple(i for i in ends if 0 <= i < model.config.vocab_size)
         self.grammars = GrammarCompiler(tokenizer, self.eos_ids)
         self.requests: dict[str, Request] = {}
         self.answers: dict[Request, list[Answer]] = {}

@@ -26,6 +26,7 @@ from octad.checkpoint.gguf.metadata import ROPE_FACTORS
 from octad.checkpoint.gguf.reader import GLOBAL_NAMES, LAYER_NAMES
 from octad.checkpoint.load import load_tokenizer
 from octad.checkpoint.names import EMBEDDING, expert_name, layer_of, router_name, tensor_plan
+from octad.checkpoint.narrow import lost_below
 from octad.checkpoint.source import TensorSource
 from octad.errors import CheckpointError, OutputError
 from octad.export.gguf_metadata import Form, add_metadata, gguf_form, rope_factors
@@ -204,7 +205,7 @@ def _byte_shape(entry: Entry) -> tuple[int, ...]:
 
 
 def values_of(source: TensorSource, entry: Entry) -> np.ndarray[Any, Any]:
-    """The bytes of one tensor of the file, uint8 in its byte shape. Raises CheckpointError where float16 overflows."""
+    """The bytes of one tensor of the file, uint8 in its byte shape. Raises CheckpointError where float16 cannot hold it."""
     if entry.name == ROPE_FACTORS:
         factors = rope_factors(source.config)
         assert factors is not None
@@ -226,8 +227,10 @@ def _encoded(values: torch.Tensor, entry: Entry, name: str) -> np.ndarray[Any, A
     if entry.kind == "BF16" and values.dtype == torch.bfloat16:
         return values.contiguous().view(torch.uint8).numpy()
     floats = values.float().contiguous().numpy()
-    if entry.kind == "F16" and not np.all(np.abs(floats) <= np.finfo(np.float16).max):
+    if entry.kind not in ("F32", "BF16") and not np.all(np.abs(floats) <= np.finfo(np.float16).max):  # scales are float16
         raise CheckpointError(f"{name}: has values beyond float16's range; choose another type, such as bf16")
+    if entry.kind == "F16" and (line := lost_below(values, values.to(torch.float16))):
+        raise CheckpointError(f"{name}: {line}; choose another type, such as bf16")
     found: np.ndarray[Any, Any] = np.ascontiguousarray(quantize(floats, _type(entry.kind)))
     return found.view(np.uint8)
 

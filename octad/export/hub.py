@@ -21,6 +21,7 @@ import torch
 from octad.checkpoint.hub_card import front_matter
 from octad.checkpoint.load import content_names, load_tokenizer
 from octad.checkpoint.names import EMBEDDING, HEAD
+from octad.checkpoint.narrow import narrowed
 from octad.checkpoint.provenance import PROVENANCE, Provenance
 from octad.checkpoint.source import TensorInfo, TensorSource
 from octad.checkpoint.views import ExpertView, shared_expert_adds_nothing
@@ -65,22 +66,25 @@ class Changes:
 
 @dataclass
 class Rounding:
-    """What converting changed: how many weights of how many, and the largest change relative to the weight."""
+    """What converting changed: how many weights of how many, how many of these to 0, and the largest change of the others
+    relative to the weight."""
 
     weights: int = 0
     changed: int = 0
+    gone: int = 0
     largest: float = 0.0
 
     def count(self, before: torch.Tensor, after: torch.Tensor) -> None:
         """Add one tensor."""
         old, new = before.float(), after.float()
         differs = old != new
+        others = differs & (new != 0)
         self.weights += old.numel()
-        if found := int(differs.sum()):
-            self.changed += found
-            self.largest = max(
-                self.largest, float(((new - old).abs() / old.abs().clamp(min=1e-30))[differs].max())
-            )
+        self.changed += int(differs.sum())
+        self.gone += int(differs.sum()) - int(others.sum())
+        if bool(others.any()):
+            largest = float((new[others] / old[others] - 1).abs().max())
+            self.largest = max(self.largest, largest)
 
 
 def export_hub(
@@ -133,13 +137,7 @@ def export_hub(
 
 
 def _converted(values: torch.Tensor, dtype: torch.dtype, name: str, rounding: Rounding) -> torch.Tensor:
-    converted = values.to(dtype)
-    if bool((torch.isfinite(values) & ~torch.isfinite(converted)).any()):
-        most = torch.finfo(dtype).max
-        raise CheckpointError(
-            f"{name}: has values up to {float(values.abs().max()):g}, {str(dtype).removeprefix('torch.')} ends at"
-            f" {most:g}; choose another --dtype"
-        )
+    converted = narrowed(values, dtype, name)
     rounding.count(values, converted)
     return converted
 

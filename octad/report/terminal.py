@@ -9,7 +9,6 @@ than the terminal goes on below itself, its first column repeated: a figure is n
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -22,8 +21,7 @@ from rich.text import Text
 
 from octad.report.table import Cell, Table
 
-PIPE = 140  # characters: how wide a pipe is, unless COLUMNS says otherwise
-out = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE)
+out = Console(highlight=False)  # as wide as COLUMNS, or the terminal of any standard stream, or 80 characters
 err = Console(stderr=True, highlight=False)
 # The first is the terminal's own text colour, whatever its background; no two of the others are shades of one colour.
 COLOURS = ("default", "green", "cyan", "magenta", "yellow", "bright_red", "bright_blue", "sandy_brown")

@@ -21,6 +21,7 @@ from octad.errors import CheckpointError
 from octad.text import tokenizer as text
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type; 5 is unused, 6 a byte
+NO_TOKEN = 2**32 - 1  # how some files say that there is none
 # A turn's end in files of before `eot_token_id` existed.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
 NAMED_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
@@ -138,11 +139,11 @@ class GGUFVocabulary:
         ]
 
     def end_ids(self) -> tuple[int, ...]:
-        """Ids that end a turn or a text: eos, eot, eom, and a turn's end known by its text."""
-        named = [self.token_id(name) for name in ("eos", "eot", "eom")]
+        """Ids that end a turn or a text: eos, eot, eom as the file has them, and a turn's end known by its text."""
+        named = [self.values.get(f"ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
         ids = self.ids()
         ends = [ids[text] for text in TURN_ENDS if text in ids and self.types[ids[text]] == CONTROL]
-        return tuple(dict.fromkeys(i for i in [*named, *ends] if i is not None))
+        return tuple(dict.fromkeys(i for i in [*named, *ends] if type(i) is int and 0 <= i < NO_TOKEN))
 
 
 def build_tokenizer(vocabulary: GGUFVocabulary) -> Tokenizer:
@@ -256,6 +257,12 @@ def _set_template(tokenizer: Tokenizer, vocabulary: GGUFVocabulary, add_bos: boo
         "eos": vocabulary.values.get("ggml.add_eos_token", False),
     }
     ids = {name: vocabulary.token_id(name) for name, on in wanted.items() if on}
+    for name, i in ids.items():
+        said = vocabulary.values.get(f"ggml.{name}_token_id", NO_TOKEN)
+        if i is None and said not in (-1, NO_TOKEN):
+            raise CheckpointError(
+                f"{vocabulary.path}: damaged vocabulary: its token {name} is {said}, of {len(vocabulary.tokens)} tokens"
+            )
     special = {vocabulary.tokens[i]: i for i in ids.values() if i is not None}
     if not special:
         return
