@@ -205,7 +205,9 @@ def load_tokenizer(source: TensorSource) -> Tokenizer:
         return found
     kept = [i for i in found.eos_ids if i < rows]
     alone = "" if kept else "; nothing ends an answer now but its length"
-    said = f"{source.label}: ends its answers at id {lost[0]}, but has {rows} rows: that end is left out{alone}"
+    said = (
+        f"{source.label}: ends its answers at id {lost[0]}, but has {rows} rows: that end is left out{alone}"
+    )
     warnings.warn(said, LeftOut, stacklevel=1)
     generation = {key: value for key, value in found.generation.items() if key != "eos_token_id"}
     return Tokenizer(found.core, found.config, kept, generation, found.label)

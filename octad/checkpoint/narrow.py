@@ -1,10 +1,10 @@
-"""What a narrower type makes of weights: of large ones infinity, of small ones nothing, or so little that they are others.
+"""What a narrower type makes of weights: of large ones infinity, of small ones nothing, or others than they were.
 
     weight = narrowed(tensor, torch.float16, "lm_head.weight")      # raises where the type cannot hold it
     line = lost_below(tensor, tensor.to(torch.float16))             # a sentence, or None
 
-float16 ends at 6e-8 below as it does at 65,504 above, and loses digits from 6e-5 on. A few such weights beside larger ones
-matter to nobody; a tensor that is made of them is lost.
+float16 ends at 6e-8 below as it does at 65,504 above, and loses digits from 6e-5 on. A few such weights beside larger
+ones matter to nobody; a tensor that is made of them is lost.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def narrowed(tensor: torch.Tensor, dtype: torch.dtype | None, name: str) -> torc
 
 
 def lost_below(before: torch.Tensor, after: torch.Tensor) -> str | None:
-    """How a tensor is lost in the type of `after`, which is the same in fewer bits; None where it is held. Infinite values
-    are not looked for."""
+    """How a tensor is lost in the type of `after`, which is the same in fewer bits; None where it is held. What is
+    infinite is not looked for."""
     kind = str(after.dtype).removeprefix("torch.")
     gone, held = int(((after == 0) & (before != 0)).sum()), int(before.count_nonzero())
     if gone > MOST_GONE * held:

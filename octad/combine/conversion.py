@@ -34,7 +34,7 @@ def holds_all(kept: torch.dtype, given: torch.dtype) -> bool:
 
 
 def converted(tensor: torch.Tensor, dtype: torch.dtype, what: str) -> torch.Tensor:
-    """The tensor in this type. Raises RecipeError where a finite value would become infinite, or most of it is lost below."""
+    """The tensor in this type. Raises RecipeError where a finite value would become infinite, or small ones are lost."""
     found = tensor.to(dtype)
     if (tensor.dtype == torch.float64 or dtype == torch.float16) and not holds_all(dtype, tensor.dtype):
         over = found.isinf() & tensor.isfinite()

@@ -276,7 +276,9 @@ def with_turns(
     for name, found in ends.items():
         if nowhere := [i for i in theirs[name].eos_ids if i not in found]:
             shown = ", ".join(map(str, nowhere))
-            notes.append((name, f"ends its answers at id {shown}, which is no token that it has a row for: left out"))
+            notes.append(
+                (name, f"ends its answers at id {shown}, which is no token that it has a row for: left out")
+            )
         if lost := [i for i in found if i not in taken]:
             shown = ", ".join(repr(known[i]) for i in lost)
             notes.append(

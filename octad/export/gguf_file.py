@@ -205,7 +205,7 @@ def _byte_shape(entry: Entry) -> tuple[int, ...]:
 
 
 def values_of(source: TensorSource, entry: Entry) -> np.ndarray[Any, Any]:
-    """The bytes of one tensor of the file, uint8 in its byte shape. Raises CheckpointError where float16 cannot hold it."""
+    """The bytes of one tensor of the file, uint8 in its byte shape. Raises CheckpointError where float16 fails."""
     if entry.name == ROPE_FACTORS:
         factors = rope_factors(source.config)
         assert factors is not None
@@ -227,7 +227,9 @@ def _encoded(values: torch.Tensor, entry: Entry, name: str) -> np.ndarray[Any, A
     if entry.kind == "BF16" and values.dtype == torch.bfloat16:
         return values.contiguous().view(torch.uint8).numpy()
     floats = values.float().contiguous().numpy()
-    if entry.kind not in ("F32", "BF16") and not np.all(np.abs(floats) <= np.finfo(np.float16).max):  # scales are float16
+    if entry.kind not in ("F32", "BF16") and not np.all(
+        np.abs(floats) <= np.finfo(np.float16).max
+    ):  # scales are float16
         raise CheckpointError(f"{name}: has values beyond float16's range; choose another type, such as bf16")
     if entry.kind == "F16" and (line := lost_below(values, values.to(torch.float16))):
         raise CheckpointError(f"{name}: {line}; choose another type, such as bf16")

@@ -341,7 +341,9 @@ def _end_ids(
     text = _text(config.get("eos_token"))
     own = core.token_to_id(text) if text is not None else None
     ends = [*_id_list(generation.get("eos_token_id")), *([] if own is None else [own])]
-    return ends or _id_list(None if model.get("eos_token_id") == -1 else model.get("eos_token_id"))  # -1: none
+    return ends or _id_list(
+        None if model.get("eos_token_id") == -1 else model.get("eos_token_id")
+    )  # -1: none
 
 
 def _id_list(value: Any) -> list[int]:

@@ -74,7 +74,9 @@ def test_a_mixture_has_none_of_them(base: Path, tmp_path: Path) -> None:
     member = ending(full_member(base, tmp_path / "one", 1, only=".mlp."), tmp_path / "two", [2, FAR + 1])
     entries = [{"name": "a", "model": "base"}, {"name": "b", "model": str(member)}]
     plan = preflight(make_recipe(far, entries, router={"method": "random"}))
-    assert any(f"ends its answers at id {FAR + 1}, which is no token" in note for note in plan.reports[1].notes)
+    assert any(
+        f"ends its answers at id {FAR + 1}, which is no token" in note for note in plan.reports[1].notes
+    )
     made = combine(plan, tmp_path / "out")
     for file in ("generation_config.json", "config.json"):
         found = json.loads((made / file).read_text())["eos_token_id"]

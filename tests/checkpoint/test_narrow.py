@@ -1,4 +1,4 @@
-"""Weights in a narrower type: what it cannot hold is refused, wherever it is asked for, and numpy's float16 says what that is."""
+"""Weights in a narrower type: what it cannot hold is refused, as numpy says what that is."""
 
 import shutil
 from pathlib import Path
@@ -60,7 +60,9 @@ def test_types_that_hold_everything_are_not_looked_at() -> None:
 
 
 @pytest.mark.parametrize(("factor", "words"), [(1e-8, "so small that float16"), (1e9, "float16")])
-def test_refused_wherever_float16_is_asked_for(model: Path, tmp_path: Path, octad: Octad, factor: float, words: str) -> None:
+def test_refused_wherever_float16_is_asked_for(
+    model: Path, tmp_path: Path, octad: Octad, factor: float, words: str
+) -> None:
     scaled(model, factor)
     with pytest.raises(CheckpointError, match=words) as caught:
         load_model(open_source(model), torch.float16)
@@ -75,7 +77,9 @@ def test_refused_wherever_float16_is_asked_for(model: Path, tmp_path: Path, octa
 
 def test_scales_are_float16_too(model: Path, tmp_path: Path, octad: Octad) -> None:
     """A block of q8_0 has one scale in float16: weights of 1e8 would come back infinite."""
-    code, _, err = octad("export", scaled(model, 1e9), "--to", "gguf", "--quantize", "q8_0", "-o", tmp_path / "out")
+    code, _, err = octad(
+        "export", scaled(model, 1e9), "--to", "gguf", "--quantize", "q8_0", "-o", tmp_path / "out"
+    )
     assert (code, "beyond float16's range" in err) == (2, True)
 
 
