@@ -11,7 +11,7 @@ interrupted run leaves nothing that loads. Peak memory is one layer of one membe
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,21 @@ from octad.checkpoint.hub_card import hub_facts
 from octad.checkpoint.names import router_name
 from octad.checkpoint.provenance import PROVENANCE, Provenance, found_at
 from octad.checkpoint.writer import CheckpointWriter
-from octad.combine.calibrate import gate_inputs
+from octad.combine.calibrate import Settle, Texts, Write, forget, gate_inputs
 from octad.combine.fit import Calibration, Fitter, Progress, RouterFit, fitter_of, quiet
 from octad.combine.members import MemberReport
 from octad.combine.mixture import MixtureSource
 from octad.combine.preflight import Plan
 from octad.combine.recipe import Recipe
+from octad.combine.refit import Refit
 from octad.combine.regmean import Regression
 from octad.combine.sidecars import CARD, STATISTICS, model_card, save_statistics
 from octad.dist import World, compute_dtype, product_rate
 from octad.model import cost
 from octad.model.config import ModelConfig, dense_config
+from octad.model.rope import Rope
 from octad.text.tokenizer import Tokenizer
+from octad.text.windows import Window
 
 DEFAULT_SHARD_BYTES = 5e9
 
@@ -61,7 +64,7 @@ def combine(
         origins = background.submit(source.provenance)
         dtype = compute_dtype()
         fitter = fitter_of(recipe.router, plan.config, calibrations, plan.generalist, dtype)
-        fit = write_and_fit(writer, source, fitter, dtype, progress)
+        fit = write_and_fit(writer, source, fitter, dtype, progress, plan.repair_texts)
         provenance = plan_provenance(plan, calibrations, origins.result())
         write_sidecars(writer, plan.config_dict, plan.tokenizer, provenance, calibrations, fit)
         return writer.commit()
@@ -73,6 +76,10 @@ def expected_seconds(plan: Plan) -> float:
     fitted = plan.recipe.router.method in ("ridge", "logistic")
     tokens = plan.recipe.router.tokens * len(plan.members) if fitted else 0
     layers = cost.body_parameters(dense_config(plan.config))
+    if (
+        plan.recipe.repair.method == "closed-form"
+    ):  # through mixture and member, and what the regressions take
+        tokens += 3 * sum(len(window.ids) for text in plan.repair_texts for window in text)
     return 2 * layers * tokens / (0.4 * rate) + plan.output_bytes / 0.5e9
 
 
@@ -82,23 +89,51 @@ def write_and_fit(
     fitter: Fitter,
     dtype: torch.dtype,
     progress: Progress = quiet,
+    texts: Sequence[Sequence[Window]] = (),
 ) -> RouterFit:
-    """Fit the routers, all tensors that this reads being written on the way; then write the others and the routers."""
+    """Fit the routers, all tensors that this reads being written on the way; then write the others and the routers.
+    `texts`: of each expert, for closed-form repair."""
     written: set[str] = set()
 
     def write(name: str, tensor: torch.Tensor) -> None:
         writer.write(name, tensor)
         written.add(name)
+        source.settled.pop(name, None)  # nobody reads it again
 
-    steps = source.config.num_hidden_layers * len(fitter.runs)
-    regmean = source.shared.method == "regmean"
-    settle = Regression(source, fitter.runs, dtype).settle if regmean else None
-    for done, (layer, number, x_ND) in enumerate(gate_inputs(source, fitter.runs, dtype, write, settle), 1):
-        fitter.see(layer, number, x_ND)
+    for done, steps in settled_inputs(source, fitter, dtype, write, texts):
         progress("calibrating", done / steps)
     fit = fitter.fit()
     write_rest(writer, source, fit, written, progress)
     return fit
+
+
+def settled_inputs(
+    source: MixtureSource,
+    fitter: Fitter,
+    dtype: torch.dtype,
+    write: Write = forget,
+    texts: Sequence[Sequence[Window]] = (),
+) -> Iterator[tuple[int, int]]:
+    """The calibration pass, with RegMean where the source asks for it and closed-form repair where there are texts for
+    it: shows the fitter its inputs. Yields (steps done, steps in all)."""
+    settling: list[Settle] = []
+    if source.shared.method == "regmean":
+        settling.append(Regression(source, fitter.runs, dtype).settle)
+    with Refit(source, texts, dtype, first=len(fitter.runs)) as repair:
+        if repair.runs:
+            settling.append(repair.settle)
+        runs = [*fitter.runs, *repair.runs]
+
+        def settle(layer: int, rope: Rope, texts_of: Texts) -> None:
+            for each in settling:
+                each(layer, rope, texts_of)
+
+        steps = source.config.num_hidden_layers * len(runs)
+        passed = gate_inputs(source, runs, dtype, write, settle, repair.refit if repair.runs else None)
+        for done, (layer, number, x_ND) in enumerate(passed, 1):
+            if number < len(fitter.runs):
+                fitter.see(layer, number, x_ND)
+            yield done, steps
 
 
 def write_rest(

@@ -33,7 +33,11 @@ from octad.model.transformer import DecoderLayer, RMSNorm
 from octad.text.windows import Batch, Window, batches
 
 Write = Callable[[str, torch.Tensor], None]
-Settle = Callable[[int, Rope, Callable[[int], Iterator[tuple[torch.Tensor, Batch]]]], None]
+Texts = Callable[
+    [int], Iterator[tuple[torch.Tensor, Batch]]
+]  # a run's number -> its states h_BSD, batch by batch
+Settle = Callable[[int, Rope, Texts], None]
+Refit = Callable[[int, int, DecoderLayer, Rope, Texts], None]
 SINGLY = 2 << 30  # bytes of an expert in memory, beyond which its matrices are read one at a time
 BATCH_TOKENS = 512  # more are no faster; fewer windows differ less in length: less padding
 
@@ -63,12 +67,14 @@ def gate_inputs(
     dtype: torch.dtype,
     write: Write = forget,
     settle: Settle | None = None,
+    refit: Refit | None = None,
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
     """Yields (layer, number of the run, x_ND) for every layer: router inputs of the run's real tokens.
 
     `source` is a mixture, written or not; an expert that no run passes through is not read. Each tensor that is read
     goes to `write` before it is used, so that a mixture in the making is written from one reading. Arithmetic and x
-    are in `dtype`. Before a layer is read, `settle` is shown the states of each run that come to it.
+    are in `dtype`. Before a layer is read, `settle` is shown the states of each run that come to it; before each of
+    its experts is, in the last layer too, `refit` is shown them, with the shared part that they go through.
     """
     if not runs:
         return
@@ -79,15 +85,21 @@ def gate_inputs(
         embed = embedded(source, [batch for text in texts for batch in text], dtype, write)
         numbered = [[(states.append(embed(batch)), batch) for batch in text] for text in texts]
         del embed
+
+        def texts_of(number: int) -> Iterator[tuple[torch.Tensor, Batch]]:
+            return ((states[i], batch) for i, batch in numbered[number])
+
         for layer in range(config.num_hidden_layers):
             if settle is not None:
-                settle(layer, rope, lambda number: ((states[i], batch) for i, batch in numbered[number]))
+                settle(layer, rope, texts_of)
             block = shared_block(config, layer, read_all(source, shared_names(config, layer), dtype, write))
             last = layer == config.num_hidden_layers - 1
             singly = not last and expert_bytes(config, dtype) > SINGLY
             later: list[tuple[int, list[int]]] = []
             for path in sorted({run.path for run in runs}):
                 own = [n for n, run in enumerate(runs) if run.path == path]
+                if refit is not None:
+                    refit(layer, path, block, rope, texts_of)
                 mlp = None
                 if not last and not singly:
                     mlp = dense_mlp(config, read_all(source, expert_names(config, layer, path), dtype, write))
@@ -210,9 +222,10 @@ def expert_names(config: ModelConfig, layer: int, expert: int) -> dict[str, str]
 
 
 def shared_block(config: ModelConfig, layer: int, tensors: Mapping[str, torch.Tensor]) -> DecoderLayer:
-    """The shared part of one layer (its feed-forward network stays on the meta device)."""
+    """The shared part of one layer, or all of a dense model's but its feed-forward network, which stays on the meta
+    device."""
     with torch.device("meta"):
-        block = DecoderLayer(dense_config(config), layer)
+        block = DecoderLayer(dense_config(config) if config.is_moe else config, layer)
     block.load_state_dict(tensors, strict=False, assign=True)
     return block
 

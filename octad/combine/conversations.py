@@ -11,10 +11,10 @@ that language, and the answer drifts there. This room runs no model as a whole; 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
-from octad.combine.fit import Calibration
 from octad.combine.preflight import Plan
 from octad.combine.recipe import Recipe
 from octad.errors import DataError, RecipeError
@@ -74,7 +74,7 @@ def join(plan: Plan, number: int, questions: Sequence[str], answers: Sequence[st
     )
     left = router.tokens - sum(len(window.ids) for window in windows)
     own = list(_first(plan.calibrations[number].windows, left))
-    plan.calibrations[number] = Calibration([*own, *windows], plan.calibrations[number].negative)
+    plan.calibrations[number] = replace(plan.calibrations[number], windows=[*own, *windows])
 
 
 def holds_conversations(plan: Plan, number: int) -> bool:

@@ -7,7 +7,8 @@ Every edit is a list of slots, one for each expert of the result: the number of 
 newcomer. The shared part is copied as it is. Ridge statistics add up, so the newcomer's text alone is run and counted in,
 and the text of one who leaves is run once more and counted out; the routers then are those of a fresh combination, to
 rounding. Where nothing adds up (logistic, prompts, or another generalist, whom everybody's text runs through), all are
-fitted again from the calibration tokens that the mixture carries.
+fitted again from the calibration tokens that the mixture carries. And where more than routers was made of all members
+(attention that was merged, closed-form repair), they are combined again from where they lay: see recombine.py.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from octad.combine.fit import Additive, Calibration, Fitter, Progress, fitter_of
 from octad.combine.members import MemberReport, measured, member_report
 from octad.combine.mixture import MixtureSource
 from octad.combine.recipe import ExpertSpec, Recipe, SharedSpec
+from octad.combine.recombine import new_recipe, recombine
 from octad.combine.token_rows import Owners, Vocabulary, agree
 from octad.dist import compute_dtype
 from octad.errors import CheckpointError, RecipeError
@@ -205,7 +207,10 @@ def _change(
     with alone(old.directory) if output is None else nullcontext():
         old.check_same()
         StagedDirectory(output or old.directory, overwrite=output is None).check()
-        edit = Edit(old, slots, _new_recipe(old, slots, spec))
+        if old.together:
+            options: dict[str, Any] = {"base": base, "note": note, "progress": progress, "tell": tell}
+            return recombine(old, slots, spec, output, **options)
+        edit = Edit(old, slots, new_recipe(old, slots, spec))
         if spec is not None:
             edit = replace(edit, newcomer=welcome(old, edit.recipe, spec, base, tell))
         kept = old.foreign_files() if output is None else []
@@ -229,16 +234,6 @@ def _change(
             tokenizer = edit.newcomer.vocabulary.tokenizer if edit.newcomer else load_tokenizer(old.source)
             write_sidecars(writer, edit.config_dict, tokenizer, provenance, edit.calibrations, fit)
             return writer.commit()
-
-
-def _new_recipe(old: EditableMixture, slots: Slots, spec: ExpertSpec | None) -> Recipe:
-    """The recipe that would combine the new mixture. Raises RecipeError for a newcomer that lacks text or prompts."""
-    specs = [spec if s is None else old.recipe.experts[s] for s in slots]
-    experts = [s.model_dump(mode="json", exclude_defaults=True) for s in specs if s is not None]
-    raw = recipe_record(old.recipe) | {"experts": experts}
-    if raw.get("chat_template") not in ("base", *(entry["name"] for entry in experts)):
-        raw.pop("chat_template", None)  # whose it was has left; the mixture has it by now
-    return Recipe.from_dict(raw, Path(), f"recipe {old.directory}")
 
 
 # ---- the newcomer ------------------------------------------------------------------------------------------

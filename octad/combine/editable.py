@@ -60,11 +60,6 @@ class EditableMixture:
                 f"{directory / PROVENANCE}: names {len(provenance.experts)} experts, its recipe "
                 f"{len(recipe.experts)} or others; combine again"
             )
-        if recipe.shared.method != "base":
-            raise RecipeError(
-                f"{directory}: its attention is made of all members (shared: {recipe.shared.method}), "
-                "so no expert can change alone; combine again with the changed recipe"
-            )
         statistics = load_statistics(directory, len(recipe.experts))
         return cls(directory, source, provenance, recipe, *statistics, seen)
 
@@ -77,6 +72,14 @@ class EditableMixture:
     def names(self) -> list[str]:
         """The experts' names, in order."""
         return self.provenance.names
+
+    @property
+    def together(self) -> str:
+        """What was made of all members, as the recipe says it, so that no expert can change alone; "" where nothing
+        was."""
+        if self.recipe.shared.method != "base":
+            return f"shared: {self.recipe.shared.method}"
+        return "repair: closed-form" if self.recipe.repair.method == "closed-form" else ""
 
     @property
     def generalist(self) -> int | None:

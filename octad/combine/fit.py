@@ -13,7 +13,7 @@ Shapes: L layers, E experts, D model, N tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -34,10 +34,12 @@ PIECE = 32  # tokens that are run together: the first tokens of a text are the h
 
 @dataclass
 class Calibration:
-    """What one expert is calibrated on: windows of its text, or of its prompts (positive, and perhaps negative)."""
+    """What one expert is calibrated on: windows of its text, or of its prompts (positive, and perhaps negative).
+    `longer`: windows of its text for closed-form repair."""
 
     windows: list[Window]
     negative: list[Window]
+    longer: list[Window] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:

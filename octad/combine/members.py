@@ -53,6 +53,7 @@ ARITHMETIC_FIELDS = {  # and what attention is trained under where they differ
 BUFFERS = re.compile(
     r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|position_ids$"
 )  # older checkpoints carry them along
+REPAIRED = "closed-form repair then fits attention and its down_proj to what it gives itself"
 ROUNDING, ROUNDING_SHARE = (
     0.003,
     0.01,
@@ -189,8 +190,9 @@ def _plain(name: str) -> str:
 # ---- what is held ------------------------------------------------------------------------------------------
 
 
-def measured(report: MemberReport, found: Distances, shared: str) -> MemberReport:
+def measured(report: MemberReport, found: Distances, shared: str, *, repaired: bool = False) -> MemberReport:
     """The report with the distances, and what follows from them: whether the mixture holds this member exactly.
+    `repaired`: closed-form repair changes attention and every expert.
 
     Raises RecipeError where a distance is no number."""
     for group, values in found.groups.items():
@@ -203,7 +205,8 @@ def measured(report: MemberReport, found: Distances, shared: str) -> MemberRepor
     means = {group: sum(v) / len(v) for group in SHARED_GROUPS if (v := found.groups.get(group))}
     lost = {group: value for group, value in means.items() if value > 0}
     report = replace(report, distances=found.groups, margin=found.margin, exact=exact, lost=lost)
-    return replace(report, sentence=sentence(report, found, shared))
+    said = sentence(report, found, shared)
+    return replace(report, sentence=f"{said}; {REPAIRED}" if repaired else said, exact=exact and not repaired)
 
 
 def sentence(report: MemberReport, found: Distances, shared: str) -> str:

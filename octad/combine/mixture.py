@@ -61,9 +61,7 @@ class MixtureSource:
             [w / total for w in weights] if weights and total else [1 / len(members)] * len(members)
         )
         self.routers: dict[str, torch.Tensor] = {}
-        self.settled: dict[
-            str, torch.Tensor
-        ] = {}  # shared tensors that were worked out elsewhere (regmean.py)
+        self.settled: dict[str, torch.Tensor] = {}  # worked out elsewhere (regmean.py, refit.py)
         self._shapes = tensor_plan(config)
         self._origins = {
             expert_name(config.model_type, layer, e, part): (member, dense_mlp_name(layer, part))
@@ -107,6 +105,8 @@ class MixtureSource:
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor in the mixture's dtype. Raises CheckpointError for a router that is not fitted yet."""
+        if name in self.settled:
+            return self._converted(self.settled[name], name)
         if origin := self.origin(name):
             source, its_name = origin
             extent = source.extent(its_name)
@@ -118,8 +118,7 @@ class MixtureSource:
             return self.routers[name].to(self.dtype)
         if _INERT.search(name):
             return torch.zeros(self._shapes[name], dtype=self.dtype)
-        merged = self.settled[name] if name in self.settled else self._merged(name)
-        return self._converted(merged, name)
+        return self._converted(self._merged(name), name)
 
     def mean_of(self, name: str) -> torch.Tensor:
         """The weighted mean of the members' tensors of this name, float32."""
@@ -132,7 +131,7 @@ class MixtureSource:
 
     def extent(self, name: str) -> Extent | None:
         """Where the input's bytes lie on disk, where the output is a copy of them; None elsewhere."""
-        origin = self.origin(name)
+        origin = None if name in self.settled else self.origin(name)
         extent = origin[0].extent(origin[1]) if origin else None
         return extent if extent and extent.info == self.info(name) else None
 

@@ -24,19 +24,21 @@ from octad.checkpoint.source import TensorInfo, TensorSource
 from octad.checkpoint.writer import CheckpointWriter
 from octad.combine import distances
 from octad.combine.calibration import calibration, check_files
+from octad.combine.choose import choose
 from octad.combine.conversion import conversions
 from octad.combine.distances import Distances
 from octad.combine.family import TARGETS, mixture_config
 from octad.combine.fit import Calibration
 from octad.combine.members import MemberReport, alike, measured, member_report, refuse_base_again, unplaced
 from octad.combine.mixture import MixtureSource
-from octad.combine.recipe import Recipe, check_name
+from octad.combine.recipe import Recipe, SharedSpec, check_name
 from octad.combine.remember import RememberLast
 from octad.combine.token_rows import Vocabulary, agree
 from octad.errors import CheckpointError, ConfigError, OutputError, RecipeError
 from octad.model.config import ModelConfig
 from octad.staging import StagedDirectory
 from octad.text.tokenizer import Tokenizer
+from octad.text.windows import Window
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -74,25 +76,28 @@ class Plan:
 
     @property
     def generalist(self) -> int | None:
-        """The first expert that is the base itself and is held exactly, if there is one."""
-        same = (
-            e for e, m in enumerate(self.members) if m is self.base and self.recipe.shared.method == "base"
-        )
-        return next(same, None)
+        """The first expert that is the base itself, if there is one."""
+        return next((e for e, member in enumerate(self.members) if member is self.base), None)
+
+    @property
+    def repair_texts(self) -> list[list[Window]]:
+        """Each expert's windows for closed-form repair; none where every member is held exactly."""
+        return [] if all(report.exact for report in self.reports) else [c.longer for c in self.calibrations]
 
     @property
     def output_bytes(self) -> int:
         """Bytes of the weights on disk."""
         return sum(info.nbytes for info in self.tensors.values())
 
-    def source(self) -> MixtureSource:
-        """The mixture as a lazy source, routers missing."""
+    def source(self, shared: SharedSpec | None = None) -> MixtureSource:
+        """The mixture as a lazy source, routers missing; with another way to share than the recipe's, where one is
+        given."""
         weights = [e.weight for e in self.recipe.experts]
         return MixtureSource(
             self.config,
             self.base,
             self.members,
-            self.recipe.shared,
+            shared or self.recipe.shared,
             weights,
             self.dtype,
             self.vocabulary.owners,
@@ -112,10 +117,23 @@ def preflight(
     plan = opened(recipe)
     if output is not None:
         CheckpointWriter(output, plan.tensors).check_space()
-    if measure:
+    return inspected(plan, measure=measure)
+
+
+def inspected(plan: Plan, *, measure: bool = True) -> Plan:
+    """An opened plan with its members measured, and the way to share chosen where the recipe says auto."""
+    recipe, found = plan.recipe, None
+    if measure or recipe.shared.method == "auto":
         found = distances.measure(plan.base, plan.members, plan.vocabulary.owners.base_rows)
+    if found is not None and recipe.shared.method == "auto":
+        spec, why = choose(plan, found)
+        recipe = recipe.model_copy(update={"shared": spec})
+        plan = replace(plan, recipe=recipe, notes=(*plan.notes, why))
+    if found is not None and measure:
+        repaired = recipe.repair.method == "closed-form" and not all(d.same_shared_part for d in found)
         plan.reports = [
-            measured(r, d, recipe.shared.method) for r, d in zip(plan.reports, found, strict=True)
+            measured(r, d, recipe.shared.method, repaired=repaired)
+            for r, d in zip(plan.reports, found, strict=True)
         ]
         refuse_base_again(plan.reports, found, recipe.shared.method)
         names = [spec.name for spec in recipe.experts]
@@ -127,8 +145,10 @@ def preflight(
 
 def without_effect(recipe: Recipe, found: Sequence[Distances]) -> Iterator[str]:
     """What the recipe asks for in vain, in sentences."""
-    method = recipe.shared.method
-    if method != "base" and all(d.same_shared_part for d in found):
+    method, same = recipe.shared.method, all(d.same_shared_part for d in found)
+    if recipe.repair.method == "closed-form" and same:
+        yield "repair: closed-form changes nothing: every member is held exactly"
+    if method != "base" and same:
         yield (
             f"shared: {method} changes nothing: every member's attention, norms and embeddings are the base's;"
             " with shared: base, experts can also be added, replaced and removed later"
@@ -144,18 +164,22 @@ def check_apart(recipe: Recipe, output: Path) -> None:
             raise OutputError(f"{output}: holds {path}, which the recipe reads; choose another -o")
 
 
-def opened(recipe: Recipe) -> Plan:
-    """The recipe with its base and members opened, everything checked that needs no weights, and its text read."""
-    for spec in recipe.experts:
+def opened(recipe: Recipe, stored: Sequence[Calibration | None] = ()) -> Plan:
+    """The recipe with its base and members opened, everything checked that needs no weights, and its text read; that of
+    experts with one in `stored` is there already."""
+    kept = list(stored) or [None] * len(recipe.experts)
+    fresh = [spec for spec, text in zip(recipe.experts, kept, strict=True) if text is None]
+    for spec in fresh:
         check_name(spec.name)
-    check_files(recipe)
+    check_files(recipe.model_copy(update={"experts": tuple(fresh)}))
     source = open_source(recipe.resolve(recipe.base), exact=True)
     base = RememberLast(source)
     if base.config.model_type not in TARGETS:
         mixture_config(base.config, 1, 1, "float32", base.config.vocab_size)
     members = [_open(recipe, spec.name, spec.model, base) for spec in recipe.experts]
+    auto = recipe.shared.method == "auto"  # what cannot be merged is not chosen
     reports = [
-        member_report(spec.name, spec.model, member, base, recipe.shared.method)
+        member_report(spec.name, spec.model, member, base, "base" if auto else recipe.shared.method)
         for spec, member in zip(recipe.experts, members, strict=True)
     ]
     own = load_tokenizer(source)
@@ -165,7 +189,10 @@ def opened(recipe: Recipe) -> Plan:
     ends = found.tokenizer.eos_ids if found.tokenizer.eos_ids != own.eos_ids else ()
     raw = mixture_config(base.config, len(members), recipe.top_k, dtype, found.size, ends)
     config = ModelConfig.from_dict(raw)
-    texts = [calibration(recipe, spec, found.tokenizer) for spec in recipe.experts]
+    texts = [
+        text or calibration(recipe, spec, found.tokenizer)
+        for spec, text in zip(recipe.experts, kept, strict=True)
+    ]
     odd = unplaced(source)
     notes = (*found.notes_on(""), *([f"the base, {source.label}: {odd}"] if odd else ()))
     return Plan(recipe, base, members, config, raw, DTYPES[dtype], found, reports, texts, notes)

@@ -27,7 +27,8 @@ from octad.checkpoint.provenance import TAKEN
 from octad.errors import RecipeError
 
 RouterMethod = Literal["ridge", "logistic", "prompts", "random"]
-SharedMethod = Literal["base", "mean", "linear", "ties", "dare", "regmean"]
+SharedMethod = Literal["base", "mean", "linear", "ties", "dare", "regmean", "auto"]
+RepairMethod = Literal["none", "closed-form"]
 MAX_EXPERTS = 64
 GATE_MODES = {"hidden": "prompts", "random": "random"}  # mergekit's -> the method that does the same
 
@@ -72,13 +73,23 @@ class RouterSpec(Section):
 
 class SharedSpec(Section):
     """Where attention, norms and embeddings come from. `density` is the share of a delta that TIES and DARE keep;
-    `correlation` how much of the correlations between inputs RegMean goes by."""
+    `correlation` how much of the correlations between inputs RegMean goes by. `auto` takes what loses least of the
+    members on text that is held out for it."""
 
     method: SharedMethod = "base"
     density: float = Field(default=0.5, gt=0, le=1)
     correlation: float = Field(default=0.9, ge=0, le=1)
     scale: float = 1.0
     seed: int = 0
+
+
+class RefitSpec(Section):
+    """Closed-form repair: attention and the experts' down_proj fitted anew, by least squares and without a gradient, to
+    what the members make of `tokens` of each one's text, `window` at one place. For members whose attention differs."""
+
+    method: RepairMethod = "none"
+    tokens: int = Field(default=4096, ge=64)
+    window: int = Field(default=256, ge=2)
 
 
 def _method_alone(value: Any) -> Any:
@@ -100,6 +111,9 @@ class Recipe(ConfigFile):
     shared: Annotated[
         SharedSpec, BeforeValidator(_method_alone, json_schema_input_type=SharedMethod | SharedSpec)
     ] = SharedSpec()
+    repair: Annotated[
+        RefitSpec, BeforeValidator(_method_alone, json_schema_input_type=RepairMethod | RefitSpec)
+    ] = RefitSpec()
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     chat_template: str | None = None
 
@@ -118,6 +132,8 @@ class Recipe(ConfigFile):
                 f"shared: regmean is worked out of calibration text, and router {self.router.method!r} reads none; use"
                 " ridge or logistic"
             )
+        if self.needs_text and (bare := [e.name for e in self.experts if not e.data]):
+            raise ValueError(f"{self.needs_text} needs data for every expert; missing for {', '.join(bare)}")
         if self.router.generalist and self.router.method != "logistic":
             raise ValueError(
                 f"router: generalist is for method logistic alone, and method is {self.router.method!r}; leave it out"
@@ -135,6 +151,18 @@ class Recipe(ConfigFile):
                 f"router method {self.router.method!r} needs data for every expert; missing for {', '.join(bare)}"
             )
         return self
+
+    @property
+    def needs_text(self) -> str:
+        """What reads every expert's text besides its router, as the recipe says it; "" where nothing does."""
+        if self.shared.method == "auto":
+            return "shared: auto"
+        return "repair: closed-form" if self.repair.method == "closed-form" else ""
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the experts' text is read."""
+        return self.router.method in ("ridge", "logistic") or bool(self.needs_text)
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:

@@ -14,21 +14,17 @@ Shapes: B sequences, S positions, N tokens, I inputs and O outputs of a linear l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 
-from octad.combine.calibrate import Run, read_all, shared_block, shared_names
+from octad.combine.calibrate import Run, Texts, read_all, shared_block, shared_names
 from octad.combine.mixture import MixtureSource
 from octad.combine.statistics import add_gram
 from octad.model.rope import Rope
 from octad.model.transformer import DecoderLayer
-from octad.text.windows import Batch
 
-Texts = Callable[
-    [int], Iterable[tuple[torch.Tensor, Batch]]
-]  # a run's number -> its states h_BSD, batch by batch
 SMALLEST = 1e-6  # of the mean diagonal, added to it: nothing is divided by zero
 INPUTS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -42,9 +38,9 @@ class Regression:
     def __init__(self, source: MixtureSource, runs: Sequence[Run], dtype: torch.dtype) -> None:
         self.source, self.runs, self.dtype = source, runs, dtype
         mass = {run.label: 0.0 for run in runs}
-        for run in runs:
-            mass[run.label] += run.mass()
-        self.shares = [source.weights[run.label] * run.weight / mass[run.label] for run in runs]
+        for run in runs:  # every token of a member counts alike, whatever the routers make of it
+            mass[run.label] += run.mass() / run.weight
+        self.shares = [source.weights[run.label] / mass[run.label] for run in runs]
 
     @torch.no_grad()
     def settle(self, layer: int, rope: Rope, texts: Texts) -> None:

@@ -35,10 +35,16 @@ def save_statistics(path: Path, calibrations: Sequence[Calibration], statistics:
     """Write the statistics' file."""
     tensors: dict[str, torch.Tensor] = {}
     for e, calibration in enumerate(calibrations):
-        for kind, windows in (("tokens", calibration.windows), ("negative", calibration.negative)):
+        kinds = {"tokens": calibration.windows, "negative": calibration.negative}
+        if calibration.longer:
+            kinds["longer"] = calibration.longer
+        for kind, windows in kinds.items():
             flat = [i for w in windows for i in w.ids]
             tensors[f"{kind}.{e}"] = torch.tensor(flat, dtype=torch.int32)
             tensors[f"{kind}.{e}.lengths"] = torch.tensor([len(w.ids) for w in windows], dtype=torch.int32)
+        if calibration.longer:  # whole documents of it are held out
+            documents = [w.document for w in calibration.longer]
+            tensors[f"longer.{e}.documents"] = torch.tensor(documents, dtype=torch.int32)
     if statistics is not None:
         tensors["means"] = statistics.means.contiguous()
         tensors["grams"] = pack(statistics.grams)
@@ -53,7 +59,11 @@ def load_statistics(directory: Path, experts: int) -> tuple[list[Calibration], S
     try:
         tensors = load_file(path)
         calibrations = [
-            Calibration(_windows(tensors, f"tokens.{e}"), _windows(tensors, f"negative.{e}"))
+            Calibration(
+                _windows(tensors, f"tokens.{e}"),
+                _windows(tensors, f"negative.{e}"),
+                _windows(tensors, f"longer.{e}") if f"longer.{e}" in tensors else [],
+            )
             for e in range(experts)
         ]
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
@@ -70,7 +80,8 @@ def load_statistics(directory: Path, experts: int) -> tuple[list[Calibration], S
 
 def _windows(tensors: Mapping[str, torch.Tensor], key: str) -> list[Window]:
     pieces = torch.split(tensors[key], tensors[f"{key}.lengths"].tolist())
-    return [Window(tuple(piece.tolist()), 0, number) for number, piece in enumerate(pieces)]
+    documents = tensors.get(f"{key}.documents", torch.arange(len(pieces))).tolist()
+    return [Window(tuple(piece.tolist()), 0, d) for piece, d in zip(pieces, documents, strict=True)]
 
 
 def model_card(provenance: Provenance, config: Mapping[str, Any], parameters: int, active: int) -> str:

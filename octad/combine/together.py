@@ -41,8 +41,9 @@ def combine_together(
 ) -> Path:
     """Write the mixture of a plan, all ranks together. Raises as `combine` does, and RecipeError for a way to share that
     needs the text of all members in one place."""
-    if plan.recipe.shared.method == "regmean":
-        raise RecipeError("shared: regmean needs all members' text in one process; combine without torchrun")
+    alone = ["shared: regmean"] if plan.recipe.shared.method == "regmean" else []
+    if alone := [*alone, *(["repair: closed-form"] if plan.recipe.repair.method == "closed-form" else [])]:
+        raise RecipeError(f"{alone[0]} needs all members' text in one process; combine without torchrun")
     texts = [tuple(window.ids) for c in plan.calibrations for window in (*c.windows, *c.negative)]
     digests = world.gather(hashlib.sha256(repr(texts).encode()).hexdigest())
     if len(set(digests)) > 1:  # answers that experts gave to questions, say

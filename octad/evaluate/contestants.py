@@ -6,7 +6,7 @@
 
 A member whose only difference from the base is its feed-forward nets *is* the mixture with its router forced to that
 expert, when attention is the base's: no second model is loaded. Modules are swapped in and put back. Other members are
-loaded one at a time (see originals.py).
+loaded one at a time (see checkpoint/originals.py).
 
 Shapes: E experts, F feed-forward hidden, L layers, G groups of text.
 """

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from octad.checkpoint.load import load_tokenizer, open_source
+from octad.checkpoint.originals import original
 from octad.checkpoint.provenance import TAKEN, Provenance
 from octad.checkpoint.source import TensorSource
 from octad.errors import OctadError, RequestError
 from octad.evaluate.contestants import Contestant, Member, Original, Soup, TopK, Whole
 from octad.evaluate.heldout import Texts
-from octad.evaluate.originals import original
 from octad.evaluate.soup import AveragedSource
 from octad.report.figures import digits
 

@@ -311,14 +311,6 @@ def test_too_few_left(sharp: World, tmp_path: Path) -> None:
     assert "each token uses 3" in refusal(RecipeError, remove_expert, three, "m1", tmp_path / "m")
 
 
-@pytest.mark.parametrize("method", ["mean", "ties"])
-def test_attention_made_of_all(sharp: World, tmp_path: Path, method: str) -> None:
-    mixture = sharp.mixture([0, 1, 4], shared=method)
-    message = refusal(RecipeError, add_expert, mixture, sharp.spec(3), tmp_path / "m")
-    assert f"shared: {method}" in message
-    assert "combine again" in message
-
-
 def test_not_made_by_octad(sharp: World, tmp_path: Path) -> None:
     directory = shutil.copytree(sharp.mixture([0, 1]), tmp_path / "m")
     (directory / "octad.json").unlink()

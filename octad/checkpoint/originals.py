@@ -1,6 +1,9 @@
-"""The members that a mixture was made of, found again where they lay: for judging those that it does not hold exactly.
+"""The members that a mixture was made of, found again where they lay: to judge those that it does not hold exactly, and
+to combine again where one of them changes.
 
     source = original(made, made.experts[3])         # raises CheckpointError with the reason: moved, changed, ...
+
+    base = original_base(made)
 
 A member whose attention is not the base's is in the mixture with its feed-forward nets alone. Whoever asks if the
 mixture is better than its members means the members themselves, so these are opened at the path that octad.json
@@ -21,26 +24,29 @@ from octad.errors import CheckpointError
 def original(made: Provenance, record: Mapping[str, Any]) -> TensorSource:
     """The member behind one entry of octad.json. Raises CheckpointError where it is not there as it was."""
     if record.get("kind") == "base":
-        return _base(made)
-    path = _recorded_path(record)
-    member = open_member(path, _base(made)) if needs_base(path) else open_source(path)
-    _check_digests(member, record)
+        return original_base(made)
+    path = recorded_path(record)
+    member = open_member(path, original_base(made)) if needs_base(path) else open_source(path)
+    check_digests(member, record)
     return member
 
 
-def _base(made: Provenance) -> TensorSource:
-    base = open_source(_recorded_path(made.base))
-    _check_digests(base, made.base)
+def original_base(made: Provenance) -> TensorSource:
+    """The base. Raises CheckpointError where it is not there as it was."""
+    base = open_source(recorded_path(made.base))
+    check_digests(base, made.base)
     return base
 
 
-def _recorded_path(record: Mapping[str, Any]) -> str:
+def recorded_path(record: Mapping[str, Any]) -> str:
+    """Where one entry of octad.json says that it lay. Raises CheckpointError where it does not."""
     path = record.get("path") or record.get("label")
     if not path:
         raise CheckpointError("octad.json does not say where it lay")
     return str(path)
 
 
-def _check_digests(source: TensorSource, record: Mapping[str, Any]) -> None:
+def check_digests(source: TensorSource, record: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where the files are not those that octad.json recorded."""
     if source.provenance().get("files") != record.get("files"):
         raise CheckpointError(f"{source.label}: changed since the mixture was made")
