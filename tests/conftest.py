@@ -19,9 +19,11 @@ def _two_threads() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Evaluations keep their results under a directory of this run, not in the user's cache."""
+    """Evaluations keep their results under a directory of this run, not in the user's cache. A machine under load is no
+    reason for signs of life (report/life.py) among the lines that tests look at."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OCTAD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("OCTAD_PULSE", "0")
         yield
 
 

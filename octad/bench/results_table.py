@@ -20,7 +20,7 @@ from rich.text import Text
 from octad.bench.measures import nearest, ratio, speed
 from octad.report.figures import human
 from octad.report.table import Cell, Table
-from octad.report.terminal import table
+from octad.report.terminal import life, table
 
 Contestant = Mapping[str, Any]
 NOTHING = "-"
@@ -77,10 +77,16 @@ def live(console: Console) -> Iterator[Callable[[str, float], None]]:
     task, stages, begun = bar.add_task("", total=1.0), set[str](), time.monotonic()
 
     def left(done: float) -> str:
+        """How far it is and how long it still takes, once that can be told."""
         seconds = (time.monotonic() - begun) * (1 - done) / max(done, 1e-9)
         return f" ({done:.0%} done, about {seconds:.0f} s left)" if done > SOON else ""
 
+    now = ("", 0.0)
+
     def tell(what: str, done: float) -> None:
+        """What is measured now, and the share of the work that is done."""
+        nonlocal now
+        now = what, done
         if console.is_terminal:
             bar.start()
             bar.update(task, description=what, completed=done)
@@ -89,7 +95,8 @@ def live(console: Console) -> Iterator[Callable[[str, float], None]]:
             console.print(stage + left(done), markup=False)
 
     try:
-        yield tell
+        with life.doing(lambda: f"{now[0]}{left(now[1])}", shown=console.is_terminal):
+            yield tell
     finally:
         if console.is_terminal:
             bar.stop()

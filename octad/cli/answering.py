@@ -7,7 +7,7 @@ import io
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +22,8 @@ from octad.report import terminal
 
 if TYPE_CHECKING:
     from octad.engine.llm import LLM
-    from octad.engine.params import StructuredOutput
+    from octad.engine.outputs import RequestOutput
+    from octad.engine.params import SamplingParams, StructuredOutput
 
 
 def generate(
@@ -51,7 +52,7 @@ def generate(
 ) -> None:
     """Continue a text: in colour, each word in that of its main expert, at a terminal; the bare answer in a pipe."""
     with _no_collection():
-        from octad.chat import answer_view, pipe, speakers
+        from octad.chat import pipe, speakers
         from octad.engine.params import SamplingParams
 
     params = SamplingParams(
@@ -66,7 +67,8 @@ def generate(
         logprobs=logprobs,
         structured=_structured(schema, regex, grammar),
     )
-    text = pipe.read_prompt(prompt)
+    with terminal.life.doing("", shown=True):  # somebody may be typing
+        text = pipe.read_prompt(prompt)
     if n > 1 and params.greedy:
         raise RequestError(f"n: found {n}, allowed: 1 at temperature 0, where all answers would be the same")
     llm = open_llm(model, quantize, only, memory)
@@ -74,19 +76,34 @@ def generate(
         raise RequestError(f"{model}: is dense, there are no routes to show; leave out --routes")
     ids = speakers.encode(llm, text, chat=chat)
     params = replace(params, routed_experts=bool(llm.expert_names))
-    if as_json:
-        output = llm.generate([ids], params)[0]
-        _tell_store(llm)
-        print(json.dumps(answer_view.as_json(llm, output, routes=routes), ensure_ascii=False))
-        output.check()
-        return
     shown = text if terminal.out.is_terminal and not chat else ""
-    if shown:
-        speakers.write_prompt(terminal.out, shown)
-    output = speakers.speak(llm, ids, params, terminal.out, shown)
+    output = (_as_json if as_json else _spoken)(llm, ids, params, shown, routes)
+    output.check()
+
+
+def _as_json(llm: LLM, ids: list[int], params: SamplingParams, before: str, routes: bool) -> RequestOutput:
+    """All there is as one JSON object, once it is whole."""
+    from octad.chat import answer_view
+
+    with terminal.waiting("writing"):
+        output = llm.generate([ids], params)[0]
+    _tell_store(llm)
+    print(json.dumps(answer_view.as_json(llm, output, routes=routes), ensure_ascii=False))
+    return output
+
+
+def _spoken(llm: LLM, ids: list[int], params: SamplingParams, before: str, routes: bool) -> RequestOutput:
+    """As it comes, behind the text that it goes on from."""
+    from octad.chat import answer_view, speakers
+
+    if terminal.out.is_terminal:
+        terminal.life.rest()  # the answer is one
+    if before:
+        speakers.write_prompt(terminal.out, before)
+    output = speakers.speak(llm, ids, params, terminal.out, before)
     answer_view.show(llm, output, terminal.out, routes=routes)
     _tell_store(llm)
-    output.check()
+    return output
 
 
 def chat(
@@ -131,6 +148,7 @@ def chat(
     tokenizer = load_tokenizer(open_source(model, quantised=True))
     require_chat_template(tokenizer, model)  # before the weights are read
     session = Session(open_llm(model, quantize, only, memory), params, label=model, speaker=only)
+    terminal.life.rest()
     if load is not None:
         session.load(load)
     if system is not None:
@@ -156,8 +174,7 @@ def open_llm(
     keep_freed_memory()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model can say what this terminal's encoding cannot
-    status = terminal.err.status(f"loading {model}") if terminal.err.is_terminal else nullcontext()
-    with status, _no_collection():
+    with terminal.waiting(f"loading {model}"), _no_collection():
         llm = LLM(model, quantize=quantize, memory=memory)
     spare_the_collector()
     if llm.dtype_note and terminal.err.is_terminal:

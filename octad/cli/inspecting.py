@@ -26,8 +26,9 @@ def inspect(
     from octad.checkpoint.load import open_source
     from octad.cli.inspect_view import render
 
-    source = open_source(model, quantised=True)
-    found = look(source, open_source(against, quantised=True) if against else None)
+    with terminal.progress_bar(quiet=not terminal.err.is_terminal) as bar:
+        source = open_source(model, quantised=True)
+        found = look(source, open_source(against, quantised=True) if against else None, bar)
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))
     else:

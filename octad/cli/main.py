@@ -84,12 +84,15 @@ app.command()(inspecting.version)
 
 @app.callback(invoke_without_command=True)
 def options(
+    ctx: typer.Context,
     show_version: Annotated[bool, typer.Option("--version", help="Print octad's version and exit.")] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """One mixture-of-experts language model out of eight smaller ones."""
     terminal.err.quiet = quiet
+    if terminal.leads() and not quiet:
+        ctx.with_resource(terminal.life.watched())  # to the end of the command
     if verbose:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", force=True)
         logging.getLogger("octad").setLevel(logging.DEBUG)

@@ -44,7 +44,8 @@ def init(
 ) -> None:
     """Begin with text of your own: split it, and write the files that belong together. Asks for what is not given."""
     if sys.stdin.isatty() and not expert:
-        base, expert = _ask(base)
+        with terminal.life.doing("", shown=True):
+            base, expert = _ask(base)
     if not expert:
         raise RecipeError("no experts given; add --expert NAME=TEXT for each, such as --expert law=texts/law")
     texts = _texts(expert)
@@ -116,9 +117,9 @@ def make(
 
 
 def schema(
-    kind: Annotated[str, typer.Argument(help="recipe, branch, train or domains.")],
+    kind: Annotated[str, typer.Argument(help="recipe, branch, train, domains or sampling.")],
 ) -> None:
-    """Print the JSON Schema of a kind of file, for editors that complete and check YAML."""
+    """Print the JSON Schema of a kind of file, for editors that complete and check YAML; or of what a request asks."""
     from octad.project.schemas import schema as of
 
     print(json.dumps(of(kind), indent=2))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import rich.table
@@ -19,10 +19,23 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from octad.report.life import Life
 from octad.report.table import Cell, Table
 
-out = Console(highlight=False)  # as wide as COLUMNS, or the terminal of any standard stream, or 80 characters
-err = Console(stderr=True, highlight=False)
+
+
+class _Heard(Console):
+    """A console that tells when something was printed on it."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich prints."""
+        super().print(*objects, **options)
+        life.heard()
+
+
+out = _Heard(highlight=False)  # as wide as COLUMNS, or the terminal of any standard stream, or 80 characters
+err = _Heard(stderr=True, highlight=False)
+life = Life(lambda line: err.print(f"octad: {line}", markup=False, soft_wrap=True))
 # The first is the terminal's own text colour, whatever its background; no two of the others are shades of one colour.
 COLOURS = ("default", "green", "cyan", "magenta", "yellow", "bright_red", "bright_blue", "sandy_brown")
 STYLES = {"best": "bold", "better": "green", "yes": "green", "worse": "red", "no": "red", "unclear": "yellow"}
@@ -35,22 +48,26 @@ WORDS = 24  # characters: a column of words needs no more
 def progress_bar(*, quiet: bool = False) -> Iterator[Callable[[str, float], None]]:
     """A bar on stderr with time left; call it with a stage's name and the share done, 0 to 1.
 
-    It appears with the first call (never, where `quiet`), and vanishes where the work inside fails."""
+    It appears with the first call (never, where `quiet`; in a pipe `life` tells instead), and vanishes where the work
+    inside fails."""
     columns = (TextColumn("{task.description:12}"), BarColumn(40), TextColumn("{task.percentage:3.0f} %"))
     bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err)
     tasks: dict[str, TaskID] = {}
     was_quiet = err.quiet
 
     def update(stage: str, done: float) -> None:
+        life.reached(stage, done)
         if quiet:
             return
+        work.shown = err.is_terminal
         bar.start()  # not before there is something to show; harmless when started
         if stage not in tasks:
             tasks[stage] = bar.add_task(stage, total=1.0)
         bar.update(tasks[stage], completed=done)
 
     try:
-        yield update
+        with life.doing("") as work:
+            yield update
     except BaseException:
         bar.live.transient = True  # an error is one line, with no half-full bar above it
         err.quiet = was_quiet or not err.is_terminal  # rich would leave an empty line in a file
@@ -61,9 +78,12 @@ def progress_bar(*, quiet: bool = False) -> Iterator[Callable[[str, float], None
         err.quiet = was_quiet
 
 
-def waiting(what: str) -> AbstractContextManager[object]:
-    """A sign of life on a terminal while something is done whose length nobody knows."""
-    return err.status(what) if err.is_terminal and not err.quiet else nullcontext()
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """A sign of life while something is done whose length nobody knows; in a pipe `life` tells."""
+    moving = err.is_terminal and not err.quiet
+    with life.doing(what, shown=moving), err.status(what) if moving else nullcontext():
+        yield
 
 
 def table(t: Table) -> RenderableType:

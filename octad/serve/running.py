@@ -21,6 +21,7 @@ from octad.checkpoint.load import open_source
 from octad.checkpoint.provenance import Provenance
 from octad.engine.llm import expert_names
 from octad.errors import RequestError
+from octad.report.terminal import life
 from octad.serve.app import Application
 from octad.serve.backend import Backend
 from octad.serve.backend_app import BackendApplication
@@ -81,10 +82,12 @@ def own_engine(
     app = Application(ModelNames.now(names), door.access, max_queue=max_queue, timeout=door.seconds)
 
     def work(tell: Tell) -> LLM:
+        """Opened on the loading thread."""
         tell("reading the weights", 0.1)
         return load()
 
     def ready(llm: LLM) -> None:
+        """Answers can be had: with the make-up beside them."""
         app.ready(llm, door.report_shown(app, make_up(source)))
 
     return Served(app, lambda: start_loading(app.state, work, ready))
@@ -134,9 +137,11 @@ def run(served: Served, opened: socket) -> None:
     front, place = served.front, opened.getsockname()
     shown = f"[{place[0]}]" if ":" in place[0] else place[0]
     print(f"octad: http://{shown}:{place[1]}/ is the chat page, /v1 the API", file=sys.stderr, flush=True)
+    state = front.state
     try:
         served.begin()
-        asyncio.run(server(front.asgi, front.state, front.limits).serve([opened]))
+        with life.doing(lambda: state.why() if state.status == "loading" else ""):
+            asyncio.run(server(front.asgi, state, front.limits).serve([opened]))
     finally:
         served.end()
     if front.state.status == "failed":

@@ -39,7 +39,7 @@ test -s mine/report/index.html
 grep -q '^## Verdict' mine/mixture/README.md
 
 say "a mistake is one line, code 2"
-if $OCTAD combine mine/recipy.yaml -o x 2> mistake.txt; then exit 1; else test $? -eq 2; fi
+if $OCTAD -q combine mine/recipy.yaml -o x 2> mistake.txt; then exit 1; else test $? -eq 2; fi
 test "$(wc -l < mistake.txt)" -eq 1
 cat mistake.txt
 
