@@ -1,6 +1,8 @@
-"""What systems other than Linux and macOS do not have, in one place: reading at an offset, locks, memory, who lives.
+"""What systems other than Linux and macOS do not have, in one place: reading at an offset, locks, directories
+that can be opened, memory, who lives.
 
-    read_at(fd, 4096, offset); write_at(fd, data, offset); lock(fd); is_alive(pid); memory_bytes()
+    read_at(fd, 4096, offset); write_at(fd, data, offset); lock(open_place(path)); sync(path)
+    is_alive(pid); memory_bytes()
 
 Everything here has a way without POSIX's own calls, which tests take too by hiding them; on Windows itself it never ran.
 """
@@ -12,6 +14,7 @@ import os
 import sys
 import threading
 
+DIRECTORIES = hasattr(os, "O_DIRECTORY")  # can be opened, and what is open can be renamed: not on Windows
 BINARY = getattr(os, "O_BINARY", 0)  # for os.open: on Windows line ends would be changed without it
 _SEEKING = threading.Lock()  # of those who share a descriptor's position
 
@@ -51,6 +54,24 @@ def lock(fd: int) -> None:
     except ImportError:
         return
     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def open_place(path: str | os.PathLike[str]) -> int:
+    """To lock a file or directory: its descriptor; of nothing where the system opens no directories. Raises OSError."""
+    if not DIRECTORIES and os.path.isdir(path):
+        return os.open(os.devnull, os.O_RDONLY)
+    return os.open(path, os.O_RDONLY | BINARY)
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Make a file durable, or the names in a directory where the system can. Raises OSError."""
+    if not DIRECTORIES and os.path.isdir(path):
+        return
+    fd = os.open(path, BINARY | (os.O_RDONLY if DIRECTORIES else os.O_RDWR))
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def is_alive(pid: int) -> bool:

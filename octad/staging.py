@@ -93,9 +93,9 @@ class StagedDirectory:
         """Make it durable and give it its final name, which is returned."""
         with explained(self.final):
             for path in (*self.path.iterdir(), self.path):
-                _fsync(path)
+                portable.sync(path)
             self._rename()
-            _fsync(self.final.parent)
+            portable.sync(self.final.parent)
         return self.final
 
     def _check_output(self) -> None:
@@ -146,6 +146,9 @@ def staged_file(path: Path, *, own_place: bool = False) -> Iterator[Path]:
                 if path.exists() and hasattr(os, "fchmod"):
                     os.fchmod(lock.fileno(), path.stat().st_mode & 0o7777)
                 os.fsync(lock.fileno())
+                if portable.DIRECTORIES:
+                    os.replace(new, path)
+            if not portable.DIRECTORIES:  # Windows renames nothing that is open
                 os.replace(new, path)
         finally:
             new.unlink(missing_ok=True)
@@ -314,18 +317,10 @@ def _abandoned(path: Path, pid: int) -> bool:
 
 def _lock(path: Path) -> int:
     """A descriptor that holds the lock of a file or directory until it is closed or the process dies."""
-    fd = os.open(path, os.O_RDONLY)
+    fd = portable.open_place(path)
     try:
         portable.lock(fd)
     except OSError:
         os.close(fd)
         raise
     return fd
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -211,7 +211,7 @@ def versions(contestants: Sequence[dict[str, Any]]) -> dict[str, str]:
 def _load_average() -> float | None:
     try:
         return round(os.getloadavg()[0], 2)
-    except OSError:
+    except (OSError, AttributeError):  # Windows has none
         return None
 
 

@@ -22,6 +22,7 @@ from typing import Self
 
 import torch
 
+from octad import portable
 from octad.checkpoint.extent import byte_view, write_all
 from octad.checkpoint.source import TensorInfo, TensorSource
 from octad.checkpoint.writer import COPIERS, shard_layout
@@ -90,7 +91,7 @@ class RowWriter:
         with self._lock:
             if shard not in self._files:
                 try:
-                    self._files[shard] = os.open(path, os.O_RDWR)
+                    self._files[shard] = os.open(path, os.O_RDWR | portable.BINARY)
                 except OSError as error:
                     raise OutputError(
                         f"{path}: cannot be opened ({error.strerror}); all processes have to see the directory"

@@ -100,10 +100,13 @@ class CheckpointWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._background.shutdown(cancel_futures=True)
+        self._close()
+        self._stage.__exit__(kind, error, trace)
+
+    def _close(self) -> None:
         for fd in (*self._files, *self._sides):
             os.close(fd)
         self._files, self._sides = [], []
-        self._stage.__exit__(kind, error, trace)
 
     def check_space(self) -> None:
         """Raises OutputError when the file system has less free space than the planned tensors need."""
@@ -226,6 +229,7 @@ class CheckpointWriter:
         with self.explained():
             for fd in self._sides:
                 os.fsync(fd)
+        self._close()  # Windows renames nothing that is open
         return self._stage.commit()
 
     # ---- inside --------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -76,7 +77,7 @@ def room(*shape: int) -> torch.Tensor:
     """Float32 zeros; where they are many in a file without a name, whose pages the system takes back when it needs them.
     Raises OutputError where the temporary directory has no room for them."""
     size = 4 * math.prod(shape)
-    if size <= IN_MEMORY:
+    if size <= IN_MEMORY or sys.platform == "win32":  # which opens no temporary file twice
         return torch.zeros(shape)
     place = tempfile.gettempdir()
     try:

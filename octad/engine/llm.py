@@ -251,8 +251,15 @@ def _open(model: str, dtype: str, device: str) -> tuple[TensorSource, torch.dtyp
 
 
 def _device(name: str) -> torch.device:
+    """Raises RequestError for a device that is not there, and for one that octad has no path for (mps, xpu, meta)."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind = name.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        own = "; on Apple's processors its kernels for the CPU know NEON" * (kind == "mps")
+        raise RequestError(
+            f"device: found {name!r}, allowed: auto, cpu, cuda: octad has no path of its own for others{own}"
+        )
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

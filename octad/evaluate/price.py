@@ -120,7 +120,7 @@ def _mark(device: torch.device) -> int | None:
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     with suppress(OSError):
-        with suppress(AttributeError):
+        with suppress(AttributeError, TypeError):  # another C library; Windows, where it has no name
             ctypes.CDLL(None).malloc_trim(0)  # what earlier contestants left free is not this one's
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (proc(5))
         return memory_of().get("resident")

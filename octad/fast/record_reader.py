@@ -137,7 +137,7 @@ def _open(path: Path, cached: bool) -> int:
         with contextlib.suppress(OSError):  # a file system in memory
             return os.open(path, os.O_RDONLY | os.O_DIRECT)
     try:
-        file = os.open(path, os.O_RDONLY)
+        file = os.open(path, os.O_RDONLY | portable.BINARY)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     if hasattr(os, "posix_fadvise"):

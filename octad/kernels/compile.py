@@ -183,7 +183,7 @@ class Build:
         return Library(_open(self._made(isa, isa_flags()[isa])), isa)
 
     def _key(self) -> str:
-        sources = [path.read_text() for path in (self.source, *sorted(_headers(self.source)))]
+        sources = [path.read_text(encoding="utf-8") for path in (self.source, *sorted(_headers(self.source)))]
         version = _run([self.command[0], "--version"]).stdout
         parts = [*sources, version, " ".join(self.command), platform.machine(), str(self.openmp)]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -43,6 +43,10 @@ def vllm_command(
 ) -> list[str]:
     """What starts vLLM, without host and port. Raises RequestError where it is not installed, and for options that are
     octad's to set."""
+    if os.name != "posix":
+        raise RequestError(
+            "--engine vllm: vLLM runs on Linux; start it there, and give its address with --backend"
+        )
     for own in ("--host", "--port", "--api-key", "--served-model-name", "--uds"):
         if any(option == own or option.startswith(f"{own}=") for option in options):
             raise RequestError(f"{own}: is not vLLM's to set here; octad stands in front of it")

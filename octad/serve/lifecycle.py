@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import threading
@@ -89,9 +90,11 @@ def start_loading(
     """Open the model on a thread of its own, make a first token, then call `ready` and say so."""
 
     def tell(stage: str, progress: float) -> None:
+        """How far it is."""
         state.stage, state.progress = stage, progress
 
     def work() -> None:
+        """The thread: whatever goes wrong ends in `state`."""
         try:
             llm = load(tell)
             tell("making a first token", 0.9)
@@ -171,7 +174,8 @@ def bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     made = socket.socket(family, socket.SOCK_STREAM)
     try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if os.name == "posix":  # on Windows it would let two servers have one port
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind((host, port))
     except (OSError, OverflowError) as error:
         made.close()

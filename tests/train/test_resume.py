@@ -38,7 +38,7 @@ SETTINGS |= {"optimizer": {"name": "muon", "lr": 0.01}, "dtype": "bfloat16"}
 @pytest.fixture(autouse=True)
 def _no_fsync(monkeypatch) -> None:
     """A killed process loses nothing that it has written; waiting for the disk is for power cuts."""
-    monkeypatch.setattr("octad.staging._fsync", lambda path: None)
+    monkeypatch.setattr("octad.portable.sync", lambda path: None)
 
 
 @pytest.fixture
