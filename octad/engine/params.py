@@ -6,7 +6,8 @@
 The names are vLLM's. A value that cannot be served raises RequestError with the field, what was found and what
 is allowed, here and not in the middle of a batch. Lists are frozen to tuples and a JSON schema to its text, so
 that a params object never changes under a running request. Numbers are judged as float32, which is what the sampler
-computes in: a top_p that is nothing there is a top_p of nothing. Imports no torch.
+computes in: a top_p that is nothing there is a top_p of nothing. Bounds are annotations, of which pydantic makes the
+JSON Schema (`octad schema sampling`); neither it nor torch is imported here.
 """
 
 from __future__ import annotations
@@ -15,34 +16,21 @@ import json
 import math
 import numbers
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache, partial
 from hashlib import blake2b
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_args, get_type_hints
+
+from annotated_types import Ge, Gt, Le, MinLen
 
 from octad.errors import RequestError
 
 CHAT_PENALTY = 1.1  # repetition_penalty of a conversation where nobody asks for another: small models go round in circles
 GREEDY_BELOW = 1e-5  # a temperature this low is the argmax, and dividing by it would overflow
-_INTEGERS = {  # field: lowest and highest value, and whether None is allowed
-    "n": (1, 1024, False),
-    "max_tokens": (1, None, True),
-    "min_tokens": (0, None, False),
-    "top_k": (-1, None, False),
-    "seed": (-(2**63), 2**63 - 1, True),
-    "logprobs": (0, None, True),
-    "prompt_logprobs": (0, None, True),
-    "routed_experts_prompt_start": (0, None, False),
-}
-_REALS = {  # field: lowest and highest value, and whether the lowest itself is allowed
-    "temperature": (0.0, math.inf, True),
-    "top_p": (0.0, 1.0, True),
-    "min_p": (0.0, 1.0, True),
-    "repetition_penalty": (0.0, math.inf, False),
-    "presence_penalty": (-2.0, 2.0, True),
-    "frequency_penalty": (-2.0, 2.0, True),
-}
-_FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "routed_experts")
+Counted = Annotated[int, Ge(0)]
+Share = Annotated[float, Ge(0), Le(1)]
+Penalty = Annotated[float, Ge(-2), Le(2)]
 
 
 @dataclass(frozen=True)
@@ -86,38 +74,35 @@ class SamplingParams:
     lies before may come from the prefix cache. `only_experts`: numbers of the experts that may work on this request.
     """
 
-    n: int = 1
-    max_tokens: int | None = 256
-    min_tokens: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int | None = None
+    n: Annotated[int, Ge(1), Le(1024)] = 1
+    max_tokens: Annotated[int, Ge(1)] | None = 256
+    min_tokens: Counted = 0
+    temperature: Annotated[float, Ge(0)] = 1.0
+    top_p: Share = 1.0
+    top_k: Annotated[int, Ge(-1)] = 0
+    min_p: Share = 0.0
+    repetition_penalty: Annotated[float, Gt(0)] = 1.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    seed: Annotated[int, Ge(-(2**63)), Le(2**63 - 1)] | None = None
     stop: Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
+    stop_token_ids: Sequence[Counted] = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    logprobs: Counted | None = None
+    prompt_logprobs: Counted | None = None
+    logit_bias: Mapping[Counted, Annotated[float, Ge(-100), Le(100)]] = field(
+        default_factory=dict, hash=False
+    )
     skip_special_tokens: bool = True
     structured: StructuredOutput | None = None
     routed_experts: bool = False
-    routed_experts_prompt_start: int = 0
-    only_experts: Sequence[int] | None = None
+    routed_experts_prompt_start: Counted = 0
+    only_experts: Annotated[Sequence[Counted], MinLen(1)] | None = None
 
     def __post_init__(self) -> None:
-        for name, bounds in _INTEGERS.items():
-            self._set(name, _integer(name, getattr(self, name), *bounds))
-        for name, limits in _REALS.items():
-            self._set(name, _real(name, getattr(self, name), *limits))
-        for name in _FLAGS:
-            if not isinstance(getattr(self, name), bool):
-                _refuse(name, getattr(self, name), "true or false")
+        for name, judge in _judges().items():
+            self._set(name, judge(getattr(self, name)))
         if self.structured is not None and not isinstance(self.structured, StructuredOutput):
             _refuse("structured", self.structured, "a StructuredOutput")
         self._set("top_k", max(self.top_k, 0))
@@ -158,9 +143,38 @@ class SamplingParams:
             _refuse(name, getattr(self, name), "its default with structured, whose form says where to end")
 
 
+@cache
+def _judges() -> dict[str, Callable[[Any], Any]]:
+    """What brings each number and flag to its type, or refuses it, made of the annotations."""
+    found: dict[str, Callable[[Any], Any]] = {}
+    for name, hint in get_type_hints(SamplingParams, include_extras=True).items():
+        optional = type(None) in get_args(hint)
+        kind, *bounds = get_args(get_args(hint)[0] if optional else hint) or (hint,)
+        low: Any = next(
+            (b.ge if isinstance(b, Ge) else b.gt for b in bounds if isinstance(b, (Ge, Gt))), None
+        )
+        high: Any = next((b.le for b in bounds if isinstance(b, Le)), None)
+        if kind is int:
+            found[name] = partial(_integer, name, low=low, high=high, optional=optional)
+        elif kind is float:
+            closed = not any(isinstance(b, Gt) for b in bounds)
+            found[name] = partial(
+                _real, name, low=low, high=math.inf if high is None else high, closed=closed
+            )
+        elif kind is bool:
+            found[name] = partial(_flag, name)
+    return found
+
+
 def _refuse(name: str, found: object, allowed: str) -> NoReturn:
     text = found if isinstance(found, str) and name == "structured" else repr(found)
     raise RequestError(f"{name}: found {str(text)[:200]}, allowed: {allowed}")
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        _refuse(name, value, "true or false")
+    return value
 
 
 def _integer(name: str, value: Any, low: int, high: int | None, optional: bool) -> int | None:

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from octad.project.schemas import KINDS, models
+from octad.project.schemas import FILES, models
 
 WHAT = {
     "recipe": "for `octad combine`: what a mixture is made of",
@@ -23,6 +24,10 @@ WHAT = {
     "train": "for `octad train`: a mixture to tune (`task: tune`), or a model to pre-train (`task: pretrain`)",
     "domains": "for `octad evaluate`: held-out text by domain",
 }
+SAMPLING = (
+    "What a request asks of the sampler, in Python: `octad.SamplingParams(temperature=0.7)`. The server's APIs have the"
+    " same under OpenAI's and Anthropic's names."
+)
 LIMITS = {"ge": "from {}", "gt": "above {}", "le": "to {}", "lt": "below {}"}
 
 
@@ -36,19 +41,21 @@ def reference() -> str:
         " writes files that belong together.",
         "",
     ]
-    for kind in KINDS:
+    for kind in FILES:
         parts += [f"## {kind}.yaml", "", f"{WHAT[kind][0].upper()}{WHAT[kind][1:]}.", ""]
-        told: set[type[BaseModel]] = set()
+        told: set[type[Any]] = set()
         for model in models(kind):
             parts += _section("" if len(models(kind)) == 1 else str(_default_of_task(model)), model, told)
-    return "\n".join(parts)
+    parts += ["## SamplingParams", "", SAMPLING, ""]
+    (params,) = models("sampling")
+    return "\n".join([*parts, *_section("", params, set())])
 
 
 def _default_of_task(model: type[BaseModel]) -> str:
     return f"task: {get_args(model.model_fields['task'].annotation)[0]}"
 
 
-def _section(title: str, model: type[BaseModel], told: set[type[BaseModel]]) -> Iterator[str]:
+def _section(title: str, model: type[Any], told: set[type[Any]]) -> Iterator[str]:
     """One model's docstring and keys, then those of the sections in it that were not told yet."""
     told.add(model)
     if title:
@@ -56,8 +63,8 @@ def _section(title: str, model: type[BaseModel], told: set[type[BaseModel]]) -> 
     if model.__doc__:
         yield from (" ".join(model.__doc__.split()), "")
     yield from ("| key | value | unless said |", "|---|---|---|")
-    inner: list[tuple[str, type[BaseModel]]] = []
-    for name, field in model.model_fields.items():
+    inner: list[tuple[str, type[Any]]] = []
+    for name, field in _fields(model).items():
         if name == "directory":
             continue
         yield f"| `{name}` | {_kind(field)} | {_default(field)} |"
@@ -70,8 +77,19 @@ def _section(title: str, model: type[BaseModel], told: set[type[BaseModel]]) -> 
             yield from _section(f"`{name}`", part, told)
 
 
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+def _fields(model: type[Any]) -> dict[str, FieldInfo]:
+    """Of a pydantic model or a dataclass."""
+    if issubclass(model, BaseModel):
+        return dict(model.model_fields)
+    hints = get_type_hints(model, include_extras=True)
+    return {
+        f.name: FieldInfo.from_annotated_attribute(hints[f.name], None if f.default is MISSING else f.default)
+        for f in fields(model)
+    }
+
+
+def _models_in(annotation: Any) -> Iterator[type[Any]]:
+    if isinstance(annotation, type) and (issubclass(annotation, BaseModel) or is_dataclass(annotation)):
         yield annotation
     for part in get_args(annotation):
         yield from _models_in(part)
@@ -79,32 +97,42 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 def _kind(field: FieldInfo) -> str:
     """What a value is, in words, with its limits."""
-    limits = [
-        words.format(f"{value:g}" if isinstance(value, float) else value)
-        for part in field.metadata
-        for name, words in LIMITS.items()
-        if (value := getattr(part, name, None)) is not None
-    ]
-    return " ".join([_words(field.annotation), *limits]).replace("|", "\\|")
+    return " ".join([_words(field.annotation), *_limits(field.metadata)]).replace("|", "\\|")
+
+
+def _limits(metadata: Sequence[Any]) -> Iterator[str]:
+    for part in metadata:
+        for name, words in LIMITS.items():
+            if (value := getattr(part, name, None)) is not None:
+                yield words.format(f"{value:g}" if isinstance(value, float) else value)
 
 
 def _words(annotation: Any) -> str:
     origin, inside = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _words(inside[0])
+        return " ".join([_words(inside[0]), *_limits(inside[1:])])
     if origin is Literal:
         return ", ".join(f"`{str(v).lower() if isinstance(v, bool) else v}`" for v in inside)
     if origin in (Union, types.UnionType):
         return " or ".join(_words(part) for part in inside if part is not type(None))
     if origin is tuple:
         return "text or a list of texts" if _words(inside[0]) == "text" else f"a list of {_words(inside[0])}"
+    if origin is Sequence:
+        return f"a list of {_words(inside[0])}".replace("text", "texts").replace("number", "numbers")
+    if origin is Mapping:
+        return f"a mapping from {_words(inside[0])} to {_words(inside[1])}".replace("number", "numbers")
     if origin is dict:
         return f"a name for each {_words(inside[1])}"
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if isinstance(annotation, type) and (issubclass(annotation, BaseModel) or is_dataclass(annotation)):
         return "section"
-    return {str: "text", int: "whole number", float: "number", bool: "`true`, `false`", Path: "path"}.get(
-        annotation, str(annotation)
-    )
+    return {
+        str: "text",
+        int: "whole number",
+        float: "number",
+        bool: "`true`, `false`",
+        Path: "path",
+        Any: "anything",
+    }.get(annotation, str(annotation))
 
 
 def _default(field: FieldInfo) -> str:

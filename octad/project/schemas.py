@@ -1,6 +1,7 @@
-"""JSON Schema of the files that people write, for editors, and the page of every key: both of the pydantic models.
+"""JSON Schema of the files that people write, and of what a request asks, for editors and programs; and the page of
+every key. Pydantic makes both out of the classes that read them.
 
-schema("recipe")                    # plain data; recipe, branch, train, domains
+schema("recipe")                    # plain data; recipe, branch, train, domains, sampling
 reference()                         # docs/reference.md
 """
 
@@ -8,24 +9,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import TypeAdapter
 
 from octad.errors import RequestError
 
-KINDS = ("recipe", "branch", "train", "domains")
+FILES = ("recipe", "branch", "train", "domains")
+KINDS = (*FILES, "sampling")
 
 
-def models(kind: str) -> list[type[BaseModel]]:
-    """The models that a file of this kind can be. Raises RequestError."""
+def models(kind: str) -> list[type[Any]]:
+    """The classes that something of this kind can be. Raises RequestError."""
     from octad.combine.recipe import Recipe
+    from octad.engine.params import SamplingParams
     from octad.evaluate.domains import DomainsFile
     from octad.train.run_config import BranchConfig, PretrainConfig, TuneConfig
 
-    found: dict[str, list[type[BaseModel]]] = {
+    found: dict[str, list[type[Any]]] = {
         "recipe": [Recipe],
         "branch": [BranchConfig],
         "train": [TuneConfig, PretrainConfig],
         "domains": [DomainsFile],
+        "sampling": [SamplingParams],
     }
     if kind not in found:
         raise RequestError(f"schema {kind!r}: found none of that name; there are {', '.join(KINDS)}")
@@ -33,7 +37,8 @@ def models(kind: str) -> list[type[BaseModel]]:
 
 
 def schema(kind: str) -> dict[str, Any]:
-    """The JSON Schema of a kind of file: "recipe", "branch", "train" or "domains". Raises RequestError.
+    """The JSON Schema of a kind of file: "recipe", "branch", "train" or "domains"; or of SamplingParams: "sampling".
+    Raises RequestError.
 
     >>> sorted(octad.schema("domains")["properties"])
     ['domains']
