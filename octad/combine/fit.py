@@ -192,6 +192,7 @@ def _logistic(spec: RouterSpec, runs: Sequence[Run], row_bytes: int, generalist:
     own = next((n for n, run in enumerate(runs) if run.label == generalist), None)
 
     def solve(samples: list[torch.Tensor]) -> torch.Tensor:
+        """A layer's router [E, D] from the sampled inputs of each run, which weigh its mass together."""
         sizes = torch.tensor([len(x) for x in samples])
         weight_ED = router.logistic(
             torch.cat(samples),
@@ -213,6 +214,7 @@ def _prompts(spec: RouterSpec, calibrations: Sequence[Calibration]) -> Fitter:
     negative = [Run(e, e, c.negative) for e, c in enumerate(calibrations) if c.negative]
 
     def solve(means: list[torch.Tensor]) -> torch.Tensor:
+        """A layer's router [E, D] from the means of its positive prompts, less those of the negative ones."""
         against: list[torch.Tensor | None] = [None] * len(positive)
         for run, mean in zip(negative, means[len(positive) :], strict=True):
             against[run.label] = mean

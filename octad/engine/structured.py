@@ -247,6 +247,7 @@ def _where(schema: Any, message: str) -> str:
         return ""
 
     def find(value: Any, path: str) -> str:
+        """The path of the first place below `value` that has the keyword; "" for none."""
         if isinstance(value, dict):
             for key, item in value.items():
                 if key == wanted and (wanted != "pattern" or (isinstance(item, str) and "(?" in item)):

@@ -194,6 +194,7 @@ class Generator:
             )
 
         def work() -> tuple[list[int], SamplingParams]:
+            """The conversation as ids, and what its tools or its schema ask of the sampler."""
             ids = self.encode(messages, toolbox, variables or {})
             own = params
             if toolbox.choice != "none" and not (params.ignore_eos or params.min_tokens or params.structured):

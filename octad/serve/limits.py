@@ -84,6 +84,7 @@ class Limited:
         size, more = 0, True
 
         async def bounded() -> Message:
+            """The next part of the body. Raises ApiError where it is late, or one too many."""
             nonlocal size, more
             if not more:
                 return await receive()
@@ -152,64 +153,71 @@ class Queue:
             self.here -= count
 
 
-def patient_protocol(limits: Limits) -> type[H11Protocol]:
+class PatientProtocol(H11Protocol):
     """uvicorn's HTTP/1.1 with a deadline for headers, a limit on connections, and errors in the form of all others."""
 
-    class Protocol(H11Protocol):
-        _late: asyncio.TimerHandle | None = None
+    limits = Limits()
+    _late: asyncio.TimerHandle | None = None
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            if len(self.connections) > limits.connections:
-                transport.close()
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """The headers' time begins."""
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.connections:
+            transport.close()
+        self._arm()
+
+    def data_received(self, data: bytes) -> None:
+        """Something came: a request that is whole has no deadline any more."""
+        super().data_received(data)
+        busy = self.cycle is not None and not self.cycle.response_complete
+        if busy:
+            self._disarm()
+        elif self._late is None and not self.transport.is_closing():
             self._arm()
 
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            busy = self.cycle is not None and not self.cycle.response_complete
-            if busy:
-                self._disarm()
-            elif self._late is None and not self.transport.is_closing():
-                self._arm()
+    def on_response_complete(self) -> None:
+        """Where a part of the next request came with the last one, its time begins."""
+        super().on_response_complete()
+        begun = bool(self.conn.trailing_data[0])
+        if begun and self._late is None and not self.transport.is_closing():
+            self._arm()
 
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            begun = bool(self.conn.trailing_data[0])  # a part of the next request came with the last one
-            if begun and self._late is None and not self.transport.is_closing():
-                self._arm()
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nobody is waited for."""
+        self._disarm()
+        super().connection_lost(exc)
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._disarm()
-            super().connection_lost(exc)
+    def _arm(self) -> None:
+        self._late = self.loop.call_later(self.limits.header_seconds, self._give_up)
 
-        def _arm(self) -> None:
-            self._late = self.loop.call_later(limits.header_seconds, self._give_up)
-
-        def _disarm(self) -> None:
-            if self._late is not None:
-                self._late.cancel()
-                self._late = None
-
-        def _give_up(self) -> None:
-            """The headers have not come; whoever is in the middle of an answer is left alone."""
+    def _disarm(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
             self._late = None
-            if self.cycle is None or self.cycle.response_complete:
-                self.transport.close()
 
-        def send_400_response(self, msg: str) -> None:
-            """What is no HTTP gets an error as all others do."""
-            body = encoded(ApiError(400, msg, code="invalid_http").body())
-            headers = [
-                (b"content-type", b"application/json"),
-                (b"content-length", str(len(body)).encode()),
-                (b"connection", b"close"),
-            ]
-            for event in (
-                h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
-                h11.Data(data=body),
-                h11.EndOfMessage(),
-            ):
-                self.transport.write(self.conn.send(event) or b"")
+    def _give_up(self) -> None:
+        """The headers have not come; whoever is in the middle of an answer is left alone."""
+        self._late = None
+        if self.cycle is None or self.cycle.response_complete:
             self.transport.close()
 
-    return Protocol
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP gets an error as all others do."""
+        body = encoded(ApiError(400, msg, code="invalid_http").body())
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+        ]
+        for event in (
+            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+
+def patient_protocol(limits: Limits) -> type[PatientProtocol]:
+    """The protocol with these limits: uvicorn makes one for each connection."""
+    return type("Protocol", (PatientProtocol,), {"limits": limits})

@@ -94,6 +94,7 @@ async def tokenize(request: Request, generator: Generator, names: ModelNames) ->
     tokenizer = generator.llm.tokenizer
 
     def work() -> list[int]:
+        """Its ids, on the engine's thread pool: templates and tokenizers take their time."""
         if asked.prompt is not None:
             special = asked.add_special_tokens is not False
             return tokenizer.encode(asked.prompt, add_special_tokens=special, parse_special=False)
@@ -143,6 +144,7 @@ async def embeddings(request: Request, generator: Generator, names: ModelNames) 
         raise ApiError(400, "input: should be 1 to 2048 texts, none of them empty", param="input")
 
     async def work() -> tuple[list[torch.Tensor], int]:
+        """A vector of each text, one after another, and all tokens; one place in the queue for the whole request."""
         vectors, tokens = [], 0
         with generator.queue.place():
             for text in batch:
@@ -176,6 +178,7 @@ def embed(llm: LLM, text: str | Sequence[int]) -> tuple[torch.Tensor, int]:
         raise ApiError(400, f"input: ids should lie from 0 to {vocabulary - 1}", param="input")
 
     def work() -> torch.Tensor:
+        """The mean over positions, of length 1 [D]; on the engine's own thread, between two steps."""
         with torch.inference_mode():
             device = llm.model.model.norm.weight.device
             hidden = llm.model.model(torch.tensor([ids], device=device))[0].float().mean(0).cpu()

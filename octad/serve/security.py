@@ -161,6 +161,7 @@ def _sharing(send: Send, origin: str) -> Send:
     """Adds what lets a page of this origin read the answer."""
 
     async def reply(message: Message) -> None:
+        """`send`, with the headers of a page of another origin."""
         if message["type"] == "http.response.start":
             _add_headers(
                 message,
