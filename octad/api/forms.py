@@ -7,15 +7,17 @@ octad.quantize("mixture", "mixture-int8", "int8")
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from os import fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octad.api.bars import Progress, Report, bars
+from octad.api.bars import Progress, Report, Tell, bars, teller
 from octad.api.outcomes import Written
-from octad.api.verbs import Place, shard_bytes
+from octad.api.verbs import WORTH_SAYING, Place, shard_bytes
 from octad.errors import RequestError
+from octad.model import cost
+from octad.report.figures import duration, human
 
 if TYPE_CHECKING:
     from octad.checkpoint.source import TensorSource
@@ -27,6 +29,8 @@ ENGINES = ("sglang",)  # which does not tie the head of mixtures
 FAST_GROUPS = (32, 64, 128)
 MARLIN_WIDTH = 128  # vLLM 0.32: check_moe_marlin_supports_config
 ROUND_TOKENS, ROUND_WINDOW = 1024, 512  # of each kind of text that 4 bits are rounded for
+# weights a second on two cores of some years ago: copied, rounded to the nearest, rounded for text; a forecast, no more
+WRITTEN, ROUNDED, FITTED = 200e6, 40e6, 6e6
 
 
 def export(
@@ -43,6 +47,7 @@ def export(
     overwrite: bool = False,
     shard_size: float | None = None,
     progress: Progress = True,
+    tell: Tell = None,
 ) -> Written:
     """Write a model for other engines: "hf", Hugging Face's layout in another shape; "gguf" for llama.cpp, Ollama and LM
     Studio; "compressed-tensors" for vLLM and SGLang. `member`: this expert alone, as a dense model; `engine`: "sglang",
@@ -72,6 +77,7 @@ def export(
                 "--top-k has no effect with --member: one expert is a dense model; leave it out"
             )
         source = member_source(source, member)
+    _announce(source, cost.parameters(source.config) / (WRITTEN if to == "hf" else ROUNDED), teller(tell))
     with bars(progress) as bar:
         if to == "gguf":
             notes = _gguf(source, place, (quantize or "bf16").lower(), overwrite, bar)
@@ -95,6 +101,7 @@ def quantize(
     records: bool = True,
     calibrate: Place | Mapping[str, Any] | None = None,
     progress: Progress = True,
+    tell: Tell = None,
 ) -> Written:
     """Write a checkpoint with its weights rounded to 8 or 4 bits ("int8", "int4"). `records`: write packed.octad, too,
     which octad maps in place of packing weights. 4 bits are rounded for the text that the mixture's routers were fitted
@@ -118,10 +125,30 @@ def quantize(
         domains = domains_of(data if isinstance(data, Mapping) else fspath(data))
         texts = dict(read_texts(source, domains, tokens=tokens, window=window).domains)
     options: dict[str, Any] = {"overwrite": overwrite, "max_shard_bytes": shard_bytes(shard_size)}
-    options |= {"records": records, "windows": _text_to_round_for(source, to, calibrate)}
+    windows = _text_to_round_for(source, to, calibrate)
+    options |= {"records": records, "windows": windows}
+    judged = sum(len(w.ids) for part in texts.values() for w in part)
+    _announce(source, _seconds(source, windows, judged), teller(tell))
     with bars(progress) as bar:
         path, bits = quantize_and_judge(source, Path(output), to, texts, progress=bar, **options)
     return Written(path, time.monotonic() - started, to=to, bits_per_byte=bits)
+
+
+def _seconds(source: TensorSource, windows: Sequence[Window], judged: int) -> float:
+    """About how long rounding takes, and judging so many tokens before and after."""
+    from octad.dist import compute_dtype, product_rate
+    from octad.evaluate.estimate import USUAL
+
+    weights = cost.parameters(source.config)
+    reading = 2 * judged * cost.flops_per_token(source.config)
+    seconds = weights / (FITTED if windows else ROUNDED)
+    return seconds + (reading / (USUAL * product_rate(compute_dtype(), seconds=0.1)) if judged else 0.0)
+
+
+def _announce(source: TensorSource, seconds: float, say: Callable[[str], None]) -> None:
+    """What takes long is said before it begins."""
+    if seconds > WORTH_SAYING:
+        say(f"{source.label}: {human(cost.parameters(source.config))} weights: about {duration(seconds)}")
 
 
 def _text_to_round_for(

@@ -142,7 +142,7 @@ def quantize(
     if output is None:
         raise OutputError(f"{model}: no output given; add -o DIRECTORY")
     options: dict[str, Any] = {"overwrite": overwrite, "shard_size": shard_size, "records": records}
-    options["calibrate"] = calibrate
+    options |= {"calibrate": calibrate, "tell": terminal.tell}
     written = carry_out(model, output, to, data=data, tokens=tokens, window=window, **options)
     if written.facts["bits_per_byte"]:
         show_rounding(written.facts["bits_per_byte"])

@@ -53,6 +53,7 @@ def export(
         engine=engine,
         overwrite=overwrite,
         shard_size=shard_size,
+        tell=terminal.tell,
     )
     for note in written.facts["notes"]:
         terminal.say(note)
