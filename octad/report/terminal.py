@@ -23,7 +23,6 @@ from octad.report.life import Life
 from octad.report.table import Cell, Table
 
 
-
 class _Heard(Console):
     """A console that tells when something was printed on it."""
 
