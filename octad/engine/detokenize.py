@@ -18,6 +18,7 @@ An answer continues its prompt's text, spacing included; after a control token (
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from octad.engine.params import SamplingParams
@@ -145,6 +146,27 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
     piece = tokenizer.core.id_to_token(token) or ""
     spaces = len(piece) - len(piece.lstrip("▁"))
     return " " * (spaces - (len(text) - len(text.lstrip(" ")))) + text
+
+
+def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
+    """The bytes that a token stands for, also where they are a part of a character; a control token's spelling."""
+    piece = tokenizer.core.id_to_token(token) or ""
+    if tokenizer.byte_level:
+        if all(sign in ALPHABET for sign in piece):
+            return bytes(ALPHABET[sign] for sign in piece)
+    elif re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece):
+        return bytes([int(piece[3:5], 16)])
+    return token_text(tokenizer, token).encode("utf-8", "replace")
+
+
+def _alphabet() -> dict[str, int]:
+    """GPT-2's (encoder.py, bytes_to_unicode): a printable character for each byte."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+ALPHABET = _alphabet()
 
 
 def _first_stop(text: str, stops: Sequence[str]) -> tuple[int, str] | None:

@@ -60,7 +60,7 @@ class Logged:
             if not isinstance(error, (ApiError, OctadError)):
                 log.exception("request %s failed", request_id)
             if not status:
-                await error_response(error)(scope, receive, reply)
+                await error_response(error, scope["path"])(scope, receive, reply)
         finally:
             self._line(scope, request_id, status, time.monotonic() - began)
 

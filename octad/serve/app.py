@@ -29,7 +29,6 @@ from octad.serve.metrics import Metrics
 from octad.serve.replies import json_response
 from octad.serve.responses import responses
 from octad.serve.security import Access
-from octad.text.chat_template import calls_are_json
 
 if TYPE_CHECKING:
     from octad.engine.llm import LLM
@@ -61,12 +60,12 @@ class Application(Front):
         llm.tokenizer.label = self.names.names[0]  # errors tell no paths
         queue = Queue(llm.engine.config.max_num_seqs + self.max_queue)
         self.metrics.watch(llm.engine)
-        template = llm.tokenizer.chat_template or ""
-        if "tools" in template and not calls_are_json(template):
+        generator = Generator(llm, queue, self.metrics, self.timeout)
+        if "tools" in (llm.tokenizer.chat_template or "") and not generator.form.native:
             log.warning(
-                "the chat template teaches calls in another form; here tools are told as <tool_call> JSON"
+                "the chat template teaches calls in a form that is not known; tools are told as <tool_call> JSON"
             )
-        self.made, self._generator = made, Generator(llm, queue, self.metrics, self.timeout)
+        self.made, self._generator = made, generator
         self.state.become("ready", "ready", 1.0)
 
     @property
@@ -113,6 +112,8 @@ class Application(Front):
         return json_response(self.names.list(llm))
 
     async def _model(self, request: Request) -> Response:
+        if not request.path_params["name"]:
+            return await self._models(request)
         name = self.names.of(request.path_params["name"])
         return json_response(self.names.entry(name, self._generator.llm if self._generator else None))
 

@@ -27,7 +27,7 @@ from octad.serve.event_stream import DONE, EventStream, frame, unless_gone
 from octad.serve.foreign_speakers import Speaking
 from octad.serve.front import Front
 from octad.serve.limits import Limits, read_body
-from octad.serve.replies import ApiError, json_response
+from octad.serve.replies import ANTHROPIC, ApiError, json_response
 from octad.serve.security import Access
 
 SPOKEN = ("/v1/chat/completions", "/v1/completions")  # where speakers can be asked for
@@ -93,7 +93,7 @@ class BackendApplication(Front):
     async def _plain(self, request: Request, body: bytes) -> Response:
         response = await unless_gone(request, self._ask(request, body))
         if response.headers.get("content-type", "").startswith("text/event-stream"):
-            anthropic = request.url.path.startswith("/v1/messages")
+            anthropic = request.url.path.startswith(ANTHROPIC)
             return EventStream(self._limited(_frames(response), anthropic=anthropic), _nothing)
         content = await unless_gone(request, self._in_time(_whole(response)))
         return Response(content, response.status_code, media_type=response.headers.get("content-type"))
@@ -160,7 +160,7 @@ class BackendApplication(Front):
             error = found
         finally:
             await frames.aclose()
-        yield b"\n\n" + frame(error.body(), "error" if anthropic else None)
+        yield b"\n\n" + frame(error.body(ANTHROPIC if anthropic else ""), "error" if anthropic else None)
         if not anthropic:
             yield DONE
 

@@ -10,22 +10,25 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from octad.engine.detokenize import token_bytes
 from octad.engine.outputs import CompletionOutput, Delta, RequestOutput, TokenLogprob
 from octad.serve.event_stream import EventStream, frame, told_to_the_end, unless_gone
 from octad.serve.generation import Generator, Job, Piece
 from octad.serve.limits import read_body
 from octad.serve.listing import ModelNames
 from octad.serve.npy import routes_of, weights_of
-from octad.serve.protocol import ChatRequest, CompletionRequest, parse
-from octad.serve.replies import ApiError, json_response
-from octad.serve.sampling_options import response_schema, sampling
+from octad.serve.protocol import ChatRequest, CompletionRequest, SamplingFields, parse
+from octad.serve.replies import ApiError
+from octad.serve.sampling_options import response_schema, sampling, template_variables
 from octad.serve.tool_calls import Toolbox
+
+LEAST_LOGPROB = -9999.0  # of what cannot be; JSON has no infinity
 
 
 async def chat_completions(request: Request, generator: Generator, names: ModelNames) -> Response:
@@ -39,7 +42,7 @@ async def chat_completions(request: Request, generator: Generator, names: ModelN
             told_to_the_end(_chunks(asked, job, head), usage(asked, job, head), job.close), job.close
         )
     try:
-        return json_response(await unless_gone(request, _whole(asked, job, head)))
+        return Response(await unless_gone(request, _whole(asked, job, head)), media_type="application/json")
     finally:
         job.close()
 
@@ -51,44 +54,49 @@ def usage(asked: ChatRequest | CompletionRequest, job: Job, head: dict[str, Any]
     return lambda: frame(head | kind | {"choices": [], "usage": job.usage.as_openai()}) if counted else b""
 
 
+def usage_so_far(asked: SamplingFields, job: Job) -> Callable[[], dict[str, Any]]:
+    """What a chunk says of it: nothing, null where it comes at the end, or (vLLM's option) what it is by now."""
+    options = asked.stream_options
+    if options is None or not (options.include_usage or options.continuous_usage_stats):
+        return dict
+    if options.continuous_usage_stats:
+        return lambda: {"usage": job.usage.as_openai()}
+    return lambda: {"usage": None}
+
+
 async def begin(asked: ChatRequest, generator: Generator) -> Job:
     """The request, submitted. Raises ApiError or OctadError for what cannot be served."""
     if asked.modalities and asked.modalities != ["text"]:
         raise ApiError(400, "modalities: this server answers with text alone", param="modalities")
     if asked.top_logprobs and not asked.logprobs:
         raise ApiError(400, "top_logprobs: needs logprobs: true", param="top_logprobs")
-    limit = asked.max_completion_tokens if asked.max_completion_tokens is not None else asked.max_tokens
+    limit, called = asked.max_tokens, {"logprobs": "top_logprobs"}
+    if asked.max_completion_tokens is not None:
+        limit, called = asked.max_completion_tokens, called | {"max_tokens": "max_completion_tokens"}
     logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
-    params = sampling(asked, generator.llm, limit, logprobs)
+    params = sampling(asked, generator.llm, limit, logprobs, called)
     toolbox = Toolbox.of(asked.tools, asked.tool_choice, asked.parallel_tool_calls)
-    variables = dict(asked.chat_template_kwargs or {})
-    for name in ("tools", "messages"):
-        variables.pop(name, None)
-    for name in ("add_generation_prompt", "continue_final_message", "documents"):
-        if (value := getattr(asked, name)) is not None:
-            variables[name] = value
-    return await generator.chat(
-        asked.messages, params, toolbox, response_schema(asked.response_format), variables
-    )
+    schema = response_schema(asked.response_format)
+    return await generator.chat(asked.messages, params, toolbox, schema, template_variables(asked))
 
 
-async def _whole(asked: ChatRequest, job: Job, head: dict[str, Any]) -> dict[str, Any]:
+async def _whole(asked: ChatRequest, job: Job, head: dict[str, Any]) -> bytes:
     answers = [Gathered() for _ in range(job.params.n)]
     async for piece in job.pieces():
         answers[piece.index].add(piece)
-    choices = [
-        _choice(asked, answer, job, output)
-        for answer, output in zip(answers, job.outputs[0].outputs, strict=True)
-    ]
     ids = {"prompt_token_ids": job.prompts[0]} if asked.return_token_ids else {}
-    return head | {
+    about = head | {
         "object": "chat.completion",
-        "choices": choices,
         "usage": job.usage.as_openai(),
         "system_fingerprint": None,
         "service_tier": None,
         **ids,
     }
+    made = (
+        _choice(asked, answer, job, output)
+        for answer, output in zip(answers, job.outputs[0].outputs, strict=True)
+    )
+    return await job.body(about, made)
 
 
 class Gathered:
@@ -123,7 +131,7 @@ def _choice(asked: ChatRequest, answer: Gathered, job: Job, output: CompletionOu
     choice = {
         "index": output.index,
         "message": message,
-        "logprobs": _logprobs(asked, answer.deltas),
+        "logprobs": _logprobs(asked, answer.deltas, job),
         "finish_reason": answer.reason,
         "stop_reason": output.stop_reason,
     }
@@ -163,38 +171,33 @@ def speakers(deltas: list[Delta], names: list[str], content: str) -> list[dict[s
     return found
 
 
-def _logprobs(asked: ChatRequest, deltas: list[Delta]) -> dict[str, Any] | None:
-    if not asked.logprobs:
-        return None
+def _logprobs(asked: ChatRequest, deltas: list[Delta], job: Job) -> dict[str, Any] | None:
+    return {"content": token_entries(deltas, job), "refusal": None} if asked.logprobs else None
+
+
+def token_entries(deltas: Iterable[Delta], job: Job) -> list[dict[str, Any]]:
+    """Tokens with their log-probabilities as OpenAI tells them. `bytes` are the token's own, also where it is a part of a
+    character: all of them joined are the text."""
+    tokenizer = job.generator.llm.tokenizer
+
+    def entry(token: TokenLogprob) -> dict[str, Any]:
+        own = list(token_bytes(tokenizer, token.token_id))
+        return {"token": token.text, "logprob": max(token.logprob, LEAST_LOGPROB), "bytes": own}
+
     places = [place for delta in deltas for place in delta.logprobs or ()]
-    return {
-        "content": [
-            logprob(p.chosen) | {"top_logprobs": [logprob(token) for token in p.top]} for p in places
-        ],
-        "refusal": None,
-    }
-
-
-def logprob(token: TokenLogprob) -> dict[str, Any]:
-    """A token as OpenAI tells it."""
-    return {
-        "token": token.text,
-        "logprob": max(token.logprob, -9999.0),
-        "bytes": list(token.text.encode("utf-8", "replace")),
-    }
+    return [entry(place.chosen) | {"top_logprobs": [entry(token) for token in place.top]} for place in places]
 
 
 async def _chunks(asked: ChatRequest, job: Job, head: dict[str, Any]) -> AsyncGenerator[bytes]:
-    counted = bool(asked.stream_options and asked.stream_options.include_usage)
     head = head | {"object": "chat.completion.chunk", "system_fingerprint": None}
-    unknown = {"usage": None} if counted else {}
+    used = usage_so_far(asked, job)
 
     def chunk(index: int, delta: dict[str, Any], reason: str | None = None, **more: Any) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason} | more
-        return frame(head | {"choices": [choice]} | unknown)
+        return frame(head | {"choices": [choice]} | used())
 
     if asked.return_token_ids:  # once, in a chunk of its own
-        yield frame(head | {"choices": [], "prompt_token_ids": job.prompts[0]} | unknown)
+        yield frame(head | {"choices": [], "prompt_token_ids": job.prompts[0]} | used())
     for index in range(job.params.n):
         yield chunk(index, {"role": "assistant", "content": "", "refusal": None})
     last: dict[int, tuple[str, Any]] = {}
@@ -231,7 +234,7 @@ def _chunk_parts(asked: ChatRequest, job: Job, piece: Piece) -> tuple[dict[str, 
     deltas = [piece.delta] if piece.delta else []
     more: dict[str, Any] = {}
     if asked.logprobs and deltas:
-        more["logprobs"] = _logprobs(asked, deltas)
+        more["logprobs"] = _logprobs(asked, deltas, job)
     if asked.speakers and deltas:
         more["speakers"] = speakers(deltas, job.generator.names, piece.text)
     if asked.return_token_ids and deltas:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
@@ -18,14 +19,15 @@ from starlette.responses import Response
 
 from octad.engine.detokenize import token_text
 from octad.engine.outputs import RequestOutput, TokenLogprobs
-from octad.serve.chat_completions import routes, speakers, traced, usage
+from octad.engine.params import StructuredOutput
+from octad.serve.chat_completions import LEAST_LOGPROB, routes, speakers, traced, usage, usage_so_far
 from octad.serve.event_stream import EventStream, frame, told_to_the_end, unless_gone
 from octad.serve.generation import Generator, Job, Piece
 from octad.serve.limits import read_body
 from octad.serve.listing import ModelNames
 from octad.serve.protocol import CompletionRequest, parse
-from octad.serve.replies import ApiError, json_response
-from octad.serve.sampling_options import response_schema, sampling
+from octad.serve.replies import ApiError
+from octad.serve.sampling_options import excludes_schema, response_schema, sampling
 
 DEFAULT_TOKENS = 16
 MOST_PROMPTS = 2048
@@ -48,7 +50,7 @@ async def completions(request: Request, generator: Generator, names: ModelNames)
             told_to_the_end(_chunks(asked, job, head), usage(asked, job, head), job.close), job.close
         )
     try:
-        return json_response(await unless_gone(request, _whole(asked, job, head)))
+        return Response(await unless_gone(request, _whole(asked, job, head)), media_type="application/json")
     finally:
         job.close()
 
@@ -63,13 +65,13 @@ async def _begin(asked: CompletionRequest, generator: Generator) -> Job:
         raise ApiError(400, "stream: echo with logprobs comes whole; leave out stream", param="stream")
     scored = asked.logprobs if asked.echo else None
     more: dict[str, Any] = {"prompt_logprobs": scored} if scored is not None else {}
-    if (schema := response_schema(asked.response_format)) is not None:
-        from octad.engine.params import StructuredOutput
-
-        more["structured"] = StructuredOutput(json=schema)
     params = sampling(asked, generator.llm, limit or 1, asked.logprobs, **more)
+    field, schema = "structured_outputs", response_schema(asked.response_format)
+    excludes_schema(params, schema)
+    if schema is not None:
+        field, params = "response_format", replace(params, structured=StructuredOutput(json=schema))
     prompts = await generator.aside(lambda: encoded_prompts(asked, generator))
-    return await generator.submit(prompts, params)
+    return await generator.submit(prompts, params, field=field)
 
 
 def encoded_prompts(asked: CompletionRequest, generator: Generator) -> list[list[int]]:
@@ -95,17 +97,18 @@ def encoded_prompts(asked: CompletionRequest, generator: Generator) -> list[list
     return found
 
 
-async def _whole(asked: CompletionRequest, job: Job, head: dict[str, Any]) -> dict[str, Any]:
+async def _whole(asked: CompletionRequest, job: Job, head: dict[str, Any]) -> bytes:
     texts: dict[int, list[Piece]] = {}
     async for piece in job.pieces():
         texts.setdefault(piece.index, []).append(piece)
-    choices = []
-    for index in range(len(job.streams) * job.params.n):
-        place, which = divmod(index, job.params.n)
-        choices.append(_choice(asked, index, job, texts.get(index, []), job.outputs[place], which))
     if asked.max_tokens == 0:
         job.usage.answered = 0
-    return head | {"choices": choices, "usage": job.usage.as_openai()}
+    n = job.params.n
+    choices = (
+        _choice(asked, index, job, texts.get(index, []), job.outputs[index // n], index % n)
+        for index in range(len(job.streams) * n)
+    )
+    return await job.body(head | {"usage": job.usage.as_openai()}, choices)
 
 
 def _choice(
@@ -153,9 +156,11 @@ def logprob_lists(
     offsets = [begin]
     for token in tokens[:-1]:
         offsets.append(offsets[-1] + len(token))
-    chosen = [None if place is None else max(place.chosen.logprob, -9999.0) for place in scored]
+    chosen = [None if place is None else max(place.chosen.logprob, LEAST_LOGPROB) for place in scored]
     tops: list[dict[str, float] | None] = [
-        None if place is None else {t.text: t.logprob for t in reversed((place.chosen, *place.top))}
+        None
+        if place is None
+        else {t.text: max(t.logprob, LEAST_LOGPROB) for t in reversed((place.chosen, *place.top))}
         for place in scored
     ]
     return {
@@ -171,12 +176,11 @@ def _best_first(top: dict[str, float] | None) -> dict[str, float] | None:
 
 
 async def _chunks(asked: CompletionRequest, job: Job, head: dict[str, Any]) -> AsyncGenerator[bytes]:
-    counted = bool(asked.stream_options and asked.stream_options.include_usage)
-    unknown = {"usage": None} if counted else {}
+    used = usage_so_far(asked, job)
 
     def chunk(index: int, text: str, reason: str | None = None, **more: Any) -> bytes:
         choice = {"index": index, "text": text, "logprobs": None, "finish_reason": reason} | more
-        return frame(head | {"choices": [choice]} | unknown)
+        return frame(head | {"choices": [choice]} | used())
 
     offsets: dict[int, int] = {}
     if asked.echo:

@@ -3,8 +3,8 @@
     class Application(Front): def add_paths(self): self.get("/v1/models", ...); self.post(...)
     uvicorn.run(app.asgi)
 
-From the outside in: ids and the log, Host, Origin and keys, limits on bodies, then the paths. /health touches neither an
-engine's thread nor a worker nor another server, so that it answers whatever else goes on.
+From the outside in: ids and the log, hearing out whoever is refused, Host, Origin and keys, limits on bodies, the paths.
+/health touches neither an engine's thread nor a worker nor another server, so that it answers whatever else goes on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from octad.errors import OctadError
 from octad.serve.access_log import Logged
 from octad.serve.lifecycle import ServerState
-from octad.serve.limits import Limited, Limits
+from octad.serve.limits import Heard, Limited, Limits
 from octad.serve.page import HEADERS, Asset, assets
 from octad.serve.protocol import Wire
 from octad.serve.replies import ApiError, error_response, json_response
@@ -50,17 +50,21 @@ class Front:
         self.limits, self.access = limits or Limits(), access or Access()
         self.state = ServerState()
         self._page = assets()
-        self.api = FastAPI(title="octad", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+        self.api = FastAPI(
+            title="octad", docs_url=None, redoc_url=None, openapi_url="/openapi.json", redirect_slashes=False
+        )
         self.api.add_exception_handler(HTTPException, _http_error)
         self.api.add_exception_handler(ApiError, _told_error)
         self.api.add_exception_handler(OctadError, _told_error)
+        self.api.add_exception_handler(Exception, _told_error)  # Logged hears of it, too
         self.get("/health", self._health, shown=True)
         self.get("/docs", self._docs)
         self.get("/", self._index)
         self.get("/page/{name:path}", self._asset)
         self.add_paths()
         counted: ASGIApp = _Counted(self.api, self.state)
-        self.asgi: ASGIApp = Logged(Guarded(Limited(counted, self.limits), self.access))
+        guarded = Guarded(Limited(counted, self.limits), self.access)
+        self.asgi: ASGIApp = Logged(Heard(guarded, self.limits))
 
     def add_paths(self) -> None:
         """The paths of the subclass."""
@@ -150,11 +154,13 @@ async def _http_error(request: Request, error: Exception) -> Response:
         405: f"{path} does not take {request.method}",
     }.get(error.status_code, str(error.detail))
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-    return error_response(ApiError(error.status_code, told, code=code, headers=error.headers))
+    return error_response(
+        ApiError(error.status_code, told, code=code, headers=error.headers), request.url.path
+    )
 
 
 async def _told_error(request: Request, error: Exception) -> Response:
-    return error_response(error)
+    return error_response(error, request.url.path)
 
 
 class _Counted:

@@ -11,7 +11,7 @@ whatever reason, aborts what the engine does for the job.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -24,10 +24,13 @@ from octad.engine.outputs import Delta, RequestOutput
 from octad.engine.params import SamplingParams, StructuredOutput
 from octad.engine.sampling import BROKEN
 from octad.errors import CheckpointError, DataError, RequestError
+from octad.serve.call_forms import CallForm
+from octad.serve.call_parsers import CallDelta, CallParser, mistral_id
 from octad.serve.limits import Queue
 from octad.serve.metrics import Metrics
-from octad.serve.replies import ApiError
-from octad.serve.tool_calls import CallDelta, CallParser, Toolbox
+from octad.serve.replies import ApiError, with_choices
+from octad.serve.sampling_options import excludes_schema
+from octad.serve.tool_calls import Toolbox
 
 Result = TypeVar("Result")
 NO_TOOLS = Toolbox((), "none")
@@ -81,7 +84,7 @@ class Job:
         """All answers' pieces as they come; answer j of prompt i has index i * n + j."""
         n, metrics = self.params.n, self.generator.metrics
         parsers = {
-            i: CallParser(self.toolbox.names)
+            i: self.generator.form.parser(self.toolbox.callable)
             for i in range(n * len(self.streams))
             if self.toolbox.choice != "none"
         }
@@ -99,6 +102,12 @@ class Job:
                 self.outputs[place] = await stream.result()
         finally:
             self.close()
+
+    async def body(self, about: Mapping[str, Any], choices: Iterable[Mapping[str, Any]]) -> bytes:
+        """A whole answer as JSON; with log-probabilities, which may have megabytes, made off the event loop."""
+        if self.params.logprobs is None and self.params.prompt_logprobs is None:
+            return with_choices(about, choices)
+        return await self.generator.aside(lambda: with_choices(about, choices))
 
     def expire(self) -> None:
         """The time for this job is over: who reads it hears so."""
@@ -172,7 +181,7 @@ class Generator:
 
     def __init__(self, llm: LLM, queue: Queue, metrics: Metrics, timeout: float | None) -> None:
         self.llm, self.queue, self.metrics, self.timeout = llm, queue, metrics, timeout
-        self.names = llm.expert_names
+        self.names, self.form = llm.expert_names, CallForm.of(llm.tokenizer)
         self._workers = ThreadPoolExecutor(4, "octad request")
 
     async def aside(self, work: Callable[[], Result]) -> Result:
@@ -193,26 +202,36 @@ class Generator:
                 400, "messages: the conversation is empty; give at least one message", param="messages"
             )
 
-        def work() -> tuple[list[int], SamplingParams]:
-            """The conversation as ids, and what its tools or its schema ask of the sampler."""
+        excludes_schema(params, schema)
+        asked_in = "response_format" if schema is not None else "structured_outputs"
+
+        def work() -> tuple[list[int], SamplingParams, str]:
+            """The conversation as ids, what its tools or its schema ask of the sampler, and where they were asked for."""
             ids = self.encode(messages, toolbox, variables or {})
-            own = params
+            own, field = params, asked_in
             if toolbox.choice != "none" and not (params.ignore_eos or params.min_tokens or params.structured):
-                own = replace(params, structured=StructuredOutput(grammar=toolbox.grammar(schema)))
+                grammar = toolbox.grammar(schema, self.form)
+                own = replace(params, structured=StructuredOutput(grammar=grammar))
+                field = "tools"
             elif toolbox.choice != "none" and toolbox.forced:
                 raise ApiError(400, "tool_choice: cannot be had with min_tokens, ignore_eos or another form")
             elif schema is not None:
                 own = replace(params, structured=StructuredOutput(json=schema))
-            return ids, own
+            if toolbox.choice != "none" and self.form.hidden:  # the parser has to see them
+                own = replace(own, skip_special_tokens=False)
+            return ids, own, field
 
-        ids, own = await self.aside(work)
-        return await self.submit([ids], own, toolbox)
+        ids, own, field = await self.aside(work)
+        return await self.submit([ids], own, toolbox, field)
 
     def encode(self, messages: Sequence[Any], toolbox: Toolbox, variables: Mapping[str, Any]) -> list[int]:
         """A conversation as ids. Raises ApiError 400 where the template or a message is at fault."""
         given = dict(variables)
         if toolbox.definitions:
-            given |= {"tools": [dict(tool) for tool in toolbox.definitions], "calls_as_json": True}
+            given |= {"tools": [dict(tool) for tool in toolbox.definitions]}
+            given |= {} if self.form.native else {"calls_as_json": True}
+        if self.form.kind.startswith("mistral"):
+            messages = [_with_short_ids(message) for message in messages]
         if given.get("continue_final_message") and given.get("add_generation_prompt"):
             raise ApiError(400, "continue_final_message and add_generation_prompt exclude each other")
         try:
@@ -224,9 +243,14 @@ class Generator:
             raise ApiError(400, f"messages: {told}", param="messages", code="chat_template_error") from error
 
     async def submit(
-        self, prompts: Sequence[list[int]], params: SamplingParams, toolbox: Toolbox | None = None
+        self,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        toolbox: Toolbox | None = None,
+        field: str = "structured_outputs",
     ) -> Job:
-        """Prompts, queued; all or none. Raises ApiError 429 where the queue is full, RequestError as the engine does."""
+        """Prompts, queued; all or none. `field`: where the client asked for the answers' form. Raises ApiError 429 where
+        the queue is full, RequestError as the engine does."""
         if params.n > self.llm.engine.config.max_num_seqs:
             most = self.llm.engine.config.max_num_seqs
             raise ApiError(400, f"n: found {params.n}, allowed: an integer from 1 to {most}", param="n")
@@ -242,7 +266,7 @@ class Generator:
                 raise
         except BaseException as error:
             places.close()
-            raise _about_form(error) from error
+            raise _about_form(error, field) from error
         for stream, ids in zip(streams, prompts, strict=True):
             self.metrics.began(stream.request_id, len(ids))
         job = Job(self, streams, list(prompts), params, toolbox or NO_TOOLS, places)
@@ -261,12 +285,26 @@ class Generator:
         return replace(params, max_tokens=most, min_tokens=min(params.min_tokens, most))
 
 
-def _about_form(error: BaseException) -> BaseException:
+def _with_short_ids(message: Any) -> Any:
+    """A message with ids of calls as Mistral's templates want them."""
+    if not isinstance(message, Mapping):
+        return message
+    found = dict(message)
+    if isinstance(name := found.get("tool_call_id"), str):
+        found["tool_call_id"] = mistral_id(name)
+    if isinstance(calls := found.get("tool_calls"), list):
+        found["tool_calls"] = [
+            dict(call) | {"id": mistral_id(str(call.get("id")))} if isinstance(call, Mapping) else call
+            for call in calls
+        ]
+    return found
+
+
+def _about_form(error: BaseException, field: str) -> BaseException:
     """An error about a form names the field that clients know."""
     text = str(error)
-    if isinstance(error, RequestError) and text.startswith("structured."):
-        told = text.partition(": ")[2]
-        return ApiError(400, f"response_format: {told}", param="response_format", code="invalid_schema")
+    if isinstance(error, RequestError) and text.startswith("structured"):
+        return ApiError(400, f"{field}: {text.partition(': ')[2]}", param=field, code="invalid_schema")
     return error
 
 

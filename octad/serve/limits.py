@@ -1,16 +1,19 @@
 """Limits that keep one client from harming others: on bodies, on those who send slowly, on time, and on the queue.
 
+    app = Heard(app, Limits())                       # whoever is refused is heard to the end of its body first
     app = Limited(app, Limits())                     # bodies: their size, and when they must have come
     protocol = patient_protocol(Limits())            # connections: when their headers must have come
     with queue.place(): ...                          # requests: 429 once so many are here
 
-uvicorn waits for ever for a header or a body that does not come, so both have a deadline here. JSON is read with the
-guard's limits on nesting and numbers.
+uvicorn waits for ever for a header or a body that does not come, so both have a deadline here. A connection that is
+closed while its client still sends is a broken one to that client, which then never reads why. JSON is read with the
+guard's limits on nesting and numbers, a large one on a worker's thread.
 """
 
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,9 +26,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from octad.guard import parse_json
-from octad.serve.replies import ApiError, BadBody, encoded, error_response
+from octad.serve.replies import ApiError, BadBody, encoded, error_response, shown
 
-DISCARDED = 64 << 20  # bytes of a body that is too large which are read before its client is told
+DISCARDED = 64 << 20  # bytes of a body which are read before a client that is refused is told
+LARGE = 1 << 17  # bytes of a body above which it is not read on the event loop
+LINGER = 1.0  # seconds in which a client whose headers are too large may read so
+REASONS = {
+    400: b"Bad Request",
+    431: b"Request Header Fields Too Large",
+    501: b"Not Implemented",
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,41 @@ class Limits:
     body_seconds: float = 30.0
     header_bytes: int = 64 << 10
     connections: int = 1024
+
+
+class Heard:
+    """Before an error goes back, the rest of the body is read and dropped, within the limits on bodies."""
+
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+        self.app, self.limits = app, limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        length = headers.get("content-length", "0")
+        whole = not length.isdigit() or int(length) > DISCARDED or "expect" in headers  # nothing to wait for
+        size = 0
+
+        async def hear() -> Message:
+            nonlocal whole, size
+            message = await receive()
+            size += len(message.get("body", b""))
+            whole = whole or not message.get("more_body")
+            return message
+
+        async def reply(message: Message) -> None:
+            refused = message["type"] == "http.response.start" and message["status"] >= 400
+            if refused and message["status"] != 408:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self.limits.body_seconds):
+                        while not whole and size <= DISCARDED:
+                            await hear()
+            await send(message)
+
+        await self.app(scope, hear, reply)
 
 
 class Limited:
@@ -52,22 +97,20 @@ class Limited:
             return
         headers = Headers(scope=scope)
         length = headers.get("content-length", "0")
+        error = None
         if not length.isdigit() or int(length) > self.limits.body_bytes:
-            if length.isdigit() and int(length) <= DISCARDED and "expect" not in headers:
-                await self._discard(receive)  # a client that is still sending does not read an answer
-            await error_response(self._too_large())(scope, receive, send)
+            error = self._too_large()
+        elif headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+            error = ApiError(
+                415,
+                f"content-encoding: found {shown(headers['content-encoding'])}, allowed: identity; send it as it is",
+                code="unsupported_content_encoding",
+                headers={"Accept-Encoding": "identity"},
+            )
+        if error is not None:
+            await error_response(error, scope["path"])(scope, receive, send)
             return
         await self.app(scope, self._bounded(receive), send)
-
-    async def _discard(self, receive: Receive, size: int = 0) -> None:
-        """Read what still comes, within the deadline for bodies and a limit, and keep nothing."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self.limits.body_seconds):
-                while size <= DISCARDED:
-                    message = await receive()
-                    size += len(message.get("body", b""))
-                    if not message.get("more_body"):
-                        return
 
     def _too_large(self) -> ApiError:
         most = self.limits.body_bytes
@@ -102,9 +145,7 @@ class Limited:
             size += len(message.get("body", b""))
             more = bool(message.get("more_body"))
             if size > self.limits.body_bytes:
-                if more:
-                    more = False
-                    await self._discard(receive, size)
+                more = False
                 raise self._too_large()
             return message
 
@@ -113,10 +154,18 @@ class Limited:
 
 async def read_body(request: Request) -> dict[str, Any]:
     """The object in a request's body. Raises ApiError for anything else."""
+    if request.headers.get("content-type", "").lower().startswith("multipart/"):
+        raise ApiError(
+            415, "content-type: should be application/json; forms are not read", code="unsupported_media_type"
+        )
     try:
         raw = await request.body()
     except ClientDisconnect:
         raise ApiError(400, "the client left before its request was whole") from None
+    return await asyncio.to_thread(_object, raw) if len(raw) > LARGE else _object(raw)
+
+
+def _object(raw: bytes) -> dict[str, Any]:
     if not raw.strip():
         raise ApiError(400, "the body is empty; send a JSON object", code="invalid_json")
     try:
@@ -158,6 +207,7 @@ class PatientProtocol(H11Protocol):
 
     limits = Limits()
     _late: asyncio.TimerHandle | None = None
+    _over = False  # what still comes is dropped
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """The headers' time begins."""
@@ -168,6 +218,8 @@ class PatientProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Something came: a request that is whole has no deadline any more."""
+        if self._over:
+            return
         super().data_received(data)
         busy = self.cycle is not None and not self.cycle.response_complete
         if busy:
@@ -202,20 +254,30 @@ class PatientProtocol(H11Protocol):
             self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
-        """What is no HTTP gets an error as all others do."""
-        body = encoded(ApiError(400, msg, code="invalid_http").body())
+        """What is no HTTP gets an error as all others do; called where h11's own is being handled."""
+        hint = getattr(sys.exception(), "error_status_hint", 400)
+        status = hint if hint in REASONS else 400
+        told = {431: f"the headers are larger than {self.limits.header_bytes} bytes"}.get(status, msg)
+        code = "headers_too_large" if status == 431 else "invalid_http"
+        body = encoded(ApiError(status, told, code=code).body())
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
             (b"connection", b"close"),
         ]
-        for event in (
-            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
-            h11.Data(data=body),
-            h11.EndOfMessage(),
-        ):
-            self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
+        with suppress(h11.LocalProtocolError):  # in the middle of an answer
+            for event in (
+                h11.Response(status_code=status, headers=headers, reason=REASONS[status]),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+        self._over = True
+        if status == 431 and self.transport.can_write_eof():
+            self.transport.write_eof()
+            self.loop.call_later(LINGER, self.transport.close)
+        else:
+            self.transport.close()
 
 
 def patient_protocol(limits: Limits) -> type[PatientProtocol]:

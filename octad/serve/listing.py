@@ -24,7 +24,8 @@ from octad.engine.detokenize import token_text
 from octad.serve.event_stream import unless_gone
 from octad.serve.limits import read_body
 from octad.serve.protocol import DetokenizeRequest, EmbeddingRequest, TokenizeRequest, check_choice, parse
-from octad.serve.replies import ApiError, json_response
+from octad.serve.replies import ApiError, encoded, json_response
+from octad.serve.sampling_options import template_variables
 from octad.serve.tool_calls import Toolbox
 
 if TYPE_CHECKING:
@@ -60,11 +61,17 @@ class ModelNames:
     def entry(self, name: str, llm: LLM | None) -> dict[str, Any]:
         """A model of the list."""
         about = {"id": name, "object": "model", "created": self.created, "owned_by": "octad", "root": name}
-        return about | {"max_model_len": llm.engine.max_model_len if llm else None}
+        theirs = {"type": "model", "display_name": name, "created_at": _iso(self.created)}
+        return about | theirs | {"max_model_len": llm.engine.max_model_len if llm else None}
 
     def list(self, llm: LLM | None) -> dict[str, Any]:
-        """GET /v1/models."""
-        return {"object": "list", "data": [self.entry(name, llm) for name in self.names]}
+        """GET /v1/models, for the clients of OpenAI and of Anthropic."""
+        ends = {"first_id": self.names[0], "last_id": self.names[-1], "has_more": False}
+        return {"object": "list", "data": [self.entry(name, llm) for name in self.names]} | ends
+
+
+def _iso(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def experts(llm: LLM, made: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -98,24 +105,20 @@ async def tokenize(request: Request, generator: Generator, names: ModelNames) ->
         if asked.prompt is not None:
             special = asked.add_special_tokens is not False
             return tokenizer.encode(asked.prompt, add_special_tokens=special, parse_special=False)
-        variables = dict(asked.chat_template_kwargs or {})
-        for name in ("add_generation_prompt", "continue_final_message"):
-            if (value := getattr(asked, name)) is not None:
-                variables[name] = value
         if not asked.messages:
             raise ApiError(400, "messages: the conversation is empty", param="messages")
-        return generator.encode(asked.messages, Toolbox.of(asked.tools, None, None), variables)
+        return generator.encode(
+            asked.messages, Toolbox.of(asked.tools, None, None), template_variables(asked)
+        )
 
-    ids = await unless_gone(request, generator.aside(work))
-    strings = [token_text(tokenizer, token) for token in ids] if asked.return_token_strs else None
-    return json_response(
-        {
-            "count": len(ids),
-            "max_model_len": generator.llm.engine.max_model_len,
-            "tokens": ids,
-            "token_strs": strings,
-        }
-    )
+    def told() -> bytes:
+        ids = work()
+        strings = [token_text(tokenizer, token) for token in ids] if asked.return_token_strs else None
+        about = {"count": len(ids), "max_model_len": generator.llm.engine.max_model_len}
+        return encoded(about | {"tokens": ids, "token_strs": strings})
+
+    found = await unless_gone(request, generator.aside(told))
+    return Response(found, media_type="application/json")
 
 
 async def detokenize(request: Request, generator: Generator, names: ModelNames) -> Response:
@@ -123,10 +126,16 @@ async def detokenize(request: Request, generator: Generator, names: ModelNames) 
     asked = parse(DetokenizeRequest, await read_body(request))
     names.of(asked.model)
     most = generator.llm.config.vocab_size - 1
-    if any(not 0 <= token <= most for token in asked.tokens):
-        raise ApiError(400, f"tokens: ids should lie from 0 to {most}", param="tokens")
-    text = generator.llm.tokenizer.decode(asked.tokens, skip_special_tokens=False)
-    return json_response({"prompt": text})
+
+    def work() -> bytes:
+        if asked.tokens and not 0 <= min(asked.tokens) <= max(asked.tokens) <= most:
+            raise ApiError(400, f"tokens: ids should lie from 0 to {most}", param="tokens")
+        # a batch is decoded without the interpreter's lock
+        (text,) = generator.llm.tokenizer.core.decode_batch([asked.tokens], skip_special_tokens=False)
+        return encoded({"prompt": text})
+
+    found = await unless_gone(request, generator.aside(work))
+    return Response(found, media_type="application/json")
 
 
 async def embeddings(request: Request, generator: Generator, names: ModelNames) -> Response:

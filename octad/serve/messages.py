@@ -23,8 +23,8 @@ from octad.serve.event_stream import EventStream, frame, unless_gone
 from octad.serve.generation import Generator, Job, Piece
 from octad.serve.limits import read_body
 from octad.serve.listing import ModelNames
-from octad.serve.protocol import MessagesRequest, SamplingFields, parse
-from octad.serve.replies import ApiError, as_api_error, json_response
+from octad.serve.protocol import MessagesRequest, check_absent, check_one_answer, parse
+from octad.serve.replies import ANTHROPIC, ApiError, as_api_error, json_response
 from octad.serve.sampling_options import response_schema, sampling
 from octad.serve.tool_calls import Toolbox
 
@@ -60,15 +60,12 @@ async def count_tokens(request: Request, generator: Generator, names: ModelNames
 
 
 async def _begin(asked: MessagesRequest, generator: Generator) -> Job:
-    wants = SamplingFields.model_construct(
-        **{
-            name: getattr(asked, name)
-            for name in ("temperature", "top_p", "top_k", "only_experts")
-            if getattr(asked, name) is not None
-        }
-    )
-    wants.stop = [text for text in asked.stop_sequences or [] if text] or None
-    params = sampling(wants, generator.llm, asked.max_tokens, None)
+    check_one_answer(asked)
+    check_absent(asked, {"response_format": "use output_config.format"})
+    given = asked
+    if stops := [text for text in asked.stop_sequences or [] if text]:
+        given = asked.model_copy(update={"stop": stops})
+    params = sampling(given, generator.llm, asked.max_tokens, None, {"stop": "stop_sequences"})
     chat = as_chat(asked)
     form = (asked.output_config or {}).get("format")
     if form is not None and not isinstance(form, Mapping):
@@ -282,6 +279,6 @@ async def _events(job: Job, head: dict[str, Any]) -> AsyncGenerator[bytes]:
         told_error = as_api_error(error)
         if told_error.code == "internal_error":
             raise
-        yield frame(told_error.body(), "error")
+        yield frame(told_error.body(ANTHROPIC), "error")
     finally:
         job.close()

@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, WithJsonSchema
 
 from octad.errors import RequestError
-from octad.serve.replies import ApiError
+from octad.serve.replies import ApiError, shown
 
 Asked = TypeVar("Asked", bound="Wire")
 UNABLE: Mapping[str, str] = {
@@ -44,6 +44,10 @@ UNABLE: Mapping[str, str] = {
     "stop_regex": "patterns that stop",
     "lora_path": "adapters",
     "cache_salt": "caches of one's own",
+    "mcp_servers": "servers of tools",
+    "n_predict": "`n_predict`; use `max_tokens`",
+    "max_new_tokens": "`max_new_tokens`; use `max_tokens`",
+    "min_new_tokens": "`min_new_tokens`; use `min_tokens`",
 }
 NEUTRAL: Mapping[
     str, tuple[float, ...]
@@ -69,7 +73,37 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
 
 
+def _prompts(value: Any) -> Any:
+    """A text, texts, ids, or lists of ids; looked at by kinds, since there may be millions."""
+    kinds = set(map(type, value)) if isinstance(value, list) else {type(value)}
+    if kinds == {list}:
+        kinds = {int} | {kind for one in value for kind in set(map(type, one))}
+    if isinstance(value, str) or (isinstance(value, list) and kinds in (set(), {str}, {int})):
+        return value
+    raise ValueError("should be a text, a list of texts, token ids, or a list of lists of them")
+
+
+def _ids(value: Any) -> Any:
+    if isinstance(value, list) and set(map(type, value)) <= {int}:
+        return value
+    raise ValueError("should be a list of token ids")
+
+
 Whole = Annotated[int, BeforeValidator(_whole)]
+_IDS: Mapping[str, Any] = {"type": "array", "items": {"type": "integer"}}
+_PROMPTS: list[Any] = [
+    {"type": "string"},
+    {"type": "array", "items": {"type": "string"}},
+    _IDS,
+    {"type": "array", "items": _IDS},
+]
+Ids = Annotated[Any, BeforeValidator(_ids), WithJsonSchema(dict(_IDS))]
+Prompts = Annotated[Any, BeforeValidator(_prompts), WithJsonSchema({"anyOf": _PROMPTS})]
+SomePrompts = Annotated[
+    Any,
+    BeforeValidator(lambda value: None if value is None else _prompts(value)),
+    WithJsonSchema({"anyOf": [*_PROMPTS, {"type": "null"}]}),
+]
 
 
 class Wire(BaseModel):
@@ -82,10 +116,11 @@ class StreamOptions(Wire):
     """stream_options."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class SamplingFields(Wire):
-    """What chat completions and completions share: OpenAI's options, then vLLM's, then octad's."""
+    """What all endpoints that answer share: OpenAI's options, then vLLM's, then octad's."""
 
     model: str | None = None
     stream: bool | None = None
@@ -142,7 +177,7 @@ class ChatRequest(SamplingFields):
 class CompletionRequest(SamplingFields):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]] | None = None
+    prompt: SomePrompts = None
     echo: bool | None = None
     logprobs: Whole | None = None
     best_of: Whole | None = None
@@ -150,16 +185,12 @@ class CompletionRequest(SamplingFields):
     add_special_tokens: bool | None = None
 
 
-class ResponsesRequest(Wire):
+class ResponsesRequest(SamplingFields):
     """POST /v1/responses."""
 
     input: str | list[Any]
-    model: str | None = None
     instructions: str | None = None
     max_output_tokens: Whole | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    stream: bool | None = None
     tools: list[Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -167,32 +198,23 @@ class ResponsesRequest(Wire):
     top_logprobs: int | None = None
     include: list[str] | None = None
     metadata: dict[str, Any] | None = None
-    only_experts: list[str | int] | None = None
-    seed: int | None = None
 
 
-class MessagesRequest(Wire):
+class MessagesRequest(SamplingFields):
     """POST /v1/messages and /v1/messages/count_tokens (which needs no max_tokens)."""
 
     messages: list[Any]
-    model: str | None = None
-    max_tokens: Whole | None = None
     system: str | list[Any] | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: Whole | None = None
     stop_sequences: list[str] | None = None
-    stream: bool | None = None
     tools: list[Any] | None = None
     tool_choice: dict[str, Any] | None = None
     output_config: dict[str, Any] | None = None
-    only_experts: list[str | int] | None = None
 
 
 class EmbeddingRequest(Wire):
     """POST /v1/embeddings."""
 
-    input: str | list[str] | list[int] | list[list[int]]
+    input: Prompts
     model: str | None = None
     encoding_format: str | None = None
     dimensions: int | None = None
@@ -215,7 +237,7 @@ class TokenizeRequest(Wire):
 class DetokenizeRequest(Wire):
     """POST /detokenize."""
 
-    tokens: list[int]
+    tokens: Ids
     model: str | None = None
 
 
@@ -240,7 +262,7 @@ def parse(model: type[Asked], body: dict[str, Any]) -> Asked:
             raise ApiError(
                 400, f"{field}: is missing", param=field, code="missing_required_parameter"
             ) from None
-        found = ascii(body.get(field) if field else body)[:100]
+        found = shown(body.get(field) if field else body)
         raise ApiError(
             400,
             f"{field}: found {found}, which is of the wrong type: {first['msg'].lower()}",
@@ -252,4 +274,21 @@ def parse(model: type[Asked], body: dict[str, Any]) -> Asked:
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raises RequestError for a value that is none of these."""
     if value not in allowed:
-        raise RequestError(f"{name}: found {ascii(value)[:100]}, allowed: {', '.join(allowed)}")
+        raise RequestError(f"{name}: found {shown(value)}, allowed: {', '.join(allowed)}")
+
+
+def check_absent(asked: Wire, told: Mapping[str, str]) -> None:
+    """Raises ApiError for fields that this path does not have; `told`: what to do instead."""
+    for name, instead in told.items():
+        if getattr(asked, name, None) not in (None, False):
+            raise ApiError(
+                400, f"{name}: is not of this path; {instead}", param=name, code="unsupported_parameter"
+            )
+
+
+def check_one_answer(asked: SamplingFields) -> None:
+    """Raises ApiError for what neither responses nor messages have a place for."""
+    names = ("speakers", "return_routed_experts", "return_routed_weights", "return_token_ids")
+    check_absent(asked, dict.fromkeys(names, "use /v1/chat/completions"))
+    if asked.n not in (None, 1):
+        raise ApiError(400, f"n: found {asked.n}, allowed: 1 at this path", param="n")

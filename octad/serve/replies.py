@@ -1,18 +1,19 @@
 """What goes back that is no answer of the model: errors in one form, and the JSON that all replies are made of.
 
     raise ApiError(400, "temperature: found 'hot', allowed: a number", param="temperature")
-    response = error_response(error)          # {"error": {"message", "type", "param", "code"}}
+    response = error_response(error, scope["path"])          # {"error": {"message", "type", "param", "code"}}
 
 Every error of every path has OpenAI's form, those of the server's own layers too. Below /v1/messages the object also is
 what Anthropic's clients read ("type": "error"). An error that octad raises for a user's mistake is a 400 with its line;
-anything else is a 500 without a word about the inside.
+anything else is a 500 without a word about the inside. That a prompt is too long is said in the words that agents look
+for before they shorten a conversation.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from starlette.responses import Response
@@ -28,10 +29,13 @@ TYPES = {
     408: "timeout_error",
     411: "invalid_request_error",
     413: "request_too_large",
+    415: "invalid_request_error",
     429: "rate_limit_error",
     431: "invalid_request_error",
     503: "overloaded_error",
 }
+ANTHROPIC = "/v1/messages"  # and what is below
+TOO_LONG = re.compile(r"the prompt has (\d+) tokens, the context (\d+) with the answer")
 
 
 class ApiError(Exception):
@@ -50,11 +54,13 @@ class ApiError(Exception):
         self.status, self.message, self.code, self.param = status, message, code, param
         self.headers = dict(headers or {})
 
-    def body(self) -> dict[str, Any]:
-        """The object that clients read."""
-        kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+    def body(self, path: str = "") -> dict[str, Any]:
+        """The object that clients of this path read."""
+        anthropic = path.startswith(ANTHROPIC)
+        failed = "api_error" if anthropic else "server_error"
+        kind = TYPES.get(self.status, failed if self.status >= 500 else "invalid_request_error")
         about = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return {"type": "error", "error": about}
+        return ({"type": "error"} if anthropic else {}) | {"error": about}
 
 
 class BadBody(OctadError):
@@ -66,22 +72,41 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, OctadError):
-        text = " ".join(str(error).split())
-        code = "context_length_exceeded" if " tokens, the context " in text else None
+        text = TOO_LONG.sub(_too_long, " ".join(str(error).split()))
+        code = "context_length_exceeded" if "context length" in text else None
         named = re.match(r"([a-z_]+)[.:]", text)
         return ApiError(400, text, code=code, param=named[1] if named else None)
     return ApiError(500, "the server failed at this request; its log says more", code="internal_error")
 
 
-def error_response(error: Exception) -> Response:
-    """The whole response for an exception."""
+def _too_long(found: re.Match[str]) -> str:
+    return (
+        f"the prompt is too long: it has {found[1]} tokens, and the maximum context length is {found[2]} tokens,"
+        " the answer among them"
+    )
+
+
+def error_response(error: Exception, path: str) -> Response:
+    """The whole response for an exception at this path."""
     told = as_api_error(error)
-    return json_response(told.body(), told.status, told.headers)
+    return json_response(told.body(path), told.status, told.headers)
+
+
+def shown(value: object) -> str:
+    """What a client sent, for a message: short, in ASCII, and quick however large it is."""
+    if isinstance(value, (list, dict)) and len(value) > 8:
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
+    return ascii(value[:100] if isinstance(value, str) else value)[:100]
 
 
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """JSON, compact, in UTF-8."""
     return Response(encoded(content), status, headers, "application/json")
+
+
+def with_choices(about: Mapping[str, Any], choices: Iterable[Mapping[str, Any]]) -> bytes:
+    """An answer as JSON, choice by choice: Python does nothing else while a single value is encoded."""
+    return encoded(about)[:-1] + b',"choices":[' + b",".join(map(encoded, choices)) + b"]}"
 
 
 def encoded(content: Any) -> bytes:

@@ -20,16 +20,22 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from octad.serve.chat_completions import logprob
+from octad.serve.chat_completions import token_entries
 from octad.serve.event_stream import EventStream, frame, unless_gone
 from octad.serve.generation import Generator, Job, Piece
 from octad.serve.limits import read_body
 from octad.serve.listing import ModelNames
-from octad.serve.protocol import ResponsesRequest, SamplingFields, parse
+from octad.serve.protocol import ResponsesRequest, check_absent, check_one_answer, parse
 from octad.serve.replies import ApiError, as_api_error, json_response
 from octad.serve.sampling_options import response_schema, sampling
 from octad.serve.tool_calls import Toolbox
 
+NOT_HERE = {
+    "max_tokens": "use max_output_tokens",
+    "prompt": "templates of prompts are not kept here; use input",
+    "response_format": "use text.format",
+    "messages": "use input",
+}
 log = logging.getLogger("octad.serve")
 
 
@@ -49,16 +55,12 @@ async def responses(request: Request, generator: Generator, names: ModelNames) -
 
 
 async def _begin(asked: ResponsesRequest, generator: Generator) -> Job:
-    wants = SamplingFields.model_construct(
-        **{
-            name: getattr(asked, name)
-            for name in ("temperature", "top_p", "seed", "only_experts")
-            if getattr(asked, name) is not None
-        }
-    )
+    check_one_answer(asked)
+    check_absent(asked, NOT_HERE)
     logged = "message.output_text.logprobs" in (asked.include or ())
     logprobs = asked.top_logprobs or 0 if logged or asked.top_logprobs else None
-    params = sampling(wants, generator.llm, asked.max_output_tokens, logprobs)
+    called = {"max_tokens": "max_output_tokens", "logprobs": "top_logprobs"}
+    params = sampling(asked, generator.llm, asked.max_output_tokens, logprobs, called)
     toolbox = Toolbox.of(
         _tools(asked.tools or ()), _tool_choice(asked.tool_choice), asked.parallel_tool_calls
     )
@@ -86,9 +88,13 @@ def _tools(tools: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def _tool_choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
-    if isinstance(choice, dict) and choice.get("type") not in ("function", "allowed_tools"):
-        return "auto"  # a tool that was skipped
-    return choice
+    if not isinstance(choice, dict) or choice.get("type") == "function":
+        return choice
+    if choice.get("type") == "allowed_tools" and isinstance(choice.get("tools"), list):
+        kept = [t for t in choice["tools"] if isinstance(t, dict) and t.get("type", "function") == "function"]
+        if kept or not choice["tools"]:
+            return choice | {"tools": kept}
+    return "auto"  # a tool that was skipped
 
 
 def as_messages(given: str | Sequence[Any], instructions: str | None) -> list[dict[str, Any]]:
@@ -230,8 +236,7 @@ class _Answer:
         item = self.output[-1]
         part = item["content"][0]
         part["text"] += piece.text
-        places = list((piece.delta.logprobs or ()) if piece.delta else ())
-        told = [logprob(p.chosen) | {"top_logprobs": [logprob(t) for t in p.top]} for p in places]
+        told = token_entries([piece.delta] if piece.delta else [], self.job)
         part["logprobs"] += told
         where = self._at() | {"item_id": item["id"], "content_index": 0}
         events.append(("response.output_text.delta", where | {"delta": piece.text, "logprobs": told}))

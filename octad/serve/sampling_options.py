@@ -9,11 +9,12 @@ Values are judged by SamplingParams itself; a null takes its default. What a cli
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
 from octad.engine.params import SamplingParams, StructuredOutput
-from octad.serve.protocol import SamplingFields
+from octad.errors import RequestError
+from octad.serve.protocol import ChatRequest, SamplingFields, TokenizeRequest
 from octad.serve.replies import ApiError
 
 if TYPE_CHECKING:
@@ -36,21 +37,34 @@ SAME = (  # fields that SamplingParams has under the same name
     "skip_special_tokens",
     "routed_experts_prompt_start",
 )
-MOST_LOGPROBS = 20
+MOST_LOGPROBS, MOST_IDS, MOST_STOPS = 20, 4096, 64
+RESERVED = (
+    "self",
+    "messages",
+    "tools",
+    "calls_as_json",
+)  # variables of templates that have fields of their own
 
 
 def sampling(
-    asked: SamplingFields, llm: LLM, max_tokens: int | None, logprobs: int | None, **more: Any
+    asked: SamplingFields,
+    llm: LLM,
+    max_tokens: int | None,
+    logprobs: int | None,
+    called: Mapping[str, str] | None = None,
+    **more: Any,
 ) -> SamplingParams:
-    """The params of a request; `more` are fields of SamplingParams that the endpoint has made. Raises RequestError or
-    ApiError for values that cannot be."""
+    """The params of a request; `more` are fields of SamplingParams that the endpoint has made, `called` what it calls
+    some of them. Raises RequestError or ApiError for values that cannot be."""
+    called = called or {}
     found = {name: value for name in SAME if (value := getattr(asked, name)) is not None}
+    for name in ("logit_bias", "stop_token_ids", "only_experts"):
+        _check_count(name, getattr(asked, name) or (), MOST_IDS, "entries")
     if asked.logit_bias:
         found["logit_bias"] = _biases(asked.logit_bias)
     if asked.stop:
         found["stop"] = [asked.stop] if isinstance(asked.stop, str) else asked.stop
-        if len(found["stop"]) > 64:
-            raise ApiError(400, f"stop: found {len(found['stop'])} texts, allowed: 64", param="stop")
+        _check_count(called.get("stop", "stop"), found["stop"], MOST_STOPS, "texts")
     if asked.only_experts is not None:
         found["only_experts"] = experts(asked.only_experts, llm)
     if asked.return_routed_experts or asked.return_routed_weights:
@@ -58,12 +72,38 @@ def sampling(
     if (form := _form(asked)) is not None:
         found["structured"] = form
     if logprobs is not None and not 0 <= logprobs <= MOST_LOGPROBS:
+        name = called.get("logprobs", "logprobs")
         raise ApiError(
-            400,
-            f"logprobs: found {logprobs}, allowed: an integer from 0 to {MOST_LOGPROBS}",
-            param="logprobs",
+            400, f"{name}: found {logprobs}, allowed: an integer from 0 to {MOST_LOGPROBS}", param=name
         )
-    return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **found, **more)
+    try:
+        return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **found | more)
+    except RequestError as error:
+        name, _, told = str(error).partition(":")
+        raise RequestError(f"{called.get(name, name)}:{told}") from error
+
+
+def _check_count(name: str, found: Sized, most: int, what: str) -> None:
+    if len(found) > most:
+        raise ApiError(400, f"{name}: found {len(found)} {what}, allowed: {most}", param=name)
+
+
+def template_variables(asked: ChatRequest | TokenizeRequest) -> dict[str, Any]:
+    """What the chat template gets beside messages and tools. Raises ApiError for a name that is taken."""
+    variables = dict(asked.chat_template_kwargs or {})
+    if taken := [name for name in RESERVED if name in variables]:
+        told = f"chat_template_kwargs: {taken[0]!r} is taken; there is a field for it"
+        raise ApiError(400, told, param="chat_template_kwargs")
+    for name in ("add_generation_prompt", "continue_final_message", "documents"):
+        if (value := getattr(asked, name, None)) is not None:
+            variables[name] = value
+    return variables
+
+
+def excludes_schema(params: SamplingParams, schema: str | None) -> None:
+    """Raises ApiError where two forms are asked for at once."""
+    if schema is not None and params.structured is not None:
+        raise ApiError(400, "response_format: cannot be had with structured_outputs", param="response_format")
 
 
 def experts(named: list[str | int], llm: LLM) -> list[int]:
@@ -110,7 +150,13 @@ def _form(asked: SamplingFields) -> StructuredOutput | None:
                 f"structured_outputs.{wrong[0]}: this server does not know it",
                 param="structured_outputs",
             )
-    return StructuredOutput(**found) if found else None
+    try:
+        return StructuredOutput(**found) if found else None
+    except RequestError as error:
+        told = str(error).removeprefix("structured").lstrip(".")
+        raise ApiError(
+            400, f"structured_outputs{'' if told[:1] == ':' else '.'}{told}", param="structured_outputs"
+        ) from error
 
 
 def response_schema(form: Mapping[str, Any] | None, name: str = "response_format") -> str | None:

@@ -32,6 +32,8 @@ OPEN_PATHS = re.compile(
     r"^/(health|page/.*)?$"
 )  # what needs no key: the page (which asks for one) and health
 ALLOWED_HEADERS = "Authorization, Content-Type, X-API-Key, X-Request-Id, Anthropic-Version, Anthropic-Beta"
+HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:/?#@\\\[\]]+))(?::[0-9]{0,5})?")  # RFC 9110, 7.2
+HEADER_NAMES = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~, -]{1,2000}")  # of a preflight
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,12 @@ class Guarded:
         try:
             self._check_host(headers)
             if shared and scope["method"] == "OPTIONS":
-                await _preflight()(scope, receive, reply)
+                await _preflight(headers)(scope, receive, reply)
                 return
             self._check_origin(scope, headers, shared)
             self._check_key(scope, headers)
         except ApiError as error:
-            await error_response(error)(scope, receive, reply)
+            await error_response(error, scope["path"])(scope, receive, reply)
             return
         await self.app(scope, receive, reply)
 
@@ -135,14 +137,16 @@ class Guarded:
         if not self.access.keys or OPEN_PATHS.match(scope["path"]):
             return
         scheme, _, token = headers.get("authorization", "").partition(" ")
-        given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        digest = sha256(given.encode("latin-1", "replace")).digest()
-        matches = [hmac.compare_digest(digest, key) for key in self.access.keys]  # all of them, in any case
+        given = [token.strip()] if scheme.lower() == "bearer" else []
+        given += [headers["x-api-key"].strip()] if "x-api-key" in headers else []  # some clients send both
+        digests = [sha256(key.encode("latin-1", "replace")).digest() for key in given]
+        # all of them, in any case
+        matches = [hmac.compare_digest(digest, key) for digest in digests for key in self.access.keys]
         if True not in matches:
             raise ApiError(
                 401,
                 "a valid API key is needed: Authorization: Bearer KEY"
-                if not given
+                if not any(given)
                 else "the API key is not valid",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
@@ -150,11 +154,9 @@ class Guarded:
 
 
 def host_name(host: str) -> str:
-    """The name of a Host header, without its port and an IPv6 address's brackets."""
-    try:
-        return (urlsplit(f"//{host}").hostname or "").lower()
-    except ValueError:
-        return ""
+    """The name of a Host header, without its port and an IPv6 address's brackets; "" for what is no such header."""
+    found = HOST.fullmatch(host)
+    return (found[1] or found[2]).lower() if found else ""
 
 
 def _sharing(send: Send, origin: str) -> Send:
@@ -181,12 +183,15 @@ def _add_headers(message: MutableMapping[str, Any], headers: dict[str, str]) -> 
     message["headers"] = [*message.get("headers", []), *pairs]
 
 
-def _preflight() -> Response:
-    return Response(
-        status_code=204,
-        headers={
-            "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
-            "Access-Control-Allow-Headers": ALLOWED_HEADERS,
-            "Access-Control-Max-Age": "600",
-        },
-    )
+def _preflight(asked: Headers) -> Response:
+    """For an origin that is named: it may send the headers that it asks for (clients have some of their own)."""
+    wanted = asked.get("access-control-request-headers", "")
+    more = f", {wanted}" if HEADER_NAMES.fullmatch(wanted) else ""
+    allowed = {
+        "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
+        "Access-Control-Allow-Headers": ALLOWED_HEADERS + more,
+        "Access-Control-Max-Age": "600",
+    }
+    if asked.get("access-control-request-private-network") == "true":  # a page of the web, a server at home
+        allowed["Access-Control-Allow-Private-Network"] = "true"
+    return Response(status_code=204, headers=allowed)

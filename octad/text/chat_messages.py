@@ -41,10 +41,18 @@ def _plain(message: Any, place: int) -> dict[str, Any]:
         )
     if (role := message.get("role")) not in ROLES:
         raise DataError(f"message {place}: unknown role {role!r} (known: {', '.join(ROLES)})")
-    if "content" not in message and not message.get("tool_calls"):
+    if not {"content", "refusal"} & message.keys() and not (
+        message.get("tool_calls") or message.get("function_call")
+    ):
         raise DataError(f"message {place}: has no 'content'")
     found = dict(message) | {"content": _text(message.get("content"), place)}
-    if calls := message.get("tool_calls"):
+    if not found["content"] and isinstance(message.get("refusal"), str):
+        found["content"] = message["refusal"]
+    calls = message.get("tool_calls")
+    if message.get("function_call") and not calls:  # the form before `tool_calls`
+        calls = [{"type": "function", "function": message["function_call"]}]
+    found.pop("function_call", None)
+    if calls:
         found["tool_calls"] = [_call(call, place) for call in _list(calls, place)]
     else:
         found.pop("tool_calls", None)  # null or empty: none

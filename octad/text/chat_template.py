@@ -75,7 +75,9 @@ def render_chat(
         chat = [m | {"role": "system"} if m["role"] == "developer" else m for m in chat]
     with environment.limited():
         text = _rendered(compiled, chat, options, label)
-    return text[: text.index(_OPEN)] if open_ended and _OPEN in text else text
+    if open_ended and _OPEN not in text:
+        raise DataError(f"{label}: continue_final_message: the chat template does not show the last message")
+    return text[: text.index(_OPEN)] if open_ended else text
 
 
 def calls_are_json(template: str) -> bool:
@@ -94,9 +96,12 @@ def _rendered(
         raise CheckpointError(f"{label}: the chat template does not end well: {error}") from None
     except Exception as error:  # a template can fail in any way a program can
         complaint = error
-    for system in (True, False):
+    ways = [(True, chat), (False, chat)]
+    if any(message.get("tool_calls") for message in chat):  # some know one call a message
+        ways.append((True, tools_as_text(chat)))
+    for system, simpler in ways:
         try:
-            return template.render(messages=simplified(chat, system=system), **options)
+            return template.render(messages=simplified(simpler, system=system), **options)
         except Exception:
             continue
     told = _one_line(complaint)

@@ -28,6 +28,7 @@ from octad.text.chat_template import render_chat
 
 Message = Mapping[str, Any]
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+LONG_TEXT = 1 << 13  # characters
 MOST_IDS = 1 << 22  # the largest vocabularies of the hub have some 300,000
 _BYTE = re.compile(r"^<0x[0-9A-Fa-f]{2}>$")
 _MARK = (
@@ -101,7 +102,11 @@ class Tokenizer:
         """
         core = self._reader([text], parse_special)
         try:
-            ids: list[int] = core.encode(text, add_special_tokens=add_special_tokens).ids
+            if len(text) > LONG_TEXT:  # a batch is read without the interpreter's lock: other threads go on
+                (found,) = core.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            else:
+                found = core.encode(text, add_special_tokens=add_special_tokens)
+            ids: list[int] = found.ids
         except TypeError:
             raise DataError(_no_text(text)) from None
         return ids
@@ -137,10 +142,15 @@ class Tokenizer:
         return {i: text for text, i in self.core.get_vocab(with_added_tokens=True).items()}
 
     @cached_property
+    def byte_level(self) -> bool:
+        """Whether tokens are spelled in GPT-2's alphabet, a character a byte."""
+        decoder = self.core.decoder
+        return decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
+
+    @cached_property
     def byte_lengths(self) -> list[int]:
         """For each id, the UTF-8 bytes that it stands for in running text; their sum over a text is the text's size."""
-        added = self.core.get_added_tokens_decoder()
-        byte_level = '"ByteLevel"' in json.dumps(json.loads(self.core.to_str()).get("decoder"))
+        added, byte_level = self.core.get_added_tokens_decoder(), self.byte_level
 
         def length(i: int) -> int:
             if i in added:

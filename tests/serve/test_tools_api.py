@@ -10,10 +10,11 @@ from serving import CONTEXT, Running, running, served_mixture, start
 
 from octad.engine.params import StructuredOutput
 from octad.errors import DataError
+from octad.serve.call_parsers import CallDelta, CallParser
 from octad.serve.messages import _toolbox
 from octad.serve.protocol import MessagesRequest
 from octad.serve.replies import ApiError
-from octad.serve.tool_calls import CallDelta, CallParser, Toolbox
+from octad.serve.tool_calls import Toolbox
 from octad.text.chat_template import calls_are_json, render_chat
 
 ADD = {

@@ -3,7 +3,9 @@
 # ruff: noqa: E402, F401, F811 (fixtures are imported)
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import pytest
@@ -99,15 +101,27 @@ def test_layers(real_page: Any) -> None:
     assert all(cell.split(": ")[1].split(",")[0].split()[0] in NAMES for cell in cells)
 
 
-def test_stop_frees_the_engine(real_page: Any, running: Running) -> None:
-    page = real_page
+def test_stop_frees_the_engine(real_page: Any, running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine stands still in the middle of the answer until it was stopped, so that no clock decides."""
+    page, go, engine = real_page, threading.Event(), running.llm.engine
+    step, steps = engine.step, count()
+
+    def held() -> Any:
+        if next(steps) == 20:
+            go.wait(60)
+        return step()
+
     limit(page, 3000)
+    monkeypatch.setattr(engine, "step", held)
+    before = engine.stats.generated_tokens
     send(page)
     page.wait_for_selector(".answer .tok >> nth=2", state="attached")
     assert not running.idle()
     page.click("#send")
     page.wait_for_selector("text=Stopped.")
+    go.set()
     until_idle(running)
+    assert engine.stats.generated_tokens - before <= 21
 
 
 def test_too_long_is_said(real_page: Any) -> None:
