@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from octad.train.pieces import Piece, like, local
+from octad.fast.pieces import Piece, like, local
 from octad.train.sections import OptimizerSpec, ScheduleSpec
 
 _OUTSIDE = ("embed_tokens", "lm_head")  # Muon is for matrices inside the layers
@@ -78,25 +78,34 @@ class Optimizer:
         """The float32 masters by name; DTensors where a rank has only a part."""
         return {name: self._placed(name, master.values) for name, master in self.masters.items()}
 
-    @torch.no_grad()
     def collect(self) -> None:
         """Add the parameters' gradients to the masters' and free them."""
-        for master in self.masters.values():
-            grad, master.parameter.grad = master.parameter.grad, None
-            if grad is None:
-                continue
-            grad = local(grad)
-            pieces = grad.unbind() if master.split else [grad]
-            for leaf, piece in zip(master.leaves, pieces, strict=True):
-                if leaf.grad is None:
-                    leaf.grad = like(piece.float(), leaf)
-                else:
-                    local(leaf.grad).add_(piece)
+        for name in self.masters:
+            self.collect_of(name)
+
+    @torch.no_grad()
+    def collect_of(self, name: str) -> None:
+        """The same for one parameter."""
+        master = self.masters[name]
+        grad, master.parameter.grad = master.parameter.grad, None
+        if grad is None:
+            return
+        grad = local(grad)
+        pieces = grad.unbind() if master.split else [grad]
+        for leaf, piece in zip(master.leaves, pieces, strict=True):
+            if leaf.grad is None:
+                leaf.grad = like(piece.float(), leaf)
+            else:
+                local(leaf.grad).add_(piece)
 
     def named_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """This rank's part of all that collect() has added up, float32, with the parameter's name, in their order."""
-        for name, master in self.masters.items():
-            yield from ((name, local(leaf.grad)) for leaf in master.leaves if leaf.grad is not None)
+        for name in self.masters:
+            yield from ((name, gradient) for gradient in self.gradients_of(name))
+
+    def gradients_of(self, name: str) -> list[torch.Tensor]:
+        """Those of one parameter: a tensor a leaf."""
+        return [local(leaf.grad) for leaf in self.masters[name].leaves if leaf.grad is not None]
 
     def gradients(self) -> list[torch.Tensor]:
         """The same without names."""
