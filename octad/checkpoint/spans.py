@@ -13,7 +13,7 @@ Shapes: E experts; a stacked parameter [E, rows, columns] has an expert's gate f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +67,11 @@ class Parts:
 
 
 def read_rows(source: TensorSource, span: Span) -> torch.Tensor:
-    """Some rows of a tensor: no more than their bytes where they lie on disk as they are read, else all of it."""
+    """Some rows of a tensor: no more than their bytes where they lie on disk as they are read (or where the source
+    knows a way of its own to rows), else all of it."""
+    own: Callable[[Span], torch.Tensor] | None = getattr(source, "read_rows", None)
+    if own is not None:
+        return own(span)
     extent = source.extent(span.name)
     if extent is None:
         return source.read(span.name)[span.first : span.first + span.count]

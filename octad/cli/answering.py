@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from octad.cli.options import Memory, MinP, Model, Only, Quantize, Seed, TopP
+from octad.cli.options import Memory, MinP, Model, Only, Quantize, Seed, TopP, one_process
 from octad.engine.params import CHAT_PENALTY
 from octad.errors import DataError, RequestError
 from octad.report import terminal
@@ -166,6 +166,7 @@ def open_llm(
     model: str, quantize: str | None = None, only: str | None = None, memory: str | None = None
 ) -> LLM:
     """The model behind an engine, with a sign of life on stderr while it is read."""
+    one_process("generate and chat")
     with _no_collection():
         from octad.chat.speakers import expert_number
         from octad.dist import keep_freed_memory, spare_the_collector

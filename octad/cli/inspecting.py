@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from octad.cli.options import Json, Memory, Model
+from octad.cli.options import Json, Memory, Model, one_process
 from octad.report import terminal
 
 
@@ -73,6 +73,7 @@ def bench(
     from octad.bench.cases import QUICK, BenchOptions, whole_numbers
     from octad.bench.results_table import live, render
 
+    one_process("bench")
     lengths = {"prompt_lengths": prompt_lengths, "contexts": contexts, "batch_sizes": batch_sizes}
     options: dict[str, Any] = dict(QUICK) if quick else {}
     options |= {name: whole_numbers(name, value) for name, value in lengths.items() if value is not None}

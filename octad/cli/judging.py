@@ -41,6 +41,9 @@ def evaluate(
     weak_sandbox: Annotated[
         bool, typer.Option("--weak-sandbox", help="Run programs also where the kernel cannot confine them.")
     ] = False,
+    shard: Annotated[
+        bool | None, typer.Option("--shard/--no-shard", help="Weights over all processes of torchrun.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Judge a mixture beside its members, their soup, ensemble and oracle: bits per byte of held-out text, and tasks."""
@@ -49,4 +52,5 @@ def evaluate(
     options: dict[str, Any] = {"tokens": tokens, "window": window, "seed": seed, "smallest": smallest}
     options |= {"dense": dense or [], "require": require, "cache": cache, "tasks": tasks}
     options |= {"members": members, "limit": limit, "samples": samples, "weak_sandbox": weak_sandbox}
+    options["shard"] = shard
     commands_evaluate.evaluate(model, data, commands_evaluate.Outputs(report, card, as_json), **options)

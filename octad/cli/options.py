@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from octad.errors import RequestError
 from octad.report import terminal
 
 if TYPE_CHECKING:
@@ -36,6 +38,15 @@ Memory = Annotated[
     ),
 ]
 Only = Annotated[str | None, typer.Option(help="Send every token to this expert.")]
+
+
+def one_process(verb: str) -> None:
+    """Raises RequestError among processes of torchrun: octad's engine is one process's."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RequestError(
+            f"{verb}: octad's engine runs in one process, and torchrun started several; what is too large for one GPU is"
+            " answered by vLLM: octad serve MODEL --engine vllm --tensor-parallel-size N"
+        )
 
 
 def wrote(written: Written, *, as_json: bool, timed: bool = True) -> None:

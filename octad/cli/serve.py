@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from octad.cli.options import Memory, Quantize
+from octad.cli.options import Memory, Quantize, one_process
 from octad.errors import RequestError
 
 if TYPE_CHECKING:
@@ -105,6 +105,8 @@ def serve(
 
 def _octad(model: str, names: Names, door: Door, max_queue: int, options: dict[str, Any]) -> Served:
     from octad.serve.running import own_engine
+
+    one_process("serve")
 
     def load() -> Any:
         from octad.engine.llm import LLM

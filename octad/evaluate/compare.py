@@ -175,14 +175,16 @@ def compare(
     cache: Cache | None = None,
     world: World | None = None,
     progress: Progress = quiet,
+    spread: bool = False,
 ) -> Comparison:
     """Judge a mixture and its parts, or a dense model alone. Raises OctadError for text that cannot be read, a damaged
-    mixture, or a dense model that reads other tokens. `ready` is called before the long part: what it raises ends it."""
+    mixture, or a dense model that reads other tokens. `ready` is called before the long part: what it raises ends it.
+    `spread`: each model's weights lie over all ranks."""
     settings = settings or Settings()
     texts = read_texts(source, domains, tokens=settings.tokens, window=settings.window)
     lineup = line_up(source, texts, dense)
     ready(texts, lineup)
-    judge = Judge(source, texts, cache or Cache(None), world or World(), progress)
+    judge = Judge(source, texts, cache or Cache(None), world or World(), progress, spread=spread)
     records = judge.run({name: entry.who for name, entry in lineup.entries.items()})
     rows = {name: _row(judge, name, entry, records[name]) for name, entry in lineup.entries.items()}
     rows, chosen = _with_oracle(_with_ensemble(rows, texts), texts)

@@ -4,7 +4,7 @@
     records = judge.run({"python": Member(1), "mixture top-2": TopK(2)})
 
 The mixture is loaded once, and only if somebody inside it has to be run. Under torchrun every rank reads its share of
-the windows.
+the windows; where no rank can hold a model (`spread`) its weights lie over all of them, and no two models at once.
 
 Shapes: T predicted tokens, L layers, G domains, E experts.
 """
@@ -14,15 +14,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from octad.checkpoint.source import TensorSource
+from octad.checkpoint.views import ExpertView
 from octad.dist import World, compute_dtype, own_device
-from octad.errors import OctadError
+from octad.errors import OctadError, RequestError
 from octad.evaluate.contestants import (
     Contestant,
     Load,
@@ -38,18 +39,58 @@ from octad.evaluate.heldout import Texts
 from octad.evaluate.nats import TOKENS_PER_BATCH, token_nats
 from octad.evaluate.price import measuring
 from octad.evaluate.results import Cache, Content, Record, key_of
+from octad.evaluate.soup import AveragedSource
+from octad.fast.spread import Whole, crowded, spread_model
 from octad.machine import hardware
 from octad.model import cost
 from octad.model.config import ModelConfig, dense_config
 from octad.model.transformer import Transformer
-from octad.text.windows import Batch
+from octad.text.windows import Batch, batches
 
+T = TypeVar("T")
 Progress = Callable[[str, float], None]
+Within = Callable[[Callable[[], Any]], Any]
 CUDA_TOKENS_PER_BATCH = 32768
 
 
 def quiet(stage: str, done: float) -> None:
     """Progress that nobody looks at."""
+
+
+def must_spread(source: TensorSource, world: World, asked: bool | None = None) -> bool:
+    """Whether weights are to lie over all ranks: as it is asked, else where one rank's memory would be half full of them.
+    Raises RequestError where it is asked of one process."""
+    if world.size == 1:
+        if asked:
+            raise RequestError(
+                "--shard: needs several processes; torchrun --nproc-per-node N -m octad evaluate ..."
+            )
+        return False
+    device = own_device()
+    return crowded(source.config, compute_dtype(device), device) if asked is None else asked
+
+
+def one_for_tasks(source: TensorSource, asked: bool | None, *, alone: bool) -> None:
+    """Of several processes the first answers tasks; the others end here where there is nothing else to do. Raises
+    RequestError for a model that no process can hold."""
+    if must_spread(source, world := World.join(), asked):
+        raise RequestError(
+            f"--tasks: answers come from one process, and {source.label} is to lie over {world.size}; let vLLM serve it"
+            " (octad serve MODEL --engine vllm) and ask it with lm-eval's client (docs/serving.md)"
+        )
+    if alone and not world.leads:
+        raise SystemExit(0)
+
+
+def call(work: Callable[[], T]) -> T:
+    """What the work gives: within nothing."""
+    return work()
+
+
+def soup_of(source: TensorSource, who: Contestant) -> TensorSource:
+    """The mean of some experts, each with what they share, as a source of its own."""
+    assert isinstance(who, Soup)
+    return AveragedSource(tuple(ExpertView(source, expert) for expert in who.experts))
 
 
 @dataclass
@@ -62,8 +103,10 @@ class Judge:
     world: World = field(default_factory=World)
     progress: Progress = quiet
     dtype: torch.dtype | None = None
+    spread: bool = False
     computed: list[str] = field(default_factory=list)  # whom the cache did not know
     _model: Transformer | None = field(default=None, repr=False)
+    _whole: Whole | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.device = own_device()
@@ -74,7 +117,7 @@ class Judge:
         """A record of each; the same on every rank."""
         keys = {name: self.key(contestant) for name, contestant in who.items()}
         found = self.world.by_leader(lambda: self._cached(keys))
-        self.computed = [name for name in who if name not in found]
+        self.computed = sorted((name for name in who if name not in found), key=lambda n: self._apart(who[n]))
         steps = _Steps(self, {name: who[name] for name in self.computed})
         for name in self.computed:
             found[name] = self.judge(who[name], steps.tick)
@@ -90,7 +133,8 @@ class Judge:
         """Of everything that its record depends on."""
         machine = {k: v for k, v in hardware(self.device).items() if k in ("cpu", "gpu", "threads")}
         windows = [self.texts.digest, *map(len, self.texts.domains.values())]
-        return key_of(self.content.of(who), windows, str(self.dtype), machine, self.world.size)
+        ranks = [self.world.size, "spread"] if self.spread else self.world.size
+        return key_of(self.content.of(who), windows, str(self.dtype), machine, ranks)
 
     def judge(self, who: Contestant, tick: Callable[[int], None]) -> Record:
         """Run one contestant over the windows of this rank, and put together what all ranks found."""
@@ -98,10 +142,12 @@ class Judge:
         windows = [self.texts.windows[i] for i in mine]
         batch = CUDA_TOKENS_PER_BATCH if self.device.type == "cuda" else TOKENS_PER_BATCH
         counting = isinstance(who, TopK) and who.k == self.source.config.num_experts_per_tok
-        with self._running(who) as model, self._counting(model, counting) as load:
+        rounds = max(self.world.gather(len(list(batches(windows, batch))))) if self.spread else 0
+        with self._running(who) as (model, within), self._counting(model, counting) as load:
             before = _Grouping(load, self.group_of).before if load else lambda batch: None
+            read = partial(token_nats, tokens_per_batch=batch, progress=tick, before=before, rounds=rounds)
             with measuring(self.device) as measured:
-                nats = token_nats(model, windows, tokens_per_batch=batch, progress=tick, before=before)
+                nats = within(lambda: read(model, windows))
         whole = np.zeros(self.texts.total, dtype=np.float32)
         for i, part in zip(mine, nats, strict=True):
             whole[self.texts.starts[i] :][: len(part)] = part
@@ -119,19 +165,43 @@ class Judge:
         return facts
 
     @contextmanager
-    def _running(self, who: Contestant) -> Iterator[Transformer]:
-        """The contestant, ready to run; the source itself is loaded when somebody inside it is first asked for."""
+    def _running(self, who: Contestant) -> Iterator[tuple[Transformer, Within]]:
+        """The contestant, ready to run, and what to run it within; the source itself is loaded when somebody inside it is
+        first asked for."""
+        if self.spread:
+            with self._over_all_ranks(who) as found:
+                yield found
+            return
         if isinstance(who, Original):
-            yield fast_model(who.source, self.dtype, self.device)
+            yield fast_model(who.source, self.dtype, self.device), call
             return
         if self._model is None:
             self._model = fast_model(self.source, self.dtype, self.device)
         with contestant(self._model, who) as model:
-            yield model
+            yield model, call
+
+    @contextmanager
+    def _over_all_ranks(self, who: Contestant) -> Iterator[tuple[Transformer, Within]]:
+        """The same with weights over all ranks. A soup is read as a model of its own: no rank has all experts."""
+        assert self.dtype is not None
+        if self._apart(who):
+            self.release()
+            source = who.source if isinstance(who, Original) else soup_of(self.source, who)
+            whole = spread_model(source, self.dtype, self.device, self.world)
+            yield whole.model, whole.judge
+            return
+        if self._whole is None:
+            self._whole = spread_model(self.source, self.dtype, self.device, self.world)
+        with contestant(self._whole.model, who) as model:
+            yield model, self._whole.judge
+
+    def _apart(self, who: Contestant) -> bool:
+        """Whether this one is loaded beside the source; of spread models these come last, the source let go of."""
+        return self.spread and isinstance(who, (Original, Soup))
 
     def release(self) -> None:
         """Let go of the loaded model."""
-        self._model = None
+        self._model = self._whole = None
 
     def _counting(self, model: Transformer, wanted: bool) -> Any:
         return counted_load(model, len(self.texts.domains)) if wanted else nullcontext()
@@ -150,6 +220,9 @@ class _Grouping:
     group_of: Mapping[int, int]
 
     def before(self, batch: Batch) -> None:
+        if not batch.windows:
+            self.load.groups_N = torch.full((batch.mask.numel(),), -1)
+            return
         groups_B1 = torch.tensor([self.group_of[id(w)] for w in batch.windows])[:, None]
         self.load.groups_N = torch.where(batch.mask, groups_B1, -1).flatten()
 

@@ -31,6 +31,8 @@ HEAD_BYTES = (
 HEAD_BYTES_CUDA = 1 << 30
 TOKENS_PER_BATCH = 4096
 
+IDLE = Batch(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2, dtype=torch.bool), ())
+
 Progress = Callable[[int], None]
 Before = Callable[[Batch], None]
 
@@ -43,16 +45,23 @@ def token_nats(
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: Progress = lambda tokens: None,
     before: Before = lambda batch: None,
+    rounds: int = 0,
 ) -> list[NDArray[np.float32]]:
     """For each window the -ln p(token | the window before it) of its positions 1..S-1, in float32.
 
-    Windows of like length are run together. `before` gets each batch before it is run, `progress` its tokens after."""
+    Windows of like length are run together. `before` gets each batch before it is run, `progress` its tokens after.
+    `rounds`: of forward passes at the least, the last ones with nothing to read: ranks that share weights have to run
+    equally many."""
     found: dict[int, NDArray[np.float32]] = {}
     numbers: dict[int, list[int]] = {}
     for number, window in enumerate(windows):
         numbers.setdefault(id(window), []).append(number)
     device = next(model.parameters()).device
-    for batch in batches(windows, tokens_per_batch):
+    reading = list(batches(windows, tokens_per_batch))
+    for _ in range(rounds - len(reading)):
+        before(IDLE)
+        _losses(model, IDLE.tokens.to(device))
+    for batch in reading:
         before(batch)
         losses_BS: Any = _losses(model, batch.tokens.to(device)).cpu().numpy()
         for row, window in enumerate(batch.windows):

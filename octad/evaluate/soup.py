@@ -8,7 +8,7 @@ Weights are averaged in float32, tensor by tensor, as they are read: no more tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 
 from octad.checkpoint.load import content_names
 from octad.checkpoint.source import TensorInfo, TensorSource
+from octad.checkpoint.spans import Span, read_rows
 from octad.errors import CheckpointError
 from octad.model.config import ModelConfig
 
@@ -60,10 +61,11 @@ class AveragedSource:
 
     def read(self, name: str) -> torch.Tensor:
         """The mean of the parts' tensors of this name."""
-        total = self.parts[0].read(name).float()
-        for part in self.parts[1:]:
-            total += part.read(name)
-        return total.div_(len(self.parts))
+        return mean(part.read(name) for part in self.parts)
+
+    def read_rows(self, span: Span) -> torch.Tensor:
+        """The mean of these rows alone."""
+        return mean(read_rows(part, span) for part in self.parts)
 
     def extent(self, name: str) -> None:
         """None: its bytes lie nowhere."""
@@ -72,6 +74,15 @@ class AveragedSource:
         """What identifies it: the parts' files, and those of the bases that adapters change."""
         sources = [s for part in self.parts for s in (part, getattr(part, "base", None)) if s is not None]
         return {"kind": "mean", "label": self.label, "files": [s.provenance().get("files") for s in sources]}
+
+
+def mean(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """In float32; no more than two of them are in memory."""
+    total, count = None, 0
+    for tensor in tensors:
+        total, count = tensor.float().clone() if total is None else total.add_(tensor), count + 1
+    assert total is not None
+    return total.div_(count)
 
 
 def _shapes(source: TensorSource) -> dict[str, tuple[int, ...]]:

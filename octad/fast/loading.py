@@ -29,10 +29,12 @@ from octad.fast.optimize import ExpertWeights, Swapper, is_bfloat16, native_kern
 from octad.fast.quantize import Precision
 from octad.fast.records import open_records
 from octad.fast.saved import load_quantized, packed_weight, place_linear
+from octad.fast.spread import rank_memory
 from octad.kernels.native import NativeKernels
 from octad.kernels.packed import Packed
 from octad.kernels.packing import quick_pack
 from octad.kernels.paged import PagedAttention
+from octad.model import cost
 from octad.model.transformer import Transformer
 
 
@@ -57,12 +59,26 @@ def open_fast(
     if memory is not None:
         refuse_offload(source, kernels, quantize)
     if kernels is None:
+        refuse_too_large(source, dtype, torch.device(device))
         quantised = isinstance(source, QuantizedSource)
         model = (load_quantized if quantised else load_model)(source, dtype, device)  # type: ignore[arg-type]
         return model, optimize(model, quantize=quantize, native=native)
     precision = _precision(source, dtype, quantize)
     with torch.no_grad():
         return _Reader(source, dtype, precision).build(kernels, memory), native_attention(kernels)
+
+
+def refuse_too_large(source: TensorSource, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises RequestError where a GPU's memory cannot hold the weights: before anything is read."""
+    if device.type != "cuda":
+        return
+    needed, there = cost.parameters(source.config) * dtype.itemsize, rank_memory(device)
+    if needed > there:
+        raise RequestError(
+            f"{source.label}: its weights take {needed / 1e9:.1f} GB, this GPU has {there / 1e9:.1f}; several GPUs answer"
+            " through vLLM (octad serve MODEL --engine vllm --tensor-parallel-size N) and judge text together"
+            " (torchrun --nproc-per-node N -m octad evaluate MODEL --data domains.yaml)"
+        )
 
 
 def dtype_note(source: TensorSource, dtype: torch.dtype) -> str | None:

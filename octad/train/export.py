@@ -35,11 +35,11 @@ from octad.checkpoint.source import TensorInfo, TensorSource
 from octad.checkpoint.spans import Parts
 from octad.checkpoint.writer import CheckpointWriter
 from octad.dist import World
+from octad.fast.pieces import first_of_copies, local, place_of, whole
 from octad.model.config import ModelConfig
 from octad.staging import StagedDirectory, explained
 from octad.text.tokenizer import Tokenizer
 from octad.train.lowrank import Factors
-from octad.train.pieces import first_of_copies, local, place_of, whole
 from octad.train.sections import LowRankSpec
 
 _STAGING = "model-in-the-making"

@@ -32,18 +32,18 @@ from octad.dist import World, compute_dtype, own_device
 from octad.errors import CheckpointError, RecipeError
 from octad.evaluate.card import without_verdict
 from octad.fast.grouped_experts import group_experts
+from octad.fast.pieces import Piece
 from octad.fast.training_experts import TrainExperts
+from octad.fast.weights import Fill, bare_model, fill_from, materialise
 from octad.guard import read_json
 from octad.model.moe import Experts, MoE
 from octad.model.transformer import Transformer
 from octad.text.tokenizer import Tokenizer
 from octad.train.export import Changes, common_files, write_trained
 from octad.train.lowrank import add_low_rank, low_rank_deltas
-from octad.train.pieces import Piece
 from octad.train.routers import TrainRouter, swap_routers
 from octad.train.run_config import TuneConfig
 from octad.train.sections import DataSpec, EvaluateSpec, RoutingSpec, RunSpec
-from octad.train.weights import Fill, bare_model, fill_from, materialise
 
 TRAINING = "training.json"
 ATTENTION = r"self_attn\.[qkvo]_proj$"

@@ -28,13 +28,13 @@ from octad.checkpoint.names import layer_of
 from octad.checkpoint.writer import CheckpointWriter
 from octad.dist import World
 from octad.errors import RecipeError
+from octad.fast.weights import bare_model, fill_drawn
 from octad.model.config import ModelConfig
 from octad.text.tokenizer import Tokenizer
 from octad.train.export import common_files, write_new
 from octad.train.learner import TRAINING, Learner, choose, compute_settings, prepare_mixture
 from octad.train.run_config import ArchitectureSpec, PretrainConfig
 from octad.train.state import FACTS, latest_state, load_facts, read_masters
-from octad.train.weights import bare_model, fill_drawn
 
 HEAD_DIM, DEVIATION = 64, 0.02
 

@@ -18,13 +18,13 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from octad.dist import World
-from octad.fast import training_experts
+from octad.fast import expert_parallel, training_experts
 from octad.fast.document_attention import DocumentAttention
 from octad.kernels import blocked
 from octad.kernels.passes import Passes
 from octad.model.config import ModelConfig
 from octad.model.transformer import Transformer
-from octad.train import expert_parallel, loss
+from octad.train import loss
 from octad.train.layout import Layout
 from octad.train.learner import choose, prepare_mixture
 from octad.train.loss import next_token_loss

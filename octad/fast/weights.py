@@ -19,9 +19,9 @@ from torch import nn
 from octad.checkpoint.load import empty_model
 from octad.checkpoint.source import TensorSource
 from octad.checkpoint.spans import Parts, read_rows
+from octad.fast.pieces import Piece, local, place_of
 from octad.model.config import ModelConfig
 from octad.model.transformer import Transformer
-from octad.train.pieces import Piece, local, place_of
 
 Fill = Callable[[Transformer, Collection[str], Mapping[str, Piece]], None]
 
