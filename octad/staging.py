@@ -42,17 +42,25 @@ class StagedDirectory:
 
     With `overwrite`, an earlier checkpoint (a directory with a config.json, or an empty one) is replaced at
     commit; a path that is anything else is never removed. `own_place`: nobody but octad writes where it lies, so that
-    what killed processes left there under any name is removed too.
+    what killed processes left there under any name is removed too. `adopt`: says of what a killed process left under this
+    name whether it can be gone on with; it is then this one's (`adopted`) instead of being removed. `keep`: set it for
+    what is not committed to stay, for a later process to adopt.
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], *, overwrite: bool = False, own_place: bool = False
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        own_place: bool = False,
+        adopt: Callable[[Path], bool] | None = None,
     ) -> None:
         self.final = _place(directory)
         if not self.final.name:
             raise OutputError(f"{self.final}: exists; choose another -o")
         self.overwrite, self.own_place = overwrite, own_place
         self.path = _sibling(self.final, "incomplete")
+        self.adopt, self.adopted, self.keep = adopt, False, False
         self._lock: int | None = None
 
     def check(self) -> None:
@@ -62,7 +70,7 @@ class StagedDirectory:
             self._check_output()
             place = next(path for path in self.final.parents if path.exists())
             probe = _sibling(place / self.final.name, "probe")
-            _clean_up(place, self.final.name)
+            _clean_up(place, self.final.name, self.adopt or self._is_adopted)
             probe.mkdir()
             probe.rmdir()
 
@@ -70,9 +78,11 @@ class StagedDirectory:
         with explained(self.final):
             self.final.parent.mkdir(parents=True, exist_ok=True)
             recover(self.final)
-            _clean_up(self.final.parent, None if self.own_place else self.final.name)
+            self._take_over()
+            _clean_up(self.final.parent, None if self.own_place else self.final.name, self._is_adopted)
             self._check_output()
-            self.path.mkdir()
+            if not self.adopted:
+                self.path.mkdir()
             self._lock = _lock(self.path)
         return self
 
@@ -82,7 +92,8 @@ class StagedDirectory:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-            shutil.rmtree(self.path, ignore_errors=True)  # after commit there is none
+            if not self.keep:
+                shutil.rmtree(self.path, ignore_errors=True)  # after commit there is none
 
     @property
     def is_open(self) -> bool:
@@ -108,6 +119,21 @@ class StagedDirectory:
             raise OutputError(
                 f"{self.final}: has no {MARKER}, so it is no checkpoint to overwrite; remove it yourself"
             )
+
+    def _take_over(self) -> None:
+        """Make what a killed process has left our own, where it can be gone on with, and nothing stands in the way."""
+        if self.adopt is None:
+            return
+        self._check_output()
+        for path in abandoned(self.final):
+            if self.adopt(path):
+                with contextlib.suppress(FileNotFoundError):  # another process may be as fast
+                    path.rename(self.path)
+                    self.adopted = True
+                    return
+
+    def _is_adopted(self, path: Path) -> bool:
+        return self.adopted and path == self.path
 
     def _rename(self) -> None:
         if not (self.overwrite and self.final.exists()):
@@ -244,9 +270,21 @@ def _leftovers(place: Path, pattern: re.Pattern[str]) -> list[tuple[Path, int]]:
     return sorted((path, int(match[1])) for path, match in found if match)
 
 
-def _clean_up(place: Path, name: str | None) -> None:
+def abandoned(final: Path) -> list[Path]:
+    """Unfinished outputs of this name that killed processes have left."""
+    found = _leftovers(final.parent, _hidden(final.name, ("incomplete",)))
+    return [path for path, pid in found if _abandoned(path, pid)]
+
+
+def bytes_in(directory: Path) -> int:
+    """What its files take of the disk."""
+    facts = (path.stat() for path in directory.rglob("*") if path.is_file())
+    return sum(512 * getattr(found, "st_blocks", -(-found.st_size // 512)) for found in facts)
+
+
+def _clean_up(place: Path, name: str | None, spared: Callable[[Path], bool] = lambda path: False) -> None:
     """Remove what killed runs left under a name, or under any; an old directory too, once the new one is in place."""
-    _remove(place, _hidden(name, LITTER))
+    _remove(place, _hidden(name, LITTER), lambda path: not spared(path))
     _remove(place, _hidden(name, ("old",)), lambda path: os.path.lexists(_visible(path)))
 
 

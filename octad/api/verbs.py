@@ -66,6 +66,7 @@ def combine(
     overwrite: bool = False,
     shard_size: float = 5.0,
     progress: Progress = True,
+    tell: Tell = None,
 ) -> Written:
     """Make one mixture out of the members of a recipe: a file, the same as a dict, or what `check` gave. `shard_size`: of
     the largest weight file, in GB. Raises OctadError.
@@ -83,7 +84,8 @@ def combine(
     started = time.monotonic()
     with bars(progress) as bar:
         interview(plan, bar)
-        path = carry_out(plan, Path(output), overwrite=overwrite, max_shard_bytes=limit, progress=bar)
+        options: dict[str, Any] = {"overwrite": overwrite, "max_shard_bytes": limit, "tell": teller(tell)}
+        path = carry_out(plan, Path(output), progress=bar, **options)
     names = [report.name for report in plan.reports]
     return Written(path, time.monotonic() - started, experts=names, bytes=plan.output_bytes)
 
@@ -253,12 +255,14 @@ def evaluate(
     samples: int | None = None,
     weak_sandbox: bool = False,
     cache: Place | None = None,
+    shard: bool | None = None,
     command: str | None = None,
     progress: Progress = True,
     tell: Tell = None,
 ) -> Verdict:
     """Judge a mixture beside everything it is made of on held-out text, on tasks, or both. `data`: a file of domains, or
-    {name: files}; `routing`: look at the routers too, for the report's page. Raises OctadError.
+    {name: files}; `routing`: look at the routers too, for the report's page; `shard`: weights lie over all processes of
+    torchrun (None: where one cannot hold them). Raises OctadError.
 
     >>> verdict = octad.evaluate("mixture", {"one": "one.jsonl"}, tokens=200, window=32, require="mean<=member*9")
     >>> verdict.holds, list(verdict.to_pandas().columns)
@@ -267,6 +271,7 @@ def evaluate(
     from octad.checkpoint.load import open_source
     from octad.dist import keep_freed_memory
     from octad.evaluate.compare import Settings
+    from octad.evaluate.judge import one_for_tasks
     from octad.evaluate.record import make_report
     from octad.evaluate.tasks.run_tasks import run_tasks
 
@@ -289,12 +294,14 @@ def evaluate(
         with bars(progress) as bar:
             return run_tasks(model, names, progress=bar, **options)
 
-    if data is None:
-        return Verdict({"tasks": rows()}, open_source(model, quantised=True))
-    settings = Settings(tokens=tokens, window=window, seed=seed, smallest=smallest)
     source = open_source(model, quantised=True)
+    if tasks is not None:
+        one_for_tasks(source, shard, alone=data is None)
+    if data is None:
+        return Verdict({"tasks": rows()}, source)
+    settings = Settings(tokens=tokens, window=window, seed=seed, smallest=smallest)
     found, checked, routed = _compare(
-        source, data, settings, dense, require, cache, progress, teller(tell), routing=routing
+        source, data, settings, dense, require, cache, progress, teller(tell), routing=routing, shard=shard
     )
     return Verdict(make_report(found, checked, routing=routed, tasks=rows(), command=command), source)
 
@@ -310,12 +317,14 @@ def _compare(
     say: Callable[[str], None],
     *,
     routing: bool,
+    shard: bool | None,
 ) -> tuple[Comparison, list[dict[str, Any]], dict[str, Any] | None]:
     """The comparison, the requirements, and what the routers do; of several processes only the first comes back."""
     from octad.dist import World
     from octad.evaluate.compare import compare
     from octad.evaluate.domains import domains_of
     from octad.evaluate.estimate import judging_seconds
+    from octad.evaluate.judge import must_spread
     from octad.evaluate.requirements import parse
     from octad.evaluate.results import Cache, default_directory
     from octad.report.figures import duration
@@ -334,13 +343,16 @@ def _compare(
             )
 
     world = World.join()
-    with bars(progress if world.leads else False) as bar:
-        found = compare(
-            source, domains, settings, dense=dense, cache=kept, world=world, progress=bar, ready=ready
-        )
+    if spread := must_spread(source, world, shard):
+        say(f"every model's weights lie over {world.size} processes")
+    options: dict[str, Any] = {"dense": dense, "cache": kept, "world": world, "spread": spread}
+    with bars(progress if world.leads else False) as bar, world.watched():
+        found = compare(source, domains, settings, progress=bar, ready=ready, **options)
         if not world.leads:
             raise SystemExit(0)
-        routed = _routing(source, found, kept, bar) if routing else None
+        if routing and spread:
+            say("the report's page has no routing: no process holds the whole model")
+        routed = _routing(source, found, kept, bar) if routing and not spread else None
     return found, [requirement.check(found) for requirement in wanted], routed
 
 

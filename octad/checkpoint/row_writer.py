@@ -52,6 +52,12 @@ class RowWriter:
                 os.close(file)
         self._files = {}
 
+    def sync(self) -> None:
+        """Everything written so far is on the disk when this comes back."""
+        with explained(self.stage):
+            for file in self._files.values():
+                os.fsync(file)
+
     def write(self, name: str, first: int, tensor: torch.Tensor) -> None:
         """Rows of a planned tensor from number `first` on, converted to its dtype."""
         info = self.plan.get(name)

@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ from octad.checkpoint.hf import INDEX, SINGLE
 from octad.checkpoint.shard import encode_header
 from octad.checkpoint.source import TensorInfo, TensorSource
 from octad.errors import CheckpointError, OutputError
-from octad.staging import StagedDirectory, explained, space
+from octad.staging import StagedDirectory, abandoned, bytes_in, explained, space
 
 COPIERS = 4  # files that are copied into at the same time, at most; one file takes one write at a time
 
@@ -55,7 +55,7 @@ class CheckpointWriter:
 
     Raises OutputError when the output exists (unless `overwrite`, which replaces an earlier checkpoint), when
     the disk is too small or full, or where writing is not permitted; CheckpointError when what is written does
-    not fit the plan.
+    not fit the plan. `adopt` as StagedDirectory has it: files of the same plan are then gone on with.
     """
 
     def __init__(
@@ -65,9 +65,10 @@ class CheckpointWriter:
         *,
         max_shard_bytes: float = 5e9,
         overwrite: bool = False,
+        adopt: Callable[[Path], bool] | None = None,
     ) -> None:
         self.plan = dict(plan)
-        self._stage = StagedDirectory(directory, overwrite=overwrite)
+        self._stage = StagedDirectory(directory, overwrite=overwrite, adopt=adopt)
         self.directory = self._stage.final
         self._shards, self._places = shard_layout(self.plan, max_shard_bytes)
         self._needed = sum(shard.size for shard in self._shards)
@@ -87,9 +88,8 @@ class CheckpointWriter:
             with self.explained():
                 for shard in self._shards:
                     path = self._stage.path / shard.file
-                    self._files.append(
-                        os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | portable.BINARY, 0o666)
-                    )
+                    fresh = 0 if self.adopted else os.O_CREAT | os.O_EXCL
+                    self._files.append(os.open(path, os.O_RDWR | fresh | portable.BINARY, 0o666))
                     _reserve(self._files[-1], shard.size)
         except BaseException:
             self.__exit__(None, None, None)
@@ -111,7 +111,8 @@ class CheckpointWriter:
     def check_space(self) -> None:
         """Raises OutputError when the file system has less free space than the planned tensors need."""
         place = next(p for p in self.directory.parents if p.is_dir())
-        if shutil.disk_usage(place).free < self._needed:
+        ours = [self.stage] if self._stage.is_open else abandoned(self.directory)
+        if shutil.disk_usage(place).free + sum(map(bytes_in, ours)) < self._needed:
             raise OutputError(
                 f"{self.directory}: {space(place, self._needed)}; free some or choose another -o"
             )
@@ -195,6 +196,44 @@ class CheckpointWriter:
         """The hidden directory in which the files are."""
         return self._stage.path
 
+    @property
+    def adopted(self) -> bool:
+        """Whether the files are those of a killed process."""
+        return self._stage.adopted
+
+    @property
+    def written(self) -> frozenset[str]:
+        """The tensors that are in their places, perhaps not on the disk yet: see `sync`."""
+        with self._lock:
+            return frozenset(self._written)
+
+    @property
+    def shards(self) -> int:
+        """How many files of weights there will be."""
+        return len(self._shards)
+
+    @property
+    def full_shards(self) -> int:
+        """How many of them have all their tensors."""
+        with self._lock:
+            return sum(not left for left in self._left.values())
+
+    def written_before(self, names: Iterable[str]) -> None:
+        """Take tensors as written, by the process whose files were adopted."""
+        for name in names:
+            self._expect(name, self.plan[name].shape if name in self.plan else ())
+            self._done(name)
+
+    def sync(self) -> None:
+        """Everything written so far is on the disk when this comes back."""
+        with self.explained():
+            for file in self._files:
+                os.fsync(file)
+
+    def keep(self) -> None:
+        """Leave the files where they are when the block ends without a commit, for a later process to adopt."""
+        self._stage.keep = True
+
     def written_elsewhere(self, rows: Mapping[str, int]) -> None:
         """Take tensors as written of which other processes have written so many rows. Raises CheckpointError where they
         are not all of them."""
@@ -249,9 +288,9 @@ class CheckpointWriter:
 
     def _done(self, name: str) -> None:
         """A tensor is in its place; a shard that is full is sent to the disk."""
-        self._written.add(name)
         shard, _ = self._places[name]
         with self._lock:
+            self._written.add(name)
             self._left[shard] -= 1
             full = not self._left[shard]
         if full:

@@ -57,9 +57,8 @@ def combine(
         show_plan(plan, expected_seconds(plan))
     if dry_run or output is None:
         return
-    written = verbs.combine(
-        plan, output, overwrite=overwrite, shard_size=shard_size, progress=terminal.leads()
-    )
+    options: dict[str, Any] = {"progress": terminal.leads(), "tell": terminal.tell}
+    written = verbs.combine(plan, output, overwrite=overwrite, shard_size=shard_size, **options)
     if terminal.leads():
         wrote(written, as_json=as_json)
 

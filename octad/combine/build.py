@@ -5,13 +5,14 @@
 The calibration pass reads the weights of a layer, hands them to the writer, sends the text through them and shows the
 fitter what the router would see: each weight is read once. What it did not need is copied after it, file to file where
 bytes are the same, several shards at a time. Then routers, side files, index, rename: an
-interrupted run leaves nothing that loads. Peak memory is one layer of one member and the calibration states.
+interrupted run leaves nothing that loads, and a long one what the same command goes on with. Peak memory is one layer
+of one member and the calibration states.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from octad.checkpoint.hub_card import hub_facts
 from octad.checkpoint.names import router_name
 from octad.checkpoint.provenance import PROVENANCE, Provenance, found_at
 from octad.checkpoint.writer import CheckpointWriter
-from octad.combine.calibrate import Settle, Texts, Write, forget, gate_inputs
+from octad.combine.calibrate import BETWEEN, Settle, Texts, Write, forget, gate_inputs
 from octad.combine.fit import Calibration, Fitter, Progress, RouterFit, fitter_of, quiet
+from octad.combine.journal import Journal, identity_of
 from octad.combine.members import MemberReport
 from octad.combine.mixture import MixtureSource
 from octad.combine.preflight import Plan
@@ -48,25 +50,29 @@ def combine(
     overwrite: bool = False,
     max_shard_bytes: float = DEFAULT_SHARD_BYTES,
     progress: Progress = quiet,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Write the mixture of a plan to `output` (atomically) and return its path; by all processes of torchrun where there
-    are several (together.py). Raises OutputError, DataError."""
+    are several (together.py). A long run that was cut short is gone on with (journal.py). Raises OutputError,
+    DataError."""
+    options: dict[str, Any] = {"overwrite": overwrite, "max_shard_bytes": max_shard_bytes}
     if (world := World.join()).size > 1:
         from octad.combine.together import combine_together
 
-        options: dict[str, Any] = {"overwrite": overwrite, "max_shard_bytes": max_shard_bytes}
-        return combine_together(plan, output, world, progress=progress, **options)
-    recipe = plan.recipe
-    writer = CheckpointWriter(output, plan.tensors, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
-    calibrations = plan.calibrations
+        return combine_together(plan, output, world, progress=progress, tell=tell, **options)
+    calibrations, dtype = plan.calibrations, compute_dtype()
     source = plan.source()
-    with ThreadPoolExecutor(1) as background, writer:
+    fitter = fitter_of(plan.recipe.router, plan.config, calibrations, plan.generalist, dtype)
+    journal = Journal(identity_of(plan, fitter.runs, str(dtype), max_shard_bytes), tell)
+    writer = CheckpointWriter(output, plan.tensors, adopt=journal.fits, **options)
+    with ThreadPoolExecutor(1) as background, writer, journal.kept():
         origins = background.submit(source.provenance)
-        dtype = compute_dtype()
-        fitter = fitter_of(recipe.router, plan.config, calibrations, plan.generalist, dtype)
-        fit = write_and_fit(writer, source, fitter, dtype, progress, plan.repair_texts)
+        journal.begin(writer, fitter)
+        fit = write_and_fit(writer, source, fitter, dtype, progress, plan.repair_texts, journal)
         provenance = plan_provenance(plan, calibrations, origins.result())
         write_sidecars(writer, plan.config_dict, plan.tokenizer, provenance, calibrations, fit)
+        writer.finish()
+        journal.remove()
         return writer.commit()
 
 
@@ -90,20 +96,21 @@ def write_and_fit(
     dtype: torch.dtype,
     progress: Progress = quiet,
     texts: Sequence[Sequence[Window]] = (),
+    journal: Journal | None = None,
 ) -> RouterFit:
     """Fit the routers, all tensors that this reads being written on the way; then write the others and the routers.
     `texts`: of each expert, for closed-form repair."""
-    written: set[str] = set()
+    before = writer.written  # by an earlier run
 
     def write(name: str, tensor: torch.Tensor) -> None:
-        writer.write(name, tensor)
-        written.add(name)
+        if name not in before:
+            writer.write(name, tensor)
         source.settled.pop(name, None)  # nobody reads it again
 
-    for done, steps in settled_inputs(source, fitter, dtype, write, texts):
+    for done, steps in settled_inputs(source, fitter, dtype, write, texts, journal):
         progress("calibrating", done / steps)
     fit = fitter.fit()
-    write_rest(writer, source, fit, written, progress)
+    write_rest(writer, source, fit, progress, journal)
     return fit
 
 
@@ -113,9 +120,11 @@ def settled_inputs(
     dtype: torch.dtype,
     write: Write = forget,
     texts: Sequence[Sequence[Window]] = (),
+    journal: Journal | None = None,
 ) -> Iterator[tuple[int, int]]:
     """The calibration pass, with RegMean where the source asks for it and closed-form repair where there are texts for
-    it: shows the fitter its inputs. Yields (steps done, steps in all)."""
+    it: shows the fitter its inputs. Yields (steps done, steps in all). The members' own streams of a repair are in no
+    journal: such a pass begins anew."""
     settling: list[Settle] = []
     if source.shared.method == "regmean":
         settling.append(Regression(source, fitter.runs, dtype).settle)
@@ -129,26 +138,40 @@ def settled_inputs(
                 each(layer, rope, texts_of)
 
         steps = source.config.num_hidden_layers * len(runs)
-        passed = gate_inputs(source, runs, dtype, write, settle, repair.refit if repair.runs else None)
-        for done, (layer, number, x_ND) in enumerate(passed, 1):
+        refit, passage = (repair.refit, None) if repair.runs else (None, journal)
+        done = passage.first * len(runs) if passage else 0
+        for layer, number, x_ND in gate_inputs(source, runs, dtype, write, settle, refit, passage):
+            if number == BETWEEN:
+                continue
             if number < len(fitter.runs):
                 fitter.see(layer, number, x_ND)
+            done += 1
             yield done, steps
 
 
 def write_rest(
-    writer: CheckpointWriter, source: MixtureSource, fit: RouterFit, written: set[str], progress: Progress
+    writer: CheckpointWriter,
+    source: MixtureSource,
+    fit: RouterFit,
+    progress: Progress,
+    journal: Journal | None = None,
 ) -> None:
     """Everything that the calibration pass has not written yet: the other tensors, then the routers."""
-    family = source.config.model_type
+    family, written = source.config.model_type, writer.written
     source.routers = {router_name(family, layer): w for layer, w in enumerate(fit.weights)}
     rest = [name for name in source.names() if name not in written]
     copied = [name for name in rest if source.extent(name) is not None]
     computed = [name for name in rest if source.extent(name) is None]
-    writer.copy_all(copied, source, lambda done: progress("writing", done * len(copied) / len(rest)))
+
+    def at(done: float) -> None:
+        progress("writing", done / len(rest))
+        if journal is not None:
+            journal.rest()
+
+    writer.copy_all(copied, source, lambda done: at(done * len(copied)))
     for done, name in enumerate(computed, len(copied) + 1):
         writer.write(name, source.read(name))
-        progress("writing", done / len(rest))
+        at(done)
 
 
 def plan_provenance(

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +39,21 @@ Texts = Callable[
 ]  # a run's number -> its states h_BSD, batch by batch
 Settle = Callable[[int, Rope, Texts], None]
 Refit = Callable[[int, int, DecoderLayer, Rope, Texts], None]
+BETWEEN = -1  # in the place of a run's number: all runs have passed the layer
 SINGLY = 2 << 30  # bytes of an expert in memory, beyond which its matrices are read one at a time
 BATCH_TOKENS = 512  # more are no faster; fewer windows differ less in length: less padding
+
+
+class Passage(Protocol):
+    """Who is told how far the text has come, and may know how far it came before."""
+
+    first: int  # layer to begin with
+
+    def restore(self, states: States) -> None:
+        """Put the states in their place as they came to layer `first`."""
+
+    def passed(self, layers: int, states: States) -> None:
+        """All runs have passed so many layers."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +82,19 @@ def gate_inputs(
     write: Write = forget,
     settle: Settle | None = None,
     refit: Refit | None = None,
+    passage: Passage | None = None,
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
     """Yields (layer, number of the run, x_ND) for every layer: router inputs of the run's real tokens.
 
     `source` is a mixture, written or not; an expert that no run passes through is not read. Each tensor that is read
     goes to `write` before it is used, so that a mixture in the making is written from one reading. Arithmetic and x
     are in `dtype`. Before a layer is read, `settle` is shown the states of each run that come to it; before each of
-    its experts is, in the last layer too, `refit` is shown them, with the shared part that they go through.
+    its experts is, in the last layer too, `refit` is shown them, with the shared part that they go through. With a
+    `passage` it begins with that one's first layer, and behind each one yields (layer, BETWEEN, nothing), `passed`
+    having been told.
     """
-    if not runs:
+    first = 0 if passage is None else passage.first
+    if not runs or first == source.config.num_hidden_layers:
         return
     config, rope = source.config, Rope(source.config)
     texts = [list(batches(run.windows, BATCH_TOKENS)) for run in runs]
@@ -85,11 +103,13 @@ def gate_inputs(
         embed = embedded(source, [batch for text in texts for batch in text], dtype, write)
         numbered = [[(states.append(embed(batch)), batch) for batch in text] for text in texts]
         del embed
+        if passage is not None and first:
+            passage.restore(states)
 
         def texts_of(number: int) -> Iterator[tuple[torch.Tensor, Batch]]:
             return ((states[i], batch) for i, batch in numbered[number])
 
-        for layer in range(config.num_hidden_layers):
+        for layer in range(first, config.num_hidden_layers):
             if settle is not None:
                 settle(layer, rope, texts_of)
             block = shared_block(config, layer, read_all(source, shared_names(config, layer), dtype, write))
@@ -113,6 +133,9 @@ def gate_inputs(
                 for path, places in later:
                     names = expert_names(config, layer, path)
                     _through_singly(source, norm, names, states, places, dtype, write)
+            if passage is not None:
+                passage.passed(layer + 1, states)
+                yield layer, BETWEEN, torch.empty(0)
 
 
 def expert_bytes(config: ModelConfig, dtype: torch.dtype) -> int:

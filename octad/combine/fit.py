@@ -70,6 +70,12 @@ class Fitter(Protocol):
     def fit(self) -> RouterFit:
         """The routers, all runs having been seen in all layers."""
 
+    def layer_facts(self, layer: int) -> dict[str, torch.Tensor]:
+        """What it has made of a layer that all runs have passed: enough to go on without seeing it again."""
+
+    def restore_layer(self, layer: int, facts: dict[str, torch.Tensor]) -> None:
+        """Take that back, layer after layer, before anything is seen."""
+
 
 def fitter_of(
     spec: RouterSpec,
@@ -109,6 +115,15 @@ class Additive:
         run = self.runs[number]
         self.statistics.add(layer, run.label, x_ND, self._sign * run.weight / self._mass[run.label])
 
+    def layer_facts(self, layer: int) -> dict[str, torch.Tensor]:
+        """Its sums."""
+        return {"gram": self.statistics.grams[layer], "means": self.statistics.means[layer]}
+
+    def restore_layer(self, layer: int, facts: dict[str, torch.Tensor]) -> None:
+        """Its sums again."""
+        self.statistics.grams[layer].copy_(facts["gram"])
+        self.statistics.means[layer].copy_(facts["means"])
+
     def fit(self) -> RouterFit:
         """Solve every layer, and give the statistics along."""
         return solve_ridge(self.statistics, self.spec)
@@ -133,6 +148,14 @@ class LayerByLayer:
         if len(self._kept) == len(self.runs):
             self._weights.append(self._solve([self._kept[n] for n in range(len(self.runs))]))
             self._kept = {}
+
+    def layer_facts(self, layer: int) -> dict[str, torch.Tensor]:
+        """Its router."""
+        return {"weight": self._weights[layer]}
+
+    def restore_layer(self, layer: int, facts: dict[str, torch.Tensor]) -> None:
+        """Its router again."""
+        self._weights.append(facts["weight"])
 
     def fit(self) -> RouterFit:
         """The routers solved so far: those of all layers."""

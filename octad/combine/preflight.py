@@ -29,6 +29,7 @@ from octad.combine.conversion import conversions
 from octad.combine.distances import Distances
 from octad.combine.family import TARGETS, mixture_config
 from octad.combine.fit import Calibration
+from octad.combine.journal import has_journal
 from octad.combine.members import MemberReport, alike, measured, member_report, refuse_base_again, unplaced
 from octad.combine.mixture import MixtureSource
 from octad.combine.recipe import Recipe, SharedSpec, check_name
@@ -113,7 +114,7 @@ def preflight(
     if output is not None:
         if overwrite:
             check_apart(recipe, Path(output))
-        StagedDirectory(output, overwrite=overwrite).check()
+        StagedDirectory(output, overwrite=overwrite, adopt=has_journal).check()
     plan = opened(recipe)
     if output is not None:
         CheckpointWriter(output, plan.tensors).check_space()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -80,6 +81,24 @@ class States:
             self._tensors[number] = tensor
         else:
             write_all(self._file.fileno(), _bytes(tensor.contiguous()), self._places[number].offset)
+
+    def save(self, path: Path) -> None:
+        """All of them, one after another, into a file."""
+        with path.open("wb") as file:
+            for number in range(len(self)):
+                file.write(_bytes(self[number].contiguous()))
+
+    def load(self, path: Path) -> None:
+        """What `save` wrote of as many states of these shapes. Raises OutputError for another file."""
+        with path.open("rb") as file:
+            for number in range(len(self)):
+                tensor = torch.empty_like(self[number], memory_format=torch.contiguous_format)
+                if file.readinto(_bytes(tensor)) != tensor.nbytes:
+                    raise OutputError(f"{path}: is too short; remove {path.parent.parent} and begin anew")
+                self[number] = tensor
+
+    def __len__(self) -> int:
+        return len(self._places) if self._file is not None else len(self._tensors)
 
 
 def _temporary(total: int) -> Any:
