@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -29,9 +29,11 @@ from octad.errors import DataError, OutputError
 from octad.fingerprint import digest_of
 from octad.staging import StagedDirectory, explained
 from octad.text.corpus import Documents, open_documents
+from octad.text.rows import Document
 from octad.text.tokenizer import Tokenizer
 
 FORMAT, DIGESTS = 2, "digests.json"
+Encoded = tuple[Any, bytes]  # ids of a document, and a byte for each, 1 where it is learnt
 BATCH = 256  # documents tokenised at a time, in the library's threads
 
 
@@ -55,15 +57,25 @@ def open_shard(
 ) -> Shard:
     """The tokens of some files, from the cache or made now. Raises DataError for unusable files."""
     opened = [open_documents(file) for file in files]
-    directory = cache.expanduser() / _key(opened, tokenizer, field, append_eos)
-    if (found := _intact(directory)) is None:
-        _build(directory, opened, tokenizer, field, append_eos)
-        if (found := _intact(directory)) is None:
+    directory = cache.expanduser() / key_of(opened, tokenizer, field, append_eos)
+
+    def made() -> Iterator[Encoded]:
+        documents = (document for part in opened for document in part.read(field, None))
+        return encoded(documents, tokenizer, append_eos)
+
+    return found_shard(directory, ", ".join(str(f) for f in files), made)
+
+
+def found_shard(directory: Path, label: str, made: Callable[[], Iterator[Encoded]]) -> Shard:
+    """The shard in this directory, made there where there is none. Raises OutputError where it cannot be read back."""
+    if (found := intact(directory)) is None:
+        build(directory, made(), label)
+        if (found := intact(directory)) is None:
             raise OutputError(f"{directory}: is not read as it was written; give another data.cache")
-    return Shard(", ".join(str(f) for f in files), found["tokens"], found.get("learn"), found["starts"])
+    return Shard(label, found["tokens"], found.get("learn"), found["starts"])
 
 
-def _intact(directory: Path) -> dict[str, npt.NDArray[Any]] | None:
+def intact(directory: Path) -> dict[str, npt.NDArray[Any]] | None:
     """The arrays of a shard; None where there is none, or one that is damaged, which is removed."""
     try:
         digests = dict(json.loads((directory / DIGESTS).read_text()))
@@ -86,15 +98,15 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _key(opened: Sequence[Documents], tokenizer: Tokenizer, field: str, append_eos: bool) -> str:
+def key_of(opened: Sequence[Documents], tokenizer: Tokenizer, field: str, append_eos: bool) -> str:
+    """The name of a shard: a digest of everything that decides its contents."""
     facts = [documents.digest() for documents in opened]
     parts: list[Any] = [FORMAT, facts, tokenizer_digest(tokenizer), field, append_eos]
     return digest_of(parts)[:32]
 
 
-def _build(
-    directory: Path, opened: Sequence[Documents], tokenizer: Tokenizer, field: str, append_eos: bool
-) -> None:
+def build(directory: Path, documents: Iterator[Encoded], label: str) -> None:
+    """Write a shard of some documents, whole or not at all. Raises DataError where there is nothing in them."""
     try:
         with StagedDirectory(directory, own_place=True) as stage, explained(directory):
             with (
@@ -104,13 +116,13 @@ def _build(
             ):
                 starts.add([0])
                 all_learnt = True
-                for ids, learnt in _encoded(opened, tokenizer, field, append_eos):
+                for ids, learnt in documents:
                     tokens.add(ids)
                     learn.add(np.frombuffer(learnt, np.bool_))
                     starts.add([tokens.count])
                     all_learnt = all_learnt and all(learnt)
             if not tokens.count:
-                raise DataError(f"{', '.join(d.label for d in opened)}: no text in it; give more")
+                raise DataError(f"{label}: no text in it; give more")
             names = ["tokens", "starts"] if all_learnt else ["tokens", "starts", "learn"]
             if all_learnt:
                 (stage.path / "learn.npy").unlink()
@@ -153,13 +165,11 @@ class _Growing:
         return self.file.tell()
 
 
-def _encoded(
-    opened: Sequence[Documents], tokenizer: Tokenizer, field: str, append_eos: bool
-) -> Iterator[tuple[list[int], bytes]]:
+def encoded(documents: Iterator[Document], tokenizer: Tokenizer, append_eos: bool) -> Iterator[Encoded]:
     """Ids of each document, and for each id 1 where it is learnt. Texts are tokenised many at a time."""
     end = list(tokenizer.eos_ids[:1]) if append_eos else []
     texts: list[str] = []
-    for document in (d for documents in opened for d in documents.read(field, None)):
+    for document in documents:
         if isinstance(document, str):
             texts.append(document)
             if len(texts) < BATCH:
