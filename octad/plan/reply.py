@@ -130,7 +130,7 @@ def serve_answer(
         "context": context,
         "users": users,
         "readings": [_serve_reading(r, cluster, host, context, users, precisions) for r in readings],
-        "assumptions": _assumptions("decode", "prefill", "usable", "reduction", "overhead"),
+        "assumptions": _assumptions("decode", "layer", "prefill", "usable", "reduction", "overhead"),
     }
 
 

@@ -143,7 +143,7 @@ def need(cluster: Cluster, name: str) -> float:
 def decode_share(config: ModelConfig, precision: Precision, cluster: Cluster) -> float:
     """The part of the memory's bandwidth that decoding is assumed to reach."""
     if cluster.device.tflops is None:
-        return reached("decode_cpu" if cluster.name.startswith("desktop") else "decode_unified")
+        return reached("decode_cpu" if on_cpu(cluster) else "decode_unified")
     if not config.is_moe:
         return reached("decode_dense")
     return reached("decode_moe" if precision.rest >= 16 else "decode_moe_quantised")
@@ -169,15 +169,23 @@ def decode_time(
     """One token of every user, weights divided over the devices of a node."""
     experts, rest = step_bytes(config, precision, users)
     bandwidth = cluster.node * cluster.device.bytes_per_second * decode_share(config, precision, cluster)
-    sums = 2 * config.num_hidden_layers * reached("reduction_seconds") if cluster.node > 1 else 0.0
+    layers = config.num_hidden_layers
+    sums = 2 * layers * reached("reduction_seconds") if cluster.node > 1 else 0.0
+    between = layers * reached("layer_seconds") if on_cpu(cluster) else 0.0
     return Time(
         {
             "experts": experts / bandwidth,
             "other weights": rest / bandwidth,
             "keys and values": cost.kv_bytes(config, [float(context)], kv_itemsize) * users / bandwidth,
             "sums between devices": sums,
+            "between the products": between,
         }
     )
+
+
+def on_cpu(cluster: Cluster) -> bool:
+    """Whether a desktop's CPU decodes."""
+    return cluster.device.tflops is None and cluster.name.startswith("desktop")
 
 
 def offloaded_time(

@@ -100,9 +100,18 @@ def test_whole_runs_by_their_arithmetic() -> None:
     assert 0.4 < glam / 456 < 1
 
 
-# octad's own figures, benchmarks/results/engine_fast_memory.json: one user, memory that reads at 82.7 GB/s
-@pytest.mark.parametrize(("precision", "measured"), [("int8", 250), ("int4", 346), ("bf16", 136)])
-def test_the_demos_mixture_decoding(precision: str, measured: float) -> None:
+# octad's own figures, one user: engine_fast_memory.json, memory that reads at 82.7 GB/s; engine_avx2.json, at 36.0
+OWN = [
+    ("int8", 82.7, 250),
+    ("int4", 82.7, 346),
+    ("bf16", 82.7, 136),
+    ("int8", 35.96, 99),
+    ("bf16", 35.96, 58),
+]
+
+
+@pytest.mark.parametrize(("precision", "bandwidth", "measured"), OWN)
+def test_the_demos_mixture_decoding(precision: str, bandwidth: float, measured: float) -> None:
     config = ModelConfig.from_dict(
         {
             "model_type": "mixtral",
@@ -116,8 +125,10 @@ def test_the_demos_mixture_decoding(precision: str, measured: float) -> None:
         }
     )
     machine = Cluster(
-        "desktop-like", Device.checked({"memory": 24, "bandwidth": 82.7, "unified": True}, "test"), 1
+        "desktop-like", Device.checked({"memory": 24, "bandwidth": bandwidth, "unified": True}, "test"), 1
     )
     predicted = 1 / decode_time(config, PRECISIONS[precision], machine, 128, 1).total
-    assert predicted == pytest.approx(measured, rel=0.3)
-    assert f"| {predicted:.0f} | {measured} |" in row(f"the demo's mixture, {precision}, 82.7 GB/s")
+    assert predicted == pytest.approx(measured, rel=0.25)
+    assert f"| {predicted:.0f} | {measured} |" in row(
+        f"the demo's mixture, {precision}, {bandwidth:.1f} GB/s"
+    )
