@@ -24,13 +24,13 @@ from octad.checkpoint.source import TensorSource
 from octad.checkpoint.writer import CheckpointWriter
 from octad.dist import World
 from octad.errors import OctadError, RecipeError
+from octad.fast.weights import bare_model, fill_from
 from octad.model.transformer import Transformer
 from octad.train.export import Changes, common_files, write_adapter, write_trained
 from octad.train.learner import Learner, changes_of, choose, compute_settings
 from octad.train.lowrank import add_low_rank, low_rank_deltas, start_from
 from octad.train.run_config import BranchConfig, SpecialistSpec
 from octad.train.trainer import Outcome, Trainer, TrainingStopped
-from octad.train.weights import bare_model, fill_from
 
 FFN_TARGETS = tuple(f"{part}_proj" for part in PARTS)
 ALL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", *FFN_TARGETS)
@@ -84,11 +84,13 @@ def train_specialist(
     output: Path,
     echo: Callable[[str], None],
     progress: Progress,
+    stops: Callable[[], bool] = lambda: False,
 ) -> Outcome:
-    """One of them, in a directory of its name; a run that stops itself is tried again. Raises OctadError."""
+    """One of them, in a directory of its name; a run that stops itself is tried again. `stops` is asked before each step.
+    Raises OctadError."""
     for left in reversed(range(config.retries + 1)):
         try:
-            return _train(config, specialist, output / specialist.name, echo, progress)
+            return _train(config, specialist, output / specialist.name, echo, progress, stops)
         except TrainingStopped as error:
             if not left:
                 raise
@@ -152,6 +154,7 @@ def _train(
     run: Path,
     echo: Callable[[str], None],
     progress: Progress,
+    stops: Callable[[], bool],
 ) -> Outcome:
     name = specialist.name
     trainer = Trainer(branch_learner(config, specialist), run, lambda line: echo(f"{name}: {line}"))
@@ -159,7 +162,7 @@ def _train(
         echo(f"{name}: finished earlier ({trainer.step} steps)")
         progress(name, 1.0)
         return Outcome.FINISHED
-    trainer.progress = lambda done: progress(name, done)
+    trainer.progress, trainer.stops = lambda done: progress(name, done), stops
     return trainer.fit()
 
 

@@ -5,13 +5,13 @@
 A task asks for its own CPUs and GPUs, and waits until the cluster has them. It trains in a directory of its name, which
 every machine has to see under the same path; so a task that is run again, because its worker was lost or because the
 whole command is given again, goes on from its last state, and a failure stays alone. Workers tell steps and lines to one
-small actor, which the command asks twice a second. Ctrl-C and SIGTERM stop every worker after its step, saved.
+small actor, which the command asks twice a second. Ctrl-C and SIGTERM stop every worker after its step, saved. With
+`ray.processes` above 1 a task waits for several processes that train together (rank_tasks.py).
 """
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from octad.errors import OctadError, RecipeError
 from octad.text.documents import optional
 from octad.train.branch import Progress, chosen, raise_failed, train_specialist
 from octad.train.run_config import BranchConfig, RaySpec, SpecialistSpec
-from octad.train.signals import StopRequest
+from octad.train.signals import StopRequest, Throttle
 from octad.train.trainer import Outcome, TrainingStopped
 
 EVERY = 0.5  # seconds between two looks at the workers
@@ -34,6 +34,8 @@ class Board:
     def __init__(self) -> None:
         self.done: dict[str, float] = {}
         self.lines: list[str] = []
+        self.ends: dict[str, tuple[str, str]] = {}
+        self.stopping = False
 
     def show(self, name: str, done: float) -> None:
         """A worker's share done."""
@@ -42,6 +44,22 @@ class Board:
     def tell(self, line: str) -> None:
         """A line for the user."""
         self.lines.append(line)
+
+    def end(self, name: str, how: tuple[str, str]) -> None:
+        """How a specialist of several processes ended, and why."""
+        self.ends[name] = how
+
+    def ended(self, name: str) -> tuple[str, str]:
+        """The same, once it is known."""
+        return self.ends.pop(name)
+
+    def stop(self) -> None:
+        """Ask the processes to stop after their step."""
+        self.stopping = True
+
+    def stops(self) -> bool:
+        """Whether they are to."""
+        return self.stopping
 
     def take(self) -> tuple[dict[str, float], list[str]]:
         """Everything that is new."""
@@ -83,10 +101,9 @@ def _carry_out(
     progress: Progress,
 ) -> Outcome:
     board = ray.remote(num_cpus=0)(Board).remote()
-    task = ray.remote(max_retries=config.retries, retry_exceptions=False, **_request(ray, config.ray))(_work)
-    here = os.getcwd()
-    names = {task.remote(config, s, str(output), here, config.ray.cpus, board): s.name for s in specialists}
-    echo(f"{len(names)} specialists over a cluster of {_size(ray)}")
+    names, whole = _started(ray, config, specialists, str(output), board), config.ray.processes == 1
+    each = "" if whole else f", {config.ray.processes} processes each"
+    echo(f"{len(names)} specialists{each} over a cluster of {_size(ray)}")
     failed: dict[str, str] = {}
     outcomes, waiting = set[Outcome](), list(names)
     with StopRequest() as stop:
@@ -94,7 +111,8 @@ def _carry_out(
         while waiting:
             if stop.requested and not asked:
                 asked = True
-                for reference in waiting:
+                board.stop.remote()
+                for reference in waiting if whole else ():
                     ray.cancel(reference)
             done, waiting = ray.wait(waiting, timeout=EVERY)
             _show(ray, board, echo, progress)
@@ -111,21 +129,29 @@ def _carry_out(
     return Outcome.FINISHED
 
 
+def _started(
+    ray: Any, config: BranchConfig, specialists: list[SpecialistSpec], output: str, board: Any
+) -> dict[Any, str]:
+    """A task for each specialist, by its name: it trains, or waits for the processes that do."""
+    resources, here = _request(ray, config.ray), os.getcwd()
+    if config.ray.processes == 1:
+        task = ray.remote(max_retries=config.retries, retry_exceptions=False, **resources)(_work)
+        return {task.remote(config, s, output, here, config.ray.cpus, board): s.name for s in specialists}
+    from octad.train.rank_tasks import train_over
+
+    task = ray.remote(max_retries=0, num_cpus=0)(train_over)
+    gpus = resources["num_gpus"]
+    return {task.remote(config, s, output, here, gpus, board): s.name for s in specialists}
+
+
 def _work(
     config: BranchConfig, specialist: SpecialistSpec, output: str, here: str, cpus: float, board: Any
 ) -> tuple[str, str]:
     """One specialist, on a worker: how it ended, and why it failed where it did."""
     os.chdir(here)  # so that relative paths mean what they do for the user
     torch.set_num_threads(max(1, int(cpus)))
-    last = 0.0
-
-    def show(name: str, done: float) -> None:
-        nonlocal last
-        if done >= 1 or time.monotonic() - last > EVERY / 2:
-            last = time.monotonic()
-            board.show.remote(name, done)
-
     try:
+        show = Throttle(board.show.remote)
         outcome = train_specialist(config, specialist, Path(output), board.tell.remote, show)
     except OctadError as error:
         return "failed", str(error)
@@ -170,6 +196,11 @@ def _request(ray: Any, spec: RaySpec) -> dict[str, float]:
     if not any(node.get("CPU", 0) >= spec.cpus and node.get("GPU", 0) >= gpus for node in nodes):
         most = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
         raise RecipeError(f"ray: no machine has {spec.cpus:g} CPUs and {gpus:g} GPUs (there are: {most})")
+    for kind, each in (("CPU", spec.cpus), ("GPU", gpus)):
+        if (there := sum(node.get(kind, 0) for node in nodes)) < each * spec.processes:
+            raise RecipeError(
+                f"ray: {spec.processes} processes need {each * spec.processes:g} {kind}s, the cluster has {there:g}"
+            )
     return {"num_cpus": spec.cpus, "num_gpus": gpus}
 
 

@@ -114,9 +114,11 @@ class BranchDataSpec(Section):
 
 class RaySpec(Section):
     """What `octad branch --ray` asks for. address: a cluster's (else RAY_ADDRESS's, else one is started here for the
-    time of the command); cpus, gpus: of each specialist (auto: one GPU where the cluster has any)."""
+    time of the command); processes: of each specialist, which train it together; cpus, gpus: of each process (auto: one
+    GPU where the cluster has any)."""
 
     address: str | None = None
+    processes: int = Field(default=1, ge=1)
     cpus: float = Field(default=1.0, gt=0)
     gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -41,3 +43,16 @@ class StopRequest:
 
     def _restore(self, number: signal.Signals) -> None:
         signal.signal(number, self._earlier.pop(number))
+
+
+class Throttle:
+    """Shows a name's share done twice a second at most, and its end."""
+
+    def __init__(self, show: Callable[[str, float], Any], every: float = 0.25) -> None:
+        self._show, self._every, self._last = show, every, 0.0
+
+    def __call__(self, name: str, done: float) -> None:
+        """A name's share."""
+        if done >= 1 or time.monotonic() - self._last > self._every:
+            self._last = time.monotonic()
+            self._show(name, done)

@@ -43,7 +43,8 @@ from octad.train.loss import Head, next_token_loss
 from octad.train.lowrank import LowRankEmbedding, LowRankLinear
 from octad.train.optim import Optimizer, learning_rate
 from octad.train.recompute import checkpoint_activations
-from octad.train.shards import open_shard
+from octad.train.reducer import Reducer
+from octad.train.shares import open_shard_together
 from octad.train.signals import StopRequest
 from octad.train.state import Saver, check_resumable, latest_state, load_facts, load_tensors, saved_names
 from octad.train.telemetry import Telemetry, training_flops
@@ -73,6 +74,7 @@ class Trainer:
         self.learner, self.config, self.run, self.world = learner, learner.config, run, World.join()
         self.echo = echo if self.world.leads else lambda line: None
         self.progress: Callable[[float], None] = lambda done: None  # gets the share of the steps done
+        self.stops: Callable[[], bool] = lambda: False  # asked before each step, beside the signals
         self.model = learner.model.train()
         self.dtype, self.device = compute_settings(self.config)
         if slow := emulation(self.dtype, self.device):
@@ -80,9 +82,8 @@ class Trainer:
         for note in learner.notes:
             self.echo(note)
         check_fit(learner)
-        self.stream, self.held_out = self.world.leader_first(
-            lambda: (open_stream(learner), open_held_out(learner))
-        )
+        self.stream = open_stream(learner, self.world)
+        self.held_out = self.world.leader_first(lambda: open_held_out(learner))
         self.flops = training_flops(self.model.config, learner.trainable, learner.data.window)
         longest = max(learner.data.window, learner.evaluate.window)
         self.model.model.rope.tables(longest, self.device)  # made here, no layer has to
@@ -102,6 +103,7 @@ class Trainer:
         self.optimizer = Optimizer(
             learner.trainable, self.config.optimizer, self.layout.pieces(learner.trainable)
         )
+        self.reducer = Reducer(self.optimizer, self.layout.groups(self.optimizer.pieces, learner.trainable))
         if self.world.size > 1:
             self.echo(str(self.layout))
         self.step, self.mean_loss = 0, math.nan
@@ -130,7 +132,7 @@ class Trainer:
                 self.echo(self._opening(telemetry.peak))
                 if self.step == 0:
                     self._judge(telemetry)
-                while self.step < self.config.steps and not self.world.total(stop.requested):
+                while self.step < self.config.steps and not self.world.total(stop.requested or self.stops()):
                     self._one_step(telemetry)
                 self.save()
         if self.step < self.config.steps:
@@ -156,15 +158,17 @@ class Trainer:
         spec = self.config
         batch = self.stream.next(spec.batch.windows)
         learnt, loss = max(1, batch.learnt), 0.0
-        for micro in self.world.share(batch.split(spec.batch.micro)):
+        mine = self.world.share(batch.split(spec.batch.micro))
+        for number, micro in enumerate(mine, 1):
             share = len(micro.tokens) / len(batch.tokens)
             part, losses = self.whole(functools.partial(self.loss, micro, learnt, share))
-            part.backward()
+            with self.reducer.listening(number == len(mine)):
+                part.backward()
             self.optimizer.collect()
             loss += float(part.detach())
             if telemetry is not None:
                 telemetry.count(micro, losses)
-        self.layout.add_up(self.optimizer)
+        self.reducer.finish()
         loss, norm = self.world.total(loss), self.layout.norm(self.optimizer)
         self._check(loss, norm, batch)
         factor = learning_rate(self.step, spec.steps, spec.schedule)
@@ -317,13 +321,14 @@ def head_of(model: torch.nn.Module) -> Head:
     return Head(layer.weight)  # type: ignore[union-attr,arg-type]
 
 
-def open_stream(learner: Learner) -> Stream:
-    """The learner's data, tokenised where it was not yet."""
+def open_stream(learner: Learner, world: World) -> Stream:
+    """The learner's data, tokenised where it was not yet, by all ranks together."""
     spec, config = learner.data, learner.config
     sources = [
         Source(
             source.name,
-            open_shard(
+            open_shard_together(
+                world,
                 [config.resolve(file) for file in source.data],
                 learner.tokenizer,
                 cache=Path(spec.cache),

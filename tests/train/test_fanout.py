@@ -16,6 +16,7 @@ from octad.errors import DataError, RecipeError
 from octad.train.branch import branch
 from octad.train.fanout import Board, fan_out
 from octad.train.run_config import RaySpec
+from octad.train.sections import ParallelSpec
 from octad.train.state import latest_state
 from octad.train.trainer import Outcome, TrainingStopped
 
@@ -131,3 +132,42 @@ def test_what_the_cluster_does_not_have_is_one_line(cluster, base, tmp_path: Pat
         RecipeError, match=r"no machine has 1 CPUs and 2 GPUs \(there are: 2 CPUs and 0 GPUs\)"
     ):
         fan_out(spec, tmp_path / "ray", echo=print)
+
+
+@pytest.mark.slow
+def test_two_processes_train_each_specialist_together(cluster, base, tmp_path: Path) -> None:
+    """Sharded over both, to the weights of one process within rounding; a second call finds it done."""
+    spec, told, shown = config(tmp_path, base), list[str](), dict[str, float]()
+    branch(spec, tmp_path / "turn", echo=told.append)
+    wide = spec.model_copy(update={"ray": RaySpec(processes=2, cpus=1), "parallel": ParallelSpec(shard=True)})
+    told.clear()
+    assert fan_out(wide, tmp_path / "ray", echo=told.append, progress=shown.__setitem__) is Outcome.FINISHED
+    assert "2 specialists, 2 processes each over a cluster of 2 CPUs and 0 GPUs" in told
+    assert sum(line == "two: 2 processes: weights sharded" for line in told) == 1  # one speaks
+    assert shown == {"one": 1.0, "two": 1.0}
+    for name in ("one", "two"):
+        mine, theirs = weights(tmp_path / "ray", name), weights(tmp_path / "turn", name)
+        for key, value in theirs.items():
+            torch.testing.assert_close(mine[key], value, rtol=0, atol=1e-4, msg=key)
+    assert fan_out(wide, tmp_path / "ray", echo=told.append, only="two") is Outcome.FINISHED
+    assert "two: finished earlier (6 steps)" in told
+    assert {path.name for path in (tmp_path / "ray").iterdir()} == {"one", "two"}
+
+
+@pytest.mark.slow
+def test_several_processes_stop_saved_and_their_errors_are_one_line(cluster, base, tmp_path: Path) -> None:
+    spec, sent = config(tmp_path, base, steps=100000, log_every=1), list[int]()
+    wide = spec.model_copy(update={"ray": RaySpec(processes=2)})
+
+    def watch(line: str) -> None:
+        if not sent and "step 3/" in line:
+            sent.append(1)
+            signal.raise_signal(signal.SIGINT)
+
+    assert fan_out(wide, tmp_path / "ray", echo=watch, only="two") is Outcome.STOPPED
+    assert latest_state(tmp_path / "ray" / "two") is not None
+    (tmp_path / "one.jsonl").unlink()
+    with pytest.raises(TrainingStopped, match=r"one.jsonl: no such file"):
+        fan_out(wide, tmp_path / "ray", echo=print, only="one")
+    with pytest.raises(RecipeError, match=r"3 processes need 3 CPUs, the cluster has 2"):
+        fan_out(spec.model_copy(update={"ray": RaySpec(processes=3)}), tmp_path / "ray", echo=print)

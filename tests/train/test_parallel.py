@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import overlap_worker
 import pytest
 import rank_worker
 import torch
@@ -18,7 +19,8 @@ from octad.dist import World
 from octad.errors import OctadError, RecipeError
 from octad.model.config import ModelConfig
 from octad.model.transformer import Transformer
-from octad.train.layout import Layout, buckets
+from octad.train.layout import Layout
+from octad.train.reducer import buckets
 from octad.train.sections import ParallelSpec
 
 SETTINGS: dict[str, Any] = {
@@ -47,9 +49,9 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def launch(ranks: int, *arguments: object) -> None:
+def launch(ranks: int, *arguments: object, script: str | None = None) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += [rank_worker.__file__, *map(str, arguments)]
+    command += [script or rank_worker.__file__, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -154,10 +156,39 @@ def test_four_ranks_go_on_where_two_stopped(mixture, tmp_path: Path) -> None:
 
 
 def test_gradients_travel_in_buckets(monkeypatch) -> None:
-    monkeypatch.setattr("octad.train.layout.BUCKET", 40)
+    monkeypatch.setattr("octad.train.reducer.BUCKET", 40)
     sizes = [2, 3, 30, 4, 6, 1]  # float32
-    found = [[len(g) for g in bucket] for bucket in buckets([torch.zeros(n) for n in sizes])]
+    found = [[sizes[n] for n in run] for run in buckets([4 * n for n in sizes], [None] * len(sizes))]
     assert found == [[2, 3], [30], [4, 6], [1]]
+    assert list(buckets([16, 16, 16, 16, 16], "ababa")) == [[0, 2], [4], [1, 3]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [
+        (2, {"shard": False, "expert": 1}),
+        (3, {"shard": False, "expert": 1}),
+        (4, {"shard": False, "expert": 2}),
+    ],
+)
+def test_gradients_travel_before_the_backward_pass_ends(mixture, tmp_path: Path, ranks, parallel) -> None:
+    """To the bits of gradients that travel after it; the same on all ranks."""
+    batch = {"windows": 2 * ranks, "micro": 1}
+    file = tune_file(tmp_path, mixture, **SETTINGS | {"parallel": parallel, "batch": batch})
+    (tmp_path / "out").mkdir()
+    launch(ranks, file, tmp_path / "out", script=overlap_worker.__file__)
+    told = [json.loads((tmp_path / "out" / f"told.{rank}").read_text()) for rank in range(ranks)]
+    for ways in told:
+        (digest, events), (after, late) = ways["overlapped"], ways["after"]
+        assert digest == after
+        assert parallel["expert"] > 1 or digest == told[0]["overlapped"][0]
+        step = events[: len(events) // overlap_worker.STEPS]
+        assert events == step * overlap_worker.STEPS
+        assert step.index("sent") > step.index("passed")  # not in the first of two passes
+        assert step[-1] == "passed"  # all were on their way before the last one ended
+        assert step.count("sent") > 5
+        assert late == (["passed"] * 2 + ["sent"] * step.count("sent")) * overlap_worker.STEPS
 
 
 def test_pieces_are_dealt_out_evenly() -> None:
