@@ -5,11 +5,11 @@
 
 Members are sparse files: they say that they hold a model of width 16,384 and feed-forward width 57,344, and take no disk.
 The output is real, so that a machine takes as many layers and experts as its disk holds (12.5 GB for a layer of two
-experts; the vocabulary is cut to 1,024). Timed, in turn, are `octad combine` with random routers, which ends in fsync, and
-`cp` and `sync` of about as many bytes of the same files, nothing dirty being left by the one before; medians count. Inputs
-are holes for both: no disk is read. By itself, since it writes nothing, comes the calibration pass over two layers, in
-which an expert is read one matrix at a time. Hours of the whole are its bytes at the slice's rate: one disk, no faults, members
-that are read as fast as holes are; the arithmetic of the calibration comes on top.
+experts; the vocabulary is cut to 1,024). Timed, in turn, are `octad combine` with random routers, which ends in
+fsync, and `cp` and `sync` of about as many bytes of the same files, nothing dirty being left by the one before;
+medians count. Inputs are holes for both: no disk is read. By itself, since it writes nothing, comes the calibration
+pass over two layers, in which an expert is read one matrix at a time. Hours of the whole are its bytes at the slice's
+rate: one disk, no faults, members that are read as fast as holes are; the arithmetic of the calibration comes on top.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 A World is this process among the others of one run; a World of one does nothing. Those who train draw the same global
 batch on every rank, compute every size-th micro-batch of it, and add up gradients, loss and expert loads before the step,
 so that all ranks take the step that one process would, within rounding; how weights lie on the ranks is
-train/layout.py's. Those who judge compute every size-th window and add up one number a token.
+fast/spread.py's. Those who judge compute every size-th window and add up one number a token.
 """
 
 from __future__ import annotations

@@ -272,6 +272,8 @@ def _leftovers(place: Path, pattern: re.Pattern[str]) -> list[tuple[Path, int]]:
 
 def abandoned(final: Path) -> list[Path]:
     """Unfinished outputs of this name that killed processes have left."""
+    if not final.parent.is_dir():
+        return []
     found = _leftovers(final.parent, _hidden(final.name, ("incomplete",)))
     return [path for path, pid in found if _abandoned(path, pid)]
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from octad.checkpoint.spans import read_rows
-from octad.fast.pieces import local, whole
 from octad.fast import weights
+from octad.fast.pieces import local, whole
 from octad.train.learner import tune_learner
 from octad.train.pretrain import pretrain_learner
 from octad.train.run_config import TuneConfig, load_config
