@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from glob import has_magic
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self, get_args
 
 import yaml
 from pydantic import (
@@ -22,6 +22,7 @@ from pydantic import (
     Field,
     ValidationError,
     ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -63,6 +64,14 @@ class Section(BaseModel):
         except ValidationError as error:
             raise RecipeError(f"{label}: {one_line(error, cls)}") from None
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_flag_is_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would take true (in YAML also yes and on) for 1."""
+        if isinstance(value, bool) and not _takes_flags(cls.model_fields[info.field_name or ""].annotation):
+            raise ValueError(f"expected another kind of value than {str(value).lower()}")
+        return value
+
     @model_validator(mode="before")
     @classmethod
     def _renamed(cls, raw: Any, info: ValidationInfo) -> Any:
@@ -75,6 +84,15 @@ class Section(BaseModel):
             warnings.warn(f"{where}: {old!r} is called {new!r} here", OldName, stacklevel=2)
             raw = {new if key == old else key: value for key, value in raw.items()}
         return raw
+
+
+def _takes_flags(annotation: Any) -> bool:
+    """Whether true and false are among what a field's annotation allows."""
+    return (
+        annotation in (bool, Any)
+        or isinstance(annotation, bool)
+        or any(map(_takes_flags, get_args(annotation)))
+    )
 
 
 class ConfigFile(Section):
@@ -140,7 +158,7 @@ def one_line(error: ValidationError, kind: type[BaseModel]) -> str:
         return _unknown_key(where, keys, getattr(section, "old_names", {}))
     if problem["type"] == "missing":
         return f"key {'.'.join(where)!r} is missing"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = problem["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
     if len(where) < len(problem["loc"]):  # of a key that may be one of several kinds
         same = [e["msg"] for e in error.errors() if e["loc"][: len(where)] == problem["loc"][: len(where)]]
         message = " or ".join(same)

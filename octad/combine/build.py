@@ -80,7 +80,7 @@ def expected_seconds(plan: Plan) -> float:
     """A rough forecast: calibration at this machine's matrix-product rate (measured for a moment), and half a GB/s."""
     rate = product_rate(compute_dtype(), seconds=0.05)
     fitted = plan.recipe.router.method in ("ridge", "logistic")
-    tokens = plan.recipe.router.tokens * len(plan.members) if fitted else 0
+    tokens = sum(len(window.ids) for text in plan.calibrations for window in text.windows) if fitted else 0
     layers = cost.body_parameters(dense_config(plan.config))
     if (
         plan.recipe.repair.method == "closed-form"

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from octad.checkpoint.gguf.reader import GGUFSource
+from octad.checkpoint.load import unplaced
 from octad.checkpoint.lora import AdapterSource
-from octad.checkpoint.names import HEAD, is_ffn, tensor_plan
+from octad.checkpoint.names import is_ffn, tensor_plan
 from octad.checkpoint.source import TensorSource
 from octad.checkpoint.views import View
 from octad.combine.distances import Distances
@@ -50,9 +51,6 @@ ARITHMETIC_FIELDS = {  # and what attention is trained under where they differ
 }
 
 
-BUFFERS = re.compile(
-    r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|position_ids$"
-)  # older checkpoints carry them along
 REPAIRED = "closed-form repair then fits attention and its down_proj to what it gives itself"
 ROUNDING, ROUNDING_SHARE = (
     0.003,
@@ -165,21 +163,6 @@ def other_base(member: TensorSource, base: TensorSource) -> str | None:
     if not wanted or any(wanted in name or name in wanted for name in known):
         return None
     return f"was trained on {said!r}, as it says itself, and is put on {base.label}: make sure that this is one model"
-
-
-def unplaced(source: TensorSource) -> str | None:
-    """A note where a checkpoint holds tensors that its config.json has no place for: nothing reads them."""
-    if isinstance(source, (GGUFSource, AdapterSource)):
-        return None
-    known = {*tensor_plan(source.config), HEAD}
-    odd = [name for name in source.names() if name not in known and not BUFFERS.search(name)]
-    if not odd:
-        return None
-    more = f" and {len(odd) - 2} more" if len(odd) > 2 else ""
-    return (
-        f"its config.json has no place for {', '.join(odd[:2])}{more}: left out, as transformers leaves it out; if it"
-        " belongs to the model, config.json is another model's"
-    )
 
 
 def _plain(name: str) -> str:

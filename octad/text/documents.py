@@ -46,7 +46,7 @@ def read_documents(path: Path, field: str = "text", most: int | None = None) -> 
         raise DataError(f"{path}: no such file; give .jsonl, .txt or .parquet")
     kind, packed = kind_of(path)
     if kind in NO_TEXT or (kind == ".parquet" and packed):
-        raise DataError(f"{path}: {packed or kind} of {kind} is no text; give .jsonl, .csv, .parquet or .txt")
+        raise DataError(f"{path}: {kind}{packed} is no text; give .jsonl, .csv, .parquet or .txt")
     if kind == ".parquet":
         yield from (from_row(row, where, field) for where, row in _parquet(path))
         return
@@ -217,6 +217,9 @@ def _table(stream: io.BufferedIOBase, path: Path, kind: str) -> Iterator[tuple[s
         columns = next(rows, [])
         if len(set(columns)) != len(columns):
             raise DataError(f"{path} line 1: should name the columns, each once, found {columns!r:.200}")
+        own = TABLES[kind]
+        if len(columns) == 1 and (sign := next((s for s in ";\t," if s != own and s in columns[0]), "")):
+            raise DataError(f"{path} line 1: its columns seem to be parted by {sign!r}; save it with {own!r}")
         for row in rows:
             where = f"{path} line {rows.line_num}"
             if row and len(row) != len(columns):

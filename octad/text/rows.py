@@ -48,8 +48,18 @@ def from_row(value: Any, where: str, field: str) -> Document:
     if isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
         return _instruction(row)
     found = f"keys {', '.join(sorted(map(str, row)))}" if row else type(value).__name__
+    if field in row:
+        raise DataError(
+            f"{where}: {field!r} should be a text, found {_kind(row[field])}; leave such rows out"
+        )
     wanted = f"an object with {field!r} or 'messages' ('conversations', 'instruction' and 'output')"
     raise DataError(f"{where}: expected {wanted}, found {found[:200]}; set field:")
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in JSON's words."""
+    names = {dict: "an object", bool: "true or false", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
 def _message(part: Any, where: str) -> Any:

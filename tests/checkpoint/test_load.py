@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,30 @@ def test_content_names_leave_out_extras(tiny_checkpoint: TinyCheckpoint, tmp_pat
 
 
 # ---- names --------------------------------------------------------------------------------------------------
+
+
+def test_tensors_without_a_place_are_warned_of(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    """A layer more than config.json says, and the scales of some other program's rounding, are no part of the model."""
+    from safetensors.torch import load_file, save_file
+
+    made = Path(shutil.copytree(tiny_checkpoint("llama"), tmp_path / "model"))
+    tensors = load_file(made / "model.safetensors")
+    extra = {f"model.layers.0.mlp.{part}_proj.weight_scale": torch.ones(1) for part in ("up", "down", "gate")}
+    save_file(
+        tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, made / "model.safetensors"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", load.LeftOut)  # a buffer of older checkpoints is nothing to speak of
+        load.open_source(made)
+    save_file(tensors | extra, made / "model.safetensors")
+    with pytest.warns(
+        load.LeftOut, match="no place for model.layers.0.mlp.down_proj.weight_scale.* and 1 more"
+    ):
+        load.open_source(made)
+    raw = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps(raw | {"quantization_config": "fp8"}))
+    with pytest.raises(CheckpointError, match="weights are quantised \\('fp8'\\)"):
+        load.open_source(made)
 
 
 def test_bundled_base() -> None:

@@ -40,6 +40,9 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"base": None}, ["base", "found None"]),
     ({"base": ""}, ["base", "at least 1 character"]),
     ({"top_k": 0}, ["top_k", "found 0"]),
+    ({"top_k": True}, ["top_k: expected another kind of value than true"]),  # `yes` and `on`, too
+    ({"router": {"tokens": True}}, ["router.tokens: expected another kind of value than true"]),
+    ({"experts": [FIRST, SECOND | {"data": None}]}, ["experts.1.data", "a list", "found None"]),
     ({"top_k": 3}, ["top_k is 3", "only 2 experts"]),
     ({"experts": [FIRST]}, ["experts", "2 to 64, found 1"]),
     ({"experts": [FIRST | {"name": f"m{i}"} for i in range(65)]}, ["experts", "2 to 64, found 65"]),

@@ -111,6 +111,10 @@ WRONG: list[tuple[str, bytes, str]] = [
     ),
     ("a.csv", b"text\nx,y\n", "line 2: has 2 columns, its first line 1"),
     ("a.csv", b"Il pleut.\nLe chat dort.\n", "line 2: expected an object with 'text'.*found keys Il pleut"),
+    ("a.csv", b"text;page\nx;y\n", "line 1: its columns seem to be parted by ';'; save it with ','"),
+    ("a.tsv", b"text,page\nx,y\n", "line 1: its columns seem to be parted by ','"),
+    ("a.jsonl", b'{"text": null}', "line 1: 'text' should be a text, found null"),
+    ("a.jsonl", b'{"text": {"de": "x"}}', "line 1: 'text' should be a text, found an object"),
     ("a.csv", b'text\n"x', r"line \d: is no table of csv"),
     ("a.csv", b"text,text\nx,y\n", "line 1: should name the columns, each once"),
     ("a.csv", b"text\n\xff\n", "not UTF-8"),
@@ -126,7 +130,7 @@ WRONG: list[tuple[str, bytes, str]] = [
     ("a.txt", "utf-16".encode("utf-16"), "not UTF-8 text but UTF-16"),
     ("a.txt", b"a\0b", "holds NUL characters"),
     ("a.pdf", b"%PDF", ".pdf is no text"),
-    ("a.tar.gz", gzip.compress(b"x"), ".tar is no text"),
+    ("a.tar.gz", gzip.compress(b"x"), ".tar.gz is no text"),
     ("a.parquet.gz", gzip.compress(b"x"), "is no text"),
 ]
 
