@@ -45,6 +45,7 @@ class EngineLoop:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._ids = count(1)
+        self._bells: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Bell] = weakref.WeakKeyDictionary()
         self._exit = _Exit()
         weakref.finalize(self, self._exit.leave)  # also when the interpreter ends
 
@@ -106,6 +107,10 @@ class EngineLoop:
                 self._exit.thread = self._thread
                 self._thread.start()
 
+    def bell(self, loop: asyncio.AbstractEventLoop) -> Bell:
+        """What wakes the readers that wait in this event loop."""
+        return self._bells.get(loop) or self._bells.setdefault(loop, Bell(loop))
+
     @property
     def running(self) -> bool:
         """Whether the thread is there, which it is only while there is something to do."""
@@ -156,6 +161,29 @@ class EngineLoop:
         """On the engine's thread: all of a request that has just finished."""
         self._streams.pop(request_id, None)
         return self.engine.output(request_id)
+
+
+class Bell:
+    """Wakes readers in one event loop, all of a step at once: calling into another thread's loop is a system call."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self._waiting: list[Callable[[], None]] = []
+        self._lock = threading.Lock()
+
+    def ring(self, wake: Callable[[], None]) -> None:
+        """From any thread: `wake` is called in the loop. Raises RuntimeError for one that is closed."""
+        with self._lock:
+            self._waiting.append(wake)
+            first = len(self._waiting) == 1
+        if first and (loop := self._loop()) is not None:
+            loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        with self._lock:
+            waiting, self._waiting = self._waiting, []
+        for wake in waiting:
+            wake()
 
 
 class _Exit:
@@ -256,10 +284,10 @@ class Stream(Iterator["Delta"], AsyncIterator["Delta"]):
         return delta
 
     async def _waited(self, until: Callable[[Callable[[], None]], bool]) -> None:
-        loop, woken = asyncio.get_running_loop(), asyncio.Event()
+        bell, woken = self._loop.bell(asyncio.get_running_loop()), asyncio.Event()
 
         def wake() -> None:
-            loop.call_soon_threadsafe(woken.set)
+            bell.ring(woken.set)
 
         while not until(wake):
             await woken.wait()

@@ -24,10 +24,11 @@ from octad.serve.limits import read_body
 from octad.serve.listing import ModelNames
 from octad.serve.npy import routes_of, weights_of
 from octad.serve.protocol import ChatRequest, CompletionRequest, SamplingFields, parse
-from octad.serve.replies import ApiError
+from octad.serve.replies import ApiError, encoded
 from octad.serve.sampling_options import response_schema, sampling, template_variables
 from octad.serve.tool_calls import Toolbox
 
+MARK = "\ufdd2"  # a Unicode noncharacter: where a text goes
 LEAST_LOGPROB = -9999.0  # of what cannot be; JSON has no infinity
 
 
@@ -57,11 +58,9 @@ def usage(asked: ChatRequest | CompletionRequest, job: Job, head: dict[str, Any]
 def usage_so_far(asked: SamplingFields, job: Job) -> Callable[[], dict[str, Any]]:
     """What a chunk says of it: nothing, null where it comes at the end, or (vLLM's option) what it is by now."""
     options = asked.stream_options
-    if options is None or not (options.include_usage or options.continuous_usage_stats):
-        return dict
-    if options.continuous_usage_stats:
+    if options is not None and options.continuous_usage_stats:
         return lambda: {"usage": job.usage.as_openai()}
-    return lambda: {"usage": None}
+    return lambda: {"usage": None} if options is not None and options.include_usage else {}
 
 
 async def begin(asked: ChatRequest, generator: Generator) -> Job:
@@ -201,7 +200,16 @@ async def _chunks(asked: ChatRequest, job: Job, head: dict[str, Any]) -> AsyncGe
     for index in range(job.params.n):
         yield chunk(index, {"role": "assistant", "content": "", "refusal": None})
     last: dict[int, tuple[str, Any]] = {}
+    frames = {}
+    moving = asked.stream_options is not None and asked.stream_options.continuous_usage_stats
+    if not (moving or asked.logprobs or asked.speakers or asked.return_token_ids):
+        frames = {i: tuple(chunk(i, {"content": MARK}).split(encoded(MARK))) for i in range(job.params.n)}
     async for piece in job.pieces():
+        if frames and piece.finish_reason is None and not piece.calls:  # most tokens: only the text is new
+            if piece.text:
+                before, after = frames[piece.index]
+                yield before + encoded(piece.text) + after
+            continue
         if (told := _chunk_parts(asked, job, piece)) is not None:
             yield chunk(piece.index, *told[:1], **told[1])
         if piece.finish_reason is not None:

@@ -119,13 +119,19 @@ class Child:
             return
 
     def _again(self) -> bool:
-        """Start once more in another way: as a module, or without the routing, where that may be what it does not like."""
+        """Start once more in another way: as a module, or without the routing, which it may not like."""
         with self._lock:
             if self._stopping:
                 return False
             if NAMELESS in self._latest and self.command[1:2] == ["serve"]:
                 python = str(Path(self.command[0]).parent / "python")
-                self.command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", *self.command[2:]]
+                self.command = [
+                    python,
+                    "-m",
+                    "vllm.entrypoints.openai.api_server",
+                    "--model",
+                    *self.command[2:],
+                ]
             elif ROUTED in self.command:
                 log.warning(
                     "vLLM did not start with %s; once more without: nobody's speaker will be known", ROUTED

@@ -3,12 +3,14 @@
     metrics = Metrics(engine, "mixture"); metrics.began(id, prompt_tokens); metrics.heard(id, delta, names)
     metrics.text()                        # what /metrics answers
 
-Gauges are read when asked, from outside of the engine's thread; everything else is counted as deltas pass by.
+Gauges are read when asked, from outside of the engine's thread; everything else is noted as deltas pass by and counted
+when asked, since a delta is a token and must cost next to nothing.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter as CountOf
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from octad.engine.engine import Engine
     from octad.engine.outputs import Delta
 
+KEPT = 1000  # times that are noted before they are counted
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
@@ -35,6 +38,9 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._labels, self._model = ["model_name"], model
         self._timed: dict[str, _Timed] = {}
+        self._times: list[tuple[Histogram, float]] = []
+        self._tokens = 0
+        self._speakers: CountOf[str] = CountOf()
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
         self.generation_tokens = self._counter("generation_tokens", "Tokens of answers.")
         self.hits = self._counter(
@@ -83,14 +89,16 @@ class Metrics:
             return
         now = time.monotonic()
         if timed.latest is None:
-            self.first.observe(now - timed.began)
+            self._times.append((self.first, now - timed.began))
             self.hits.inc(delta.num_cached_tokens)
         else:
-            self.between.observe(now - timed.latest)
+            self._times.append((self.between, now - timed.latest))
+            if len(self._times) >= KEPT:
+                self._count()
         timed.latest = now
-        self.generation_tokens.inc(len(delta.token_ids))
+        self._tokens += len(delta.token_ids)
         for speaker in delta.speakers or ():
-            self.experts.labels(self._model, names[speaker]).inc()
+            self._speakers[names[speaker]] += 1
         if delta.finish_reason is not None:
             self.success.labels(self._model, delta.finish_reason).inc()
             self.whole.observe(now - timed.began)
@@ -101,7 +109,19 @@ class Metrics:
 
     def text(self) -> bytes:
         """In Prometheus' text format."""
+        self._count()
         return generate_latest(self.registry)
+
+    def _count(self) -> None:
+        """What was noted."""
+        times, self._times = self._times, []
+        for histogram, seconds in times:
+            histogram.observe(seconds)
+        tokens, self._tokens = self._tokens, 0
+        self.generation_tokens.inc(tokens)
+        for name, said in self._speakers.items():
+            self.experts.labels(self._model, name).inc(said)
+        self._speakers.clear()
 
     def _counter(self, name: str, about: str) -> Counter:
         return Counter(f"octad:{name}", about, self._labels, registry=self.registry).labels(self._model)

@@ -291,3 +291,45 @@ def test_faults_of_the_server_have_the_form_too(running: Running, monkeypatch: p
         found = running.post(path, {"messages": HI} | extra)
         assert (found.status_code, found.json()["error"]["code"]) == (500, "internal_error")
         assert "secret" not in found.text
+
+
+def test_a_chunk_that_is_only_text_is_made_as_all_others(running: Running) -> None:
+    """The quick way for most tokens gives the bytes that the long one gives."""
+
+    def texts(**options: Any) -> list[dict[str, Any]]:
+        body = CHAT | {
+            "messages": [{"role": "user", "content": 'a "b" \\ \n'}],
+            "max_tokens": 30,
+            "stream": True,
+        }
+        frames = running.post("/v1/chat/completions", body | options).text.split("\n\n")
+        found = [json.loads(frame[6:]) for frame in frames if frame.startswith("data: {")]
+        return [{k: v for k, v in chunk.items() if k not in ("id", "created", "usage")} for chunk in found]
+
+    assert texts(n=2) == texts(n=2, stream_options={"continuous_usage_stats": True})
+
+
+def test_many_readers_are_woken_at_once() -> None:
+    """One call into the loop for all that were woken before it came to it; none is forgotten."""
+    import asyncio
+
+    from octad.engine.loop import Bell
+
+    async def wait() -> tuple[int, list[int]]:
+        loop, heard, calls = asyncio.get_running_loop(), list[int](), 0
+        bell, real = Bell(loop), loop.call_soon_threadsafe
+
+        def counted(*arguments: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return real(*arguments)
+
+        loop.call_soon_threadsafe = counted  # type: ignore[method-assign]
+        for _ in range(2):
+            for number in range(5):
+                bell.ring(lambda number=number: heard.append(number))  # type: ignore[misc]
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        return calls, heard
+
+    assert asyncio.run(wait()) == (2, [0, 1, 2, 3, 4] * 2)
