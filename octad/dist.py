@@ -21,6 +21,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -123,6 +124,19 @@ def bfloat16_products() -> Iterator[None]:
         yield
     finally:
         setting.fp32_precision = before
+
+
+@contextlib.contextmanager
+def one_thread_each() -> Iterator[ThreadPoolExecutor]:
+    """As many threads as PyTorch has, whose operations take one each: for work that falls into parts which share nothing.
+    One small operation after the other over all cores would mostly wait for the slowest of them."""
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)  # PyTorch gives later threads what was set last
 
 
 def spare_the_collector() -> None:

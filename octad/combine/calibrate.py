@@ -8,16 +8,21 @@ first is what a well-routed token looks like; the second is what a token looks l
 cannot give the label away by the fingerprint of its own expert (docs/log.md has the measurement). Neither depends on the
 other specialists, so the statistics of an expert stay true when others come or go.
 
-One layer of one expert is in memory at a time, of a large one a single matrix, and each weight is read once; so are the
-inputs of one run, while the states of all of them may lie in a file (states.py). Padding never reaches the statistics.
+Batches go through a layer side by side, one thread each: they share nothing, and what is small enough is as fast on one.
+One layer of one expert is in memory at a time (of small ones the next one, too), of a large one a single matrix, and each
+weight is read once; so are the inputs of one run, while the states of all of them may lie in a file (states.py).
+Padding never reaches the statistics.
 
 Shapes: B sequences, S positions, N real tokens of one run, D model, F feed-forward hidden.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -26,6 +31,7 @@ import torch.nn.functional as F
 from octad.checkpoint.names import EMBEDDING, PARTS, expert_name, is_ffn, tensor_plan
 from octad.checkpoint.source import TensorSource
 from octad.combine.states import States
+from octad.dist import one_thread_each
 from octad.errors import CheckpointError
 from octad.model.config import ModelConfig, dense_config
 from octad.model.moe import MLP
@@ -41,6 +47,7 @@ Settle = Callable[[int, Rope, Texts], None]
 Refit = Callable[[int, int, DecoderLayer, Rope, Texts], None]
 BETWEEN = -1  # in the place of a run's number: all runs have passed the layer
 SINGLY = 2 << 30  # bytes of an expert in memory, beyond which its matrices are read one at a time
+READ_AHEAD = 64 << 20  # bytes of an expert up to which the next one is read while one is at work
 BATCH_TOKENS = 512  # more are no faster; fewer windows differ less in length: less padding
 
 
@@ -99,7 +106,7 @@ def gate_inputs(
     config, rope = source.config, Rope(source.config)
     texts = [list(batches(run.windows, BATCH_TOKENS)) for run in runs]
     tokens = sum(batch.tokens.numel() for text in texts for batch in text)
-    with States(tokens * config.hidden_size * dtype.itemsize) as states:
+    with States(tokens * config.hidden_size * dtype.itemsize) as states, one_thread_each() as pool:
         embed = embedded(source, [batch for text in texts for batch in text], dtype, write)
         numbered = [[(states.append(embed(batch)), batch) for batch in text] for text in texts]
         del embed
@@ -116,20 +123,30 @@ def gate_inputs(
             last = layer == config.num_hidden_layers - 1
             singly = not last and expert_bytes(config, dtype) > SINGLY
             later: list[tuple[int, list[int]]] = []
+            running = deque[_Running]()
             for path in sorted({run.path for run in runs}):
                 own = [n for n, run in enumerate(runs) if run.path == path]
                 if refit is not None:
+                    while running:  # states must not change meanwhile
+                        yield running.popleft().seen(layer)
                     refit(layer, path, block, rope, texts_of)
                 mlp = None
                 if not last and not singly:
                     mlp = dense_mlp(config, read_all(source, expert_names(config, layer, path), dtype, write))
+                while running:  # of the expert before, while which this one was read
+                    yield running.popleft().seen(layer)
+                advance = partial(_advance, block, mlp, rope, states)
                 for number in own:
-                    seen = [_advance(block, mlp, rope, states, i, batch) for i, batch in numbered[number]]
-                    yield layer, number, _finite(torch.cat(seen), layer, path)
+                    jobs = [pool.submit(advance, i, batch) for i, batch in numbered[number]]
+                    running.append(_Running(number, path, jobs))
+                    if expert_bytes(config, dtype) > READ_AHEAD:
+                        yield running.popleft().seen(layer)
                 later.append((path, [i for number in own for i, _ in numbered[number]]))
+            while running:
+                yield running.popleft().seen(layer)
             if singly:
                 norm = block.post_attention_layernorm
-                del block  # attention is done with, and large too
+                del block, advance  # attention is done with, and large too
                 for path, places in later:
                     names = expert_names(config, layer, path)
                     _through_singly(source, norm, names, states, places, dtype, write)
@@ -138,11 +155,25 @@ def gate_inputs(
                 yield layer, BETWEEN, torch.empty(0)
 
 
+@dataclass(frozen=True)
+class _Running:
+    """A run on its way through a layer, batch by batch."""
+
+    number: int
+    path: int
+    jobs: Sequence[Future[torch.Tensor]]
+
+    def seen(self, layer: int) -> tuple[int, int, torch.Tensor]:
+        """What gate_inputs yields, once all batches are through. Raises CheckpointError."""
+        return layer, self.number, _finite(torch.cat([job.result() for job in self.jobs]), layer, self.path)
+
+
 def expert_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """One expert of one layer in memory."""
     return 3 * config.hidden_size * config.moe_intermediate_size * dtype.itemsize
 
 
+@torch.no_grad()  # threads have to be told each
 def _advance(
     block: DecoderLayer, mlp: MLP | None, rope: Rope, states: States, number: int, batch: Batch
 ) -> torch.Tensor:

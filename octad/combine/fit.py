@@ -13,6 +13,7 @@ Shapes: L layers, E experts, D model, N tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -130,7 +131,8 @@ class Additive:
 
 
 class LayerByLayer:
-    """Keeps what `keep` leaves of each run's inputs until a layer is complete, and makes a weight_ED of it by `solve`."""
+    """Keeps what `keep` leaves of each run's inputs until a layer is complete, and makes a weight_ED of it by `solve`, in
+    a thread: the text goes on through the next layer meanwhile."""
 
     def __init__(
         self,
@@ -141,16 +143,20 @@ class LayerByLayer:
     ) -> None:
         self.runs, self._keep, self._solve, self._weights = runs, keep, solve, list(weights)
         self._kept: dict[int, torch.Tensor] = {}
+        self._solving: Future[torch.Tensor] | None = None
+        self._pool = ThreadPoolExecutor(1)
 
     def see(self, layer: int, number: int, x_ND: torch.Tensor) -> None:
         """Keep a run's inputs; solve the layer when those of all runs are there."""
         self._kept[number] = self._keep(x_ND)
         if len(self._kept) == len(self.runs):
-            self._weights.append(self._solve([self._kept[n] for n in range(len(self.runs))]))
-            self._kept = {}
+            self._solved()
+            kept = [self._kept[n] for n in range(len(self.runs))]
+            self._solving, self._kept = self._pool.submit(_alone, self._solve, kept), {}
 
     def layer_facts(self, layer: int) -> dict[str, torch.Tensor]:
         """Its router."""
+        self._solved()
         return {"weight": self._weights[layer]}
 
     def restore_layer(self, layer: int, facts: dict[str, torch.Tensor]) -> None:
@@ -159,7 +165,22 @@ class LayerByLayer:
 
     def fit(self) -> RouterFit:
         """The routers solved so far: those of all layers."""
+        self._solved()
+        self._pool.shutdown()
+        torch.set_num_threads(torch.get_num_threads())  # PyTorch gives later threads what was set last
         return RouterFit(self._weights)
+
+    def _solved(self) -> None:
+        """Wait for the layer that is being solved, if there is one."""
+        if self._solving is not None:
+            self._weights.append(self._solving.result())
+            self._solving = None
+
+
+def _alone(solve: Callable[[list[torch.Tensor]], torch.Tensor], kept: list[torch.Tensor]) -> torch.Tensor:
+    """Solve on one thread: the others belong to the text."""
+    torch.set_num_threads(1)
+    return solve(kept)
 
 
 def runs_of(
