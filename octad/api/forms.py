@@ -207,7 +207,7 @@ def _gguf(source: TensorSource, output: Path, kind: str, overwrite: bool, progre
 def _compressed(
     source: TensorSource, output: Path, name: str, overwrite: bool, limit: float, progress: Report
 ) -> list[str]:
-    from octad.fast.quantize import Precision
+    from octad.fast.precision import Precision
     from octad.fast.saved import plan_schemes, save_quantized
 
     schemes = plan_schemes(source.config, Precision.of(name), source.label)

@@ -248,6 +248,7 @@ def evaluate(
     require: str | None = None,
     seed: int = 0,
     smallest: float = 0.002,
+    quantize: str | None = None,
     routing: bool = False,
     tasks: str | Sequence[str] | None = None,
     members: bool = False,
@@ -261,8 +262,8 @@ def evaluate(
     tell: Tell = None,
 ) -> Verdict:
     """Judge a mixture beside everything it is made of on held-out text, on tasks, or both. `data`: a file of domains, or
-    {name: files}; `routing`: look at the routers too, for the report's page; `shard`: weights lie over all processes of
-    torchrun (None: where one cannot hold them). Raises OctadError.
+    {name: files}; `quantize`: all with weights rounded so; `routing`: look at the routers too, for the report's page;
+    `shard`: weights lie over all processes of torchrun (None: where one cannot hold them). Raises OctadError.
 
     >>> verdict = octad.evaluate("mixture", {"one": "one.jsonl"}, tokens=200, window=32, require="mean<=member*9")
     >>> verdict.holds, list(verdict.to_pandas().columns)
@@ -299,7 +300,7 @@ def evaluate(
         one_for_tasks(source, shard, alone=data is None)
     if data is None:
         return Verdict({"tasks": rows()}, source)
-    settings = Settings(tokens=tokens, window=window, seed=seed, smallest=smallest)
+    settings = Settings(tokens=tokens, window=window, seed=seed, smallest=smallest, quantize=quantize)
     found, checked, routed = _compare(
         source, data, settings, dense, require, cache, progress, teller(tell), routing=routing, shard=shard
     )
@@ -366,9 +367,9 @@ def _routing(source: TensorSource, found: Comparison, cache: Cache, progress: An
     from octad.evaluate.routing import collect_routing
 
     texts, names = found.texts, found.lineup.experts
-    key = key_of(
-        "routing", Content(source).everything(), texts.digest, list(texts.domains), names, found.dtype
-    )
+    quantize = found.settings.quantize
+    about = ["routing", Content(source).everything(), texts.digest, list(texts.domains), names, found.dtype]
+    key = key_of(*about, *([quantize] if quantize else []))
     if (known := cache.get_plain(key)) is not None:
         return known
     total, done = sum(len(w.ids) for w in texts.windows), 0
@@ -378,7 +379,7 @@ def _routing(source: TensorSource, found: Comparison, cache: Cache, progress: An
         done += tokens
         progress("routing", min(1.0, done / total))
 
-    model, tokenizer = fast_model(source), load_tokenizer(source)
+    model, tokenizer = fast_model(source, quantize=quantize), load_tokenizer(source)
     routing: dict[str, Any] | None = collect_routing(model, tokenizer, texts.domains, names, progress=tick)
     cache.put_plain(key, routing)
     return routing

@@ -16,11 +16,12 @@ from octad.report import terminal
 @dataclass(frozen=True)
 class Outputs:
     """Where results go. `card`: whether the verdict goes into the model card; None: where octad made the model and no
-    verdict on more text is in it."""
+    verdict on more text is in it. `brief`: what the report says, too, is not told at length."""
 
     report: Path | None = None
     card: bool | None = None
     as_json: bool = False
+    brief: bool = False
 
 
 def evaluate(model: str, data: Path | None, outputs: Outputs, **options: Any) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def evaluate(model: str, data: Path | None, outputs: Outputs, **options: Any) ->
     if outputs.as_json:
         print(json.dumps(made, indent=2))
     else:
-        for part in render(made):
+        for part in render(made, brief=outputs.brief):
             terminal.out.print(part)
         commands_tasks.show(made["tasks"])
     tell = terminal.err.print if outputs.as_json else terminal.out.print

@@ -30,6 +30,9 @@ def evaluate(
     smallest: Annotated[
         float, typer.Option(min=0, max=1, help="Share of its bits per byte below which a difference is none.")
     ] = 0.002,
+    quantize: Annotated[
+        str | None, typer.Option(help="Judge all with weights in int8: sooner, nearly as exact.")
+    ] = None,
     tasks: Annotated[
         str | None, typer.Option(help="Tasks by name or file, with commas: octad-code,humaneval,my.yaml.")
     ] = None,
@@ -50,6 +53,7 @@ def evaluate(
     from octad.cli import evaluation as commands_evaluate
 
     options: dict[str, Any] = {"tokens": tokens, "window": window, "seed": seed, "smallest": smallest}
+    options["quantize"] = quantize
     options |= {"dense": dense or [], "require": require, "cache": cache, "tasks": tasks}
     options |= {"members": members, "limit": limit, "samples": samples, "weak_sandbox": weak_sandbox}
     options["shard"] = shard

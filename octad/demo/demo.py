@@ -44,21 +44,20 @@ def run(output: Path) -> None:
     make(plan, output)
     heading("2. Is it better than its parts?")
     tell(
-        "All of them now read text that none has seen, some of it from sources that the router does not know either: the"
-        " mixture, each part, their average, all together. Fewer bits a byte are better."
-        f" {TOKENS} tokens of each kind: a quick look."
+        "All now read text that none has seen, some from sources that the router does not know either."
+        f" Fewer bits a byte are better. {TOKENS} tokens of each kind: a quick look."
     )
-    outputs, options = commands_evaluate.Outputs(report), {"tokens": TOKENS, "window": WINDOW}
+    outputs, options = commands_evaluate.Outputs(report, brief=True), {"tokens": TOKENS, "window": WINDOW}
     commands_evaluate.evaluate(str(output), HERE / "domains.yaml", outputs, **options)
     write(output)
     heading(f"Done in {time.monotonic() - started:.0f} s. Three things to try")
     terminal.out.print(
         f"  octad serve {output}\n"
-        "      a chat page at http://127.0.0.1:8000: talk to it, and see which part answers\n"
+        "      a chat page at http://127.0.0.1:8000, which shows who answers\n"
         f"  octad evaluate {output} --data {HERE / 'domains.yaml'}\n"
         "      judge it on 4,096 tokens of each kind of text\n"
         f"  octad combine {HERE / 'recipe.yaml'} -o mine\n"
-        "      the recipe of this demo: copy it, and put your own eight models in",
+        "      this demo's recipe: copy it, and put your own eight models in",
         markup=False,
         soft_wrap=True,
     )
@@ -116,7 +115,7 @@ def write(output: Path) -> None:
         terminal.out.print(f"\n[bold]{title}[/]")
         speakers.write_prompt(terminal.out, prompt)
         params = SamplingParams(
-            max_tokens=48, temperature=temperature, top_p=0.9, seed=1, routed_experts=True
+            max_tokens=40, temperature=temperature, top_p=0.9, seed=1, routed_experts=True
         )
         speakers.speak(llm, speakers.encode(llm, prompt), params, terminal.out, prompt)
 

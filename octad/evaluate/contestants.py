@@ -70,10 +70,14 @@ Contestant = Member | Original | Soup | TopK | Whole
 
 
 def fast_model(
-    source: TensorSource, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    source: TensorSource,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    quantize: str | None = None,
 ) -> Transformer:
-    """The source's model on the fast modules of the engine; a quantised checkpoint with the weights that it holds."""
-    return open_fast(source, dtype, device)[0]
+    """The source's model on the fast modules of the engine, rounded as `quantize` says; a quantised checkpoint with the
+    weights that it holds."""
+    return open_fast(source, dtype, device, quantize=quantize)[0]
 
 
 def moe_layers(model: Transformer) -> list[tuple[nn.Module, MoE]]:
@@ -115,7 +119,8 @@ def soup_mlp(experts: nn.Module, chosen: Sequence[int], dtype: torch.dtype) -> n
     mlp.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
     if not isinstance(experts, NativeExperts):
         return mlp
-    packer = Packer(32 if dtype == torch.float32 else 16)
+    bits = bits_of(experts.gate)
+    packer = Packer(bits if bits < 16 else (32 if dtype == torch.float32 else 16))
     return NativeMLP(experts.kernels, mlp, packer.pair, packer.one)
 
 
@@ -135,8 +140,13 @@ def unpacked(weights: WeightArray, e: int) -> torch.Tensor:
     struct, data = weights.structs[e], weights.tensors[e]
     if data.dtype.is_floating_point:
         return data.float()
-    bits = 16 if struct.format == WIDE else next(b for b, f in PACKED.items() if f == struct.format)
-    return Packed(data, int(struct.outputs), int(struct.inputs), bits, int(struct.group)).unpack()
+    return Packed(data, int(struct.outputs), int(struct.inputs), bits_of(weights), int(struct.group)).unpack()
+
+
+def bits_of(weights: WeightArray) -> int:
+    """Of weights that are packed for the native kernels."""
+    held = weights.structs[0].format
+    return 16 if held == WIDE else next(bits for bits, format_ in PACKED.items() if format_ == held)
 
 
 @dataclass

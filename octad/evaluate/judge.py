@@ -104,6 +104,7 @@ class Judge:
     progress: Progress = quiet
     dtype: torch.dtype | None = None
     spread: bool = False
+    quantize: str | None = None  # round everybody's weights so: "int8", "int4"
     computed: list[str] = field(default_factory=list)  # whom the cache did not know
     _model: Transformer | None = field(default=None, repr=False)
     _whole: Whole | None = field(default=None, repr=False)
@@ -134,7 +135,8 @@ class Judge:
         machine = {k: v for k, v in hardware(self.device).items() if k in ("cpu", "gpu", "threads")}
         windows = [self.texts.digest, *map(len, self.texts.domains.values())]
         ranks = [self.world.size, "spread"] if self.spread else self.world.size
-        return key_of(self.content.of(who), windows, str(self.dtype), machine, ranks)
+        rounded = [self.quantize] if self.quantize else []
+        return key_of(self.content.of(who), windows, str(self.dtype), machine, ranks, *rounded)
 
     def judge(self, who: Contestant, tick: Callable[[int], None]) -> Record:
         """Run one contestant over the windows of this rank, and put together what all ranks found."""
@@ -173,10 +175,10 @@ class Judge:
                 yield found
             return
         if isinstance(who, Original):
-            yield fast_model(who.source, self.dtype, self.device), call
+            yield fast_model(who.source, self.dtype, self.device, self.quantize), call
             return
         if self._model is None:
-            self._model = fast_model(self.source, self.dtype, self.device)
+            self._model = fast_model(self.source, self.dtype, self.device, self.quantize)
         with contestant(self._model, who) as model:
             yield model, call
 

@@ -21,7 +21,10 @@ from typing import Any
 import torch
 
 from octad.checkpoint.quantized import QuantizedSource
+from octad.checkpoint.schemes import Scheme
 from octad.checkpoint.source import TensorSource
+from octad.fast.precision import Precision
+from octad.kernels.panels import GROUPS
 from octad.machine import memory_of
 from octad.model import cost
 from octad.model.config import ModelConfig
@@ -91,13 +94,19 @@ def oracle_price(chosen: Sequence[Price]) -> Price:
     )
 
 
-def bytes_per_parameter(source: TensorSource, dtype: torch.dtype, config: ModelConfig | None) -> float:
-    """In memory: the dtype's, or of a quantised checkpoint the integers and scales, attention's in their share of a model
-    of this shape."""
-    if not isinstance(source, QuantizedSource) or config is None:
+def bytes_per_parameter(
+    source: TensorSource, dtype: torch.dtype, config: ModelConfig | None, quantize: str | None = None
+) -> float:
+    """In memory: the dtype's, or of rounded weights the integers and scales, attention's in their share of a model of
+    this shape."""
+    if config is None or (quantize is None and not isinstance(source, QuantizedSource)):
         return float(dtype.itemsize)
-    ffn, attention = source.schemes.ffn.bytes, source.schemes.attention.bytes
-    return cost.per_parameter(config, ffn, attention)
+    if isinstance(source, QuantizedSource):
+        ffn, attention = source.schemes.ffn, source.schemes.attention
+    else:
+        bits = Precision.of(quantize or "")
+        ffn, attention = (Scheme(b, GROUPS[b]) for b in (bits.ffn, bits.attention))
+    return cost.per_parameter(config, ffn.bytes, attention.bytes)
 
 
 @contextmanager

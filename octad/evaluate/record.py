@@ -44,6 +44,7 @@ def make_report(
                 "resamples": settings.resamples,
                 "level": settings.level,
                 "smallest": settings.smallest,
+                "quantize": settings.quantize,
             },
             "machine": machine(),
             "domains": found.texts.facts(),

@@ -17,7 +17,7 @@ from octad.checkpoint.quantized import QuantizedSource
 from octad.checkpoint.source import TensorSource
 from octad.evaluate.nats import bits_per_byte, window_nats
 from octad.fast.loading import open_fast
-from octad.fast.quantize import Precision
+from octad.fast.precision import Precision
 from octad.fast.saved import save_quantized
 from octad.model.transformer import Transformer
 from octad.staging import StagedDirectory

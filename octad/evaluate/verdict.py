@@ -215,6 +215,8 @@ def _certainty(found: Comparison) -> str:
         f"Judged on {_count(len(facts), 'domain')}, {documents:,} documents, {tokens:,} tokens;"
         " intervals are from drawing documents anew"
     )
+    if found.settings.quantize:
+        text += f"; all with weights rounded to {found.settings.quantize}"
     coarse = [f["name"] for f in facts if f["units"] != "documents"]
     if coarse:
         where = (

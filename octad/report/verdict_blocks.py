@@ -21,23 +21,24 @@ from octad.report.terminal import table
 Report = Mapping[str, Any]
 
 
-def render(report: Report) -> Iterator[RenderableType]:
-    """Sentence, tables, sentences, advice, requirements."""
+def render(report: Report, *, brief: bool = False) -> Iterator[RenderableType]:
+    """Sentence, tables, sentences, advice, requirements; `brief`: of the sentences the first, and no advice, which the
+    report's page has."""
     found = report["verdict"]
     yield Text(f"\n{found['headline']}", style="bold")
-    for t in (quality.standing(report), quality.standing_by_domain(report), load(report)):
+    for t in (quality.standing(report), quality.standing_by_domain(report), load(report, noted=not brief)):
         if t is not None:
             yield Text()
             yield table(t)
-    yield Text("\n" + "\n".join(found["sentences"]))
-    if found["advice"]:
+    yield Text("\n" + "\n".join(found["sentences"][: 1 if brief else None]))
+    if found["advice"] and not brief:
         yield Text("\nwhat to try next", style="bold")
         yield from (Text(f"- {line}") for line in found["advice"])
     if report["requirements"]:
         yield requirements(report["requirements"])
 
 
-def load(report: Report) -> Table | None:
+def load(report: Report, *, noted: bool = True) -> Table | None:
     """The share of choices that each expert gets, by kind of text, over all layers; those chosen least in one column."""
     rows, experts = report.get("load"), report.get("experts") or []
     if not rows:
@@ -55,7 +56,7 @@ def load(report: Report) -> Table | None:
         "Who is chosen: each expert's share, mean over the layers",
         columns,
         cells,
-        routes.most_possible(report),
+        routes.most_possible(report) if noted else "",
     )
 
 
