@@ -21,12 +21,14 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-import regex  # `re` with a time limit
 import yaml
 
 from octad.errors import CheckpointError, OctadError
+
+if TYPE_CHECKING:
+    import regex
 
 JSON_BYTES = 256 << 20  # the largest tokenizer.json of the hub has less than 100 MB
 YAML_BYTES = 2 << 20  # read by a parser that takes seconds for a megabyte
@@ -263,6 +265,8 @@ def matches(
 
     Raises `error`, beginning with `where`, for one that is none, or that takes longer than PATTERN_SECONDS: a
     backtracking matcher can need ages for thirty characters."""
+    import regex  # late: `re` with a time limit
+
     try:
         return getattr(_compiled(pattern), how)(text, timeout=PATTERN_SECONDS) is not None
     except TimeoutError:
@@ -276,6 +280,8 @@ def matches(
 def _compiled(pattern: str) -> regex.Pattern[str]:
     if len(pattern) > PATTERN_LENGTH:
         raise ValueError(f"it has {len(pattern):,} characters")
+    import regex
+
     return regex.compile(pattern)
 
 

@@ -49,6 +49,9 @@ NO_TORCH = [
     "checkpoint/gguf/header.py",
     "checkpoint/gguf/metadata.py",
     "combine/recipe.py",
+    "fast/beginning.py",
+    "fast/record_plan.py",
+    "kernels/filling.py",
     "cli/main.py",
     *(f"plan/{path.name}" for path in sorted((PACKAGE / "plan").glob("*.py"))),
 ]

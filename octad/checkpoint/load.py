@@ -236,11 +236,14 @@ def load_tokenizer(source: TensorSource) -> Tokenizer:
 
 
 def _tokenizer_of(source: TensorSource) -> Tokenizer:
+    from octad.text.tokenizer import Tokenizer
+
+    if isinstance(source, SafetensorsSource):
+        return Tokenizer.from_directory(source.directory)
     from octad.checkpoint.gguf.reader import GGUFSource
     from octad.checkpoint.gguf.vocabulary import gguf_tokenizer
     from octad.checkpoint.lora import AdapterSource
     from octad.checkpoint.views import View
-    from octad.text.tokenizer import Tokenizer
 
     if isinstance(source, GGUFSource):
         return gguf_tokenizer(source.header)

@@ -20,7 +20,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ import torch
 from octad.checkpoint.extent import Extent
 from octad.checkpoint.hf import SafetensorsSource, one_by_one, open_weights, read_config, verify
 from octad.checkpoint.names import HEAD, is_attention, is_linear, tensor_plan
+from octad.checkpoint.schemes import Scheme, Schemes
 from octad.checkpoint.source import TensorInfo
 from octad.errors import CheckpointError
 from octad.guard import read_object
@@ -40,41 +40,14 @@ BITS = (4, 8)
 ATTENTION_TARGET = r"re:.*self_attn\.(q|k|v|o|qkv)_proj$"
 
 
-@dataclass(frozen=True)
-class Scheme:
-    """How the weights of one kind of layer are rounded."""
-
-    bits: int
-    group: int
-
-    @property
-    def bytes(self) -> float:
-        """Of one weight, with its part of a scale."""
-        return self.bits / 8 + 2 / self.group
-
-    def infos(self, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
-        """By suffix, what a weight of this shape [O, K] is on disk."""
-        outputs, inputs = shape
-        return {
-            "_packed": TensorInfo((outputs, inputs * self.bits // 32), torch.int32),
-            "_scale": TensorInfo((outputs, inputs // self.group), torch.bfloat16),
-            "_shape": TensorInfo((2,), torch.int64),
-        }
-
-
-@dataclass(frozen=True)
-class Schemes:
-    """Those of a checkpoint. `head` None: tied to the embeddings, and not on disk."""
-
-    ffn: Scheme  # and experts
-    attention: Scheme
-    head: Scheme | None
-
-    def of(self, name: str) -> Scheme | None:
-        """A tensor's; None for what is not rounded."""
-        if name == HEAD:
-            return self.head
-        return (self.attention if is_attention(name) else self.ffn) if is_linear(name) else None
+def stored(scheme: Scheme, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
+    """By suffix, what a weight of this shape [O, K] is on disk."""
+    outputs, inputs = shape
+    return {
+        "_packed": TensorInfo((outputs, inputs * scheme.bits // 32), torch.int32),
+        "_scale": TensorInfo((outputs, inputs // scheme.group), torch.bfloat16),
+        "_shape": TensorInfo((2,), torch.int64),
+    }
 
 
 def quantization_config(schemes: Schemes) -> dict[str, Any]:
@@ -249,7 +222,7 @@ def _scheme_of(name: str, raw: Mapping[str, Extent], shape: tuple[int, ...], lab
     groups = infos["_scale"].shape[-1] if "_scale" in infos and infos["_scale"].shape else 0
     scheme = Scheme(columns * 32 // shape[1], shape[1] // max(1, groups))
     good = scheme.bits in BITS and groups and scheme.group % 8 == 0 and shape[1] % scheme.group == 0
-    if not good or infos != scheme.infos(shape):
+    if not good or infos != stored(scheme, shape):
         sizes = ", ".join(f"{name}{suffix} {list(info.shape)} {info.dtype}" for suffix, info in infos.items())
         raise CheckpointError(
             f"{label}: {sizes} do not make a weight {list(shape)} of {BITS[0]} or {BITS[1]} bits in groups of"

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from octad.engine.llm import LLM
     from octad.engine.outputs import RequestOutput
     from octad.engine.params import SamplingParams, StructuredOutput
+    from octad.fast.beginning import Begun
 
 
 def generate(
@@ -51,6 +52,7 @@ def generate(
     memory: Memory = None,
 ) -> None:
     """Continue a text: in colour, each word in that of its main expert, at a terminal; the bare answer in a pipe."""
+    begun = _begin(model, quantize, memory)
     with _no_collection():
         from octad.chat import pipe, speakers
         from octad.engine.params import SamplingParams
@@ -71,7 +73,7 @@ def generate(
         text = pipe.read_prompt(prompt)
     if n > 1 and params.greedy:
         raise RequestError(f"n: found {n}, allowed: 1 at temperature 0, where all answers would be the same")
-    llm = open_llm(model, quantize, only, memory)
+    llm = open_llm(model, quantize, only, memory, begun)
     if routes and not llm.expert_names:
         raise RequestError(f"{model}: is dense, there are no routes to show; leave out --routes")
     ids = speakers.encode(llm, text, chat=chat)
@@ -126,6 +128,7 @@ def chat(
     ] = True,
 ) -> None:
     """Talk with a model. In a pipe: each line is a turn, only the answers are printed."""
+    begun = _begin(model, quantize, memory)
     with _no_collection():
         from octad.chat import pipe
         from octad.chat.session import Session, require_chat_template
@@ -147,7 +150,7 @@ def chat(
         )
     tokenizer = load_tokenizer(open_source(model, quantised=True))
     require_chat_template(tokenizer, model)  # before the weights are read
-    session = Session(open_llm(model, quantize, only, memory), params, label=model, speaker=only)
+    session = Session(open_llm(model, quantize, only, memory, begun), params, label=model, speaker=only)
     terminal.life.rest()
     if load is not None:
         session.load(load)
@@ -160,10 +163,26 @@ def chat(
         Screen(session, terminal.out, history_file()).run()
     else:
         pipe.converse(session, pipe.read_lines(), terminal.out, terminal.err)
+    _tell_store(session.llm)
+
+
+def _begin(model: str, quantize: str | None, memory: str | None) -> Begun | None:
+    """Import PyTorch, and have the weights read meanwhile. With --memory there is no room for all of them."""
+    from octad.cli.quick_start import quick_start
+    from octad.fast.beginning import begin
+
+    begun = None if memory is not None else begin(model, quantize)
+    with _no_collection():
+        quick_start()
+    return begun
 
 
 def open_llm(
-    model: str, quantize: str | None = None, only: str | None = None, memory: str | None = None
+    model: str,
+    quantize: str | None = None,
+    only: str | None = None,
+    memory: str | None = None,
+    begun: Begun | None = None,
 ) -> LLM:
     """The model behind an engine, with a sign of life on stderr while it is read."""
     one_process("generate and chat")
@@ -176,7 +195,7 @@ def open_llm(
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model can say what this terminal's encoding cannot
     with terminal.waiting(f"loading {model}"), _no_collection():
-        llm = LLM(model, quantize=quantize, memory=memory)
+        llm = LLM(model, quantize=quantize, memory=memory, begun=begun)
     spare_the_collector()
     if llm.dtype_note and terminal.err.is_terminal:
         print(f"octad: {llm.dtype_note}", file=sys.stderr)
@@ -198,7 +217,7 @@ def _no_collection() -> Iterator[None]:
 
 def _tell_store(llm: LLM) -> None:
     """With --memory, how often an expert was there, and what it cost where it was not."""
-    if (store := llm.expert_store) is not None:
+    if (store := llm.expert_store) is not None and store.stats.tokens:
         print(f"octad: {store.stats.line()}", file=sys.stderr)
 
 

@@ -80,6 +80,13 @@ def serve(
     """Serve a model: the OpenAI and Anthropic APIs, and a chat page that shows who speaks."""
     _check_installed()
     _check_options(ctx, model, backend, engine)
+    from octad.cli.quick_start import quick_start
+    from octad.fast.beginning import begin
+
+    own = backend is None and engine == "octad" and memory is None
+    plain = device in ("auto", "cpu") and dtype != "float16"
+    begun = begin(str(model), quantize) if own and plain else None
+    quick_start()
     from octad.serve.lifecycle import bind
     from octad.serve.running import Door, log_to_stderr, run
     from octad.serve.security import Access
@@ -95,8 +102,14 @@ def serve(
     elif engine == "vllm":
         served = _vllm(ctx, str(model), served_model_name, vllm_python, door)
     else:
-        options = {"dtype": dtype, "device": device, "quantize": quantize, "kv_cache_gb": kv_cache_gb}
+        options: dict[str, Any] = {
+            "dtype": dtype,
+            "device": device,
+            "quantize": quantize,
+            "kv_cache_gb": kv_cache_gb,
+        }
         options |= {"max_num_seqs": max_num_seqs, "max_model_len": max_model_len, "memory": memory}
+        options["begun"] = begun
         served = _octad(str(model), served_model_name, door, max_queue, options)
     opened = bind(host, port)
     log_to_stderr(requests=log_requests)

@@ -11,6 +11,8 @@ Shapes: R rows, V tokens (padded to whole blocks), B blocks of K tokens.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import math
 
 import torch
@@ -18,6 +20,13 @@ from torch import Tensor
 
 BLOCK = 64
 LEAST = 2.0**-100  # weights below this are nothing beside the largest, and dividing by it cannot overflow
+
+
+def generator() -> torch.Generator:
+    """A new one. PyTorch wants a module of its own for that, which a quick start has left out."""
+    with contextlib.suppress(ImportError):  # versions without it need none
+        importlib.import_module("torch._prims.rng_prims")
+    return torch.Generator()
 
 
 class Buffer:

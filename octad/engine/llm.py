@@ -27,8 +27,8 @@ from octad.engine.loop import EngineLoop, Stream, Submission
 from octad.engine.outputs import Delta, RequestOutput
 from octad.engine.params import SamplingParams
 from octad.errors import CheckpointError, RequestError
+from octad.fast.beginning import Begun, begin
 from octad.fast.loading import dtype_note, open_fast
-from octad.fast.offloaded import find_store, memory_bytes
 from octad.fast.optimize import optimize
 from octad.guard import read_object
 
@@ -48,7 +48,8 @@ class LLM:
     dtype: "auto" (what the hardware is fast at), "float32", "bfloat16" or "float16". device: "auto" (a GPU where there is
     one), "cpu", "cuda", "cuda:1". quantize: None, "int8" or "int4". native: use compiled kernels where they are there.
     memory: bytes (or "300MB") that experts may take; the others stay on the disk until a token is sent to them.
-    Fields of EngineConfig can be given by name. A given model keeps its dtype and device, and is changed in place.
+    begun: what `octad.fast.beginning` has begun to read of this model. Fields of EngineConfig can be given by name.
+    A given model keeps its dtype and device, and is changed in place.
 
     >>> llm = octad.LLM("mixture")
     >>> answer = llm.generate("Once upon", octad.SamplingParams(max_tokens=4, temperature=0))[0].outputs[0]
@@ -71,6 +72,7 @@ class LLM:
         quantize: str | None = None,
         native: bool = True,
         memory: int | str | None = None,
+        begun: Begun | None = None,
         engine: EngineConfig | None = None,
         **engine_options: Any,
     ) -> None:
@@ -83,13 +85,24 @@ class LLM:
             if memory is not None:
                 raise RequestError("memory: a model that is loaded is in memory; give its directory")
         else:
-            source, kind, place = _open(os.fspath(model), dtype, device)
-            self.tokenizer, directory = load_tokenizer(source), source.directory
-            self.dtype_note = dtype_note(source, kind) if dtype == "auto" else None
-            budget = None if memory is None else memory_bytes(memory)
-            transformer, attention = open_fast(
-                source, kind, place, quantize=quantize, native=native, memory=budget
-            )
+            if (
+                begun is None
+                and memory is None
+                and native
+                and device in ("auto", "cpu")
+                and dtype != "float16"
+            ):
+                begun = begin(model, quantize)
+            try:
+                source, kind, place = _open(os.fspath(model), dtype, device)
+                self.tokenizer, directory = load_tokenizer(source), source.directory
+                self.dtype_note = dtype_note(source, kind) if dtype == "auto" else None
+                budget = None if memory is None else _budget(memory)
+                options: Any = {"quantize": quantize, "native": native, "memory": budget, "begun": begun}
+                transformer, attention = open_fast(source, kind, place, **options)
+            finally:
+                if begun is not None:
+                    begun.stop()
         self.config, self.model = transformer.config, transformer
         self.expert_names = expert_names(directory, self.config.num_experts)
         self.engine = Engine(transformer, self.tokenizer, settings, attention)
@@ -100,6 +113,8 @@ class LLM:
     @property
     def expert_store(self) -> ExpertStore | None:
         """The experts' place in memory, with its counts, where `memory` was given."""
+        from octad.fast.offloaded import find_store
+
         return find_store(self.model)
 
     # ---- text in, text out ---------------------------------------------------------------------------------
@@ -240,6 +255,12 @@ def _for_each(params: SamplingParams | Sequence[SamplingParams] | None, prompts:
             f"params: found {len(params)} for {prompts} prompts; give one for all, or one each"
         )
     return list(params)
+
+
+def _budget(memory: int | str) -> int:
+    from octad.fast.offloaded import memory_bytes
+
+    return memory_bytes(memory)
 
 
 def _open(model: str, dtype: str, device: str) -> tuple[TensorSource, torch.dtype, torch.device]:

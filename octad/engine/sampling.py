@@ -24,13 +24,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from octad.engine.draw import LEAST, Buffer, keep, likeliest, pick, total
+from octad.engine.draw import LEAST, Buffer, generator, keep, likeliest, pick, total
 from octad.engine.outputs import TokenLogprob, TokenLogprobs
 from octad.engine.params import SamplingParams, mix_seed
 
@@ -114,7 +115,7 @@ class SamplingState:
         self.output_ids: list[int] = []
         self.generator: torch.Generator | None = None
         if params.seed is not None:
-            self.generator = torch.Generator().manual_seed(mix_seed(params.seed, index) & 0xFFFFFFFF)
+            self.generator = generator().manual_seed(mix_seed(params.seed, index) & 0xFFFFFFFF)
         self._counts = TokenCounts(prompt_ids) if params.penalised else None
         self._ends = torch.tensor([*eos_ids, *params.stop_token_ids], dtype=torch.int64)
         self._biased = torch.tensor(list(params.logit_bias), dtype=torch.int64)
@@ -165,12 +166,17 @@ class Sampler:
 
     def __init__(self, text_of: Callable[[int], str] | None = None, seed: int | None = None) -> None:
         self._text_of = text_of or (lambda token: "")
-        self._shared = torch.Generator()
-        if seed is None:
-            self._shared.seed()
-        else:
-            self._shared.manual_seed(seed)
+        self._seed = seed
         self._work, self._scratch = Buffer(), Buffer()
+
+    @cached_property
+    def _shared(self) -> torch.Generator:
+        shared = generator()
+        if self._seed is None:
+            shared.seed()
+        else:
+            shared.manual_seed(self._seed)
+        return shared
 
     def sample(self, logits_RV: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
         """One token for each row; the logits (any float dtype, any device) are left as they are."""

@@ -28,6 +28,7 @@ import torch
 
 from octad.checkpoint.source import TensorSource
 from octad.dist import World
+from octad.errors import RequestError
 from octad.evaluate.bootstrap import Draws, Interval
 from octad.evaluate.domains import Domains, read_domains
 from octad.evaluate.ensemble import ensemble_nats
@@ -187,7 +188,9 @@ def compare(
     lineup = line_up(source, texts, dense)
     ready(texts, lineup)
     if spread and settings.quantize:
-        raise RequestError("--quantize: weights that lie over several processes are not rounded; leave it out")
+        raise RequestError(
+            "--quantize: weights that lie over several processes are not rounded; leave it out"
+        )
     options: Any = {"spread": spread, "quantize": settings.quantize}
     judge = Judge(source, texts, cache or Cache(None), world or World(), progress, **options)
     records = judge.run({name: entry.who for name, entry in lineup.entries.items()})

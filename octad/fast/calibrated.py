@@ -24,7 +24,7 @@ from torch import nn
 
 from octad.checkpoint.load import assign, empty_model, state_tensors
 from octad.checkpoint.names import EMBEDDING, is_attention, parameter_sources
-from octad.checkpoint.quantized import Schemes
+from octad.checkpoint.schemes import Schemes
 from octad.checkpoint.source import TensorSource
 from octad.fast.gptq import round_for
 from octad.kernels.packed import dequantize

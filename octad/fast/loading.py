@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Self
 
 import torch
@@ -22,20 +23,22 @@ from octad.checkpoint.quantized import QuantizedSource
 from octad.checkpoint.source import TensorSource
 from octad.dist import compute_dtype
 from octad.errors import RequestError
-from octad.fast.expert_store import ExpertStore
+from octad.fast.beginning import Begun, source_name
+from octad.fast.held import load_quantized, packed_weight, place_linear
 from octad.fast.native_modules import NarrowEmbedding, Weight, native_attention
-from octad.fast.offloaded import Offload, refuse_offload
 from octad.fast.optimize import ExpertWeights, Swapper, is_bfloat16, native_kernels, optimize, same_or_held
-from octad.fast.quantize import Precision
-from octad.fast.records import open_records
-from octad.fast.saved import load_quantized, packed_weight, place_linear
+from octad.fast.precision import Precision
+from octad.fast.records import FilledRecords, PlacedWeights, Records, open_records
 from octad.fast.spread import rank_memory
+from octad.kernels.filling import Impossible, Rows
 from octad.kernels.native import NativeKernels
-from octad.kernels.packed import Packed
+from octad.kernels.packed import Packed, pack
 from octad.kernels.packing import quick_pack
 from octad.kernels.paged import PagedAttention
 from octad.model import cost
 from octad.model.transformer import Transformer
+
+Take = Callable[[str], Packed]  # a weight by its name
 
 
 def open_fast(
@@ -46,17 +49,21 @@ def open_fast(
     quantize: str | None = None,
     native: bool = True,
     memory: int | None = None,
+    begun: Begun | None = None,
 ) -> tuple[Transformer, PagedAttention]:
     """The source's model in eval mode on the fastest modules that this machine has, and the attention to run it with.
 
     `dtype` is that of the activations (by default what the hardware is fast at), `quantize` "int8", "int4" or None. A
     quantised checkpoint runs with the weights that it holds. With `memory`, experts take so many bytes at most, and are
-    read from its records when a token is sent to them. Raises RequestError as `optimize` and where `memory` cannot be
-    kept, CheckpointError for what cannot be read."""
+    read from its records when a token is sent to them. `begun`: what of the source is being read already; used where it
+    is what would be made here. Raises RequestError as `optimize` and where `memory` cannot be kept, CheckpointError for
+    what cannot be read."""
     dtype = dtype or compute_dtype(device)
     fits = torch.device(device).type == "cpu" and dtype in (torch.float32, torch.bfloat16)
     kernels = native_kernels() if native and fits else None
     if memory is not None:
+        from octad.fast.offloaded import refuse_offload
+
         refuse_offload(source, kernels, quantize)
     if kernels is None:
         refuse_too_large(source, dtype, torch.device(device))
@@ -64,8 +71,9 @@ def open_fast(
         model = (load_quantized if quantised else load_model)(source, dtype, device)  # type: ignore[arg-type]
         return model, optimize(model, quantize=quantize, native=native)
     precision = _precision(source, dtype, quantize)
+    placed = _finished(begun, source, precision) if begun is not None else None
     with torch.no_grad():
-        return _Reader(source, dtype, precision).build(kernels, memory), native_attention(kernels)
+        return _Reader(source, dtype, precision, placed).build(kernels, memory), native_attention(kernels)
 
 
 def refuse_too_large(source: TensorSource, dtype: torch.dtype, device: torch.device) -> None:
@@ -118,13 +126,40 @@ def _holds_bfloat16(source: TensorSource, name: str) -> bool:
     return source.info(name).dtype == torch.bfloat16 or is_bfloat16(source.read(name))
 
 
+def _finished(begun: Begun, source: TensorSource, precision: Precision) -> Records | None:
+    """What was begun, once it is complete; None where it is not what would be made here, or could not be read."""
+    there = set(source.names())
+    named = {name: source_name(name, source.config) for name in begun.layout.places}
+    extents = {name: source.extent(own) for name, own in named.items() if own in there}
+    places = {
+        name: Rows(extent.path, extent.offset, extent.info.dtype == torch.bfloat16, *extent.info.shape)
+        for name, extent in extents.items()
+        if extent is not None and extent.info.dtype in (torch.bfloat16, torch.float32)
+    }
+    if not begun.fits(precision, places):
+        return None
+    try:
+        begun.filling.finish()
+    except Impossible:
+        return None
+    memory = torch.frombuffer(begun.filling.memory, dtype=torch.uint8)
+    records = FilledRecords(begun.layout, source.config, begun.schemes, memory, wide=precision.wide)
+    for name in begun.filling.missed:
+        placed = records.weight(name)
+        placed.panels.copy_(pack(source.read(named[name]), placed.bits, placed.group).panels)
+    return records
+
+
 class _Reader:
     """Fills one model from one source. Weights of products are read and packed a few ahead, by threads that share
     nothing: one small operation after the other, each over all cores, would mostly wait for the slowest of them."""
 
-    def __init__(self, source: TensorSource, dtype: torch.dtype, precision: Precision) -> None:
-        self.source, self.dtype, self.precision = source, dtype, precision
-        self.placed = open_records(source) if isinstance(source, QuantizedSource) else None
+    def __init__(
+        self, source: TensorSource, dtype: torch.dtype, precision: Precision, placed: Records | None = None
+    ) -> None:
+        self.source, self.dtype, self.precision, self.placed = source, dtype, precision, placed
+        if isinstance(source, QuantizedSource):
+            self.placed = open_records(source)
         self.model = empty_model(source.config)
         self.parameters = parameter_sources(source.config)
         self.layers: list[list[str]] = [[] for _ in self.model.model.layers]
@@ -136,26 +171,38 @@ class _Reader:
         """The whole model on native modules."""
         offload = None
         if memory is not None:
-            if self.placed is None:
+            if not isinstance(self.placed, PlacedWeights):
                 raise RequestError(
                     f"--memory: the records of {self.source.label} do not fit it; quantise it again"
                 )
+            from octad.fast.expert_store import ExpertStore
+            from octad.fast.offloaded import Offload
+
             offload = Offload(kernels, ExpertStore(self.placed, memory))
         swapper = Swapper(self.model, kernels, self.precision)
         for parameter in self.parameters:
             if layer_of(parameter) is None and parameter not in (HEAD, EMBEDDING):
                 self._fill(parameter)
         self._embed()
-        with _Ahead(self._packed, list(self._in_order())) as ahead:
+        with self._ahead() as take:
             for number, parameters in enumerate(self.layers):
                 for parameter in parameters:
                     if ".mlp.experts." not in parameter:
-                        self._fill(parameter, ahead)
+                        self._fill(parameter, take)
                 kept = None if offload is None else offload.experts(number)
-                swapper.layer(number, kept or self._experts(number, ahead))
+                swapper.layer(number, kept or self._experts(number, take))
         tied = self.source.config.tie_word_embeddings and self.placed is None
         swapper.ends(self._weight(EMBEDDING if tied else HEAD))
         return self.model
+
+    @contextmanager
+    def _ahead(self) -> Iterator[Take]:
+        """Gives the weights of products, each once; those that are not in their places yet are made by threads."""
+        if self.placed is not None:
+            yield self.placed.weight
+            return
+        with _Ahead(self._packed, list(self._in_order())) as ahead:
+            yield ahead.take
 
     def _in_order(self) -> Iterator[str]:
         """The names of all weights of products, as `build` takes them."""
@@ -167,11 +214,11 @@ class _Reader:
             for parameter in single + stacked:
                 yield from filter(is_linear, self.parameters[parameter])
 
-    def _fill(self, parameter: str, ahead: _Ahead | None = None) -> None:
+    def _fill(self, parameter: str, take: Take | None = None) -> None:
         """Put one parameter into the model: packed for products, all else in the model's dtype."""
         name = self.parameters[parameter][0]
-        if ahead is not None and is_linear(name):
-            place_linear(self.model, parameter, ahead.take(name))
+        if take is not None and is_linear(name):
+            place_linear(self.model, parameter, take(name))
         else:
             assign(self.model, parameter, self.source.read(name).to(self.dtype))
 
@@ -183,7 +230,7 @@ class _Reader:
         else:
             assign(self.model, EMBEDDING, weight.to(self.dtype))
 
-    def _experts(self, layer: int, ahead: _Ahead) -> ExpertWeights | None:
+    def _experts(self, layer: int, take: Take) -> ExpertWeights | None:
         """The experts' weights of one layer, each packed; None for a dense layer."""
         at = f"model.layers.{layer}.mlp.experts"
         if f"{at}.down_proj" not in self.parameters:
@@ -191,7 +238,7 @@ class _Reader:
         gates_ups = self.parameters[f"{at}.gate_up_proj"]
         pairs = zip(gates_ups[0::2], gates_ups[1::2], strict=True)
         downs = self.parameters[f"{at}.down_proj"]
-        return ((ahead.take(gate), ahead.take(up)) for gate, up in pairs), map(ahead.take, downs)
+        return ((take(gate), take(up)) for gate, up in pairs), map(take, downs)
 
     def _packed(self, name: str) -> Packed:
         weight = self._weight(name)

@@ -21,7 +21,6 @@ import torch
 from torch import nn
 
 from octad.errors import RequestError
-from octad.fast.grouped_experts import group_experts
 from octad.fast.native_layer import NativeDecoder, NativeLayer
 from octad.fast.native_modules import (
     NativeAttention,
@@ -33,10 +32,10 @@ from octad.fast.native_modules import (
     Weight,
     native_attention,
 )
+from octad.fast.precision import Precision
 from octad.fast.quantize import (
     PackedExperts,
     PackedLinear,
-    Precision,
     head_weight,
     held_precision,
     quantize_modules,
@@ -44,9 +43,10 @@ from octad.fast.quantize import (
 from octad.kernels.arena import Arena
 from octad.kernels.compile import BuildError, load
 from octad.kernels.native import NativeKernels
-from octad.kernels.packed import GROUPS, PANEL, Packed, Placed, panel_bytes
+from octad.kernels.packed import Packed, Placed
 from octad.kernels.packing import quick_pack
 from octad.kernels.paged import PagedAttention, PagedBatch, paged_attention
+from octad.kernels.panels import GROUPS, PANEL, panel_bytes
 from octad.kernels.varlen import pages_suit, varlen_paged
 from octad.model.moe import MLP, Experts, MoE, Router
 from octad.model.transformer import DecoderLayer, Transformer
@@ -67,6 +67,8 @@ def optimize(model: Transformer, *, quantize: str | None = None, native: bool = 
         if precision is not None:
             quantize_modules(model, precision)
         elif model.model.norm.weight.device.type == "cuda":
+            from octad.fast.grouped_experts import group_experts
+
             group_experts(model)
         return paged_on_gpu if model.model.norm.weight.device.type == "cuda" else paged_attention
     with torch.no_grad():

@@ -14,42 +14,17 @@ A checkpoint that was saved quantised (saved.py) comes with these modules in pla
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from octad.errors import RequestError
+from octad.fast.precision import Precision
 from octad.kernels.packed import Packed, linear
 from octad.kernels.packing import quick_pack
 from octad.model.moe import MLP, Experts, MoE
 from octad.model.transformer import DecoderLayer, Transformer
-
-
-@dataclass(frozen=True)
-class Precision:
-    """Bits of the weights in feed-forward nets and experts, in attention, and in the head. `wide`: where these are 16,
-    activations are not rounded to bfloat16 (Packed.wide)."""
-
-    ffn: int
-    attention: int
-    head: int
-    wide: bool = False
-
-    @classmethod
-    def of(cls, name: str) -> Precision:
-        """From the name that a user gives. Raises RequestError."""
-        known = {"int8": cls(8, 8, 8), "int4": cls(4, 8, 8)}
-        if name not in known:
-            raise RequestError(f"quantize: found {name!r}, allowed: {', '.join(known)}")
-        return known[name]
-
-    @property
-    def name(self) -> str:
-        """What the user calls it, whatever bits attention has: earlier versions saved int4 with 4."""
-        return f"int{self.ffn}"
 
 
 class PackedLinear(nn.Module):

@@ -1,12 +1,9 @@
-"""Quantised checkpoints: rounding a model on disk to 8 or 4 bits, tensor by tensor, and loading the result as it is.
+"""Quantised checkpoints: rounding a model on disk to 8 or 4 bits, tensor by tensor (held.py loads the result).
 
     save_quantized(source, "mixture-int4", "int4")        # any source; memory holds one weight at a time
-    model = load_quantized(QuantizedSource("mixture-int4"), torch.bfloat16)
 
 The layers' products (attention, feed-forward nets, experts) and an untied head are rounded, each kind to the bits that
-quantize.py gives it; embeddings, routers, norms and biases are copied. What is loaded has PackedLinear and PackedExperts
-in place, with the very integers and scales of the file, which optimize.py moves into native modules. A tied head is
-rounded from the embeddings on loading, as ever.
+quantize.py gives it; embeddings, routers, norms and biases are copied.
 """
 
 from __future__ import annotations
@@ -19,33 +16,31 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from octad.checkpoint.hf import open_weights
 from octad.checkpoint.hub_card import front_matter, hub_facts
-from octad.checkpoint.load import load_model, load_tokenizer
+from octad.checkpoint.load import load_tokenizer
 from octad.checkpoint.names import (
     EMBEDDING,
     HEAD,
     is_attention,
     is_linear,
-    parameter_sources,
     tensor_plan,
 )
 from octad.checkpoint.provenance import PROVENANCE
-from octad.checkpoint.quantized import QuantizedSource, Scheme, Schemes, pack_int32, quantization_config
+from octad.checkpoint.quantized import pack_int32, quantization_config, stored
 from octad.checkpoint.record_file import RecordWriter
+from octad.checkpoint.schemes import Scheme, Schemes
 from octad.checkpoint.source import TensorInfo, TensorSource
 from octad.checkpoint.writer import CheckpointWriter
 from octad.errors import RequestError
 from octad.fast.calibrated import calibrated
-from octad.fast.quantize import PackedExperts, PackedLinear, Precision
-from octad.fast.records import FILE, HEAD_SCHEME, LAYOUT, record_layout
-from octad.kernels.packed import GROUPS, Packed
+from octad.fast.precision import Precision
+from octad.fast.record_plan import HEAD_SCHEME, record_layout
+from octad.fast.records import FILE, LAYOUT
 from octad.kernels.packing import quick_pack, quick_pack_raw, quick_quantize
+from octad.kernels.panels import GROUPS
 from octad.model.config import ModelConfig
-from octad.model.moe import MoE
-from octad.model.transformer import DecoderLayer, Transformer
 from octad.staging import refuse_inputs
 from octad.text.windows import Window
 
@@ -138,7 +133,7 @@ def _plan(source: TensorSource, schemes: Schemes) -> dict[str, TensorInfo]:
     plan: dict[str, TensorInfo] = {}
     for name, shape in tensor_plan(source.config).items():
         if scheme := schemes.of(name):
-            plan |= {name + suffix: info for suffix, info in scheme.infos(shape).items()}
+            plan |= {name + suffix: info for suffix, info in stored(scheme, shape).items()}
         else:
             plan[name] = source.info(name)
     return plan
@@ -213,44 +208,3 @@ def _table(bits: Bits) -> str:
     rows.append("| **mean** | {:.4f} | {:.4f} |".format(*means))
     head = ["Bits per byte of held-out text:", "", "| text | before | rounded |", "|---|---|---|"]
     return "\n" + "\n".join([*head, *rows]) + "\n"
-
-
-# ---- loading -------------------------------------------------------------------------------------------------
-
-
-def load_quantized(
-    source: QuantizedSource, dtype: torch.dtype, device: torch.device | str = "cpu"
-) -> Transformer:
-    """A Transformer in eval mode whose rounded layers are PackedLinear and PackedExperts, all else in `dtype`."""
-    sources = parameter_sources(source.config)
-    rounded = {parameter: names for parameter, names in sources.items() if source.scheme(names[0])}
-    model = load_model(source, dtype, device, leave=rounded)
-    for parameter, names in rounded.items():
-        if parameter.endswith(".weight"):  # stacked experts have none
-            place_linear(model, parameter, packed_weight(source, names[0], device))
-    for number, layer in enumerate(model.model.layers):
-        assert isinstance(layer, DecoderLayer)
-        if isinstance(layer.mlp, MoE):
-            at = f"model.layers.{number}.mlp.experts"
-            halves = [packed_weight(source, name, device) for name in sources[f"{at}.gate_up_proj"]]
-            down = [packed_weight(source, name, device) for name in sources[f"{at}.down_proj"]]
-            layer.mlp.experts = PackedExperts(halves[0::2], halves[1::2], down)
-    return model
-
-
-def packed_weight(source: QuantizedSource, name: str, device: torch.device | str = "cpu") -> Packed:
-    """A rounded weight with the very integers and scales of the file, in the layout of the kernels."""
-    scheme = source.scheme(name)
-    assert scheme is not None
-    raw, scales = source.integers(name)
-    packed = quick_pack_raw(raw, scales, scheme.bits, raw.shape[1])
-    return Packed(packed.panels.to(device), packed.outputs, packed.inputs, packed.bits, packed.group)
-
-
-def place_linear(model: nn.Module, parameter: str, weight: Packed) -> None:
-    """PackedLinear in the place of the nn.Linear that has this `parameter` (its weight), whose bias it takes over."""
-    path = parameter.removesuffix(".weight")
-    parent, _, leaf = path.rpartition(".")
-    old = model.get_submodule(path)
-    assert isinstance(old, nn.Linear)
-    setattr(model.get_submodule(parent), leaf, PackedLinear(weight, old.bias))

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import torch
 
+from octad.kernels.pages import anonymous
+from octad.kernels.panels import ALIGN
+
 CHUNK = 64 << 20
-ALIGN = 128
 
 
 class Arena:
@@ -41,13 +43,7 @@ class Arena:
 def fresh(nbytes: int) -> torch.Tensor:
     """Zeros, uint8 [nbytes], in pages that cost nothing until they are touched, huge ones where the system has them.
     Raises OSError, OverflowError or ValueError where it does not give so much."""
-    # shared memory gets no huge pages
-    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
-    memory = mmap.mmap(-1, nbytes, **private)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a system built without them: ordinary pages do
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    return torch.frombuffer(anonymous(nbytes), dtype=torch.uint8)
 
 
 def mapped(path: Path, nbytes: int) -> torch.Tensor:

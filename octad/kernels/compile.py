@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import os
 import platform
 import shlex
@@ -312,12 +313,14 @@ def _not_loadable(library: Path) -> str:
 @functools.cache
 def _offer_openmp() -> None:
     """Let libraries that are loaded from now on find the OpenMP runtime of this process (PyTorch's own copy in most
-    builds), or else the system's."""
+    builds, also where PyTorch itself comes later), or else the system's."""
     if not sys.platform.startswith("linux"):
         return
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.is_file() else []
     files = {Path(line.split(maxsplit=5)[-1]) for line in lines if "/" in line}
+    if "torch" not in sys.modules:
+        files |= set(_of_torch())
     for runtime in RUNTIMES:
         found = sorted(
             file for file in files if file.name.startswith(f"{runtime}.") or f"{runtime}-" in file.name
@@ -329,3 +332,11 @@ def _offer_openmp() -> None:
             except OSError:
                 continue
             return
+
+
+def _of_torch() -> Iterator[Path]:
+    """The libraries that PyTorch brings along, found without importing it."""
+    spec = importlib.util.find_spec("torch")
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        yield from Path(place, "lib").glob("*.so*")
+        yield from Path(place).with_name("torch.libs").glob("*.so*")

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-PANEL = 16
-GROUPS = {32: 4, 16: 4, 8: 64, 4: 32}  # inputs that share a scale (of floats: that share a step of the loop)
+from octad.kernels.panels import GROUPS, PANEL
+
 FLOATS = {32: torch.float32, 16: torch.bfloat16}
 SHRINK = (
     1.0,
@@ -142,13 +142,6 @@ def pack_raw(
         return Packed(panels, outputs, inputs, bits, group)
     used = _empty(empty, raw_OK, P, panels.shape[1] - half)
     return Packed(used.copy_(panels[:, : panels.shape[1] - half]), outputs, inputs, bits, group)
-
-
-def panel_bytes(bits: int, group: int, inputs: int) -> int:
-    """Bytes of a panel: its integers and, for every two groups, their scales; or its floats."""
-    groups = -(-inputs // group)
-    scales = 0 if bits in FLOATS else -(-groups // 2) * 4 * PANEL
-    return groups * group * PANEL * bits // 8 + scales
 
 
 def _block_bytes(bits: int, group: int) -> int:

@@ -23,17 +23,15 @@ from octad.kernels.calls import INT as _I
 from octad.kernels.calls import POINTER as _P
 from octad.kernels.compile import BuildError, Library, load
 from octad.kernels.packed import (
-    GROUPS,
-    PANEL,
     SOUGHT,
     Empty,
     Packed,
     pack,
     pack_raw,
-    panel_bytes,
     quantize,
     round_in_turn,
 )
+from octad.kernels.panels import GROUPS, PANEL, panel_bytes
 
 NOT_FINITE = 3
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from octad.engine.llm import LLM
     from octad.serve.lifecycle import Tell
 
-
+log = logging.getLogger("octad.serve")
 TURN = 0.001  # seconds after which the engine's thread lets the event loop have Python; a fifth of what it would be
 
 
@@ -86,11 +86,21 @@ def own_engine(
         tell("reading the weights", 0.1)
         return load()
 
+    engines: list[LLM] = []
+
     def ready(llm: LLM) -> None:
         """Answers can be had: with the make-up beside them."""
+        engines.append(llm)
+        if llm.dtype_note:
+            log.warning(llm.dtype_note)
         app.ready(llm, door.report_shown(app, make_up(source)))
 
-    return Served(app, lambda: start_loading(app.state, work, ready))
+    def end() -> None:
+        for llm in engines:
+            if (store := llm.expert_store) is not None and store.stats.tokens:
+                log.warning(store.stats.line())
+
+    return Served(app, lambda: start_loading(app.state, work, ready), end)
 
 
 def in_front_of(

@@ -24,7 +24,6 @@ import tokenizers
 
 from octad.errors import CheckpointError, DataError
 from octad.guard import read_bytes, read_object
-from octad.text.chat_template import render_chat
 
 Message = Mapping[str, Any]
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -206,6 +205,8 @@ class Tokenizer:
             )
         named = {name: text for name in NAMED_TOKENS if (text := self._named_text(name)) is not None}
         context = {**named, "tools": None, "documents": None, **variables}
+        from octad.text.chat_template import render_chat  # late: it needs jinja2
+
         return render_chat(
             self.chat_template,
             messages,

@@ -14,8 +14,9 @@ from octad.checkpoint.names import is_attention, is_linear, tensor_plan
 from octad.checkpoint.quantized import QuantizedSource
 from octad.checkpoint.source import TensorSource
 from octad.fast.calibrated import calibrated
-from octad.fast.quantize import Precision
-from octad.fast.saved import load_quantized, plan_schemes, save_quantized
+from octad.fast.held import load_quantized
+from octad.fast.precision import Precision
+from octad.fast.saved import plan_schemes, save_quantized
 from octad.kernels.packed import dequantize, quantize
 from octad.text.windows import Window
 

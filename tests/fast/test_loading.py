@@ -14,10 +14,11 @@ from tiny_models import FAMILIES, TinyCheckpoint
 from octad.checkpoint.load import load_model, open_source
 from octad.checkpoint.source import TensorSource
 from octad.errors import RequestError
+from octad.fast.held import load_quantized
 from octad.fast.loading import open_fast
 from octad.fast.native_layer import NativeLayer
 from octad.fast.optimize import native_kernels, optimize
-from octad.fast.saved import load_quantized, save_quantized
+from octad.fast.saved import save_quantized
 
 TOKENS = torch.arange(3, 15).view(1, -1)
 SIZES = {"hidden_size": 64, "intermediate_size": 128}

@@ -13,9 +13,11 @@ from tiny_models import TinyCheckpoint
 from octad import LLM, SamplingParams
 from octad.checkpoint.load import open_source
 from octad.checkpoint.quantized import QuantizedSource
+from octad.fast.held import packed_weight
 from octad.fast.loading import dtype_note
-from octad.fast.records import FILE, open_records, record_layout
-from octad.fast.saved import packed_weight, save_quantized
+from octad.fast.record_plan import record_layout
+from octad.fast.records import FILE, open_records
+from octad.fast.saved import save_quantized
 from octad.kernels.packed import pack
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=1)

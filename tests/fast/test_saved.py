@@ -17,7 +17,8 @@ from octad import LLM, SamplingParams
 from octad.checkpoint.inspect import inspect
 from octad.checkpoint.load import load_model, open_source
 from octad.checkpoint.names import is_linear, tensor_plan
-from octad.checkpoint.quantized import ATTENTION_TARGET, QuantizedSource, Scheme, pack_int32, unpack_int32
+from octad.checkpoint.quantized import ATTENTION_TARGET, QuantizedSource, pack_int32, unpack_int32
+from octad.checkpoint.schemes import Scheme
 from octad.cli.combining import quantize as quantize_verb
 from octad.errors import CheckpointError, OctadError, OutputError, RequestError
 from octad.evaluate import rounding
@@ -25,9 +26,10 @@ from octad.evaluate.heldout import read_texts
 from octad.evaluate.nats import bits_per_byte, window_nats
 from octad.evaluate.price import bytes_per_parameter
 from octad.evaluate.rounding import quantize_and_judge
+from octad.fast.held import load_quantized
 from octad.fast.optimize import optimize
 from octad.fast.quantize import PackedExperts, PackedLinear, Precision, held_precision
-from octad.fast.saved import load_quantized, save_quantized
+from octad.fast.saved import save_quantized
 from octad.kernels.packed import pack
 from octad.model.transformer import Transformer
 

@@ -165,7 +165,7 @@ def rounded(d: Path) -> None:
 
     from octad.checkpoint.load import open_source
     from octad.checkpoint.quantized import QuantizedSource
-    from octad.fast.saved import load_quantized
+    from octad.fast.held import load_quantized
 
     source = open_source(d / "int8", quantised=True)
     if isinstance(source, QuantizedSource):

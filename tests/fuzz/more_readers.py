@@ -75,7 +75,7 @@ def made(d: Path) -> None:
     """What the server tells of a mixture, and what is written on from its card and history."""
     from octad.checkpoint.load import open_source
     from octad.evaluate.card import may_write
-    from octad.fast.quantize import Precision
+    from octad.fast.precision import Precision
     from octad.fast.saved import card, plan_schemes
     from octad.serve.make_up import make_up
     from octad.train.learner import _earlier

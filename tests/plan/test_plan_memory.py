@@ -12,7 +12,7 @@ from tiny_models import FAMILIES, TinyCheckpoint
 
 from octad.bench.traffic import WeightBytes
 from octad.checkpoint.load import load_model, open_source
-from octad.fast.quantize import Precision as Rounding
+from octad.fast.precision import Precision as Rounding
 from octad.fast.quantize import quantize_modules
 from octad.model import cost
 from octad.model.config import ModelConfig

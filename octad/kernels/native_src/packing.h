@@ -221,6 +221,86 @@ int NAME(pack_raw)(const uint8_t *raw, const uint16_t *scales, int64_t outputs, 
     return missing;
 }
 
+/* ---- weights on the disk, rounded as they are read ------------------------------------------------------------------ */
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <errno.h>
+#include <unistd.h>
+
+enum { READ_BYTES = 1 << 18 }; /* at a time: they stay in the processor's cache until they are rounded */
+
+/* Rows of a weight as they lie in a file, and where its panels go. state: 0 not yet, 1 there, else why not: 2 no memory,
+   3 not finite, 4 the file cannot be read. */
+typedef struct {
+    int64_t file, offset, dtype, outputs, inputs, bits, group, step, state;
+    uint8_t *panels;
+} Task;
+
+static int read_whole(int file, char *to, int64_t count, int64_t offset) {
+    while (count > 0) {
+        ssize_t got = pread(file, to, count, offset);
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) return 1;
+        to += got, offset += got, count -= got;
+    }
+    return 0;
+}
+
+/* What a thread needs beside the panels, as large as the largest task so far asked for. */
+typedef struct {
+    char *rows;
+    float *x;
+    uint8_t *raw;
+    uint16_t *scales;
+    int64_t room;
+} Desk;
+
+/* Rows that are read at a time: whole panels. */
+static int64_t rows_at_once(int64_t row) {
+    return (READ_BYTES / (row * PANEL) > 0 ? READ_BYTES / (row * PANEL) : 1) * PANEL;
+}
+
+static int desk_fits(Desk *d, int64_t padded, int64_t row) {
+    int64_t need = padded * 4 > row ? padded * 4 : row;
+    if (d->room >= need) return 1;
+    free(d->rows), free(d->x), free(d->raw), free(d->scales);
+    d->rows = malloc(rows_at_once(need) * need > READ_BYTES ? rows_at_once(need) * need : READ_BYTES);
+    d->x = malloc(PANEL * need + 64), d->raw = malloc(PANEL * need + 64), d->scales = malloc(PANEL * need + 64);
+    d->room = d->rows && d->x && d->raw && d->scales ? need : 0;
+    return d->room > 0;
+}
+
+static int fill_one(const Task *t, Desk *d) {
+    int64_t row = t->inputs * (t->dtype == F_F32 ? 4 : 2), at_once = rows_at_once(row);
+    Plain w = {0, t->dtype, t->inputs, 0, t->inputs, t->bits, t->group};
+    if (!desk_fits(d, group_count(&w) * t->group, row)) return 2;
+    for (int64_t first = 0; first < t->outputs; first += at_once) {
+        w.outputs = min64(at_once, t->outputs - first);
+        if (read_whole((int)t->file, d->rows, w.outputs * row, t->offset + first * row)) return 4;
+        w.from = d->rows;
+        for (int64_t q = 0; q < w.outputs; q += PANEL) {
+            uint8_t *to = t->panels + (first + q) / PANEL * t->step;
+            if (t->bits > 8) lay_floats(&w, q, d->x, to);
+            else if (lay_rounded(&w, q, d->x, d->raw, d->scales, to)) return 3;
+        }
+    }
+    return 1;
+}
+
+/* Weights as panels, each as `pack` lays it out. Several threads may call this with the same tasks at once: `next` is the
+   number of the first that nobody has begun, and a number past the last ends them all. */
+int NAME(fill)(Task *tasks, int64_t count, int64_t *next) {
+    Desk desk = {0};
+    for (;;) {
+        int64_t mine = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+        if (mine >= count) break;
+        __atomic_store_n(&tasks[mine].state, fill_one(tasks + mine, &desk), __ATOMIC_RELEASE);
+    }
+    free(desk.rows), free(desk.x), free(desk.raw), free(desk.scales);
+    return 0;
+}
+#endif
+
 /* ---- one input after the other ------------------------------------------------------------------------------------ */
 
 #define TILE 64 /* outputs that are rounded together: a group of them stays in the cache */
