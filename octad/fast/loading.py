@@ -29,7 +29,6 @@ from octad.fast.native_modules import NarrowEmbedding, Weight, native_attention
 from octad.fast.optimize import ExpertWeights, Swapper, is_bfloat16, native_kernels, optimize, same_or_held
 from octad.fast.precision import Precision
 from octad.fast.records import FilledRecords, PlacedWeights, Records, open_records
-from octad.fast.spread import rank_memory
 from octad.kernels.filling import Impossible, Rows
 from octad.kernels.native import NativeKernels
 from octad.kernels.packed import Packed, pack
@@ -80,6 +79,8 @@ def refuse_too_large(source: TensorSource, dtype: torch.dtype, device: torch.dev
     """Raises RequestError where a GPU's memory cannot hold the weights: before anything is read."""
     if device.type != "cuda":
         return
+    from octad.fast.spread import rank_memory  # late: it takes long to import
+
     needed, there = cost.parameters(source.config) * dtype.itemsize, rank_memory(device)
     if needed > there:
         raise RequestError(

@@ -207,12 +207,8 @@ class Tokenizer:
         context = {**named, "tools": None, "documents": None, **variables}
         from octad.text.chat_template import render_chat  # late: it needs jinja2
 
-        return render_chat(
-            self.chat_template,
-            messages,
-            context | {"add_generation_prompt": add_generation_prompt},
-            self.label,
-        )
+        context |= {"add_generation_prompt": add_generation_prompt}
+        return render_chat(self.chat_template, messages, context, self.label)
 
     def encode_chat(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
