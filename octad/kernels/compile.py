@@ -25,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ SOURCE = Path(__file__).with_name("native.c")
 PACKAGED = Path(__file__).with_name("_native.so")  # in a wheel
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-Wno-psabi", "-fPIC")
 OPENMP = "-fopenmp"
+_BUILDING = threading.Lock()  # threads of one process would build under one name
 RUNTIMES = ("libgomp", "libiomp5", "libomp")  # OpenMP's, as files are called
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
@@ -102,7 +104,8 @@ def load(
     try:
         command = [*compiler, *FLAGS, *flags]
         build = Build(command, source, openmp, cache or cache_directory())
-        return build.library(wanted)
+        with _BUILDING:
+            return build.library(wanted)
     except (OSError, RuntimeError) as error:  # no home directory is a RuntimeError
         raise BuildError(f"{source.name} cannot be built: {error}") from error
 

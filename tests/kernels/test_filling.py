@@ -1,11 +1,12 @@
 """Weights packed straight from their files: the bits of packed.py's pack, whatever threads do it, and what is refused."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from octad.kernels.compile import isa
+from octad.kernels.compile import isa, load
 from octad.kernels.filling import Filling, Impossible, Rows
 from octad.kernels.packed import pack
 from octad.kernels.panels import GROUPS, panel_bytes
@@ -90,3 +91,10 @@ def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "other").replace(tmp_path / "weights")
     assert not filling.unchanged()
     filling.stop()
+
+
+def test_two_threads_that_need_the_library_build_it_once(tmp_path: Path) -> None:
+    """One fills memory while the other loads the model: neither may find that the library cannot be had."""
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: load(tmp_path, ["-O0"], isa="portable").isa, range(2)))
+    assert found == ["portable", "portable"]
