@@ -204,6 +204,15 @@ def refuse_inputs(output: str | os.PathLike[str], inputs: Iterable[Path | None])
             raise OutputError(f"{output}: {what} what is read; choose another -o")
 
 
+def refuse_unwritable(directory: Path) -> None:
+    """Raises OutputError where a directory could not be made, or where it is, not be written into."""
+    place = next(path for path in (_place(directory), *_place(directory).parents) if path.exists())
+    if not place.is_dir():
+        raise OutputError(f"{directory}: {place} is no directory; choose another one")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise OutputError(f"{directory}: no permission to write in {place}")
+
+
 @contextlib.contextmanager
 def alone(path: Path) -> Iterator[None]:
     """Inside the block no other process that asks for it changes this file or directory. Raises OutputError at once where

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from octad.cli import tasks as commands_tasks
+from octad.errors import RequestError
 from octad.report import terminal
 
 
@@ -30,7 +31,13 @@ def evaluate(model: str, data: Path | None, outputs: Outputs, **options: Any) ->
     from octad.api.verbs import evaluate as judge
     from octad.evaluate.card import may_write
     from octad.report.verdict_blocks import render
+    from octad.staging import refuse_unwritable
 
+    if data is None and options["tasks"] is not None and (outputs.report is not None or outputs.card):
+        option = "--card" if outputs.report is None else "--report"
+        raise RequestError(f"{option} is for a verdict on held-out text; give --data, too")
+    if outputs.report is not None:
+        refuse_unwritable(outputs.report)  # before minutes of judging
     command = shlex.join(["octad", *(Path(part).name for part in sys.argv[1:])])  # nobody's directories
     routing = outputs.report is not None
     verdict = judge(model, data, routing=routing, command=command, tell=terminal.tell, **options)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from octad.checkpoint.gguf.reader import GGUFSource
-from octad.checkpoint.load import load_tokenizer, open_member, open_source
+from octad.checkpoint.load import load_tokenizer, open_member, open_source, unplaced
 from octad.checkpoint.names import EMBEDDING, tensor_plan
 from octad.checkpoint.source import TensorInfo, TensorSource
 from octad.checkpoint.writer import CheckpointWriter
@@ -30,7 +30,7 @@ from octad.combine.distances import Distances
 from octad.combine.family import TARGETS, mixture_config
 from octad.combine.fit import Calibration
 from octad.combine.journal import has_journal
-from octad.combine.members import MemberReport, alike, measured, member_report, refuse_base_again, unplaced
+from octad.combine.members import MemberReport, alike, measured, member_report, refuse_base_again
 from octad.combine.mixture import MixtureSource
 from octad.combine.recipe import Recipe, SharedSpec, check_name
 from octad.combine.remember import RememberLast

@@ -107,7 +107,8 @@ def load(
         with _BUILDING:
             return build.library(wanted)
     except (OSError, RuntimeError) as error:  # no home directory is a RuntimeError
-        raise BuildError(f"{source.name} cannot be built: {error}") from error
+        place = "OCTAD_CACHE names a directory that can be written"
+        raise BuildError(f"{source.name} cannot be built: {error}; {place}") from error
 
 
 def isa() -> str | None:
@@ -196,7 +197,7 @@ class Build:
         """The library of an instruction set ("runs": of none), compiled under a hidden name and then renamed, so that two
         processes cannot disturb each other; what a killed one left goes."""
         library = self.directory / f"{name}.so"
-        if library.is_file():
+        if library.is_file() and not _not_loadable(library):  # a damaged one is made again
             _tidy(self.cache)
             return library
         self.cache.mkdir(parents=True, exist_ok=True)
@@ -272,7 +273,10 @@ def compile_all(to: Path, flags: Sequence[str] = ()) -> dict[str, str]:
 
 def _compiler() -> list[str]:
     """CC (with its own arguments), else the first that there is."""
-    command = shlex.split(os.environ.get("CC", ""))
+    try:
+        command = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise BuildError(f"CC is no command ({error})") from None
     for name in command[:1] or ("gcc", "cc", "clang"):
         if shutil.which(name):
             return command or [name]

@@ -1,6 +1,7 @@
 """octad evaluate as a user runs it, on tiny models: requirements and exit codes, report, card, bad mixtures."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -163,3 +164,33 @@ def test_a_bad_mixture_fails(mixture: Path, evaluate: Octad, kind: str) -> None:
     assert code == 1
     answers = {q["question"]: q["answer"] for q in found["verdict"]["questions"]}
     assert answers["better than the oracle?"] != "yes"
+
+
+def test_a_report_that_cannot_be_written_is_known_before_judging(
+    evaluate: Octad, mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+
+    def judged(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("judged first")
+
+    monkeypatch.setattr("octad.api.verbs.evaluate", judged)
+    code, _, err = evaluate(mixture, "--report", tmp_path / "file" / "report")
+    assert (code, err) == (
+        2,
+        f"octad: {tmp_path}/file/report: {tmp_path}/file is no directory; choose another one\n",
+    )
+    monkeypatch.setattr("octad.staging.os.access", lambda place, mode: mode & os.W_OK == 0)
+    code, _, err = evaluate(mixture, "--report", tmp_path / "report")
+    assert (code, err) == (2, f"octad: {tmp_path}/report: no permission to write in {tmp_path}\n")
+
+
+@pytest.mark.parametrize(
+    "option", [["--require", "mean<=oracle"], ["--dense", "x"], ["--report", "r"], ["--card"]]
+)
+def test_what_needs_held_out_text_is_refused_without(octad: Octad, mixture: Path, option: list[str]) -> None:
+    """With tasks alone a requirement was never looked at, and the exit code was 0."""
+    code, _, err = octad("evaluate", mixture, "--tasks", "octad-choice", *option)
+    assert code == 2
+    assert err.startswith(f"octad: {option[0]} ")
+    assert "give --data, too" in err

@@ -40,6 +40,10 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler -O9")
     with pytest.raises(BuildError, match=r"no C compiler found .no-such-compiler -O9"):
         load(tmp_path)
+    monkeypatch.setenv("CC", "gcc 'unclosed")
+    with pytest.raises(BuildError, match=r"CC is no command \(No closing quotation\)"):
+        load(tmp_path)
+    assert isa() is None or build.PACKAGED.is_file()
 
 
 def test_a_compiler_that_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +116,21 @@ def test_a_changed_source_is_built_anew(tmp_path: Path, source: Path) -> None:
     load(cache, [*QUICK, "-DOTHER=1"], source=source)
     load(cache, QUICK, openmp=False, source=source)
     assert len(list(cache.iterdir())) == 4
+
+
+def test_a_damaged_library_in_the_cache_is_built_again(tmp_path: Path) -> None:
+    made = build.Build(["gcc", *build.FLAGS, *QUICK], build.SOURCE, True, tmp_path / "cache")
+    made.directory.mkdir(parents=True)
+    (made.directory / "runs.so").write_bytes(b"cut short")
+    assert made.runnable(None)[-1] == "portable"
+
+
+def test_a_cache_that_is_no_directory(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(
+        BuildError, match=r"cannot be built: .*; OCTAD_CACHE names a directory that can be written"
+    ):
+        load(tmp_path / "cache", QUICK)
 
 
 def test_an_error_in_the_source_is_its_own_reason(tmp_path: Path, source: Path) -> None:
