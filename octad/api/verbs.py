@@ -48,6 +48,7 @@ def check(
     ['general', 'one', 'two']
     """
     from octad.combine.conversations import check as check_questions
+    from octad.combine.own_text import check as check_writers
     from octad.combine.preflight import preflight
     from octad.combine.recipe import Recipe
     from octad.dist import keep_freed_memory
@@ -56,6 +57,7 @@ def check(
     given = recipe if isinstance(recipe, (Recipe, Mapping)) else fspath(recipe)
     plan = preflight(Recipe.of(given), None if output is None else fspath(output), overwrite=overwrite)
     check_questions(plan)
+    check_writers(plan)
     return plan
 
 

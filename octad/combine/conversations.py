@@ -72,7 +72,12 @@ def join(plan: Plan, number: int, questions: Sequence[str], answers: Sequence[st
         label=f"expert {name!r}: questions",
         anywhere=True,
     )
-    left = router.tokens - sum(len(window.ids) for window in windows)
+    put(plan, number, windows)
+
+
+def put(plan: Plan, number: int, windows: Sequence[Window]) -> None:
+    """Put windows into an expert's calibration text in the place of its last ones, so that it stays as long."""
+    left = plan.recipe.router.tokens - sum(len(window.ids) for window in windows)
     own = list(_first(plan.calibrations[number].windows, left))
     plan.calibrations[number] = replace(plan.calibrations[number], windows=[*own, *windows])
 

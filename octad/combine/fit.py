@@ -188,7 +188,8 @@ def runs_of(
 ) -> list[Run]:
     """What is sent through which expert: of the pieces of a text two in three through its own expert, every third,
     counting GENERALIST_WEIGHT times, through the generalist; without one, all through its own. A window in which a turn
-    ends (`ends`: the tokens that do that) is a conversation, and stays whole: an answer comes after its question."""
+    ends (`ends`: the tokens that do that) is a conversation, and stays whole: an answer comes after its question. The
+    generalist's are a run of their own, before the rest of its text."""
     runs = []
     for e, calibration in enumerate(calibrations):
         if not calibration.windows:
@@ -196,14 +197,21 @@ def runs_of(
         pieces = [
             piece
             for window in calibration.windows
-            for piece in (cut(window) if set(ends).isdisjoint(window.ids) else [window])
+            for piece in ([window] if is_talk(window, ends) else cut(window))
         ]
         if generalist is None or e == generalist:
-            runs.append(Run(e, e, pieces))
+            talks = [piece for piece in pieces if e == generalist and is_talk(piece, ends)]
+            others = [piece for piece in pieces if not (e == generalist and is_talk(piece, ends))]
+            runs += [Run(e, e, part) for part in (talks, others) if part]
             continue
         runs.append(Run(e, e, [piece for i, piece in enumerate(pieces) if i % 3 != 2]))
         runs.append(Run(e, generalist, pieces[2::3] or pieces, GENERALIST_WEIGHT))
     return runs
+
+
+def is_talk(window: Window, ends: Sequence[int]) -> bool:
+    """Whether a turn ends in it, by one of these tokens."""
+    return not set(ends).isdisjoint(window.ids)
 
 
 def cut(window: Window) -> list[Window]:
@@ -231,23 +239,24 @@ def _temperature(spec: RouterSpec) -> float:
 
 
 def _logistic(spec: RouterSpec, runs: Sequence[Run], row_bytes: int, generalist: int | None) -> Fitter:
-    """From an even sample of what the routers will read."""
+    """From an even sample of what the routers will read. The generalist is favoured on its first run: its conversations,
+    or all its text where it has none."""
     most = _rows_per_run(len(runs), row_bytes)
     own = next((n for n, run in enumerate(runs) if run.label == generalist), None)
 
     def solve(samples: list[torch.Tensor]) -> torch.Tensor:
         """A layer's router [E, D] from the sampled inputs of each run, which weigh its mass together."""
-        sizes = torch.tensor([len(x) for x in samples])
-        weight_ED = router.logistic(
+        sizes, favoured = torch.tensor([len(x) for x in samples]), None
+        if own is not None and generalist is not None and spec.generalist:
+            favoured = router.Favoured(generalist, samples[own], spec.generalist)
+        return router.logistic(
             torch.cat(samples),
             (torch.tensor([run.mass() for run in runs]) / sizes).repeat_interleave(sizes),
             torch.tensor([run.label for run in runs]).repeat_interleave(sizes),
             strength=_strength(spec),
             temperature=_temperature(spec),
+            favoured=favoured,
         )
-        if own is not None and generalist is not None and spec.generalist:
-            router.favour(weight_ED, generalist, samples[own], spec.generalist)
-        return weight_ED
 
     return LayerByLayer(runs, lambda x_ND: _sampled(x_ND, most), solve)
 

@@ -37,7 +37,8 @@ class ExpertSpec(Section):
     """One member: its name, where its weights are, and text (or prompts) that is its own; `field`: the column of that.
 
     `questions`: files of questions, one a line, or "octad" for the bundled ones. The member answers them through its chat
-    template, and these conversations join its text."""
+    template, and these conversations join its text. `writes`: so many of its tokens are text that the member writes
+    itself, going on from beginnings of lines of its text: routers then know more of what it knows."""
 
     old_names: ClassVar[Mapping[str, str]] = {"source_model": "model", "files": "data"}
     name: str = Field(min_length=1)
@@ -45,6 +46,7 @@ class ExpertSpec(Section):
     data: StringList = ()
     field: str = "text"
     questions: StringList = ()
+    writes: int = Field(default=0, ge=0)
     weight: float = Field(default=1.0, ge=0)
     positive_prompts: StringList = ()
     negative_prompts: StringList = ()
@@ -59,8 +61,8 @@ class RouterSpec(Section):
     """How the routers are fitted. `tokens` are counted per expert; `window` is how many are taken at one place of a text.
 
     `ridge` is the penalty and `temperature` what the router's scores are divided by; each method has its own default.
-    `generalist` is added to the score of the expert that is the base, in the mean over its own text (logistic alone):
-    chats are its own more often than calibration text, which has as much of each kind."""
+    `generalist` is added to the score of the expert that is the base, in the mean over its conversations, or its text
+    where it has none (logistic alone): it is asked more than calibration text, which has as much of each kind, says."""
 
     method: RouterMethod = "logistic"
     tokens: int = Field(default=16384, ge=1)
@@ -138,6 +140,17 @@ class Recipe(ConfigFile):
             raise ValueError(
                 f"router: generalist is for method logistic alone, and method is {self.router.method!r}; leave it out"
             )
+        for expert in self.experts:
+            if expert.writes and self.router.method not in ("ridge", "logistic"):
+                raise ValueError(
+                    f"expert {expert.name!r}: writes is for router methods that read text, ridge and logistic, and"
+                    f" method is {self.router.method!r}; leave it out"
+                )
+            if expert.writes > self.router.tokens:
+                raise ValueError(
+                    f"expert {expert.name!r}: writes {expert.writes} tokens, but router: tokens is {self.router.tokens};"
+                    " it is part of these"
+                )
         if self.router.method == "prompts" and (
             bare := [e.name for e in self.experts if not e.positive_prompts]
         ):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -24,6 +25,15 @@ DEFAULT_STRENGTH = {"ridge": 0.01, "logistic": 1e-3}
 DEFAULT_TEMPERATURE = {"ridge": 0.15, "logistic": 1.0, "prompts": 0.2}
 WARM_STRENGTH = 0.01  # of the ridge that the logistic fit starts from
 BLOCK = 1024  # rows that are float32 at a time: they stay in the cache
+
+
+@dataclass(frozen=True)
+class Favoured:
+    """An expert that scores `score` more on inputs x_ND, in their mean."""
+
+    expert: int
+    x_ND: torch.Tensor
+    score: float
 
 
 def ridge(statistics: Statistics, layer: int, *, strength: float, temperature: float) -> torch.Tensor:
@@ -46,11 +56,13 @@ def logistic(
     strength: float,
     temperature: float,
     steps: int = 10,
+    favoured: Favoured | None = None,
 ) -> torch.Tensor:
     """weight_ED by L-BFGS on the weighted cross-entropy of "whose text is this token from", experts balanced.
 
     `strength` is the L2 penalty in units of the gram's mean diagonal. Starts at ridge and works in coordinates in which
     the inputs are white, so that ten steps are nearly enough. x may be of any dtype; a block of it is float32 at a time.
+    Who is `favoured` gets more on its inputs than its share of the text gives it, and hardly more on others.
     """
     experts = int(label_N.max()) + 1
     share_N = weight_N / torch.zeros(experts).index_add_(0, label_N, weight_N)[label_N] / experts
@@ -77,13 +89,26 @@ def logistic(
     white_ED = whitened(means_ED / DEFAULT_TEMPERATURE["ridge"]).requires_grad_()
     optimiser = torch.optim.LBFGS([white_ED], max_iter=steps, history_size=10, line_search_fn="strong_wolfe")
     optimiser.step(loss)  # type: ignore[no-untyped-call]
-    return coloured(white_ED) / temperature
+    weight_ED = coloured(white_ED) / temperature
+    if favoured is not None:
+        favour(weight_ED, favoured.expert, favoured.x_ND, favoured.score, factor)
+    return weight_ED
 
 
-def favour(weight_ED: torch.Tensor, expert: int, x_ND: torch.Tensor, score: float) -> None:
-    """Add `score` to what an expert scores on inputs x, in their mean: in place, along their mean, for want of a bias."""
+def favour(
+    weight_ED: torch.Tensor,
+    expert: int,
+    x_ND: torch.Tensor,
+    score: float,
+    factor_DD: torch.Tensor | None = None,
+) -> None:
+    """Add `score` to what an expert scores on inputs x, in their mean: in place, along their mean, for want of a bias.
+
+    With the Cholesky factor of all inputs' gram, along what tells x from the others by least squares: a target of 1 on x
+    and 0 elsewhere. Text that is unlike x then goes where it went."""
     mean_D = x_ND.float().mean(0)
-    weight_ED[expert] += score * mean_D / mean_D.square().sum().clamp_min(1e-12)
+    along_D = mean_D if factor_DD is None else torch.cholesky_solve(mean_D[:, None], factor_DD)[:, 0]
+    weight_ED[expert] += score * along_D / (mean_D @ along_D).clamp_min(1e-12)
 
 
 def _blocks(

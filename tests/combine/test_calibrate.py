@@ -135,6 +135,18 @@ def test_conversations_stay_whole() -> None:
     assert [len(w.ids) for w in cut_all.windows] == [PIECE, PIECE, 3, PIECE, PIECE]
 
 
+def test_the_generalists_conversations_are_a_run_of_their_own() -> None:
+    """They come first, so that the generalist is favoured on them; without any, on its text."""
+    end = 7
+    talk = Window((1, 2, end), 0, 0)
+    plain = Window(tuple([3] * PIECE), 0, 1)
+    mixed, dry = Calibration([plain, talk], []), Calibration([plain], [])
+    runs = runs_of([mixed, mixed], 1, (end,))
+    assert [(run.label, run.path) for run in runs] == [(0, 0), (0, 1), (1, 1), (1, 1)]
+    assert [list(run.windows) for run in runs[2:]] == [[talk], [plain]]
+    assert [list(run.windows) for run in runs_of([dry, dry], 1, (end,))[2:]] == [[plain]]
+
+
 def test_the_logistic_sample() -> None:
     """A long run is thinned, always to the same rows, and no position of a piece is left out."""
     x = torch.arange(4096.0)[:, None]

@@ -149,6 +149,29 @@ def test_an_expert_is_favoured_in_the_mean() -> None:
     assert gained[:, [e for e in range(E) if e != 1]].abs().max() == 0
 
 
+def test_an_expert_is_favoured_on_its_inputs_and_not_on_others() -> None:
+    """Beside numpy's least squares: 1 on the favoured rows, 0 on all others, ridge rows below them."""
+    x, weight, label = clouds()
+    mine, share = label == 2, balanced(weight, label)
+    found, plain = (
+        router.logistic(x, weight, label, strength=0.01, temperature=1.0, favoured=favoured)
+        for favoured in (router.Favoured(0, x[mine], 3.0), None)
+    )
+    root = share.sqrt().numpy()[:, None]
+    penalty = router.WARM_STRENGTH * float((share[:, None] * x.double().square()).sum()) / D
+    rows = np.concatenate([root * x.double().numpy(), np.sqrt(penalty) * np.eye(D)])
+    target = (
+        share.sqrt() * (mine / share)
+    ).numpy()  # every favoured row counts alike, as in their plain mean
+    along, *_ = np.linalg.lstsq(rows, np.concatenate([target, np.zeros(D)]), rcond=None)
+    gained = (x @ (found - plain).T)[:, 0]
+    expected = x.double().numpy() @ along
+    np.testing.assert_allclose(gained, 3 * expected / expected[mine.numpy()].mean(), rtol=1e-3, atol=1e-3)
+    assert gained[mine].mean().item() == pytest.approx(3.0, rel=1e-3)
+    assert gained[~mine].abs().mean() < 1.0
+    assert torch.equal(found[1:], plain[1:])
+
+
 def test_prompts_by_hand() -> None:
     means = [torch.tensor([2.0, 0.0]), torch.tensor([0.0, 1.0]), torch.tensor([0.0, 3.0])]
     negative = [None, torch.tensor([0.0, -1.0]), None]
