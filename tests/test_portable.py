@@ -104,10 +104,10 @@ octad.combine("recipe.yaml", "mixture", overwrite=True, progress=False)
 verdict = octad.evaluate(mixture, {"one": "one.jsonl"}, tokens=64, window=32, progress=False)
 assert len(verdict.report["contestants"]) > 6
 octad.train("tune.yaml", "tuned", progress=False)
+octad.edit_expert("remove", mixture, "two", output="fewer", progress=False)
 octad.edit_expert("remove", mixture, "two", progress=False)
-octad.edit_expert("remove", "tuned", "two", output="fewer", progress=False)
 octad.quantize("tuned", "int8", progress=False)
-octad.export("tuned", "one", member="one", progress=False)
+octad.export("tuned", "one-alone", member="one", progress=False)
 params = octad.SamplingParams(max_tokens=3, ignore_eos=True)
 answer = octad.LLM("tuned", native=False).generate("Once", params)[0].outputs[0]
 assert len(answer.token_ids) == 3

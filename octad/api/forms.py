@@ -29,8 +29,8 @@ ENGINES = ("sglang",)  # which does not tie the head of mixtures
 FAST_GROUPS = (32, 64, 128)
 MARLIN_WIDTH = 128  # vLLM 0.32: check_moe_marlin_supports_config
 ROUND_TOKENS, ROUND_WINDOW = 1024, 512  # of each kind of text that 4 bits are rounded for
-# weights a second on two cores of some years ago: copied, rounded to the nearest, rounded for text; a forecast, no more
-WRITTEN, ROUNDED, FITTED = 200e6, 40e6, 6e6
+# weights a second, about, on two cores with AVX2: copied, rounded to the nearest, by the gguf package, for text (GPTQ)
+WRITTEN, ROUNDED, PACKED, FITTED = 200e6, 100e6, 30e6, 6e6
 
 
 def export(
@@ -77,7 +77,8 @@ def export(
                 "--top-k has no effect with --member: one expert is a dense model; leave it out"
             )
         source = member_source(source, member)
-    _announce(source, cost.parameters(source.config) / (WRITTEN if to == "hf" else ROUNDED), teller(tell))
+    rate = {"hf": WRITTEN, "gguf": PACKED}.get(to, ROUNDED)
+    _announce(source, cost.parameters(source.config) / rate, teller(tell))
     with bars(progress) as bar:
         if to == "gguf":
             notes = _gguf(source, place, (quantize or "bf16").lower(), overwrite, bar)
