@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from octad.api.bars import Progress, Tell, bars, teller
 from octad.api.outcomes import Verdict, Written
 from octad.errors import OutputError, RequestError
+from octad.report.terminal import life
 
 if TYPE_CHECKING:
     from octad.checkpoint.inspect import Inspection
@@ -167,8 +168,9 @@ def train(
     for key in loaded.unused_keys():
         say(f"{_label(config)}: no effect: {key}")
     check_sources(loaded)
-    learner = tune_learner(loaded) if isinstance(loaded, TuneConfig) else pretrain_learner(loaded)
-    trainer = Trainer(learner, run, say)
+    with life.doing("opening the model and its text"):
+        learner = tune_learner(loaded) if isinstance(loaded, TuneConfig) else pretrain_learner(loaded)
+        trainer = Trainer(learner, run, say)
     with bars(progress if trainer.world.leads else False) as bar:
         trainer.progress = partial(bar, "training")
         outcome = trainer.fit()

@@ -92,7 +92,9 @@ def options(
     """One mixture-of-experts language model out of eight smaller ones."""
     terminal.err.quiet = quiet
     if terminal.leads() and not quiet:
-        ctx.with_resource(terminal.life.watched())  # to the end of the command
+        ctx.with_resource(
+            terminal.life.watched(f"{ctx.invoked_subcommand} is at work")
+        )  # to the end of the command
     if verbose:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", force=True)
         logging.getLogger("octad").setLevel(logging.DEBUG)
