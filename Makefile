@@ -14,7 +14,7 @@ LLAMA_FLAGS = $(foreach set,AVX AVX2 FMA F16C BMI2,-DGGML_$(set)=$(call HAS,$(sh
 	-DGGML_AVX512_VNNI=$(call HAS,avx512_vnni) -DGGML_AVX512_BF16=$(call HAS,avx512_bf16)
 LLAMA_TOOLS := llama-perplexity llama-tokenize llama-quantize llama-completion llama-bench
 
-.PHONY: gpu-check help install demo llama test test-slow test-vllm test-page page lint reference bench-combine bench-large bench-engine wheel test-neon clean
+.PHONY: gpu-check help install demo llama test test-slow test-vllm test-page page lint reference bench-combine bench-large bench-engine wheel test-neon test-emulated clean
 
 help:
 	@echo "make demo           combine eight real models into one mixture, judge it, let it write"
@@ -31,6 +31,7 @@ help:
 	@echo "make bench-combine  quality, speed and memory of combining, beside mergekit-moe"
 	@echo "make bench-large    combining at 20 GB of output, beside a plain copy"
 	@echo "make test-neon      the ARM kernels against the portable ones, cross-compiled, under qemu"
+	@echo "make test-emulated  the kernels of AVX-512, VNNI, BF16 and AMX on emulated instructions (any CPU with AVX2)"
 	@echo "make gpu-check      right and fast on the GPU of this machine? under ten minutes, JSON"
 	@echo "make wheel          a wheel with the native library, which needs no compiler where it is installed"
 	@echo "make bench-serve    the server under load, beside llama-server and its own engine (LLAMA_SERVER= GGUF= VLLM=)"
@@ -152,6 +153,10 @@ test-neon:
 	$(NEON_CC) -DISA=neoni8mm -march=armv8.2-a+dotprod+i8mm -c -o $(NEON_BUILD)/neoni8mm.o octad/kernels/native.c
 	$(NEON_CC) -o $(NEON_BUILD)/test tests/kernels/neon.c $(NEON_BUILD)/*.o -lm
 	qemu-aarch64 -cpu max $(NEON_BUILD)/test
+
+# The instruction sets of x86 that this processor may lack, run on functions in C that do what Intel's manual says.
+test-emulated: $(READY)
+	$(BIN)/pytest -m "slow or not slow" -k "emulated or Emulated" tests/kernels tests/fast/test_native_layer.py
 
 # Into dist/, with the native library of every instruction set of this kind of processor (setup.py).
 gpu-check: $(READY)

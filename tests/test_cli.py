@@ -19,6 +19,7 @@ from members import adapter, edit_config, full_member, make_base, save_tokenizer
 from safetensors.torch import load_file, save_file
 from tiny_models import Octad, Outcome
 
+from octad.kernels.compile import runnable
 from octad.report import terminal
 
 
@@ -150,6 +151,20 @@ def test_inspect(world: World, mixture: Path, octad: Octad) -> None:
     assert "mixtral" in out
     assert "lora" in out
     assert octad("inspect", world.base)[0] == 0
+
+
+def test_inspect_shows_the_machine(octad: Octad) -> None:
+    """The path that the kernels take here is among those that run, and a model is another question."""
+    code, out, err = octad("inspect", "--machine", "--json")
+    assert code == 0, err
+    kernels = json.loads(out)["kernels"]
+    assert kernels["used"] == kernels["run_here"][0] == runnable()[0]
+    assert {"amx", *kernels["run_here"]} <= set(kernels["known"]) or "portable" in kernels["run_here"]
+    code, out, err = octad("inspect", "--machine")
+    assert code == 0, err
+    assert kernels["used"] in out
+    refused(octad("inspect"), "--machine")
+    refused(octad("inspect", "somewhere", "--machine"), "either a model")
 
 
 def test_inspect_as_json(world: World, mixture: Path, octad: Octad) -> None:

@@ -11,17 +11,47 @@ from typing import Annotated, Any
 import typer
 
 from octad.cli.options import Json, Memory, Model, one_process
+from octad.errors import RequestError
 from octad.report import terminal
 
 
 def inspect(
-    model: Model,
+    model: Annotated[
+        str | None, typer.Argument(help="A checkpoint, .gguf file, hub id or bundled base.")
+    ] = None,
     against: Annotated[
         str | None, typer.Option(help="Measure the experts' distance from this model.")
     ] = None,
+    machine: Annotated[
+        bool,
+        typer.Option(
+            "--machine", help="Show the machine instead: its processor, the kernels that run on it."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what a model is made of."""
+    """Show what a model is made of, or a machine."""
+    if machine == (model is not None) or (machine and against):
+        raise RequestError("inspect: give either a model (with --against, if you like) or --machine")
+    if machine:
+        show_machine(as_json)
+    else:
+        show_model(str(model), against, as_json)
+
+
+def show_machine(as_json: bool) -> None:
+    """The processor and the kernels that run on it."""
+    from octad.cli.machine_view import machine, render
+
+    found = machine()
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        terminal.out.print(render(found))
+
+
+def show_model(model: str, against: str | None, as_json: bool) -> None:
+    """A model, and its distance from another."""
     from octad.checkpoint.inspect import inspect as look
     from octad.checkpoint.load import open_source
     from octad.cli.inspect_view import render

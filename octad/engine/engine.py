@@ -56,7 +56,8 @@ class EngineConfig:
 
     block_size: tokens a block of the key/value cache. num_blocks, or kv_cache_gb (10^9 bytes): size of that cache.
     max_num_seqs: answers in progress at once. max_num_batched_tokens: tokens a forward pass at most; long prompts are cut
-    into chunks of this. max_model_len: tokens of prompt and answer together.
+    into chunks of this, and into smaller ones, max_prompt_tokens_beside, while others wait for their next token.
+    max_model_len: tokens of prompt and answer together.
     """
 
     block_size: int = 16
@@ -64,6 +65,7 @@ class EngineConfig:
     kv_cache_gb: float | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
+    max_prompt_tokens_beside: int = 256
     max_model_len: int | None = None
     enable_prefix_caching: bool = True
 
@@ -119,7 +121,9 @@ class Engine:
         self.max_model_len = min(longest, num_blocks * config.block_size)
         self.runner = ModelRunner(model, num_blocks, config.block_size, attention)
         self.blocks = BlockManager(num_blocks, config.block_size)
-        self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens)
+        self.scheduler = Scheduler(
+            self.blocks, config.max_num_seqs, config.max_num_batched_tokens, config.max_prompt_tokens_beside
+        )
         self.sampler = Sampler(partial(token_text, tokenizer))
         ends = tokenizer.eos_ids or model.config.eos_token_ids
         self.eos_ids = tuple(i for i in ends if 0 <= i < model.config.vocab_size)

@@ -50,6 +50,7 @@ X86: dict[str, tuple[str, ...]] = {
     "avx512": _AVX512,
     "avx512vnni": (*_AVX512, "-mavx512vnni"),
     "avx512bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
+    "amx": (*_AVX512, "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
 }
 ARM: dict[str, tuple[str, ...]] = {
     "portable": (),

@@ -52,6 +52,7 @@ int NAME(linear)(const Weight *w, int64_t count, const void *x, int64_t dtype, i
             Team team = team_of(&meeting, 0);
             rows_part(&team, &rows, x, dtype, N, scratch);
             linear_part(&team, w, count, &rows, N, outputs, dtype, biases);
+            tiles_end();
         }
     }
     rows_free(&rows);
@@ -66,9 +67,11 @@ int NAME(experts)(const Weight *gate, const Weight *up, const Weight *down, int6
     int64_t D = gate->inputs, F = gate->outputs, pairs = N * A;
     if (!slots_valid(experts, pairs, E)) return 2;
     Slots s = {0};
-    Rows in = {0}, mid = {0};
+    Rows in = {0}, taken = {0}, mid = {0};
     float *h = malloc((pairs * F + 16) * sizeof(float)), *sum = malloc((N * D + 16) * sizeof(float));
-    int failed = slots_alloc(&s, pairs, E) || rows_alloc(&in, N, gate) || rows_alloc(&mid, pairs, down) || !h || !sum;
+    int together = TILES && pairs > SHARED;
+    int failed = slots_alloc(&s, pairs, E) || rows_alloc(&in, N, gate) || rows_alloc(&mid, pairs, down) || !h || !sum ||
+                 (together && rows_alloc(&taken, pairs, gate));
     if (!failed) {
         Meeting meeting = {0, 0};
         slots_fill(&s, experts, weights, N, A, E);
@@ -77,12 +80,13 @@ int NAME(experts)(const Weight *gate, const Weight *up, const Weight *down, int6
             Team team = team_of(&meeting, 0);
             rows_part(&team, &in, x, dtype, N, sum);
             for (int64_t n = team.first; n < N; n += team.step) memset(sum + n * D, 0, D * sizeof(float));
-            experts_part(&team, gate, up, down, &in, &s, pairs, h, &mid, sum);
+            experts_part(&team, gate, up, down, &in, together ? &taken : 0, &s, pairs, h, &mid, sum);
             meet(&team);
             for (int64_t n = team.first; n < N; n += team.step) store_row(y, dtype, n * D, sum + n * D, D);
+            tiles_end();
         }
     }
-    rows_free(&in), rows_free(&mid), slots_free(&s);
+    rows_free(&in), rows_free(&taken), rows_free(&mid), slots_free(&s);
     free(h), free(sum);
     return failed;
 }
@@ -136,33 +140,38 @@ int NAME(route)(const void *x, int64_t dtype, int64_t N, int64_t D, const float 
     return failed;
 }
 
-/* q, y [R, H, K], one token a sequence; keys, values [blocks, block_size, G, K]; lengths [R] and tables [R, width] int32,
+/* q, y [R, H, K], a token each; keys, values [blocks, block_size, G, K]; lengths [R] and tables [R, width] int32,
    as in paged.py. */
 int NAME(paged_attention)(const void *q, const void *keys, const void *values, int64_t dtype, const int32_t *lengths,
                           const int32_t *tables, int64_t R, int64_t width, int64_t block_size, int64_t H, int64_t G,
                           int64_t K, int64_t window, float scale, void *y, int64_t threads) {
     Pages pages = {keys, values, dtype, block_size, G, K, window};
-    int64_t longest = 1, failed = 0;
+    int64_t longest = 1, runs = 0, failed = 0;
     for (int64_t r = 0; r < R; r++) longest = lengths[r] > longest ? lengths[r] : longest;
-    int64_t at_once = groups_at_once(R, H, G, longest, threads), parts = G / at_once;
+    int64_t some = heads_at_once(R, H, G, RUN * longest, threads), heads = some == 1 ? H / G : some, parts = H / heads;
+    int64_t *run = malloc((R + 1) * sizeof(int64_t)); /* where each begins */
     float *sum = malloc((R * H * K + 16) * sizeof(float));
-    if (!sum) return 1;
+    if (!sum || !run) return free(sum), free(run), 1;
+    for (int64_t r = 0; r < R; r += run_length(&pages, r, R, lengths, tables, width)) run[runs++] = r;
+    run[runs] = R;
 #pragma omp parallel num_threads(threads) if (R * H * longest * K > 65536)
     {
-        float *scores = malloc(attention_scratch(H, G, longest, at_once) * sizeof(float));
+        float *scores = malloc(attention_scratch(RUN * heads, longest) * sizeof(float));
         if (!scores) failed = 1;
 #pragma omp barrier
         if (!failed) {
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t task = 0; task < R * parts; task++)
-                attend_groups(&pages, q, task / parts, task % parts * at_once, at_once, H, lengths, tables, width, scale,
-                              scores, sum);
+            for (int64_t task = 0; task < runs * parts; task++) {
+                int64_t r = run[task / parts], h = task % parts * heads;
+                attend_heads(&pages, q, r, run[task / parts + 1] - r, h, h + heads, H, lengths, tables, width, scale, scores,
+                             sum);
+            }
 #pragma omp for schedule(static) nowait
             for (int64_t r = 0; r < R; r++) store_row(y, dtype, r * H * K, sum + r * H * K, H * K);
         }
         free(scores);
     }
-    free(sum);
+    free(sum), free(run);
     return (int)failed;
 }
 
@@ -189,14 +198,15 @@ int NAME(layers)(const Block *const *blocks, int64_t L, const Step *s, const voi
                            experts + l * pairs, A, l + 1 < L ? blocks[l + 1] : 0);
             for (int64_t n = team.thread; n < s->R; n += team.threads) /* every row once */
                 store_row(y, s->dtype, n * D, own->h + n * D, D);
+            tiles_end();
         }
     }
     work_free(&work, threads);
     return failed;
 }
 
-int NAME(features)(void) { /* bit 0: vectors of integers, bit 1: bf16 dot products, bit 2: OpenMP */
-    int features = VECTOR_INT | 2 * BF16_DOT;
+int NAME(features)(void) { /* bit 0: vectors of integers, bit 1: bf16 dot products, bit 2: OpenMP, bit 3: tiles */
+    int features = VECTOR_INT | 2 * BF16_DOT | 8 * TILES;
 #ifdef _OPENMP
     features |= 4;
 #endif

@@ -88,6 +88,7 @@ class Watch:
         self.bias_NE: torch.Tensor | None = None
         self.alone_N: torch.Tensor | None = None
         self._record: list[Routing | None] = []
+        self._whole: Routing | None = None  # of all layers at once, [L, N, A] each
         self._hooks = [_Ear(self, number) for number in self._mlps]
         self._key = object()
 
@@ -95,6 +96,7 @@ class Watch:
     def step(self, only: Sequence[tuple[int, Sequence[int] | None]] = ()) -> Iterator[None]:
         """Inside, every router is heard. `only`: for runs of rows, how many and which experts they may use."""
         self._record = [None] * len(self.model.model.layers)
+        self._whole = None
         self._bar(only)
         gates = [
             mlp._modules["gate"] for mlp in self._mlps.values()
@@ -120,11 +122,17 @@ class Watch:
 
     def hear(self, layers: Sequence[int], weights_LNA: torch.Tensor, experts_LNA: torch.Tensor) -> None:
         """What the routers of these layers chose, from code that ran them in one call."""
+        if len(layers) == len(self._record):
+            self._whole = weights_LNA, experts_LNA
+            return
         for place, number in enumerate(layers):
             self._record[number] = weights_LNA[place], experts_LNA[place]
 
     def routing(self, tokens: int) -> Routing | None:
         """(experts_NLA, weights_NLA) of the step, on the CPU; None for a model without routers."""
+        if self._whole is not None:
+            weights_LNA, experts_LNA = self._whole
+            return experts_LNA.transpose(0, 1).to(torch.int16), weights_LNA.transpose(0, 1)
         return stack(self._record, tokens) if any(entry is not None for entry in self._record) else None
 
 

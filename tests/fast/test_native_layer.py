@@ -6,6 +6,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_builds import emulations, kernels_of
 from tiny import load
 from tiny_models import FAMILIES, TinyCheckpoint
 from torch import nn
@@ -45,8 +46,11 @@ EXACT = {"16 bits, wide": Precision(16, 16, 16, wide=True), "32 bits": Precision
 BLOCK = 4
 
 
-@pytest.fixture(scope="module")
-def kernels() -> NativeKernels:
+@pytest.fixture(scope="module", params=["best", *emulations()[-2:]])
+def kernels(request: pytest.FixtureRequest) -> NativeKernels:
+    """The best ones here; among the slow tests those for whole layers in bfloat16, emulated."""
+    if request.param != "best":
+        return kernels_of(request.param)
     try:
         return native_kernels() or NativeKernels(build_kernels())
     except BuildError as error:

@@ -9,17 +9,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_builds import BUILDS, kernels_of
 
-from octad.kernels.compile import load, runnable
 from octad.kernels.native import NativeKernels, describe
 from octad.kernels.packed import Packed, linear_reference, pack, pack_raw
-from octad.kernels.paged import PagedBatch, paged_attention_reference
 from octad.model.config import ModelConfig, RopeConfig
 from octad.model.moe import Experts, Router
 from octad.model.rope import Rope
 from octad.model.transformer import RMSNorm
 
-BUILDS = [*runnable(), "one thread", *(["emulated avxvnni"] if "avx2" in runnable() else [])]
 DTYPES = [torch.float32, torch.bfloat16]
 ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 21]
 ULP = 2**-8
@@ -27,18 +25,8 @@ WIDE = -16  # bfloat16 weights, float32 activations
 
 
 @pytest.fixture(scope="module", params=BUILDS)
-def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> NativeKernels:
-    """Every instruction set that this machine runs; and the best one without OpenMP."""
-    if request.param == "one thread":
-        made = NativeKernels(load(tmp_path_factory.mktemp("native"), ["-O1"], openmp=False))
-    elif request.param == "emulated avxvnni":
-        made = NativeKernels(load(tmp_path_factory.mktemp("native"), ["-DEMULATED_VNNI"], isa="avx2"))
-    else:
-        made = NativeKernels(load(isa=request.param))
-        assert made.isa == request.param
-        assert (made.features & 3 == 0) == (request.param == "portable")
-    assert bool(made.features & 4) == (request.param != "one thread")
-    return made
+def kernels(request: pytest.FixtureRequest) -> NativeKernels:
+    return kernels_of(request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +77,7 @@ def test_linear_is_its_slow_twin(kernels: NativeKernels, bits: int, dtype: torch
         weights = [packed(torch.randn(outputs, inputs), bits) for outputs in (5, 48, 33)]
         biases = [torch.randn(5), None, torch.randn(33)]
         described = describe(weights)
-        for rows in ROWS:
+        for rows in (*ROWS, 40):
             x = (torch.randn(rows, inputs) * torch.logspace(-3, 3, rows)[:, None]).to(dtype)
             for given in (None, biases):
                 found = kernels.linear(described, x, given)
@@ -339,62 +327,3 @@ def test_routing_of_what_is_not_a_number_names_experts(kernels: NativeKernels) -
     weights, experts = kernels.route(torch.full((1, 40), torch.nan), torch.randn(5, 40), 2, True)
     assert weights.isnan().all()
     assert ((experts >= 0) & (experts < 5)).all()
-
-
-# ---- attention -----------------------------------------------------------------------------------------------
-
-
-def pages(
-    contexts: list[int], heads: tuple[int, int], size: int, dtype: torch.dtype, head_dim: int = 24
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, PagedBatch]:
-    H, G = heads
-    counts = [-(-context // size) for context in contexts]
-    places = torch.randperm(sum(counts) + 2).tolist()
-    tables = [[places.pop() for _ in range(count)] for count in counts]
-    keys, values = torch.randn(2, sum(counts) + 2, size, G, head_dim).to(dtype)
-    q = (2 * torch.randn(len(contexts), H, head_dim)).to(dtype)
-    return q, keys, values, PagedBatch.of([1] * len(contexts), contexts, tables)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads", [(6, 2), (5, 1), (3, 3), (16, 2)])
-@pytest.mark.parametrize("window", [None, 1, 5, 100])
-def test_paged_attention(
-    kernels: NativeKernels, window: int | None, heads: tuple[int, int], dtype: torch.dtype
-) -> None:
-    contexts = [1, 4, 13, 30, 17]
-    for size, head_dim in ((1, 24), (4, 64), (16, 128)):
-        q, keys, values, batch = pages(contexts, heads, size, dtype, head_dim)
-        exact = paged_attention_reference(q.float(), keys.float(), values.float(), batch, window)
-        rest = (batch.context_lens, batch.block_tables, window, head_dim**-0.5)
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            found = kernels.paged_attention(q, keys, values, *rest)
-            assert_near(found, exact, values.float().abs().max(), 5e-6)
-        for r, context in enumerate(contexts):
-            alone = PagedBatch.of([1], [context], [batch.block_tables[r].tolist()])
-            one = kernels.paged_attention(
-                q[r : r + 1], keys, values, alone.context_lens, alone.block_tables, *rest[2:]
-            )
-            assert torch.equal(one[0], found[r])
-
-
-def test_attention_on_two_threads(kernels: NativeKernels) -> None:
-    """So much that the kernel does share it out: more than 65536 products."""
-    for dtype in DTYPES:
-        q, keys, values, batch = pages([200, 1, 90], (8, 2), 16, dtype, 64)
-        rest = (batch.context_lens, batch.block_tables, None, 0.125)
-        one = kernels.paged_attention(q, keys, values, *rest)
-        torch.set_num_threads(2)
-        for _ in range(20):
-            assert torch.equal(kernels.paged_attention(q, keys, values, *rest), one)
-        torch.set_num_threads(1)
-
-
-def test_attention_of_far_apart_scores(kernels: NativeKernels) -> None:
-    """One key that outweighs all, by more than float32's exponential holds."""
-    q, keys, values, batch = pages([40], (1, 1), 8, torch.float32)
-    keys *= 0
-    keys[batch.block_tables[0, 2], 3] = 1000 * q[0, 0] / q.square().sum()
-    y = kernels.paged_attention(q, keys, values, batch.context_lens, batch.block_tables, None, 1.0)
-    torch.testing.assert_close(y[0, 0], values[batch.block_tables[0, 2], 3, 0])

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from kernel_builds import emulations, library_of
 
 from octad.kernels import packing
-from octad.kernels.compile import BuildError, load, runnable
+from octad.kernels.compile import BuildError, runnable
 from octad.kernels.packed import pack, pack_raw, quantize, round_in_turn
 from octad.kernels.packing import quick_pack, quick_pack_raw, quick_quantize, quick_round_in_turn
 
@@ -14,9 +15,9 @@ SHAPES = [(1, 8), (16, 64), (17, 72), (33, 96), (5, 200), (48, 320)]  # odd and 
 BITS = [32, 16, 8, 4]
 
 
-@pytest.fixture(autouse=True, params=runnable())
+@pytest.fixture(autouse=True, params=[*runnable(), *emulations()[1:]])
 def _isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    made = packing._Packing(load(isa=request.param))
+    made = packing._Packing(library_of(request.param))
     monkeypatch.setattr(packing, "_packing", lambda: made)
     torch.set_num_threads(2)
     yield

@@ -3,22 +3,23 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_builds import emulations, library_of
 
 from octad.kernels import passes
 from octad.kernels.attention import causal_mask
-from octad.kernels.compile import BuildError, load, runnable
+from octad.kernels.compile import BuildError, runnable
 from octad.kernels.passes import NativePasses, Passes, not_native, quick_passes
 from octad.model.rope import rotated
 
 CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 1e-6}, torch.bfloat16: {"rtol": 0.02, "atol": 0.004}}
 
 
-@pytest.fixture(params=["twin", *runnable()])
+@pytest.fixture(params=["twin", *runnable(), *emulations()[1:]])
 def mine(request: pytest.FixtureRequest) -> Passes:
     if request.param == "twin":
         return Passes()
     try:
-        return NativePasses(load(isa=request.param))
+        return NativePasses(library_of(request.param))
     except BuildError as error:
         if "no C compiler found" not in str(error):  # with a compiler they have to be built
             raise

@@ -1,4 +1,4 @@
-/* One token's attention over paged keys and values [blocks, block_size, G, K]. Part of native.c; letters as in parts.h. */
+/* Attention of tokens over paged keys and values [blocks, block_size, G, K]. Part of native.c; letters as in parts.h. */
 
 typedef struct {
     const void *keys, *values;
@@ -43,6 +43,7 @@ typedef struct { /* one sequence's positions */
     const int32_t *places;
     int64_t T;
     float scale;
+    int fetch; /* whether what comes next is to be asked for */
 } Span;
 
 static inline int64_t place(const Pages *p, const Span *s, const Heads *h, int64_t t) {
@@ -122,22 +123,35 @@ static void finish(const Pages *p, const Heads *h, const float *factors) {
     finish_plain(p, h, factors);
 }
 
-/* ---- a task: some groups of one sequence's query ----------------------------------------------------------------- */
+/* ---- a task: some heads of one sequence's query, or of a few in a row --------------------------------------------------- */
 
-/* Groups that one thread takes together. All of them, where there are enough sequences for all threads: then keys and
-   values are read as they lie, one position behind the other. But the scores must stay in the cache. */
-static int64_t groups_at_once(int64_t R, int64_t H, int64_t G, int64_t longest, int64_t threads) {
-    return R >= 2 * threads && H * longest <= 1 << 16 ? G : 1;
+#define RUN 4 /* neighbouring tokens of a prompt that are handled together: keys and values are in the nearest cache then */
+
+/* Heads that one thread takes together. All of them, where there are enough sequences for all threads: then keys and values
+   are read as they lie, one position behind the other. But the scores must stay in the cache. With few sequences any number
+   (1), so that all threads get as much. */
+static int64_t heads_at_once(int64_t R, int64_t H, int64_t G, int64_t longest, int64_t threads) {
+    if (R < 2 * threads) return 1;
+    return H * longest <= 1 << 16 ? H : H / G;
 }
 
-/* Floats of scratch that a thread needs for contexts up to `longest`: scores, and the places (int32). */
-static int64_t attention_scratch(int64_t H, int64_t G, int64_t longest, int64_t at_once) {
-    return (H / G * at_once + 1) * longest + 16;
-}
+/* Floats of scratch that a thread needs for contexts up to `longest`: scores of `heads`, and the places (int32). */
+static int64_t attention_scratch(int64_t heads, int64_t longest) { return (heads + 1) * longest + 16; }
 
 /* Where sequence r's attention begins. */
 static int64_t first_seen(const Pages *p, int64_t length) {
     return p->window && length > p->window ? length - p->window : 0;
+}
+
+/* How many of the queries from r on are neighbours of one prompt, each seeing one position more than the one before. */
+static int64_t run_length(const Pages *p, int64_t r, int64_t R, const int32_t *lengths, const int32_t *tables, int64_t width) {
+    int64_t n = 1;
+    for (; n < RUN && r + n < R; n++) {
+        int64_t length = lengths[r + n], blocks = (length + p->block_size - 1) / p->block_size;
+        if (length != lengths[r] + n || first_seen(p, length)) break;
+        if (memcmp(tables + r * width, tables + (r + n) * width, blocks * sizeof(int32_t))) break;
+    }
+    return n;
 }
 
 /* Ask for the keys or values of the first of these places: the loops over positions ask for those further on. */
@@ -155,29 +169,42 @@ static void fetch_sequence(const Pages *p, const int32_t *blocks, int64_t length
     fetch_rows(p, p->keys, places, n), fetch_rows(p, p->keys, &last, 1), fetch_rows(p, p->values, &last, 1);
 }
 
-/* y [R, H, K] (float32) of sequence r's query (one token) for the heads of `count` groups from g on. */
-static void attend_groups(const Pages *p, const void *q, int64_t r, int64_t g, int64_t count, int64_t H,
-                          const int32_t *lengths, const int32_t *tables, int64_t width, float scale, float *scratch,
-                          float *y) {
-    int64_t each = H / p->G, all = lengths[r], first = first_seen(p, all);
-    int64_t T = all - first, n = 0;
+/* Heads first .. last of a query with its scores and its part of y, cut where groups end and where they are too many. */
+static int64_t cut_heads(const Pages *p, const Span *s, const char *q, int64_t first, int64_t last, int64_t each,
+                         float *scores, float *y, Heads *to) {
+    int64_t n = 0, size = p->K * (p->dtype == F_F32 ? 4 : 2);
+    for (int64_t h = first; h < last; h += to[n++].n) {
+        int64_t end = min64(min64((h / each + 1) * each, last), h + GROUP);
+        to[n] = (Heads){q + h * size, scores + (h - first) * s->T, y + h * p->K, end - h, h / each};
+    }
+    return n;
+}
+
+/* y [R, H, K] (float32) for the heads first .. last of the queries r .. r + count, which are a run. */
+static void attend_heads(const Pages *p, const void *q, int64_t r, int64_t count, int64_t first, int64_t last, int64_t H,
+                         const int32_t *lengths, const int32_t *tables, int64_t width, float scale, float *scratch,
+                         float *y) {
+    int64_t heads = last - first, all = lengths[r + count - 1], start = first_seen(p, all), T = all - start, n = 0;
     int32_t *places = (int32_t *)scratch;
-    Span span = {places, T, scale};
-    Heads heads[count * ((each + GROUP - 1) / GROUP)];
-    find_places(p, tables + r * width, first, all, places);
-    for (int64_t i = 0; i < count; i++)
-        for (int64_t h = 0; h < each; h += GROUP) {
-            int64_t at = (r * H + (g + i) * each + h) * p->K;
-            heads[n++] = (Heads){(const char *)q + at * (p->dtype == F_F32 ? 4 : 2), scratch + (1 + i * each + h) * T, y + at,
-                                 min64(GROUP, each - h), g + i};
-        }
+    int64_t query = H * p->K, size = query * (p->dtype == F_F32 ? 4 : 2);
+    Span spans[RUN];
+    Heads cut[RUN * heads];
+    find_places(p, tables + r * width, start, all, places);
+    for (int64_t c = 0; c < count; c++) {
+        spans[c] = (Span){places, lengths[r + c] - start, scale, c == 0};
+        n = cut_heads(p, &spans[c], (const char *)q + (r + c) * size, first, last, H / p->G, scratch + (1 + c * heads) * T,
+                      y + (r + c) * query, cut + c * n);
+    }
     for (int64_t t = 0; t < T; t += BLOCK)
-        for (int64_t i = 0; i < n; i++) score_block(p, &span, &heads[i], t, min64(t + BLOCK, T));
+        for (int64_t i = 0; i < count * n; i++)
+            if (t < spans[i / n].T) score_block(p, &spans[i / n], &cut[i], t, min64(t + BLOCK, spans[i / n].T));
     fetch_rows(p, p->values, places, T);
-    float factors[count * each], *factor = factors;
-    for (int64_t h = 0; h < count * each; h++) factors[h] = softmax_(scratch + (1 + h) * T, T);
+    float factors[RUN * heads], *factor = factors;
+    for (int64_t i = 0; i < count * n; i++)
+        for (int64_t h = 0; h < cut[i].n; h++) *factor++ = softmax_(cut[i].scores + h * spans[i / n].T, spans[i / n].T);
     for (int64_t t = 0; t < T; t += BLOCK)
-        for (int64_t i = 0; i < n; i++) value_block(p, &span, &heads[i], t, min64(t + BLOCK, T));
-    for (int64_t i = 0; i < n; factor += heads[i++].n)
-        finish(p, &heads[i], factor);
+        for (int64_t i = 0; i < count * n; i++)
+            if (t < spans[i / n].T) value_block(p, &spans[i / n], &cut[i], t, min64(t + BLOCK, spans[i / n].T));
+    factor = factors;
+    for (int64_t i = 0; i < count * n; factor += cut[i++].n) finish(p, &cut[i], factor);
 }

@@ -1,10 +1,5 @@
 /* Attention over bfloat16 pages by 512-bit dot products of bfloat16. Part of attention.h. */
 
-/* 32 bf16 numbers as two float vectors: those at even places, those at odd ones. */
-INLINE __m512 evens(__m512i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
-
-INLINE __m512 odds(__m512i x) { return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(0xffff0000))); }
-
 /* The sums of 16 vectors, as one vector: four steps, each adding halves of neighbours. */
 INLINE __m512 sums16(__m512 *v) {
     for (int i = 0; i < 16; i += 2)
@@ -26,7 +21,7 @@ INLINE void score_bf16(const Pages *p, const Span *s, const Heads *heads, const 
     for (int j = 0; j < BLOCK; j++) {
         const uint16_t *key = (const uint16_t *)p->keys + place(p, s, heads, min64(t + j, end - 1));
         const uint16_t *later = (const uint16_t *)p->keys + place(p, s, heads, min64(t + j + AHEAD, s->T - 1));
-        for (int i = 0; i < parts; i++) __builtin_prefetch(later + 32 * i);
+        for (int i = 0; s->fetch && i < parts; i++) __builtin_prefetch(later + 32 * i);
         for (int h = 0; h < n; h++) sums[h][j] = _mm512_setzero_ps();
         for (int i = 0; i < parts; i++) {
             __m512i x = _mm512_loadu_si512(key + 32 * i);
@@ -51,7 +46,7 @@ INLINE void value_bf16(const Pages *p, const Span *s, const Heads *heads, const 
     for (; t < end; t++) {
         const uint16_t *value = (const uint16_t *)p->values + place(p, s, heads, t);
         const uint16_t *later = (const uint16_t *)p->values + place(p, s, heads, min64(t + AHEAD, s->T - 1));
-        for (int i = 0; i < parts; i++) __builtin_prefetch(later + 32 * i);
+        for (int i = 0; s->fetch && i < parts; i++) __builtin_prefetch(later + 32 * i);
         for (int i = 0; i < parts; i++) {
             __m512i x = _mm512_loadu_si512(value + 32 * i);
             for (int h = 0; h < n; h++) {

@@ -19,6 +19,7 @@ INLINE Floats page8(const Pages *p, const void *rows, int64_t at) {
 }
 
 INLINE void fetch_place(const Pages *p, const Span *s, const Heads *h, const void *rows, int64_t t) {
+    if (!s->fetch) return;
     int64_t size = p->dtype == F_F32 ? 4 : 2;
     const char *later = (const char *)rows + place(p, s, h, min64(t + AHEAD, s->T - 1)) * size;
     for (int64_t i = 0; i < p->K * size; i += 64) __builtin_prefetch(later + i);

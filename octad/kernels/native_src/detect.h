@@ -9,8 +9,12 @@
 #if defined(__x86_64__)
 
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
-enum { YMM = 0x06, ZMM = 0xe6 }; /* states that the system keeps: SSE and AVX; and AVX-512's */
+enum { YMM = 0x06, ZMM = 0xe6, TILE = 0x60000 }; /* states that the system keeps: SSE and AVX; and AVX-512's; AMX's */
 
 static uint64_t kept_states(void) {
     unsigned a, b, c, d;
@@ -21,7 +25,7 @@ static uint64_t kept_states(void) {
 
 static int keeps(uint64_t states) { return (kept_states() & states) == states; }
 
-/* Bit `bit` of register r (0 eax, 1 ebx, 2 ecx) of a leaf. */
+/* Bit `bit` of register r (0 eax, 1 ebx, 2 ecx, 3 edx) of a leaf. */
 static int cpuid_bit(unsigned leaf, unsigned sub, int r, int bit) {
     unsigned v[4];
     return __get_cpuid_count(leaf, sub, &v[0], &v[1], &v[2], &v[3]) && (v[r] >> bit & 1);
@@ -41,6 +45,20 @@ static int runs_avx512(void) { /* F, DQ, BW, VL */
 static int runs_avx512vnni(void) { return runs_avx512() && cpuid_bit(7, 0, 2, 11); }
 
 static int runs_avx512bf16(void) { return runs_avx512vnni() && cpuid_bit(7, 1, 0, 5); }
+
+/* Linux keeps tiles for programs that have asked, once for all their threads. Elsewhere nobody has tried. */
+static int tiles_granted(void) {
+#if defined(__linux__)
+    return !syscall(SYS_arch_prctl, 0x1023, 18); /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
+#else
+    return 0;
+#endif
+}
+
+static int runs_amx(void) { /* BF16, TILE, INT8 */
+    return runs_avx512bf16() && keeps(ZMM | TILE) && cpuid_bit(7, 0, 3, 22) && cpuid_bit(7, 0, 3, 24) &&
+           cpuid_bit(7, 0, 3, 25) && tiles_granted();
+}
 
 #elif defined(__aarch64__) && defined(__linux__)
 
@@ -75,6 +93,7 @@ int octad_runs(const char *isa) {
     if (!strcmp(isa, "avx512")) return runs_avx512();
     if (!strcmp(isa, "avx512vnni")) return runs_avx512vnni();
     if (!strcmp(isa, "avx512bf16")) return runs_avx512bf16();
+    if (!strcmp(isa, "amx")) return runs_amx();
 #elif defined(__aarch64__)
 #if defined(__linux__) || defined(__APPLE__)
     if (!strcmp(isa, "neondot")) return runs_neondot();

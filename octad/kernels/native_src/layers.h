@@ -45,7 +45,7 @@ typedef struct { /* one thread's */
 
 typedef struct { /* what the threads make together */
     float *memory, *attended, *part, *sum, *q, *k, *v, *hidden;
-    int64_t longest, groups; /* of the contexts; that attention takes at once */
+    int64_t longest, heads; /* of the contexts; that attention takes at once */
     Rows mid;                /* prepared for the experts' second half */
     Own *own;
 } Work;
@@ -54,8 +54,9 @@ static int work_alloc(Work *w, const Block *b, const Step *s, int64_t A, int64_t
     int64_t N = s->R, D = b->D, HK = b->H * b->K, GK = b->G * b->K, F = b->gate->outputs, pairs = N * A;
     w->longest = 1;
     for (int64_t r = 0; r < N; r++) w->longest = s->lengths[r] > w->longest ? s->lengths[r] : w->longest;
-    w->groups = groups_at_once(N, b->H, b->G, w->longest, threads);
-    int64_t scores = attention_scratch(b->H, b->G, w->longest, w->groups), each = N * D + D + HK + scores + pairs + 64;
+    w->heads = heads_at_once(N, b->H, b->G, w->longest, threads);
+    int64_t most = w->heads == b->H ? b->H : b->H / b->G, scores = attention_scratch(most, w->longest);
+    int64_t each = N * D + D + HK + scores + pairs + 64;
     w->own = calloc(threads, sizeof(Own));
     w->memory = malloc((N * 2 * (D + HK + GK) + pairs * F + threads * each + 64) * sizeof(float));
     if (!w->own || !w->memory) return 1;
@@ -109,7 +110,7 @@ static void place_group(const Block *b, const Step *s, int64_t n, int64_t g, con
     memcpy((char *)values + slot * K * size, (const char *)w->v + k * K * size, K * size);
 }
 
-/* Where this thread's part of attention begins: tasks of some groups of one sequence, shared out by positions to read. */
+/* Where this thread's part of attention begins: tasks of some heads of one sequence, shared out by positions to read. */
 static int64_t share_positions(const Team *t, int64_t thread, const Step *s, int64_t parts) {
     int64_t total = 0, done = 0, task = 0;
     for (int64_t r = 0; r < s->R; r++) total += s->lengths[r] * parts;
@@ -120,14 +121,18 @@ static int64_t share_positions(const Team *t, int64_t thread, const Step *s, int
 /* attended [R, H, K] of the q, k and v in w. */
 static void attention_part(const Block *b, const Step *s, const Team *t, Work *w, Own *mine, void *keys, void *values) {
     Pages pages = {keys, values, s->dtype, s->block_size, b->G, b->K, b->window};
-    int64_t parts = b->G / w->groups, end = share_positions(t, t->thread + 1, s, parts);
-    for (int64_t task = share_positions(t, t->thread, s, parts); task < end; task++) {
-        int64_t n = task / parts, g = task % parts * w->groups;
-        int64_t then = (task + 1) / parts; /* the next one's sequence */
-        if (task + 1 < end) fetch_sequence(&pages, s->tables + then * s->width, s->lengths[then], s->slots[then]);
-        for (int64_t i = g; i < g + w->groups; i++) place_group(b, s, n, i, w, keys, values, mine->row);
-        attend_groups(&pages, w->q, n, g, w->groups, b->H, s->lengths, s->tables, s->width, b->scale, mine->scores,
-                      w->attended);
+    int64_t H = b->H, each = H / b->G, parts = H / w->heads, end = share_positions(t, t->thread + 1, s, parts);
+    int split = w->heads < each; /* several threads may need a group */
+    for (int64_t i = share(t, t->thread, s->R * b->G); split && i < share(t, t->thread + 1, s->R * b->G); i++)
+        place_group(b, s, i / b->G, i % b->G, w, keys, values, mine->row);
+    if (split) meet(t);
+    for (int64_t task = share_positions(t, t->thread, s, parts), next; task < end; task = next) {
+        int64_t n = task / parts, h = task % parts * w->heads, last = w->heads == H ? H : (h / each + 1) * each;
+        next = min64(n * parts + last / w->heads, end), last = (next - n * parts) * w->heads;
+        if (next < end && next / parts > n)
+            fetch_sequence(&pages, s->tables + (n + 1) * s->width, s->lengths[n + 1], s->slots[n + 1]);
+        for (int64_t g = h / each; !split && g < last / each; g++) place_group(b, s, n, g, w, keys, values, mine->row);
+        attend_heads(&pages, w->q, n, 1, h, last, H, s->lengths, s->tables, s->width, b->scale, mine->scores, w->attended);
     }
     if (s->R <= SHARED) fetch_part(t, b->o, 1);
     meet(t);
@@ -204,7 +209,7 @@ static void layer_part(const Block *b, const Step *s, const Team *t, Work *w, Ow
         meet(t);
     }
     slots_fill(&mine->slots, s->given ? experts : own->experts, s->given ? weights : own->weights, N, A, b->E);
-    experts_part(t, b->gate, b->up, b->down, &own->post, &mine->slots, N * A, w->hidden, &w->mid, w->sum);
+    experts_part(t, b->gate, b->up, b->down, &own->post, 0, &mine->slots, N * A, w->hidden, &w->mid, w->sum);
     if (N <= SHARED && next) fetch_part(t, next->qkv, 3);
     meet(t);
     for (int64_t n = t->first; n < N; n += t->step) add_row(own->h + n * D, w->sum + n * D, s->dtype, D);

@@ -16,7 +16,7 @@
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #include "panels_avx512.h"
-#elif defined(__AVXVNNI__) || defined(EMULATED_VNNI)
+#elif defined(__AVXVNNI__)
 #include "panels_avxvnni.h"
 #elif defined(__AVX2__) && defined(__FMA__)
 #include "panels_avx2.h"
@@ -24,6 +24,11 @@
 #include "panels_neon.h"
 #else
 #include "panels_plain.h"
+#endif
+#if TILES
+#include "panels_amx.h"
+#else
+#define tiles_end() (void)0
 #endif
 #include "panels_wide.h"
 #if !BF16_DOT
@@ -76,6 +81,18 @@ static void panels(const Weight *w, const uint8_t *const *data, const int *outs,
         }
         return;
     }
+#if TILES
+    if (n > VECTOR_ROWS) {
+        if (P == 2 && ahead) {
+            panels(w, data, outs, 1, ahead, x, n, out), panels(w, data + 1, outs + 1, 1, ahead, x, n, out + ROWS * PANEL);
+        } else if (suits_many(w, x, n)) {
+            panel_many(w, data, P, ahead, x, n, out);
+        } else
+            for (int r = 0; r < n; r += VECTOR_ROWS)
+                panels(w, data, outs, P, r ? 0 : ahead, x + r, (int)min64(VECTOR_ROWS, n - r), out + r * PANEL);
+        return;
+    }
+#endif
     if (P == 2 && (ahead || !takes_two(w->format))) {
         panels(w, data, outs, 1, ahead, x, n, out);
         panels(w, data + 1, outs + 1, 1, ahead, x, n, out + ROWS * PANEL);

@@ -17,8 +17,12 @@ static inline __m512i broadcast4(const int8_t *q) {
 /* sum += the products of w (unsigned) and x (signed), four by four. As instructions of their own, the two products here and
    below stay in their registers: given the compiler's builtin, GCC 12 copies sums and loads the weights again for each row. */
 static inline __m512i dot4(__m512i sum, __m512i w, __m512i x) {
+#if defined(EMULATED) /* by the tests */
+    return _mm512_dpbusd_epi32(sum, w, x);
+#else
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
     return sum;
+#endif
 }
 
 /* One or two panels (P) at once: with two, each broadcast of x serves twice, and the loads no longer outnumber the
@@ -29,11 +33,11 @@ static inline __attribute__((always_inline)) void panel_int(const uint8_t *const
                                                             const Row *x, const int n, float *out) {
     const __m512i low = _mm512_set1_epi8(15);
     const uint8_t *w[2] = {data[0], data[P - 1]}, *scales[2] = {w[0], w[1]};
-    __m512 f[2][ROWS];
+    __m512 f[2][VECTOR_ROWS];
     for (int p = 0; p < P; p++)
         for (int r = 0; r < n; r++) f[p][r] = _mm512_setzero_ps();
     for (int64_t g = 0; g < groups; g++) {
-        __m512i a[2][ROWS], b[2][ROWS];
+        __m512i a[2][VECTOR_ROWS], b[2][VECTOR_ROWS];
         for (int p = 0; p < P; p++) {
             if (g % 2 == 0) scales[p] = w[p], w[p] += 64;
             for (int r = 0; r < n; r++) {
@@ -75,14 +79,27 @@ static inline __attribute__((always_inline)) void panel_int(const uint8_t *const
 #if BF16_DOT
 
 static inline __m512 dot2(__m512 sum, __m512i w, __m512i x) {
+#if defined(EMULATED)
+    return _mm512_dpbf16_ps(sum, w, x);
+#else
     __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
     return sum;
+#endif
 }
+
+/* 32 bf16 numbers as two float vectors: those at even places, those at odd ones. */
+INLINE __m512 evens(__m512i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
+
+INLINE __m512 odds(__m512i x) { return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(0xffff0000))); }
+
+#endif
+
+#if BF16_DOT && !TILES
 
 static inline __attribute__((always_inline)) void panel_p16(const uint8_t *const *data, const int P, int64_t K,
                                                             int64_t ahead, const Row *x, const int n, float *out) {
     const uint8_t *w[2] = {data[0], data[P - 1]};
-    __m512 a[2][ROWS], b[2][ROWS];
+    __m512 a[2][VECTOR_ROWS], b[2][VECTOR_ROWS];
     for (int p = 0; p < P; p++)
         for (int r = 0; r < n; r++) a[p][r] = b[p][r] = _mm512_setzero_ps();
     for (int64_t k = 0; k < K; k += 4) {

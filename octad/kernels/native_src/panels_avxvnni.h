@@ -5,13 +5,7 @@
 
 /* sum += the products of w (unsigned) and x (signed), four by four. */
 INLINE __m256i dot4(__m256i sum, __m256i w, __m256i x) {
-#if defined(__AVXVNNI__)
     return _mm256_dpbusd_avx_epi32(sum, w, x);
-#else /* the same of AVX2's instructions: with -DEMULATED_VNNI this file is tested on other processors */
-    __m256i even = _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
-    __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(x, 8));
-    return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
-#endif
 }
 
 INLINE __m256 scales8(const uint16_t *s) {
@@ -31,7 +25,7 @@ INLINE void panel_int(const uint8_t *const *data, const int P, const int bits, i
     const uint8_t *w = data[0];
     const uint16_t *scales = (const uint16_t *)w;
     for (int64_t g = 0; g < groups; g++) {
-        __m256i total[2][ROWS];
+        __m256i total[2][VECTOR_ROWS];
         if (g % 2 == 0) scales = (const uint16_t *)w, w += 64;
         for (int r = 0; r < n; r++) total[0][r] = total[1][r] = _mm256_set1_epi32(x[r].start[g]);
         for (int64_t k = g * group; k < (g + 1) * group; k += 32 / bits, w += 64) {

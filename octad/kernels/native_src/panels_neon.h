@@ -31,11 +31,11 @@ INLINE void panel_int(const uint8_t *const *data, const int P, const int bits, i
     (void)P; /* one panel */
     const uint8_t *w = data[0];
     const uint16_t *scales = (const uint16_t *)w;
-    float32x4_t f[ROWS][4];
+    float32x4_t f[VECTOR_ROWS][4];
     for (int r = 0; r < n; r++)
         for (int i = 0; i < 4; i++) f[r][i] = vdupq_n_f32(0);
     for (int64_t g = 0; g < groups; g++) {
-        int32x4_t total[ROWS][4];
+        int32x4_t total[VECTOR_ROWS][4];
         if (g % 2 == 0) scales = (const uint16_t *)w, w += 64;
         for (int r = 0; r < n; r++)
             for (int i = 0; i < 4; i++) total[r][i] = vdupq_n_s32(SIGNED && bits == 8 ? 0 : x[r].start[g]);

@@ -16,7 +16,7 @@ INLINE void wide_pair(const uint8_t *w, const int size, const int half, Floats *
 /* Halves first .. last of a panel for n rows; size: bytes of a weight. */
 INLINE void wide_halves(const uint8_t *w, const int size, const int first, const int last, int64_t K, int64_t ahead,
                         const Row *x, const int n, float *out) {
-    Floats even[2][ROWS], odd[2][ROWS];
+    Floats even[2][VECTOR_ROWS], odd[2][VECTOR_ROWS];
     for (int h = first; h < last; h++)
         for (int r = 0; r < n; r++) even[h][r] = odd[h][r] = all(0);
     for (int64_t k = 0; k < K; k += 2, w += 2 * PANEL * size) {

@@ -160,16 +160,16 @@ static void slots_fill(Slots *s, const int64_t *experts, const float *weights, i
         if (s->start[e + 1] > s->start[e]) s->active[s->count++] = e;
 }
 
-/* 16 hidden values of one expert, for the pairs first .. last that chose it; h [pairs, F]. */
-static void hidden_panel(const Weight *gate, const Weight *up, int64_t p, const Rows *x, const Slots *s, int64_t first,
-                         int64_t last, float *h, int64_t F) {
+/* 16 hidden values of one expert, for the pairs first .. last that chose it; h [pairs, F]; see experts_part for x and taken. */
+static void hidden_panel(const Weight *gate, const Weight *up, int64_t p, const Rows *x, const Rows *taken, const Slots *s,
+                         int64_t first, int64_t last, float *h, int64_t F) {
     const uint8_t *data[2] = {panel_at(gate, p), panel_at(up, p)};
     int outs[2] = {panel_outputs(gate, p), panel_outputs(up, p)};
     float gu[2 * ROWS * PANEL], *u = gu + ROWS * PANEL;
     for (int64_t slot = first; slot < last; slot += ROWS) {
         Row rows[ROWS];
         int n = (int)min64(ROWS, last - slot);
-        for (int r = 0; r < n; r++) rows[r] = x->rows[s->token[slot + r]];
+        for (int r = 0; r < n; r++) rows[r] = taken ? taken->rows[slot + r] : x->rows[s->token[slot + r]];
         panels(gate, data, outs, 2, slot > first ? 0 : gate->step, rows, n, gu);
         for (int r = 0; r < n; r++) {
             float *to = h + (slot + r) * F + p * PANEL;
@@ -188,10 +188,10 @@ static int64_t panels_a_group(const Weight *down) {
 /* One task of the first half: the hidden values of a few panels, left in mid as the second half takes them. Who made them
    rounds them, while they are in its cache. */
 static void hidden_task(const Weight *gate, const Weight *up, int64_t task, int64_t each, int64_t size, const Rows *x,
-                        const Slots *s, float *h, Rows *mid) {
+                        const Rows *taken, const Slots *s, float *h, Rows *mid) {
     int64_t e = s->active[task / each], F = gate->outputs, p = task % each * size, last = min64(p + size, panel_count(gate));
     int64_t start = p * PANEL, n = min64(last * PANEL, F) - start;
-    for (; p < last; p++) hidden_panel(&gate[e], &up[e], p, x, s, s->start[e], s->start[e + 1], h, F);
+    for (; p < last; p++) hidden_panel(&gate[e], &up[e], p, x, taken, s, s->start[e], s->start[e + 1], h, F);
     for (int64_t slot = s->start[e]; slot < s->start[e + 1]; slot++)
         rows_set_part(mid, slot, start, n, h + slot * F + start);
 }
@@ -226,19 +226,25 @@ static void output_pairs(const Weight *down, int64_t first, int64_t last, const 
 }
 
 /* y [N, D] (float32) += the weighted experts of the rows x; h [pairs, F] and mid are scratch that all threads share. x and
-   s are the thread's own where the team is alone. The caller waits for the others. */
-static void experts_part(const Team *t, const Weight *gate, const Weight *up, const Weight *down, const Rows *x,
+   s are the thread's own where the team is alone. taken: null, or room for the rows of all pairs in their order, as tiles
+   want them. The caller waits for the others. */
+static void experts_part(const Team *t, const Weight *gate, const Weight *up, const Weight *down, const Rows *x, Rows *taken,
                          const Slots *s, int64_t pairs, float *h, Rows *mid, float *y) {
     int64_t size = panels_a_group(down), each = (panel_count(gate) + size - 1) / size, total = s->count * each;
     int64_t D = gate->inputs, outs = (panel_count(down) + 1) / 2;
+    if (taken) {
+        for (int64_t slot = share(t, t->thread, pairs); slot < share(t, t->thread + 1, pairs); slot++)
+            rows_copy(taken, slot, x, s->token[slot]);
+        meet(t);
+    }
     if (pairs <= SHARED) {
         for (int64_t task = share(t, t->thread, total); task < share(t, t->thread + 1, total); task++)
-            hidden_task(gate, up, task, each, size, x, s, h, mid);
+            hidden_task(gate, up, task, each, size, x, taken, s, h, mid);
         for (int64_t i = 0; i < s->count; i++) fetch_part(t, &down[s->active[i]], 1);
     } else {
         int64_t chunk = chunk_size(total, t->threads);
 #pragma omp for schedule(dynamic, chunk) nowait
-        for (int64_t task = 0; task < total; task++) hidden_task(gate, up, task, each, size, x, s, h, mid);
+        for (int64_t task = 0; task < total; task++) hidden_task(gate, up, task, each, size, x, taken, s, h, mid);
     }
     meet(t);
     if (pairs <= SHARED) {

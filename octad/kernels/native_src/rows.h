@@ -4,7 +4,16 @@
    Letters: N rows, K inputs, G inputs a group. */
 
 #define PANEL 16
-#define ROWS 6 /* rows of x that share one load of the weights: 2 panels x 6 rows x 2 sums fit 32 registers */
+#define VECTOR_ROWS 6 /* rows of x that share one load of the weights: 2 panels x 6 rows x 2 sums fit 32 registers */
+
+/* Rows that one call of panels takes at most: as many as a tile has. */
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#define TILES 1
+#define ROWS 16
+#else
+#define TILES 0
+#define ROWS VECTOR_ROWS
+#endif
 
 typedef struct {
     const uint8_t *data;
@@ -149,6 +158,11 @@ static void rows_set_part(Rows *r, int64_t i, int64_t start, int64_t n, const fl
                                          (float *)row->scale + g);
             ((int32_t *)row->start)[g] = -(r->format == F_Q8 ? 128 : 8) * sum;
         }
+}
+
+/* Row i becomes row n of others of the same format. */
+static inline void rows_copy(Rows *r, int64_t i, const Rows *from, int64_t n) {
+    memcpy((void *)r->rows[i].x, from->rows[n].x, r->stride);
 }
 
 /* x (float, `inputs` values) into row i. */
