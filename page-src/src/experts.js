@@ -63,7 +63,9 @@ export class Experts {
 
   /** A request's `only_experts` for a mask, by name; undefined where all may speak. */
   only(mask) {
-    return this.masks && mask?.length && mask.length < this.list.length ? mask.map((index) => this.name(index)) : undefined;
+    return this.masks && mask?.length && mask.length < this.list.length
+      ? mask.map((index) => this.name(index))
+      : undefined;
   }
 
   /** A mask in words: "only python", "without french", "all experts". */
