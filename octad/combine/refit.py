@@ -44,7 +44,7 @@ from octad.model.rope import Rope
 from octad.model.transformer import DecoderLayer
 from octad.text.windows import Batch, Window, batches
 
-STRENGTHS = (1e-4, 1e-2, 0.1, 1.0, 10.0)  # of the ridge, as a share of each input's own mean square
+STRENGTHS = (10.0, 1.0, 0.1, 1e-2, 1e-4)  # of the ridge, as a share of each input's own mean square
 HELD_OUT = 4  # one document in so many chooses the strength
 TRIED = 64  # outputs that the strengths are tried on
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",))  # of one input each, in the order of the work
@@ -206,7 +206,8 @@ class Sums:
         return change
 
     def _strength(self) -> float | None:
-        """The strength that leaves least of the held-out errors, relative to each output's; None: no change does."""
+        """The strength that leaves least of the held-out errors, relative to each output's; None: no change does. From
+        the strongest on, until a weaker one is worse: what is lost by noise only grows from there."""
         some = slice(None, None, max(1, self.cross.shape[2] // TRIED))
         cross, square = self.cross[1, :, some], self.square[1, some]
         there = square > 0
@@ -216,8 +217,9 @@ class Sums:
                 change_IO = ridge(self.gram[0], self.cross[0, :, some], strength).float()
                 error_O = (change_IO * (self.gram[1] @ change_IO - 2 * cross)).sum(0)
                 less = float((error_O[there] / square[there]).mean())
-                if less < best:
-                    best, chosen = less, strength
+                if less >= best:
+                    break
+                best, chosen = less, strength
         return chosen
 
 

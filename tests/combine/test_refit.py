@@ -19,10 +19,13 @@ from octad.checkpoint.views import ExpertView
 from octad.combine import build
 from octad.combine.build import combine
 from octad.combine.calibrate import gate_inputs
+from octad.combine.fit import quiet
 from octad.combine.mixture import MixtureSource
 from octad.combine.preflight import preflight
 from octad.combine.recipe import Recipe, SharedSpec
 from octad.combine.refit import Refit, Sums, fit_and_choose, ridge
+from octad.combine.together import combine_together
+from octad.dist import World as Processes
 from octad.errors import DataError, RecipeError
 from octad.text.windows import Window
 
@@ -264,3 +267,12 @@ def test_missing_text_is_told_at_once(world: tuple[Path, list[Any]], tmp_path: P
     changes: dict[str, Any] = {"router": {"method": "random"}, "repair": "closed-form"}
     with pytest.raises(DataError, match="nowhere"):
         mixture((world[0], experts), tmp_path / "out", **changes)
+
+
+def test_many_processes_are_refused(world: tuple[Path, list[Any]], tmp_path: Path) -> None:
+    plan = preflight(
+        make_recipe(world[0], world[1], top_k=1, router=PLAIN, repair="closed-form"), measure=False
+    )
+    options: dict[str, Any] = {"overwrite": False, "max_shard_bytes": 1e9, "progress": quiet}
+    with pytest.raises(RecipeError, match="repair: closed-form needs all members' text in one process"):
+        combine_together(plan, tmp_path / "out", Processes(0, 2), **options)
