@@ -57,7 +57,7 @@ class EngineConfig:
     block_size: tokens a block of the key/value cache. num_blocks, or kv_cache_gb (10^9 bytes): size of that cache.
     max_num_seqs: answers in progress at once. max_num_batched_tokens: tokens a forward pass at most; long prompts are cut
     into chunks of this, and into smaller ones, max_prompt_tokens_beside, while others wait for their next token.
-    max_model_len: tokens of prompt and answer together.
+    max_model_len: tokens of prompt and answer together. cuda_graphs: on CUDA, launch a step of decoding as one.
     """
 
     block_size: int = 16
@@ -67,6 +67,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     max_prompt_tokens_beside: int = 256
     max_model_len: int | None = None
+    cuda_graphs: bool = True
     enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:
@@ -119,7 +120,7 @@ class Engine:
             model, config.block_size, config.kv_cache_gb, config.max_num_seqs * longest
         )
         self.max_model_len = min(longest, num_blocks * config.block_size)
-        self.runner = ModelRunner(model, num_blocks, config.block_size, attention)
+        self.runner = ModelRunner(model, num_blocks, config.block_size, attention, config.cuda_graphs)
         self.blocks = BlockManager(num_blocks, config.block_size)
         self.scheduler = Scheduler(
             self.blocks, config.max_num_seqs, config.max_num_batched_tokens, config.max_prompt_tokens_beside

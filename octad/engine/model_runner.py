@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from octad.engine.graphs import DecodeGraphs
 from octad.engine.scheduler import Piece
 from octad.kernels.paged import PagedAttention, PagedBatch, paged_attention
-from octad.model.observe import Watch
+from octad.model.observe import Watch, stack
 from octad.model.paged_cache import BlockPool, PagedCache
 from octad.model.transformer import Transformer
 
@@ -29,7 +30,8 @@ Rows = tuple[Any, Any, Any]  # tokens_N, positions_N, slots_N: lists or arrays o
 
 
 class ModelRunner:
-    """A model with its block pool. `attention` is any function of paged_attention's signature."""
+    """A model with its block pool. `attention` is any function of paged_attention's signature; `graphs`: on CUDA,
+    decode by graphs (graphs.py) where the model can."""
 
     def __init__(
         self,
@@ -37,12 +39,16 @@ class ModelRunner:
         num_blocks: int,
         block_size: int,
         attention: PagedAttention = paged_attention,
+        graphs: bool = True,
     ) -> None:
         weight = model.model.norm.weight  # of the activations' dtype, whatever the matrices are packed into
         self.model, self.attention, self.device = model, attention, weight.device
         self.block_size = block_size
         self.watch = Watch(model)
         self.pool = BlockPool(model.config, num_blocks, block_size, weight.dtype, self.device)
+        self.graphs: DecodeGraphs | None = None
+        if graphs and DecodeGraphs.suit(model, attention):
+            self.graphs = DecodeGraphs(model, self.pool, attention, self.watch, block_size)
 
     @torch.inference_mode()
     def run(
@@ -53,6 +59,11 @@ class ModelRunner:
     ) -> tuple[torch.Tensor, Stacked | None]:
         """logits_RV in the model's dtype, and with `traced` the routing of all N tokens (experts_NLA, weights_NLA; None
         for a dense model). `read` gets the hidden states of all tokens, [N, D]."""
+        if self.graphs is not None and (decoded := self.graphs.run(pieces)) is not None:
+            if read is not None:
+                read(decoded.hidden)
+            heard = traced and any(entry is not None for entry in decoded.record)
+            return decoded.logits, stack(decoded.record, len(pieces)) if heard else None
         tokens_1N, cache = self.prepare(pieces)
         only = [(piece.count, piece.sequence.request.params.only_experts) for piece in pieces]
         routing = None

@@ -83,7 +83,7 @@ def varlen_paged(
     P = keys.shape[1]
     options: dict[str, Any] = {"window_size": _seen(window), "enable_gqa": q_NHK.shape[1] != keys.shape[2]}
     rooms = None
-    if reads_blocks():
+    if reads_blocks(q_NHK.device):
         options["block_table"] = batch.block_tables
     else:
         blocks = batch.memo.get("blocks")
@@ -99,10 +99,13 @@ def varlen_paged(
     return y
 
 
-def reads_blocks() -> bool:
-    """Whether the kernels that are active read keys and values in their blocks."""
+def reads_blocks(device: torch.device) -> bool:
+    """Whether the kernels that are active read keys and values in their blocks: FlashAttention 4 does on compute
+    capability 10 alone."""
     active = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
-    return active is not None and "block_table" in _varlen()[1]
+    if active is None or "block_table" not in _varlen()[1]:
+        return False
+    return bool(active != "FA4" or torch.cuda.get_device_capability(device)[0] == 10)
 
 
 def _seen(window: int | None) -> tuple[int, int]:

@@ -128,6 +128,11 @@ class Watch:
         for place, number in enumerate(layers):
             self._record[number] = weights_LNA[place], experts_LNA[place]
 
+    @property
+    def record(self) -> list[Routing | None]:
+        """What the routers of the last step chose, by layer; None where there is none."""
+        return self._record
+
     def routing(self, tokens: int) -> Routing | None:
         """(experts_NLA, weights_NLA) of the step, on the CPU; None for a model without routers."""
         if self._whole is not None:

@@ -90,7 +90,10 @@ def attention_over_pages_equals_its_twin() -> None:
         batch = PagedBatch.of(queries, contexts, tables)
         want = paged_attention_reference(q, keys, values, batch, window)
         for blocks in (False, True):
-            with PretendedGPU(), mock.patch("octad.kernels.varlen.reads_blocks", lambda on=blocks: on):
+            with (
+                PretendedGPU(),
+                mock.patch("octad.kernels.varlen.reads_blocks", lambda device, on=blocks: on),
+            ):
                 batch = PagedBatch.of(queries, contexts, tables, "cuda")
                 got = varlen_paged(*(x.to("cuda") for x in (q, keys, values)), batch, window).cpu()
             assert torch.equal(got, want)
@@ -125,3 +128,43 @@ def a_step_of_decoding_can_be_captured() -> None:
             assert not gpu.uploads
             steps.append(list(gpu.launches))
     assert steps[0] == steps[1]
+
+
+@case
+def steps_of_decoding_are_recorded_and_repeated() -> None:
+    """Sequences that begin and end at different times: the same answers as launched one by one, most of the steps by a
+    graph; what the host does in them is to send three arrays, and to read what came of it."""
+    every = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, logprobs=1) for n in (9, 14, 5)]
+    for family in ("mixtral", "qwen2_moe", "llama"):
+        with PretendedGPU() as gpu:
+            told_by = []
+            for graphs in (True, False):
+                model = engine(family, "cuda", dtype=torch.bfloat16)
+                if not graphs:
+                    model.runner.graphs = None
+                told_by.append(told(run(model, BATCH, every)))
+                if graphs:
+                    assert model.runner.graphs is not None
+                    assert model.runner.graphs.replays >= 5
+                    gpu.forget()
+                    run(model, BATCH[:1], GREEDY)
+                    run(model, BATCH[:1], GREEDY)
+                    assert gpu.in_layers() == []
+        assert told_by[0] == told_by[1]
+
+
+@case
+def what_cannot_be_recorded_is_launched_one_by_one() -> None:
+    """Weights in float32, rounded ones, and experts that some sequences may not use."""
+    with PretendedGPU():
+        assert engine("mixtral", "cuda").runner.graphs is None
+        assert engine("mixtral", "cuda", dtype=torch.bfloat16, quantize="int8").runner.graphs is None
+        barred = engine("mixtral", "cuda", dtype=torch.bfloat16)
+        run(barred, BATCH, SamplingParams(temperature=0, max_tokens=5, only_experts=(1,)))
+        assert barred.runner.graphs is not None
+        assert barred.runner.graphs.replays == 0
+        with mock.patch("torch.cuda.graph", side_effect=RuntimeError("no graphs here")):
+            off = engine("mixtral", "cuda", dtype=torch.bfloat16)
+            run(off, BATCH, GREEDY)
+        assert off.runner.graphs is not None
+        assert off.runner.graphs.replays == 0

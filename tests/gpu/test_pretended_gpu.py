@@ -18,11 +18,13 @@ QUICK = [
     "attention_over_pages_equals_its_twin",
     "the_host_waits_for_nothing_in_a_layer",
     "a_step_of_decoding_can_be_captured",
+    "steps_of_decoding_are_recorded_and_repeated",
     "everything_learns_as_on_the_cpu",
     "documents_of_many_lengths_are_one_call",
     "a_run_resumes_to_the_same_bits",
 ]
 SLOW = [
+    "what_cannot_be_recorded_is_launched_one_by_one",
     "a_recomputed_block_keeps_its_routing",
     "single_experts_work",
     "rounded_weights_answer_as_on_the_cpu",

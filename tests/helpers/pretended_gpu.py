@@ -160,6 +160,7 @@ class PretendedGPU:
         self.waits: Counter[tuple[str, str, bool]] = Counter()
         self.uploads: Counter[tuple[str, str, bool]] = Counter()
         self.launches: list[tuple[str, tuple[tuple[int, ...], ...]]] = []
+        self.recording: PretendedGraph | None = None
 
     def __enter__(self) -> "PretendedGPU":
         PretendedGPU.current = self
@@ -178,10 +179,14 @@ class PretendedGPU:
 
     def wait(self, what: str) -> None:
         """Count a wait of the host."""
+        if self.recording is not None:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {what} at {_here()[0]}")
         self.waits[(what, *_here())] += 1
 
     def upload(self, what: str) -> None:
         """Count a copy from the host."""
+        if self.recording is not None:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {what} at {_here()[0]}")
         self.uploads[(what, *_here())] += 1
 
     def in_layers(self) -> list[tuple[str, str]]:
@@ -193,6 +198,43 @@ class PretendedGPU:
         self.waits.clear()
         self.uploads.clear()
         self.launches.clear()
+
+
+class PretendedGraph:
+    """A CUDA graph: the operations in order, with the memory that they read and write, to be carried out again."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[Any, Any, Any, list[torch.Tensor]]] = []
+
+    def add(self, func: Any, inner: Any, options: Any, out: Any) -> None:
+        self.steps.append(
+            (func, inner, options, [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)])
+        )
+
+    def replay(self) -> None:
+        for func, inner, options, outs in self.steps:
+            again = [t for t in tree_leaves(func(*inner, **options)) if isinstance(t, torch.Tensor)]
+            for old, new in zip(outs, again, strict=True):
+                if old.data_ptr() != new.data_ptr():  # else a view, or written in place
+                    old.copy_(new)
+
+
+@contextlib.contextmanager
+def _recording(graph: PretendedGraph) -> Iterator[None]:
+    assert PretendedGPU.current is not None
+    PretendedGPU.current.recording = graph
+    try:
+        yield
+    finally:
+        PretendedGPU.current.recording = None
+
+
+class _Stream:
+    def __init__(self, device: Any = None) -> None:
+        pass
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
 
 
 class _Mode(TorchDispatchMode):
@@ -221,6 +263,11 @@ def _patches() -> list[tuple[Any, str, Any]]:
         "get_device_properties": lambda device=None: properties(),
         "get_device_capability": lambda device=None: (9, 0),
         "get_device_name": lambda device=None: "pretended",
+        "CUDAGraph": PretendedGraph,
+        "graph": _recording,
+        "Stream": _Stream,
+        "stream": contextlib.nullcontext,
+        "current_stream": _Stream,
     }
     found: list[tuple[Any, str, Any]] = [(torch.cuda, name, value) for name, value in cuda.items()]
     begin = threading.Thread.run
@@ -285,7 +332,10 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         options["pin_memory"] = False
     if func is torch.ops.prims.device_put.default:
         inner = (inner[0], torch.device("cpu"), *inner[2:])
-    out = OWN.get(str(func), func)(*inner, **options)
+    work = OWN.get(str(func), func)
+    out = work(*inner, **options)
+    if gpu is not None and gpu.recording is not None and (there or to_gpu):
+        gpu.recording.add(work, inner, options, out)
     if _writes(func):  # what was written in place is what is returned
         before = {id(t.inner): t for t in there}
         made = OnGPU if to_gpu else torch.Tensor.detach
