@@ -7,7 +7,8 @@ Members are sparse files: they say that they hold a model of width 16,384 and fe
 The output is real, so that a machine takes as many layers and experts as its disk holds (12.5 GB for a layer of two
 experts; the vocabulary is cut to 1,024). Timed, in turn, are `octad combine` with random routers, which ends in
 fsync, and `cp` and `sync` of about as many bytes of the same files, nothing dirty being left by the one before;
-medians count. Inputs are holes for both: no disk is read. By itself, since it writes nothing, comes the calibration
+medians count; start and pre-flight are timed by themselves (`--dry-run`), and the rate is told with and without. Inputs
+are holes for both: no disk is read. By itself, since it writes nothing, comes the calibration
 pass over two layers, in which an expert is read one matrix at a time. Hours of the whole are its bytes at the slice's
 rate: one disk, no faults, members that are read as fast as holes are; the arithmetic of the calibration comes on top.
 """
@@ -135,6 +136,9 @@ def main() -> None:
         results |= {"turns": turns, "gigabytes_per_second": rates}
         results["octad_over_copy"] = round(rates["octad"] / rates["copy"], 3)
         results["peak_bytes"] = max(turn["peak_bytes"] for turn in turns["octad"])
+        dry = run([octad(), "combine", recipe, "--dry-run"])["seconds"]
+        writing = median(turn["bytes"] / (turn["seconds"] - dry) for turn in turns["octad"]) / 1e9
+        results |= {"dry_run_seconds": dry, "octad_writing_over_copy": round(writing / rates["copy"], 3)}
         tell(f"calibrating ({rates['copy']} GB/s was cp: octad over copy {results['octad_over_copy']})")
         recipe = write_sparse(work, "two-layers", 2, 2, given.divide)
         results["calibration"] = run([sys.executable, "-c", CALIBRATE, recipe, str(given.tokens)])

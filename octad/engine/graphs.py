@@ -131,7 +131,7 @@ class DecodeGraphs:
         packed, lengths, tables = (torch.from_numpy(array).to(self.device) for array in arrays)
         entry = _Recorded((packed, lengths, tables))
         try:
-            stream = torch.cuda.Stream(self.device)
+            stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(stream):
                 self._launch(entry)

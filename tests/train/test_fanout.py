@@ -20,6 +20,8 @@ from octad.train.sections import ParallelSpec
 from octad.train.state import latest_state
 from octad.train.trainer import Outcome, TrainingStopped
 
+PAIRS = {"windows": 4, "micro": 2}
+
 
 @pytest.fixture
 def base(tiny_checkpoint, tmp_path: Path) -> Path:
@@ -137,7 +139,7 @@ def test_what_the_cluster_does_not_have_is_one_line(cluster, base, tmp_path: Pat
 @pytest.mark.slow
 def test_two_processes_train_each_specialist_together(cluster, base, tmp_path: Path) -> None:
     """Sharded over both, to the weights of one process within rounding; a second call finds it done."""
-    spec, told, shown = config(tmp_path, base), list[str](), dict[str, float]()
+    spec, told, shown = config(tmp_path, base, batch=PAIRS), list[str](), dict[str, float]()
     branch(spec, tmp_path / "turn", echo=told.append)
     wide = spec.model_copy(update={"ray": RaySpec(processes=2, cpus=1), "parallel": ParallelSpec(shard=True)})
     told.clear()
@@ -156,7 +158,7 @@ def test_two_processes_train_each_specialist_together(cluster, base, tmp_path: P
 
 @pytest.mark.slow
 def test_several_processes_stop_saved_and_their_errors_are_one_line(cluster, base, tmp_path: Path) -> None:
-    spec, sent = config(tmp_path, base, steps=100000, log_every=1), list[int]()
+    spec, sent = config(tmp_path, base, steps=100000, log_every=1, batch=PAIRS), list[int]()
     wide = spec.model_copy(update={"ray": RaySpec(processes=2)})
 
     def watch(line: str) -> None:
