@@ -40,10 +40,10 @@ class Arena:
         return self.empty(tensor.shape, tensor.dtype).copy_(tensor)
 
 
-def fresh(nbytes: int) -> torch.Tensor:
-    """Zeros, uint8 [nbytes], in pages that cost nothing until they are touched, huge ones where the system has them.
-    Raises OSError, OverflowError or ValueError where it does not give so much."""
-    return torch.frombuffer(anonymous(nbytes), dtype=torch.uint8)
+def fresh(nbytes: int, ordinary: int = 0) -> torch.Tensor:
+    """Zeros, uint8 [nbytes], in pages that cost nothing until they are touched, huge ones where the system has them, but
+    for the first `ordinary` bytes. Raises OSError, OverflowError or ValueError where it does not give so much."""
+    return torch.frombuffer(anonymous(nbytes, ordinary), dtype=torch.uint8)
 
 
 def mapped(path: Path, nbytes: int) -> torch.Tensor:

@@ -11,13 +11,13 @@ import contextlib
 import mmap
 
 
-def anonymous(nbytes: int) -> mmap.mmap:
-    """Zeros, in pages that cost nothing until they are touched, huge ones where the system has them. Raises OSError,
-    OverflowError or ValueError where it does not give so much."""
+def anonymous(nbytes: int, ordinary: int = 0) -> mmap.mmap:
+    """Zeros, in pages that cost nothing until they are touched, huge ones where the system has them, but for the first
+    `ordinary` bytes (whole pages). Raises OSError, OverflowError or ValueError where it does not give so much."""
     # shared memory gets no huge pages
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
     memory = mmap.mmap(-1, nbytes, **private)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    if hasattr(mmap, "MADV_HUGEPAGE") and nbytes > ordinary:
         with contextlib.suppress(OSError):  # a system built without them: ordinary pages do
-            memory.madvise(mmap.MADV_HUGEPAGE)
+            memory.madvise(mmap.MADV_HUGEPAGE, ordinary, nbytes - ordinary)
     return memory

@@ -22,6 +22,9 @@ from octad.model.config import ModelConfig
 from octad.model.observe import Watch
 from octad.model.transformer import Transformer
 
+# of a layer's keys, and of its values, in ordinary pages: a short answer in huge ones would take one of 2 MB in each
+SHORT_BYTES = 2 << 20
+
 
 class BlockPool:
     """Keys and values of every layer, each [num_blocks, P, G, K]. On the CPU memory is taken when it is first written.
@@ -52,7 +55,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     try:  # a sequence's positions lie far apart: huge pages are fewer to find
-        return fresh(size).view(dtype).view(shape)
+        return fresh(size, SHORT_BYTES).view(dtype).view(shape)
     except (OSError, OverflowError, ValueError) as error:
         raise RequestError(
             f"key/value cache: the system does not give {size:,} bytes a layer; ask for a smaller kv_cache_gb"
