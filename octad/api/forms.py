@@ -246,6 +246,6 @@ def _hub(
         return []
     gone = f"; {rounding.gone:,} are too small for it, and 0 now" if rounding.gone else ""
     return [
-        f"rounding to {changes.dtype} changed {100 * rounding.changed / rounding.weights:.2g} % of the weights, by at"
+        f"rounding to {changes.dtype} changed {100 * rounding.changed / rounding.weights:.3g} % of the weights, by at"
         f" most {100 * rounding.largest:.2g} % of each{gone}"
     ]

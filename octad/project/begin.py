@@ -23,7 +23,7 @@ from octad.combine.recipe import MAX_EXPERTS, check_name
 from octad.errors import OutputError, RecipeError
 from octad.guard import exists
 from octad.project.beside import seen_from
-from octad.project.held_out import Split, divide, first_document
+from octad.project.held_out import Choice, Split, choose, divide, first_document
 from octad.project.layout_text import (
     BRANCH,
     DOMAINS,
@@ -86,7 +86,8 @@ def init(
             encode_document(first_document(files, field), tokenizer)  # a chat needs a template
         except octad.OctadError as error:
             raise type(error)(f"{name}: {error}") from None
-    splits = dict(_divide(place, wanted, field, share, say))
+    choices = {name: choose(files, field, share) for name, files in wanted.items()}
+    splits = dict(_divide(place, wanted, field, choices, say))
     if bundled:
         _copy_general(place, plain=tokenizer.chat_template is None)
     names = [GENERAL] * bundled + list(wanted)
@@ -139,14 +140,18 @@ def _open_base(base: Place) -> TensorSource:
 
 
 def _divide(
-    place: Path, wanted: Mapping[str, list[str]], field: str, share: float, say: Callable[[str], None]
+    place: Path,
+    wanted: Mapping[str, list[str]],
+    field: str,
+    choices: Mapping[str, Choice],
+    say: Callable[[str], None],
 ) -> Iterator[tuple[str, Split]]:
     for name, files in wanted.items():
         text = place / "text" / name
         with explained(text):
             text.mkdir(parents=True, exist_ok=True)
         train, held_out = text / "train.jsonl", text / "heldout.jsonl"
-        split = divide(files, field, share=share, train=train, held_out=held_out)
+        split = divide(files, field, choices[name], train=train, held_out=held_out)
         kind = "passages" if split.cut else "documents"
         say(
             f"{name}: {split.documents:,} {kind} ({human(split.characters)} characters) to learn from, "

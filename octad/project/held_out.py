@@ -1,11 +1,13 @@
 """Text of one's own, split into what is learnt from and what is judged on, by document.
 
-    split = divide(["texts/law"], "text", share=0.1, train=Path("train.jsonl"), held_out=Path("heldout.jsonl"))
+    choice = choose(["texts/law"], "text", 0.1)             # looks at all of it, writes nothing
+    split = divide(["texts/law"], "text", choice, train=Path("train.jsonl"), held_out=Path("heldout.jsonl"))
     split.documents, split.characters, split.held_out
 
 A document goes whole to one side, chosen by a digest of what it holds: equal documents go to the same side, and the same
-text is split the same way again. Where there are too few documents to choose from, they are cut at blank lines into
-passages first. Held-out text ends at MOST characters: more says nothing new.
+text is split the same way again. Where there are too few documents to choose from, they are cut at blank lines (long
+paragraphs at the ends of lines and sentences) into passages first. Held-out text ends at MOST characters: more says
+nothing new.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ FEWEST = 10  # documents to choose from
 FEWEST_HELD_OUT = 5  # what intervals are made of
 MOST = 200_000  # characters of held-out text
 PASSAGE = 2_000  # characters of a passage, about
-_BLANK_LINES = re.compile(r"\n\s*\n")
+_BLANK_LINES, _SENTENCE_ENDS = re.compile(r"\n\s*\n"), re.compile(r"(?<=[.!?]) (?=\S)")
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,16 @@ def first_document(references: Sequence[str], field: str) -> Document:
     return found
 
 
-def divide(references: Sequence[str], field: str, *, share: float, train: Path, held_out: Path) -> Split:
-    """Write both sides as .jsonl. Raises DataError where there is too little text, OutputError."""
+@dataclass(frozen=True)
+class Choice:
+    """The digests of what is held out; whether documents are cut into passages."""
+
+    held_out: frozenset[bytes]
+    cut: bool
+
+
+def choose(references: Sequence[str], field: str, share: float) -> Choice:
+    """What to hold out. Raises DataError where there is too little text."""
     sizes = {_digest(d): _size(d) for d in _pieces(references, field, cut=False)}
     if cut := len(sizes) < FEWEST:
         sizes = {_digest(d): _size(d) for d in _pieces(references, field, cut=True)}
@@ -63,7 +73,11 @@ def divide(references: Sequence[str], field: str, *, share: float, train: Path, 
             f"{', '.join(references)}: has {len(sizes)} different documents or passages; at least {FEWEST} are needed"
             " to hold some out: give more text"
         )
-    chosen = _choose(sizes, share)
+    return Choice(frozenset(_choose(sizes, share)), cut)
+
+
+def divide(references: Sequence[str], field: str, choice: Choice, *, train: Path, held_out: Path) -> Split:
+    """Write both sides as .jsonl. Raises DataError, OutputError."""
     counts, characters, sample = [0, 0], [0, 0], ""
     with (
         staged_file(train) as learnt,
@@ -71,14 +85,14 @@ def divide(references: Sequence[str], field: str, *, share: float, train: Path, 
         learnt.open("w", encoding="utf-8") as left,
         judged.open("w", encoding="utf-8") as right,
     ):
-        for document in _pieces(references, field, cut=cut):
-            side = int(_digest(document) in chosen)
+        for document in _pieces(references, field, cut=choice.cut):
+            side = int(_digest(document) in choice.held_out)
             _write((left, right)[side], document)
             counts[side] += 1
             characters[side] += _size(document)
             if not side and isinstance(document, str) and len(sample) < PASSAGE * 10:
                 sample += document
-    return Split(counts[0], characters[0], counts[1], characters[1], cut, sample)
+    return Split(counts[0], characters[0], counts[1], characters[1], choice.cut, sample)
 
 
 def _choose(sizes: dict[bytes, int], share: float) -> set[bytes]:
@@ -104,13 +118,24 @@ def _pieces(references: Sequence[str], field: str, *, cut: bool) -> Iterator[Doc
 def _passages(text: str) -> Iterator[str]:
     """Paragraphs of a text, put together until they are of about PASSAGE characters."""
     passage = ""
-    for paragraph in _BLANK_LINES.split(text):
-        passage = f"{passage}\n\n{paragraph}" if passage else paragraph
+    for between, paragraph in _paragraphs(text):
+        passage = f"{passage}{between}{paragraph}" if passage else paragraph
         if len(passage) >= PASSAGE:
             yield passage
             passage = ""
     if passage:
         yield passage
+
+
+def _paragraphs(text: str) -> Iterator[tuple[str, str]]:
+    """What stood before it, and each paragraph; of one longer than a passage its lines, of long lines their sentences."""
+    for paragraph in _BLANK_LINES.split(text):
+        between = "\n\n"
+        for line in paragraph.split("\n") if len(paragraph) > PASSAGE else [paragraph]:
+            for sentence in _SENTENCE_ENDS.split(line) if len(line) > PASSAGE else [line]:
+                yield between, sentence
+                between = " "
+            between = "\n"
 
 
 def _size(document: Document) -> int:

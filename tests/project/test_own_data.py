@@ -17,7 +17,7 @@ from octad.combine.recipe import Recipe
 from octad.errors import DataError, OutputError, RecipeError
 from octad.evaluate.domains import read_domains
 from octad.project import reference
-from octad.project.held_out import divide
+from octad.project.held_out import choose, divide
 from octad.project.layout_text import scalar
 from octad.text.documents import read_documents
 from octad.train.run_config import load_branch, load_config
@@ -26,7 +26,8 @@ from octad.train.run_config import load_branch, load_config
 def split(directory: Path, texts: list[str], share: float = 0.2) -> tuple[list[str], list[str]]:
     file = directory / "all.jsonl"
     file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    divide([str(file)], "text", share=share, train=directory / "a.jsonl", held_out=directory / "b.jsonl")
+    chosen = choose([str(file)], "text", share)
+    divide([str(file)], "text", chosen, train=directory / "a.jsonl", held_out=directory / "b.jsonl")
     left, right = (list(map(str, read_documents(directory / f"{n}.jsonl"))) for n in "ab")
     return left, right
 
@@ -47,6 +48,17 @@ def test_one_long_text_is_cut_at_blank_lines(tmp_path: Path) -> None:
     assert sorted("\n\n".join(train + held_out).split("\n\n")) == sorted(text.split("\n\n"))
     with pytest.raises(DataError, match="has 1 different documents or passages; at least 10"):
         split(tmp_path, ["too little"])
+
+
+@pytest.mark.parametrize("between", ["\n", " "])
+def test_long_paragraphs_are_cut_at_lines_and_sentences(tmp_path: Path, between: str) -> None:
+    """Text without a blank line in it was one passage, and so too little, however long."""
+    text = between.join(f"Sentence {n} has " + "word " * 40 + "in it." for n in range(300))
+    train, held_out = split(tmp_path, [text])
+    assert len(held_out) >= 5
+    parts = train + held_out
+    assert max(map(len, parts)) < 2500
+    assert sorted(between.join(parts).split(between)) == sorted(text.split(between))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +97,9 @@ def test_the_files_belong_together(own: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_mistakes_leave_nothing_behind(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(own)
+    (own / "few.txt").write_text("Two lines.\nNo more.\n")
     for experts, options, said in (
+        ({"law": "texts/law", "few": "few.txt"}, {}, "has 1 different documents or passages; at least 10"),
         ({"law": "texts/none"}, {}, "law: .*none: no such file"),
         ({"law": "texts/law", "sky": "texts/sky.csv"}, {}, "sky: .*set field:"),
         ({"law": "texts/law"}, {"general": False}, "has 2 to 64 experts, found 1"),
