@@ -254,11 +254,14 @@ def space(place: Path, needed: int | None = None) -> str:
 def _place(path: str | os.PathLike[str]) -> Path:
     """Where an output lies, links followed. Raises OutputError where they lead nowhere."""
     try:
-        return Path(path).resolve()
-    except (OSError, RuntimeError):  # links in a circle are a RuntimeError
-        raise OutputError(f"{os.fspath(path)}: its links lead in a circle; choose another -o") from None
+        found = Path(path).resolve()
+    except (OSError, RuntimeError):  # what links in a circle were before Python 3.13, which leaves them as they are
+        found = None
     except ValueError:
         raise OutputError(f"{os.fspath(path)!r}: no file can have this name; choose another -o") from None
+    if found is None or found.is_symlink():
+        raise OutputError(f"{os.fspath(path)}: its links lead in a circle; choose another -o")
+    return found
 
 
 # ---- hidden names ------------------------------------------------------------------------------------------
