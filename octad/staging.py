@@ -255,7 +255,10 @@ def _place(path: str | os.PathLike[str]) -> Path:
     """Where an output lies, links followed. Raises OutputError where they lead nowhere."""
     try:
         found = Path(path).resolve()
-    except (OSError, RuntimeError):  # what links in a circle were before Python 3.13, which leaves them as they are
+    except (
+        OSError,
+        RuntimeError,
+    ):  # what links in a circle were before Python 3.13, which leaves them as they are
         found = None
     except ValueError:
         raise OutputError(f"{os.fspath(path)!r}: no file can have this name; choose another -o") from None

@@ -37,8 +37,10 @@ class _Stage:
     def line(self, name: str, now: float) -> str:
         """Its name, how far it is, and about how long it still takes."""
         gone, took = self.share - self.first, now - self.begun
-        left = f", about {duration(took * (1 - self.share) / gone)} left" if gone > KNOWN and took > 1 else ""
-        return f"{name}, {self.share:.0%}{left}"
+        seconds = took * (1 - self.share) / gone if gone > KNOWN and took > 1 else 0.0
+        return f"{name}, {int(100 * self.share)}%" + (
+            f", about {duration(seconds)} left" if seconds >= 1 else ""
+        )
 
 
 @dataclass
@@ -60,7 +62,8 @@ class Work:
             open_stages = list(self.stages.items())[-1:]
         if open_stages:
             return "; ".join(stage.line(name, now) for name, stage in open_stages)
-        return f"{self.what}, for {duration(now - self.begun)} now" if self.what else ""
+        since = now - self.begun
+        return f"{self.what}, for {duration(since)} now" if self.what and since >= 1 else self.what
 
 
 class Life:
