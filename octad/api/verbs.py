@@ -282,8 +282,8 @@ def evaluate(
 
     if data is None and tasks is None:
         raise RequestError("nothing to judge on; give --data domains.yaml, --tasks octad-code, or both")
-    if data is None and (require or dense):
-        option = "--require" if require else "--dense"
+    if data is None and (require or dense or quantize):
+        option = "--require" if require else "--dense" if dense else "--quantize"
         raise RequestError(f"{option} speaks of held-out text, of which there is none; give --data, too")
     keep_freed_memory()
     model = fspath(model)

@@ -186,7 +186,8 @@ def test_a_report_that_cannot_be_written_is_known_before_judging(
 
 
 @pytest.mark.parametrize(
-    "option", [["--require", "mean<=oracle"], ["--dense", "x"], ["--report", "r"], ["--card"]]
+    "option",
+    [["--require", "mean<=oracle"], ["--dense", "x"], ["--report", "r"], ["--card"], ["--quantize", "int8"]],
 )
 def test_what_needs_held_out_text_is_refused_without(octad: Octad, mixture: Path, option: list[str]) -> None:
     """With tasks alone a requirement was never looked at, and the exit code was 0."""
@@ -194,3 +195,20 @@ def test_what_needs_held_out_text_is_refused_without(octad: Octad, mixture: Path
     assert code == 2
     assert err.startswith(f"octad: {option[0]} ")
     assert "give --data, too" in err
+
+
+def test_everybody_can_be_judged_rounded(world: World, evaluate: Octad) -> None:
+    """Nearly the same bits, not those of the cache that an exact judge filled; and the verdict says it."""
+    exact = json.loads(evaluate(world.mixture, "--json")[1])
+    code, out, err = evaluate(world.mixture, "--quantize", "int8", "--json")
+    assert code == 0, err
+    rounded = json.loads(out)
+    assert rounded["settings"]["quantize"] == "int8"
+    assert "all with weights rounded to int8" in " ".join(rounded["verdict"]["sentences"])
+    assert "rounded" not in " ".join(exact["verdict"]["sentences"])
+    pairs = list(zip(rounded["contestants"], exact["contestants"], strict=True))
+    assert any(ours["bits_per_byte"] != theirs["bits_per_byte"] for ours, theirs in pairs)
+    for ours, theirs in pairs:
+        assert ours["bits_per_byte"] == pytest.approx(theirs["bits_per_byte"], rel=2e-2)
+        assert ours["price"]["bytes"] is None or ours["price"]["bytes"] < theirs["price"]["bytes"]
+    assert evaluate(world.mixture, "--quantize", "int5")[0] == 2

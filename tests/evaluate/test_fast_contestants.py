@@ -29,6 +29,8 @@ from octad.evaluate.routing import _observe
 from octad.evaluate.twins import cosines_of
 from octad.fast.native_modules import NativeExperts
 from octad.fast.optimize import native_kernels
+from octad.fast.precision import Precision
+from octad.fast.quantize import quantize_modules
 from octad.text.windows import Window, read_windows
 
 DEMO = Path(octad.__file__).parent / "demo"
@@ -57,6 +59,27 @@ def test_fast_modules_are_the_plain_ones(
     ours, theirs, truth = found
     assert np.abs(ours - truth).mean() < 1.2 * np.abs(theirs - truth).mean() + 2e-3
     assert ours.sum() == pytest.approx(truth.sum(), rel=3e-3)
+
+
+@pytest.mark.parametrize("who", [Member(1), Soup((0, 2)), TopK(2)], ids=str)
+def test_rounded_contestants_are_those_of_rounded_weights(
+    who: Contestant, tiny_checkpoint: TinyCheckpoint
+) -> None:
+    """What a judge with `quantize` runs: the model whose weights PyTorch rounds and unpacks, activations in 8 bits aside.
+    A soup is the mean of the rounded experts, rounded again."""
+    if native_kernels() is None:
+        pytest.skip("this CPU or compiler has no native kernels")
+    source = open_source(tiny_checkpoint("mixtral", hidden_size=64, intermediate_size=128))
+    fast, plain = fast_model(source, torch.float32, quantize="int8"), load_model(source, torch.float32)
+    quantize_modules(plain, Precision.of("int8"))
+    found = []
+    for model in (fast, plain):
+        with contestant(model, who):
+            found.append(np.concatenate(token_nats(model, windows())))
+    assert found[0].sum() == pytest.approx(found[1].sum(), rel=3e-3)
+    if isinstance(who, Soup):
+        with contestant(fast, who):
+            assert fast.model.layers[0].mlp.gate.tensors[0].dtype == torch.uint8  # type: ignore[union-attr,index]
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
