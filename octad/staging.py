@@ -254,7 +254,7 @@ def space(place: Path, needed: int | None = None) -> str:
 def _place(path: str | os.PathLike[str]) -> Path:
     """Where an output lies, links followed. Raises OutputError where they lead nowhere."""
     try:
-        found = Path(path).resolve()
+        found: Path | None = Path(path).resolve()
     except (
         OSError,
         RuntimeError,
