@@ -218,8 +218,8 @@ def sentence(report: MemberReport, found: Distances, shared: str) -> str:
             "its attention, norms and embeddings were not measured in every layer: what is lost is not known"
         )
     lost = f"what it changed outside its feed-forward nets is lost ({parts}, relative to the base)"
-    fix = "train it on gate_proj, up_proj and down_proj alone, as `octad branch` does, or merge (shared: auto"
-    fix += " measures whether and how that loses less)"
+    fix = "train it on gate_proj, up_proj and down_proj alone, as `octad branch` does, or merge: shared: mean was"
+    fix += " 1.9 % better than base for full members (docs/results.md), shared: auto measures it for yours"
     if found.same_ffn:
         return f"{lost}, and that is all it learnt: as an expert it is the base again; {fix}"
     if not report.lost:
