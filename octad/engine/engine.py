@@ -282,6 +282,8 @@ class Engine:
                 rows = slice(end - piece.count, end)
                 trace.write(piece.start, routing[0][rows], routing[1][rows])
         last = [end - 1 for piece, end in zip(pieces, ends, strict=True) if piece.last]
+        if len(last) == len(routing[0]):
+            return said(*routing)
         return said(routing[0][last], routing[1][last])
 
     def _read(self, pieces: Sequence[Piece], hidden_ND: torch.Tensor) -> None:

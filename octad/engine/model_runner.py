@@ -12,6 +12,7 @@ Shapes: N tokens of the step, R rows that get logits, V vocabulary, D model, L l
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -69,7 +70,8 @@ class ModelRunner:
         routing = None
         if self.watch.mixed and (traced or any(allowed is not None for _, allowed in only)):
             cache.watch = self.watch
-            with self.watch.step(only):
+            one_call = getattr(self.model.model, "in_one_call", None)
+            with self.watch.step(only, bool if one_call is None else partial(one_call, cache)):
                 hidden_ND = self.model.model(tokens_1N, cache)[0]
             routing = self.watch.routing(len(hidden_ND)) if traced else None
         else:

@@ -92,13 +92,39 @@ class NativeDecoder(Decoder):
         self.embed_tokens, self.layers = decoder.embed_tokens, decoder.layers
         self.norm, self.rope = decoder.norm, decoder.rope
         self._arrays: dict[tuple[int, int], tuple[BlockPool, LayerArray]] = {}
+        # where each layer's router stands. After a step's weights nothing else is left in the processor's cache, and
+        # modules are many small things in many places
+        self._tables = [layer._mlp[0]._modules for layer in cast(list[NativeLayer], list(self.layers))]
+        self._seen: tuple[list[Any], list[Any], list[tuple[str, int] | None]] | None = None
+
+    def in_one_call(self, cache: KVCache | None) -> bool:
+        """Whether all layers of this step run in one call of the kernel, whose routing is its own."""
+        first = self._routings()[0] if _decodes(cache) else None
+        return first is not None and first[0] == "routed" and len(self._alike(0)) == len(self.layers)
+
+    def _routings(self) -> list[tuple[str, int] | None]:
+        """Each layer's `routing`, found anew only where a router was changed."""
+        gates: list[Any] = [table.get("gate") for table in self._tables]
+        own = [gate.top_k if type(gate) is NativeRouter else None for gate in gates]
+        if self._seen is None or self._seen[0] != gates or self._seen[1] != own or None in own:
+            found = [layer.routing for layer in cast(list[NativeLayer], list(self.layers))]
+            self._seen = gates, own, found
+        return self._seen[2]
+
+    def _alike(self, place: int) -> list[NativeLayer]:
+        """The layer at this place and those behind it that one call runs; none where the kernel does not know it."""
+        routings = self._routings()
+        if (first := routings[place]) is None:
+            return []
+        count = sum(1 for _ in takewhile(lambda routing: routing == first, routings[place:]))
+        return cast(list[NativeLayer], list(self.layers)[place : place + count])
 
     def forward(self, tokens_BS: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """As Decoder.forward."""
         x_BSD: torch.Tensor = self.embed_tokens(tokens_BS)
-        layers, place = cast(list[NativeLayer], list(self.layers)), 0
+        layers, place, decodes = cast(list[NativeLayer], list(self.layers)), 0, _decodes(cache)
         while place < len(layers):
-            run = _alike(layers[place:], cache)
+            run = self._alike(place) if decodes else []
             if run:
                 assert isinstance(cache, PagedCache)
                 x_BSD = self._decode(run, x_BSD, cache)
@@ -131,7 +157,8 @@ class NativeDecoder(Decoder):
             weights_LRA = F.pad(weights_LRA, (0, routing[1] - 1))
             experts_LRA = experts_LRA.expand(-1, -1, routing[1])
         if routing[0] == "routed":
-            _tell_observers(layers, x_1RD, weights_LRA, experts_LRA, watch)
+            gates = [self._tables[layer.layer]["gate"] for layer in layers]
+            _tell_observers([layer.layer for layer in layers], gates, x_1RD, weights_LRA, experts_LRA, watch)
         return y
 
     def _array(self, layers: list[NativeLayer], pool: BlockPool) -> LayerArray:
@@ -146,15 +173,12 @@ class NativeDecoder(Decoder):
         return held[1]
 
 
-def _alike(layers: list[NativeLayer], cache: KVCache | None) -> list[NativeLayer]:
-    """The first of these layers and those behind it that one call runs; none where the step is not decoding, the kernel
-    does not know the first, or several experts are barred."""
-    if not (isinstance(cache, PagedCache) and cache.decoding) or (routing := layers[0].routing) is None:
-        return []
+def _decodes(cache: KVCache | None) -> bool:
+    """Whether every sequence has one new token, and no row has several experts barred."""
+    if not (isinstance(cache, PagedCache) and cache.decoding):
+        return False
     watch = cache.watch
-    if watch is not None and watch.bias_NE is not None and watch.alone_N is None:
-        return []
-    return list(takewhile(lambda layer: layer.routing == routing, layers))
+    return watch is None or watch.bias_NE is None or watch.alone_N is not None
 
 
 def _fill_in(
@@ -169,17 +193,17 @@ def _fill_in(
 
 
 def _tell_observers(
-    layers: list[NativeLayer],
+    numbers: list[int],
+    gates: list[Any],
     x_1RD: torch.Tensor,
     weights_LRA: torch.Tensor,
     experts_LRA: torch.Tensor,
     watch: Watch | None,
 ) -> None:
-    """What calling the routers would have told their hooks; the engine's own hears it all at once."""
+    """What calling the routers of these layers would have told their hooks; the engine's own hears it all at once."""
     if watch is not None:
-        watch.hear([layer.layer for layer in layers], weights_LRA, experts_LRA)
-    for number, layer in enumerate(layers):
-        gate: Any = layer.router
+        watch.hear(numbers, weights_LRA, experts_LRA)
+    for number, gate in enumerate(gates):
         for hook in gate._forward_hooks.values():
             if getattr(hook, "steps", False) and watch is not None:
                 continue
