@@ -271,5 +271,5 @@ def _literal(text: str) -> str:
 
 def _one_line(message: str) -> str:
     """The library's message without the pictures and dumps that follow its first lines."""
-    text = " ".join(message.partition("<state>")[0].split())
+    text = " ".join(message.partition("<state>")[0].partition("%llguidance")[0].split()).removesuffix(" 1 |")
     return text if len(text) <= 300 else text[:297] + "..."

@@ -233,7 +233,11 @@ class Generator:
         if self.form.kind.startswith("mistral"):
             messages = [_with_short_ids(message) for message in messages]
         if given.get("continue_final_message") and given.get("add_generation_prompt"):
-            raise ApiError(400, "continue_final_message and add_generation_prompt exclude each other")
+            raise ApiError(
+                400,
+                "continue_final_message: cannot be had with add_generation_prompt",
+                param="continue_final_message",
+            )
         try:
             return self.llm.tokenizer.encode_chat(messages, **given)
         except DataError as error:

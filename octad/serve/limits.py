@@ -100,6 +100,13 @@ class Limited:
         error = None
         if not length.isdigit() or int(length) > self.limits.body_bytes:
             error = self._too_large()
+        elif "transfer-encoding" in headers and "content-length" in headers:  # how requests are smuggled
+            error = ApiError(
+                400,
+                "content-length: is not for a body in chunks",
+                code="invalid_http",
+                headers={"Connection": "close"},
+            )
         elif headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
             error = ApiError(
                 415,

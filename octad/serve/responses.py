@@ -68,6 +68,8 @@ async def _begin(asked: ResponsesRequest, generator: Generator) -> Job:
     if form is not None and not isinstance(form, Mapping):
         raise ApiError(400, "text.format: should be an object", param="text.format")
     messages = as_messages(asked.input, asked.instructions)
+    if not asked.input or not messages:
+        raise ApiError(400, "input: is empty; give at least one message", param="input")
     return await generator.chat(messages, params, toolbox, response_schema(form, "text.format"))
 
 

@@ -78,7 +78,12 @@ def _part(part: Any, where: str) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
     text = part.get(TEXT_PARTS[kind]) if isinstance(part, Mapping) and kind in TEXT_PARTS else None
     if not isinstance(text, str):
-        raise DataError(f"{where} is {kind!r}; this model reads text alone")
+        known = isinstance(part, Mapping) and kind in TEXT_PARTS
+        raise DataError(
+            f"{where} has no {TEXT_PARTS[kind]!r} that is one"
+            if known
+            else f"{where} is {kind!r}; this model reads text alone"
+        )
     return text
 
 

@@ -333,3 +333,22 @@ def test_many_readers_are_woken_at_once() -> None:
         return calls, heard
 
     assert asyncio.run(wait()) == (2, [0, 1, 2, 3, 4] * 2)
+
+
+def test_a_body_of_two_lengths_is_refused(running: Running) -> None:
+    """What one server reads as a body another reads as the next request."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n"
+    answer = running.raw(head + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b'"code":"invalid_http"' in answer
+
+
+def test_a_schema_of_a_tool_that_is_none(running: Running) -> None:
+    """The line says what is wrong, without the grammar that was made of it."""
+    tool = {
+        "type": "function",
+        "function": {"name": "f", "parameters": {"properties": {"a": {"type": "odd"}}}},
+    }
+    error = running.post("/v1/chat/completions", CHAT | {"tools": [tool]}).json()["error"]
+    assert error["param"] == "tools"
+    assert error["message"].endswith("Invalid type: odd")
