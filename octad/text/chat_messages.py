@@ -76,14 +76,10 @@ def _part(part: Any, where: str) -> str:
     if isinstance(part, str):
         return part
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    text = part.get(TEXT_PARTS[kind]) if isinstance(part, Mapping) and kind in TEXT_PARTS else None
-    if not isinstance(text, str):
-        known = isinstance(part, Mapping) and kind in TEXT_PARTS
-        raise DataError(
-            f"{where} has no {TEXT_PARTS[kind]!r} that is one"
-            if known
-            else f"{where} is {kind!r}; this model reads text alone"
-        )
+    if not isinstance(part, Mapping) or not isinstance(kind, str) or kind not in TEXT_PARTS:
+        raise DataError(f"{where} is {str(kind)[:50]!r}; this model reads text alone")
+    if not isinstance(text := part.get(TEXT_PARTS[kind]), str):
+        raise DataError(f"{where} has no text")
     return text
 
 

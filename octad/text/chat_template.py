@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 import jinja2
@@ -53,9 +54,7 @@ def render_chat(
     """
     chat = plain_messages(messages)
     try:
-        environment = _environment()
-        compiled = environment.from_string(template)
-        known = meta.find_undeclared_variables(environment.parse(template))
+        environment, compiled, known = _compiled(template)
     except Exception as error:  # whatever a broken program can do
         raise CheckpointError(
             f"{label}: the chat template fails: {type(error).__name__}: {_one_line(error)}"
@@ -78,6 +77,14 @@ def render_chat(
     if open_ended and _OPEN not in text:
         raise DataError(f"{label}: continue_final_message: the chat template does not show the last message")
     return text[: text.index(_OPEN)] if open_ended else text
+
+
+@lru_cache(maxsize=8)
+def _compiled(template: str) -> tuple[BoundedEnvironment, jinja2.Template, frozenset[str]]:
+    """A template as a program, and the variables that it reads; kept, since making one takes longer than most chats."""
+    environment = _environment()
+    compiled = environment.from_string(template)
+    return environment, compiled, frozenset(meta.find_undeclared_variables(environment.parse(template)))
 
 
 def calls_are_json(template: str) -> bool:

@@ -12,6 +12,7 @@ its operands first. Time is the thread's own, so that a busy machine refuses not
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any, cast
@@ -40,20 +41,21 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(*arguments, **options)
         for filters, name in ((self.globals, "lipsum"), (self.filters, "wordwrap"), (self.filters, "urlize")):
             filters.pop(name)  # text without end; time that grows with the square of the text
-        self._until: float | None = None
+        self._limit = threading.local()  # a thread's time is its own, and so is its limit
 
     @contextlib.contextmanager
     def limited(self) -> Iterator[None]:
         """Inside the block templates of this environment have so much processor time, all together."""
-        self._until = time.thread_time() + SECONDS
+        self._limit.until = time.thread_time() + SECONDS
         try:
             yield
         finally:
-            self._until = None
+            self._limit.until = None
 
     def look_at_the_clock(self) -> str:
         """What loops and macros call; nothing of it is seen. Raises TooMuch."""
-        if self._until is not None and time.thread_time() > self._until:
+        until: float | None = getattr(self._limit, "until", None)
+        if until is not None and time.thread_time() > until:
             raise TooMuch("it takes too long; does it have a loop without an end?")
         return ""
 

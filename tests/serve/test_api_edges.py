@@ -352,3 +352,15 @@ def test_a_schema_of_a_tool_that_is_none(running: Running) -> None:
     error = running.post("/v1/chat/completions", CHAT | {"tools": [tool]}).json()["error"]
     assert error["param"] == "tools"
     assert error["message"].endswith("Invalid type: odd")
+
+
+def test_parts_of_contents_that_are_none(running: Running) -> None:
+    for part, told in (
+        ({"type": "text", "text": None}, "has no text"),
+        ({"type": ["text"], "text": "x"}, "reads text alone"),
+        ({"type": {"a": 1}}, "reads text alone"),
+        ([], "reads text alone"),
+    ):
+        found = running.post("/v1/chat/completions", {"messages": [{"role": "user", "content": [part]}]})
+        assert found.status_code == 400
+        assert told in found.json()["error"]["message"]

@@ -35,6 +35,9 @@ def vllm(tmp_path: Path) -> Path:
     return place
 
 
+FAKE = fake_engines.__file__
+
+
 def wait_for(done: Any, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not done():
@@ -180,3 +183,13 @@ def test_a_build_for_another_processor(tmp_path: Path) -> None:
     child.start(state)
     wait_for(lambda: state.status == "failed")
     assert state.error == "vLLM ended by SIGILL (it is built for another processor): starting"
+    assert child._more == {
+        "VLLM_TARGET_DEVICE": "cpu"
+    }  # it was tried once more, and told what it is built for
+    program.write_text(
+        f'#!/bin/sh\n[ $VLLM_TARGET_DEVICE ] || kill -ILL $$\nexec {sys.executable} {FAKE} "$@"\n'
+    )
+    child, state = Child([str(program), "serve", "m"]), ServerState()
+    child.start(state)
+    wait_for(lambda: "Started with" in child.latest())
+    child.stop()
