@@ -242,6 +242,10 @@ def explained(directory: Path, needed: int | None = None) -> Iterator[None]:
             raise OutputError(f"{directory}: the disk is full: {space(parent, needed)}") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise OutputError(f"{directory}: no permission to write in {parent}") from error
+        if error.errno == errno.ENOTEMPTY:
+            raise OutputError(
+                f"{directory}: another process has written it meanwhile; choose another -o or remove it"
+            ) from error
         raise OutputError(f"{directory}: cannot be written: {error.strerror or error}") from error
 
 

@@ -185,6 +185,19 @@ def test_an_output_that_is_or_holds_an_input(tmp_path: Path) -> None:
     refuse_inputs(tmp_path / "other", [model])
 
 
+def test_another_process_was_quicker(tmp_path: Path) -> None:
+    with StagedDirectory(tmp_path / "out") as stage:
+        (stage.path / "a").write_text("ours")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "a").write_text("theirs")
+        with pytest.raises(
+            OutputError, match="out: another process has written it meanwhile; choose another -o"
+        ):
+            stage.commit()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "a").read_text() == "theirs"
+
+
 def test_links_that_lead_in_a_circle(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(OutputError, match="loop: its links lead in a circle; choose another -o"):
