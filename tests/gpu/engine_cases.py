@@ -135,7 +135,7 @@ def steps_of_decoding_are_recorded_and_repeated() -> None:
     """Sequences that begin and end at different times: the same answers as launched one by one, most of the steps by a
     graph; what the host does in them is to send three arrays, and to read what came of it."""
     every = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, logprobs=1) for n in (9, 14, 5)]
-    for family in ("mixtral", "qwen2_moe", "llama"):
+    for family in ("mixtral", "llama"):
         with PretendedGPU() as gpu:
             told_by = []
             for graphs in (True, False):
