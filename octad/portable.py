@@ -74,6 +74,20 @@ def sync(path: str | os.PathLike[str]) -> None:
         os.close(fd)
 
 
+def read_ahead(path: str | os.PathLike[str]) -> None:
+    """Have the system read a file into its cache, where it can be asked."""
+    if hasattr(os, "posix_fadvise"):
+        with open(path, "rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+
+def may_have_gpu() -> bool:
+    """Whether there may be a device for PyTorch beside the processor, asked without importing it."""
+    if sys.platform == "win32":
+        return True
+    return any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")))
+
+
 def is_alive(pid: int) -> bool:
     """Whether a process of this number runs; True where nobody can tell."""
     if sys.platform == "win32":  # there a signal 0 is Ctrl-C

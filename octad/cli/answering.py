@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from octad.cli.options import Memory, MinP, Model, Only, Quantize, Seed, TopP, one_process
-from octad.engine.params import CHAT_PENALTY
+from octad.engine.params import CHAT, own_sampling
 from octad.errors import DataError, RequestError
 from octad.report import terminal
 
@@ -112,12 +112,17 @@ def chat(
     model: Model,
     system: Annotated[str | None, typer.Option(help="What the model is told to be.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.7,
-    top_p: TopP = 0.95,
-    min_p: MinP = 0.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="0: always the likeliest token; else the model's own, or 0.7."),
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="As in generate; else the model's own, or 0.95.")
+    ] = None,
+    min_p: Annotated[float | None, typer.Option(help="As in generate; else the model's own, or 0.")] = None,
     repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1: what was said already gets less likely; 1: off.")
-    ] = CHAT_PENALTY,
+        float | None, typer.Option(help="Above 1: what was said already gets less likely; 1: off. Else 1.1.")
+    ] = None,
     seed: Seed = None,
     quantize: Quantize = None,
     load: Annotated[Path | None, typer.Option(help="Go on with a conversation that /save wrote.")] = None,
@@ -135,14 +140,15 @@ def chat(
         from octad.checkpoint.load import load_tokenizer, open_source
         from octad.engine.params import SamplingParams
 
-    params = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
+    given: dict[str, Any] = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    SamplingParams(**given)  # what cannot be is said before anything is opened
     at_terminal = pipe.is_terminal() and terminal.out.is_terminal
     if at_terminal and find_spec("prompt_toolkit") is None:
         raise RequestError(
@@ -150,6 +156,7 @@ def chat(
         )
     tokenizer = load_tokenizer(open_source(model, quantised=True))
     require_chat_template(tokenizer, model)  # before the weights are read
+    params = SamplingParams(max_tokens=max_tokens, **CHAT | own_sampling(tokenizer.generation) | given)
     session = Session(open_llm(model, quantize, only, memory, begun), params, label=model, speaker=only)
     terminal.life.rest()
     if load is not None:

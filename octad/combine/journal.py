@@ -15,7 +15,6 @@ file that is read: a run of anything else begins anew. Runs shorter than EVERY l
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,6 +31,7 @@ from octad.checkpoint.writer import CheckpointWriter
 from octad.combine.calibrate import Run
 from octad.combine.states import States
 from octad.fingerprint import digest_of
+from octad.portable import sync
 from octad.staging import bytes_in, explained, replace_file
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Journal:
         """Put them on the disk."""
         with explained(self.place):
             states.save(self.states_file(layers))
-            _fsync(self.states_file(layers))
+            sync(self.states_file(layers))
 
     def enter(self, layers: int) -> None:
         """Write down that so many layers are done, whose states are saved, and all that was written so far."""
@@ -132,10 +132,10 @@ class Journal:
         with explained(self.place):
             for layer in range(self._told, layers):
                 save_file(self._fitter.layer_facts(layer), path := self.place / f"layer-{layer:05}")
-                _fsync(path)
+                sync(path)
             entry = {"format": FORMAT, "layers": layers, "written": written}
             replace_file(self.place / DONE, json.dumps(entry))
-            _fsync(self.place)
+            sync(self.place)
             for old in self.place.glob("states-*"):
                 if not old.name.startswith(f"states-{layers:05}."):
                     old.unlink()
@@ -198,11 +198,3 @@ def _places(source: object) -> Iterable[Path]:
 
 def _done(place: Path) -> dict[str, Any]:
     return dict(json.loads((place / DONE).read_text()))
-
-
-def _fsync(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

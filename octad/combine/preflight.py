@@ -62,7 +62,11 @@ class Plan:
     @property
     def tokenizer(self) -> Tokenizer:
         """The mixture's."""
-        return self.vocabulary.tokenizer
+        own, how = self.vocabulary.tokenizer, self.recipe.sampling.model_dump(exclude_none=True)
+        if not how:
+            return own
+        generation = {**own.generation, "do_sample": how.get("temperature") != 0, **how}
+        return Tokenizer(own.core, own.config, own.eos_ids, generation, own.label)
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:

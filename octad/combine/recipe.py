@@ -94,6 +94,17 @@ class RefitSpec(Section):
     window: int = Field(default=256, ge=2)
 
 
+class SamplingSpec(Section):
+    """How chats with the mixture are sampled where nobody says otherwise; `temperature` 0 takes the likeliest token. Goes
+    into generation_config.json, which transformers and vLLM follow, too."""
+
+    temperature: float | None = Field(default=None, ge=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0)
+
+
 def _method_alone(value: Any) -> Any:
     """`shared: mean` for `shared: {method: mean}`."""
     return {"method": value} if isinstance(value, str) else value
@@ -118,6 +129,7 @@ class Recipe(ConfigFile):
     ] = RefitSpec()
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     chat_template: str | None = None
+    sampling: SamplingSpec = SamplingSpec()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

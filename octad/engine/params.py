@@ -26,7 +26,15 @@ from annotated_types import Ge, Gt, Le, MinLen
 
 from octad.errors import RequestError
 
+OWN = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+)  # what a generation_config.json may say
 CHAT_PENALTY = 1.1  # repetition_penalty of a conversation where nobody asks for another: small models go round in circles
+CHAT = {"temperature": 0.7, "top_p": 0.95, "repetition_penalty": CHAT_PENALTY}  # of a terminal's conversation
 GREEDY_BELOW = 1e-5  # a temperature this low is the argmax, and dividing by it would overflow
 Counted = Annotated[int, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
@@ -203,6 +211,23 @@ def _single(value: Any) -> float:
     except (OverflowError, struct.error):
         return math.inf
     return found
+
+
+def own_sampling(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """How a generation_config.json says to sample, as fields of SamplingParams: for conversations in which nobody says
+    it, as in vLLM. Nothing where it says not to sample; values that SamplingParams refuses are left out."""
+    if generation.get("do_sample") is False:
+        return {}
+    found = {name: value for name in OWN if (value := generation.get(name)) is not None}
+    return {name: value for name, value in found.items() if _accepted(name, value)}
+
+
+def _accepted(name: str, value: object) -> bool:
+    try:
+        SamplingParams(**{name: value})  # type: ignore[arg-type]
+    except RequestError:
+        return False
+    return True
 
 
 def mix_seed(seed: int, *places: int) -> int:

@@ -31,11 +31,11 @@ from octad.guard import read_object
 from octad.kernels.filling import Filling, Impossible, Rows
 from octad.kernels.panels import GROUPS
 from octad.model.config import ModelConfig
+from octad.portable import may_have_gpu, read_ahead
 
 INDEX, SINGLE, RECORDS = "model.safetensors.index.json", "model.safetensors", "packed.octad"
 EXACT = Precision(16, 16, 16)
 LONGEST_HEADER = 100_000_000
-GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # where there may be one, PyTorch is asked first
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def begin(model: str | os.PathLike[str], quantize: str | None = None) -> Begun |
     """The weights of the model in this directory, begun to be read; None where that is not possible, which says nothing
     about the model."""
     path = Path(model).expanduser()
-    if not (path / "config.json").is_file() or any(map(os.path.exists, GPUS)):
+    if not (path / "config.json").is_file() or may_have_gpu():
         return None
     try:
         raw = read_object(path / "config.json")
@@ -139,13 +139,8 @@ def _header(file: Path) -> Iterator[tuple[str, Rows]]:
 
 def _ask_for(file: Path) -> None:
     """Have the system read a file into its cache, by a thread: it may wait for the disk."""
-    if file.is_file() and hasattr(os, "posix_fadvise"):
-        threading.Thread(target=_read_ahead, args=(file,), daemon=True).start()
-
-
-def _read_ahead(file: Path) -> None:
-    with open(file, "rb") as opened:
-        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+    if file.is_file():
+        threading.Thread(target=read_ahead, args=(file,), daemon=True).start()
 
 
 def _processors() -> int:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from octad.kernels.compile import BuildError, IsaError, load
 from octad.kernels.pages import anonymous
+from octad.portable import BINARY
 
 DONE, NOT_FINITE = 1, 3
 
@@ -71,7 +72,7 @@ class Filling:
         Impossible where its file cannot be opened."""
         if rows.path not in self.files:
             try:
-                self.files[rows.path] = os.open(rows.path, os.O_RDONLY)
+                self.files[rows.path] = os.open(rows.path, os.O_RDONLY | BINARY)
             except OSError as error:
                 raise Impossible(str(error)) from error
         self.rows[name] = rows

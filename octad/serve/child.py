@@ -15,7 +15,6 @@ of them (SIGILL), and is told so. On Linux it also ends when this process is kil
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import re
@@ -36,7 +35,11 @@ from octad.serve.lifecycle import ServerState
 ROUTED = "--enable-return-routed-experts"
 NAMELESS = "No package metadata was found for vllm"  # what the command of another build's says at its end
 STOP_SECONDS = 30.0
-PR_SET_PDEATHSIG = 1
+# Runs first in the child, in an interpreter of its own (this one's between fork and exec is not safe beside threads):
+# PR_SET_PDEATHSIG, SIGTERM when the parent is gone; then the command takes its place.
+ENDS_WITH_PARENT = (
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
+)
 COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 log = logging.getLogger("octad.serve")
 
@@ -85,8 +88,9 @@ class Child:
 
     def _begin(self) -> subprocess.Popen[str]:
         environment = dict(os.environ) | {"VLLM_API_KEY": self.key} | self._more
+        first = [sys.executable, "-I", "-S", "-c", ENDS_WITH_PARENT] if sys.platform == "linux" else []
         return subprocess.Popen(
-            [*self.command, "--host", "127.0.0.1", "--port", str(self.port)],
+            [*first, *self.command, "--host", "127.0.0.1", "--port", str(self.port)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -94,7 +98,6 @@ class Child:
             errors="replace",
             env=environment,
             start_new_session=True,
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
 
     def start(self, state: ServerState) -> None:
@@ -174,11 +177,6 @@ def _how(code: int) -> str:
         name = signal.Signals(-code).name
         return f"by {name}" + (" (it is built for another processor)" if name == "SIGILL" else "")
     return f"by signal {-code}"
-
-
-def _end_with_parent() -> None:
-    """In the child, before it runs: SIGTERM when the parent is gone."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _free_port() -> int:

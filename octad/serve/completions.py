@@ -65,7 +65,7 @@ async def _begin(asked: CompletionRequest, generator: Generator) -> Job:
         raise ApiError(400, "stream: echo with logprobs comes whole; leave out stream", param="stream")
     scored = asked.logprobs if asked.echo else None
     more: dict[str, Any] = {"prompt_logprobs": scored} if scored is not None else {}
-    params = sampling(asked, generator.llm, limit or 1, asked.logprobs, **more)
+    params = sampling(asked, generator.llm, limit or 1, asked.logprobs, chat=False, **more)
     field, schema = "structured_outputs", response_schema(asked.response_format)
     excludes_schema(params, schema)
     if schema is not None:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
-from octad.engine.params import SamplingParams, StructuredOutput
+from octad.engine.params import SamplingParams, StructuredOutput, own_sampling
 from octad.errors import RequestError
 from octad.serve.protocol import ChatRequest, SamplingFields, TokenizeRequest
 from octad.serve.replies import ApiError
@@ -52,12 +52,15 @@ def sampling(
     max_tokens: int | None,
     logprobs: int | None,
     called: Mapping[str, str] | None = None,
+    chat: bool = True,
     **more: Any,
 ) -> SamplingParams:
     """The params of a request; `more` are fields of SamplingParams that the endpoint has made, `called` what it calls
-    some of them. Raises RequestError or ApiError for values that cannot be."""
+    some of them. In a `chat` what is not given is as the checkpoint's generation_config.json has it. Raises RequestError
+    or ApiError for values that cannot be."""
     called = called or {}
-    found = {name: value for name in SAME if (value := getattr(asked, name)) is not None}
+    found = own_sampling(llm.tokenizer.generation) if chat else {}
+    found |= {name: value for name in SAME if (value := getattr(asked, name)) is not None}
     for name in ("logit_bias", "stop_token_ids", "only_experts"):
         _check_count(name, getattr(asked, name) or (), MOST_IDS, "entries")
     if asked.logit_bias:

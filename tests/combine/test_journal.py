@@ -88,7 +88,8 @@ def test_a_run_goes_on_where_it_was_cut(
         patch.setattr(calibrate, "_advance", lambda *given: shown.append(1) or advance(*given))
         same(carried_out(file, tmp_path / "out", told), want)
     assert f"shards kept, {0 if method == 'random' else min(layers, LAYERS)} layers calibrated" in told[-1]
-    assert not told[-1].startswith("going on where an earlier run stopped: 0 of")
+    if method != "random":  # there the cut may come before the first file is full
+        assert not told[-1].startswith("going on where an earlier run stopped: 0 of")
     assert not set(kept) & set(second)
     assert bool(shown) == (method != "random" and layers < LAYERS)
     assert set(tmp_path.iterdir()) == before | {tmp_path / "out"}

@@ -31,6 +31,7 @@ from octad.combine.build import combine
 from octad.combine.edit import add_expert, remove_expert
 from octad.combine.preflight import Plan, preflight
 from octad.combine.recipe import ExpertSpec
+from octad.engine.params import own_sampling
 from octad.errors import CheckpointError, OctadError, RecipeError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -258,6 +259,19 @@ def ends_of(mixture: Path) -> list[tuple[int, ...]]:
     generation = json.loads((mixture / "generation_config.json").read_text())["eos_token_id"]
     config = json.loads((mixture / "config.json").read_text())["eos_token_id"]
     return [tuple([found] if isinstance(found, int) else found) for found in (generation, config)]
+
+
+def test_sampling_goes_into_the_generation_config(base: Path, tmp_path: Path) -> None:
+    made = combine(
+        plan_of(base, "base", "base", sampling={"temperature": 0.25, "top_p": 0.9}), tmp_path / "m"
+    )
+    theirs = transformers.GenerationConfig.from_pretrained(made)
+    assert (theirs.do_sample, theirs.temperature, theirs.top_p) == (True, 0.25, 0.9)
+    assert own_sampling(load_tokenizer(open_source(made)).generation) == {"temperature": 0.25, "top_p": 0.9}
+    assert set(theirs.eos_token_id) == {*BASE_ENDS}
+    assert "temperature" in refused(base, "base", "base", sampling={"temperature": -1})
+    plain = combine(plan_of(base, "base", "base"), tmp_path / "plain")
+    assert transformers.GenerationConfig.from_pretrained(plain).temperature in (None, 1.0)
 
 
 def test_what_members_agree_on_is_taken_over(base: Path, tmp_path: Path) -> None:

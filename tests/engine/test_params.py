@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from octad.engine.params import SamplingParams, StructuredOutput, mix_seed
+from octad.engine.params import SamplingParams, StructuredOutput, mix_seed, own_sampling
 from octad.errors import RequestError
 
 
@@ -132,3 +132,19 @@ def test_a_schema_is_frozen_in_its_order() -> None:
 def test_importing_it_imports_no_torch() -> None:
     code = "import sys, octad.engine.params; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_a_checkpoint_says_of_sampling() -> None:
+    said = {
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "top_k": 20,
+        "max_new_tokens": 5,
+        "min_p": None,
+    }
+    assert own_sampling(said) == {"temperature": 0.6, "top_p": 0.9, "top_k": 20}
+    assert own_sampling(said | {"do_sample": False}) == {}
+    assert own_sampling({"temperature": "hot", "top_p": 7, "repetition_penalty": 1.05}) == {
+        "repetition_penalty": 1.05
+    }

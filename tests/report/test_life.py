@@ -85,6 +85,6 @@ def test_a_command_that_takes_long_tells_in_a_pipe(
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     lines = done.stderr.splitlines()
     assert lines
-    assert all(line.startswith("octad: inspect is at work, for ") for line in lines)
+    assert all(line.startswith("octad: inspect is at work") for line in lines)
     quiet = subprocess.run([*command, "-q"], capture_output=True, text=True, env=environment, check=True)
     assert (quiet.stderr, quiet.stdout) == ("", done.stdout)

@@ -188,7 +188,7 @@ def test_nothing_of_the_parent_is_inherited(sandbox: Sandbox, monkeypatch: pytes
         program = """
 import os
 found = []
-for fd in range(32):
+for fd in range(4096):
     try:
         os.fstat(fd)
         found.append(fd)

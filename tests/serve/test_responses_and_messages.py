@@ -3,12 +3,14 @@
 # ruff: noqa: F401, F811 (fixtures are imported)
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import anthropic
 import openai
 import pytest
-from serving import CONTEXT, Running, running, served_mixture, start
+from serving import CONTEXT, Running, Start, running, served_mixture, start
 
 SCHEMA = {
     "type": "object",
@@ -246,3 +248,20 @@ def test_a_message_in_a_form(running: Running) -> None:
         refused = running.post("/v1/messages", body | {"output_config": {"format": wrong}})
         assert refused.status_code == 400
         assert "output_config.format" in refused.json()["error"]["message"]
+
+
+def test_a_chat_is_sampled_as_the_checkpoint_says(start: Start, served_mixture: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(served_mixture, tmp_path / "own"))
+    file = own / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"temperature": 0.0}))
+    running, chat = start(model=own), [{"role": "user", "content": "Hi"}]
+    body = {"model": "mixture", "messages": chat, "max_tokens": 12}
+    answers = {
+        running.post("/v1/chat/completions", body).json()["choices"][0]["message"]["content"]
+        for _ in range(3)
+    }
+    assert answers == {said(running, chat)}
+    client = running.openai()
+    assert client.responses.create(model="mixture", input="Hi", max_output_tokens=2).temperature == 0
+    asked = client.responses.create(model="mixture", input="Hi", max_output_tokens=2, temperature=0.5)
+    assert asked.temperature == 0.5
