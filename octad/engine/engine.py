@@ -56,7 +56,8 @@ class EngineConfig:
 
     block_size: tokens a block of the key/value cache. num_blocks, or kv_cache_gb (10^9 bytes): size of that cache.
     max_num_seqs: answers in progress at once. max_num_batched_tokens: tokens a forward pass at most; long prompts are cut
-    into chunks of this, and into smaller ones, max_prompt_tokens_beside, while others wait for their next token.
+    into chunks of this, and of max_prompt_tokens_beside where others wait for their next token (smaller chunks make
+    shorter waits, but more of them).
     max_model_len: tokens of prompt and answer together. cuda_graphs: on CUDA, launch a step of decoding as one.
     """
 
@@ -65,7 +66,7 @@ class EngineConfig:
     kv_cache_gb: float | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
-    max_prompt_tokens_beside: int = 256
+    max_prompt_tokens_beside: int = 512
     max_model_len: int | None = None
     cuda_graphs: bool = True
     enable_prefix_caching: bool = True

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from octad.kernels.compile import BuildError, IsaError, load
 from octad.kernels.pages import anonymous
-from octad.portable import BINARY
+
+BINARY = getattr(os, "O_BINARY", 0)  # as portable has it, which is above this room
 
 DONE, NOT_FINITE = 1, 3
 
