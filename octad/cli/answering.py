@@ -140,14 +140,9 @@ def chat(
         from octad.checkpoint.load import load_tokenizer, open_source
         from octad.engine.params import SamplingParams
 
-    given: dict[str, Any] = {
-        "temperature": temperature,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
+    options = {"temperature": temperature, "top_p": top_p, "min_p": min_p, "seed": seed}
+    options |= {"repetition_penalty": repetition_penalty}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     SamplingParams(**given)  # what cannot be is said before anything is opened
     at_terminal = pipe.is_terminal() and terminal.out.is_terminal
     if at_terminal and find_spec("prompt_toolkit") is None:

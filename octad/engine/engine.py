@@ -56,8 +56,7 @@ class EngineConfig:
 
     block_size: tokens a block of the key/value cache. num_blocks, or kv_cache_gb (10^9 bytes): size of that cache.
     max_num_seqs: answers in progress at once. max_num_batched_tokens: tokens a forward pass at most; long prompts are cut
-    into chunks of this, and of max_prompt_tokens_beside where others wait for their next token (smaller chunks make
-    shorter waits, but more of them).
+    into chunks of this.
     max_model_len: tokens of prompt and answer together. cuda_graphs: on CUDA, launch a step of decoding as one.
     """
 
@@ -66,7 +65,6 @@ class EngineConfig:
     kv_cache_gb: float | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
-    max_prompt_tokens_beside: int = 512
     max_model_len: int | None = None
     cuda_graphs: bool = True
     enable_prefix_caching: bool = True
@@ -123,9 +121,7 @@ class Engine:
         self.max_model_len = min(longest, num_blocks * config.block_size)
         self.runner = ModelRunner(model, num_blocks, config.block_size, attention, config.cuda_graphs)
         self.blocks = BlockManager(num_blocks, config.block_size)
-        self.scheduler = Scheduler(
-            self.blocks, config.max_num_seqs, config.max_num_batched_tokens, config.max_prompt_tokens_beside
-        )
+        self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens)
         self.sampler = Sampler(partial(token_text, tokenizer))
         ends = tokenizer.eos_ids or model.config.eos_token_ids
         self.eos_ids = tuple(i for i in ends if 0 <= i < model.config.vocab_size)

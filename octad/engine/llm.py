@@ -25,7 +25,7 @@ from octad.dist import compute_dtype, keep_freed_memory
 from octad.engine.engine import Engine, EngineConfig
 from octad.engine.loop import EngineLoop, Stream, Submission
 from octad.engine.outputs import Delta, RequestOutput
-from octad.engine.params import SamplingParams
+from octad.engine.params import SamplingParams, own_sampling
 from octad.errors import CheckpointError, RequestError
 from octad.fast.beginning import Begun, begin
 from octad.fast.loading import dtype_note, open_fast
@@ -61,6 +61,7 @@ class LLM:
     config: ModelConfig
     engine: Engine
     expert_names: list[str]
+    own_sampling: dict[str, Any]  # how the checkpoint says that it is sampled; the server's chats go by it
     dtype_note: str | None = None  # where "auto" chose another dtype than the checkpoint's, in one line
 
     def __init__(
@@ -105,6 +106,7 @@ class LLM:
                     begun.stop()
         self.config, self.model = transformer.config, transformer
         self.expert_names = expert_names(directory, self.config.num_experts)
+        self.own_sampling = own_sampling(self.tokenizer.generation)
         self.engine = Engine(transformer, self.tokenizer, settings, attention)
         self.loop = EngineLoop(self.engine)
         self.label = "(a model in memory)" if isinstance(model, tuple) else os.fspath(model)

@@ -17,6 +17,7 @@ import math
 import numbers
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import cache, partial
 from hashlib import blake2b
@@ -218,16 +219,12 @@ def own_sampling(generation: Mapping[str, Any]) -> dict[str, Any]:
     it, as in vLLM. Nothing where it says not to sample; values that SamplingParams refuses are left out."""
     if generation.get("do_sample") is False:
         return {}
-    found = {name: value for name in OWN if (value := generation.get(name)) is not None}
-    return {name: value for name, value in found.items() if _accepted(name, value)}
-
-
-def _accepted(name: str, value: object) -> bool:
-    try:
-        SamplingParams(**{name: value})  # type: ignore[arg-type]
-    except RequestError:
-        return False
-    return True
+    found: dict[str, Any] = {}
+    for name in OWN:
+        if generation.get(name) is not None:
+            with suppress(RequestError):
+                found[name] = _judges()[name](generation[name])
+    return found
 
 
 def mix_seed(seed: int, *places: int) -> int:

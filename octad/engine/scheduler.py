@@ -6,9 +6,9 @@
 
 A step is bound by reading the weights while it has few tokens, so that all running answers and a chunk of a new prompt
 share one (continuous batching with chunked prefill, arXiv 2308.16369). First every decoding answer gets its token, then
-prompts get what is left of `max_tokens`, but beside answers no more than `beside`: nobody shall wait long for the next
-token. Service is first come, first served: nobody overtakes a prompt that waits for blocks, and when blocks run out the
-youngest sequence gives its own back and is computed again later, so that the oldest always moves on.
+prompts get what is left of `max_tokens`. Service is first come, first served: nobody overtakes a prompt that waits for
+blocks, and when blocks run out the youngest sequence gives its own back and is computed again later, so that the oldest
+always moves on.
 """
 
 from __future__ import annotations
@@ -34,11 +34,8 @@ class Piece:
 class Scheduler:
     """Waiting and running sequences, both in order of arrival."""
 
-    def __init__(
-        self, blocks: BlockManager, max_num_seqs: int, max_tokens: int, beside: int | None = None
-    ) -> None:
-        """`beside`: tokens of prompts at most in a step in which answers wait for their next token."""
-        self.blocks, self.max_tokens, self.beside = blocks, max_tokens, beside or max_tokens
+    def __init__(self, blocks: BlockManager, max_num_seqs: int, max_tokens: int) -> None:
+        self.blocks, self.max_tokens = blocks, max_tokens
         self.max_num_seqs = min(max_num_seqs, max_tokens)  # so that every running sequence gets a token
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -52,7 +49,7 @@ class Scheduler:
     def schedule(self) -> list[Piece]:
         """The next step's pieces, decoding ones first; [] only where nothing waits or runs."""
         pieces = self._decodes()
-        budget = min(self.max_tokens - len(pieces), self.beside if pieces else self.max_tokens)
+        budget = self.max_tokens - len(pieces)
         for sequence in self.running:
             if sequence.remaining > 1 and budget > 0:
                 budget -= _cut(pieces, sequence, budget)

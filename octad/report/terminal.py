@@ -55,6 +55,7 @@ def progress_bar(*, quiet: bool = False) -> Iterator[Callable[[str, float], None
     was_quiet = err.quiet
 
     def update(stage: str, done: float) -> None:
+        """A stage's share, from 0 to 1."""
         life.reached(stage, done)
         if quiet:
             return

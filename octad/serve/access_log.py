@@ -43,6 +43,7 @@ class Logged:
         began, status = time.monotonic(), 0
 
         async def reply(message: Message) -> None:
+            """Passes on what goes back, with the request's id in its head."""
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]

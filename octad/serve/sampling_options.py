@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
-from octad.engine.params import SamplingParams, StructuredOutput, own_sampling
+from octad.engine.params import SamplingParams, StructuredOutput
 from octad.errors import RequestError
 from octad.serve.protocol import ChatRequest, SamplingFields, TokenizeRequest
 from octad.serve.replies import ApiError
@@ -59,7 +59,7 @@ def sampling(
     some of them. In a `chat` what is not given is as the checkpoint's generation_config.json has it. Raises RequestError
     or ApiError for values that cannot be."""
     called = called or {}
-    found = own_sampling(llm.tokenizer.generation) if chat else {}
+    found = dict(llm.own_sampling) if chat else {}
     found |= {name: value for name in SAME if (value := getattr(asked, name)) is not None}
     for name in ("logit_bias", "stop_token_ids", "only_experts"):
         _check_count(name, getattr(asked, name) or (), MOST_IDS, "entries")

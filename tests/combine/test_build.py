@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from members import (
     VOCABULARY,
     adapter,
     edit_config,
+    exact,
     extended,
     full_member,
     make_base,
@@ -41,12 +41,7 @@ CLASSES = {"llama": "Mixtral", "mistral": "Mixtral", "qwen2": "Qwen2Moe", "qwen3
 TOKENS = torch.arange(40).view(2, 20) * 6 % VOCABULARY
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _exact() -> Iterator[None]:
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "compute_dtype", lambda: torch.float32)
-        yield
+_exact = exact(build)
 
 
 class World:

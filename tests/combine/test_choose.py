@@ -1,14 +1,23 @@
 """shared: auto: what is measured, against transformers; which is taken, by hand."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from members import ATTENTION, FFN, adapter, edit_config, full_member, make_base, make_recipe, text_file
+from members import (
+    ATTENTION,
+    FFN,
+    adapter,
+    edit_config,
+    exact,
+    full_member,
+    make_base,
+    make_recipe,
+    text_file,
+)
 
 from octad.combine import build, choose
 from octad.combine.build import combine
@@ -18,14 +27,7 @@ from octad.combine.recipe import Recipe, SharedSpec
 from octad.errors import RecipeError
 from octad.text.windows import Window
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _exact() -> Iterator[None]:
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (build, choose):
-            patch.setattr(module, "compute_dtype", lambda: torch.float32)
-        yield
+_exact = exact(build, choose)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Closed-form repair: against numpy's least squares, members whose answer is known by algebra, and transformers."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from members import ATTENTION, FFN, adapter, full_member, make_base, make_recipe, text_file
+from members import ATTENTION, FFN, adapter, exact, full_member, make_base, make_recipe, text_file
 from safetensors.torch import load_file
 
 from octad.checkpoint.load import load_model, open_source
@@ -32,12 +31,7 @@ from octad.text.windows import Window
 PLAIN = {"method": "ridge", "tokens": 600}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _exact() -> Iterator[None]:
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "compute_dtype", lambda: torch.float32)
-        yield
+_exact = exact(build)
 
 
 # ---- the regression ------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """RegMean: against numpy's least squares on the text itself, and mixtures of members with attention of their own."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from members import ATTENTION, FFN, adapter, full_member, make_base, make_recipe, text_file
+from members import ATTENTION, FFN, adapter, exact, full_member, make_base, make_recipe, text_file
 
 from octad.checkpoint.load import open_source
 from octad.combine import build
@@ -20,13 +19,7 @@ from octad.combine.recipe import Recipe
 from octad.combine.regmean import regress
 from octad.errors import RecipeError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _exact() -> Iterator[None]:
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "compute_dtype", lambda: torch.float32)
-        yield
+_exact = exact(build)
 
 
 def test_it_is_numpys_least_squares() -> None:

@@ -2,14 +2,14 @@
 threads, and those of instruction sets that this processor need not have, run on emulated instructions
 (tests/kernels/emulated.h).
 
-@pytest.fixture(scope="module", params=BUILDS)
-def kernels(request) -> NativeKernels:
-    return kernels_of(request.param)
+    from kernel_builds import kernels, one_thread    # fixtures: every build in turn; one thread and a seed for each test
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from octad.kernels.compile import Library, load, runnable
 from octad.kernels.native import NativeKernels
@@ -55,3 +55,18 @@ def kernels_of(build: str) -> NativeKernels:
     assert bool(made.features & 4) == (build != "one thread")
     assert bool(made.features & 8) == build.endswith("amx")
     return made
+
+
+@pytest.fixture(scope="module", params=BUILDS)
+def kernels(request: pytest.FixtureRequest) -> NativeKernels:
+    """Every build in turn."""
+    return kernels_of(request.param)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """One thread of PyTorch and a seed, for each test of a module that imports this."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(1)

@@ -3,10 +3,13 @@
 import json
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import peft
+import pytest
 import tokenizers
 import torch
 import transformers
@@ -19,6 +22,20 @@ VOCABULARY = 257  # 256 bytes and one control token
 FFN = ["gate_proj", "up_proj", "down_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def exact(*modules: ModuleType) -> Any:
+    """A fixture for all tests of a module: these modules of octad compute in float32, on one thread."""
+
+    @pytest.fixture(scope="module", autouse=True)
+    def fixture() -> Iterator[None]:
+        torch.set_num_threads(1)
+        with pytest.MonkeyPatch.context() as patch:
+            for module in modules:
+                patch.setattr(module, "compute_dtype", lambda: torch.float32)
+            yield
+
+    return fixture
 
 
 def save_tokenizer(directory: Path, added: tuple[str, ...] = (), swap: bool = False) -> None:

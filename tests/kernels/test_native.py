@@ -4,12 +4,12 @@ Bounds: integer sums are exact, so that what is left is float32's rounding of su
 magnitudes; results in bfloat16 are within one unit in its last place (2^-8) more.
 """
 
-from collections.abc import Iterator
+# ruff: noqa: F401, F811 (fixtures are imported)
 
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_builds import BUILDS, kernels_of
+from kernel_builds import kernels, one_thread
 
 from octad.kernels.native import NativeKernels, describe
 from octad.kernels.packed import Packed, linear_reference, pack, pack_raw
@@ -22,19 +22,6 @@ DTYPES = [torch.float32, torch.bfloat16]
 ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 21]
 ULP = 2**-8
 WIDE = -16  # bfloat16 weights, float32 activations
-
-
-@pytest.fixture(scope="module", params=BUILDS)
-def kernels(request: pytest.FixtureRequest) -> NativeKernels:
-    return kernels_of(request.param)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(1)
 
 
 def config(**changes: object) -> ModelConfig:

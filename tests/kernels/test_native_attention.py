@@ -1,27 +1,14 @@
 """The native kernels' attention over pages against its slow twin, on every build (see test_native.py for the bounds)."""
 
-from collections.abc import Iterator
+# ruff: noqa: F401, F811 (fixtures are imported)
 
 import pytest
 import torch
-from kernel_builds import BUILDS, kernels_of
+from kernel_builds import kernels, one_thread
 from test_native import DTYPES, assert_near
 
 from octad.kernels.native import NativeKernels
 from octad.kernels.paged import PagedBatch, paged_attention_reference
-
-
-@pytest.fixture(scope="module", params=BUILDS)
-def kernels(request: pytest.FixtureRequest) -> NativeKernels:
-    return kernels_of(request.param)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(1)
 
 
 def pages(
