@@ -33,10 +33,10 @@ from octad.checkpoint.source import TensorSource
 from octad.errors import OutputError
 from octad.evaluate.contestants import Contestant, Member, Original, Soup, TopK
 from octad.fingerprint import digest_of
+from octad.kernels.compile import cache_directory
 from octad.staging import replace_file
 
 VERSION = 2
-VARIABLE = "OCTAD_CACHE"  # the directory of all of octad's caches
 SAMPLE_BYTES, SAMPLE_STRIDE = 64 << 10, 4 << 20  # of tensors, where hashing all would take too long
 WHOLE_BYTES = 8 << 30
 
@@ -53,9 +53,7 @@ class Record:
 
 def default_directory() -> Path:
     """~/.cache/octad/evaluate, or where OCTAD_CACHE or XDG_CACHE_HOME say."""
-    if own := os.environ.get(VARIABLE):
-        return Path(own) / "evaluate"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octad" / "evaluate"
+    return cache_directory() / "evaluate"
 
 
 class Cache:

@@ -131,7 +131,7 @@ def runnable() -> list[str]:
 
 
 def cache_directory() -> Path:
-    """OCTAD_CACHE, else the user's cache directory."""
+    """Where all that octad keeps lies: OCTAD_CACHE, else its part of the user's cache directory."""
     if chosen := os.environ.get("OCTAD_CACHE"):
         return Path(chosen)
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -109,7 +109,7 @@ class BranchDataSpec(Section):
     window: int = Field(default=512, ge=2)
     document_mask: bool = True
     append_eos: bool = True
-    cache: str = "~/.cache/octad/tokens"
+    cache: str | None = None
 
 
 class RaySpec(Section):

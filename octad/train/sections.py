@@ -32,13 +32,14 @@ class SourceSpec(Section):
 
 
 class DataSpec(Section):
-    """Where text comes from and how it is packed; `window` in tokens."""
+    """Where text comes from and how it is packed; `window` in tokens. `cache`: where its tokens are kept; nothing: in
+    OCTAD_CACHE's or ~/.cache/octad's `tokens`."""
 
     sources: tuple[SourceSpec, ...] = Field(min_length=1)
     window: int = Field(default=512, ge=2)
     document_mask: bool = True
     append_eos: bool = True
-    cache: str = "~/.cache/octad/tokens"
+    cache: str | None = None
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:

@@ -1,6 +1,6 @@
 """Text as token ids in memory-mapped files: tokenised once, read at any place for nothing.
 
-    shard = open_shard(["french.jsonl.gz"], tokenizer, cache=Path("~/.cache/octad/tokens"))
+    shard = open_shard(["french.jsonl.gz"], tokenizer, cache=token_cache(None))
     shard.tokens[shard.starts[3] : shard.starts[4]]            # the fourth document, end-of-text included
 
 A shard is a directory named by a digest of everything that decides its contents: the files' bytes, the tokenizer, the
@@ -27,6 +27,7 @@ from numpy.lib import format as npy
 
 from octad.errors import DataError, OutputError
 from octad.fingerprint import digest_of
+from octad.kernels.compile import cache_directory
 from octad.staging import StagedDirectory, explained
 from octad.text.corpus import Documents, open_documents
 from octad.text.rows import Document
@@ -45,6 +46,11 @@ class Shard:
     tokens: npt.NDArray[np.uint32]
     learn: npt.NDArray[np.bool_] | None
     starts: npt.NDArray[np.int64]
+
+
+def token_cache(chosen: str | None) -> Path:
+    """Where the tokens lie: where data.cache says, else ~/.cache/octad/tokens or OCTAD_CACHE's own."""
+    return cache_directory() / "tokens" if chosen is None else Path(chosen)
 
 
 def open_shard(

@@ -44,6 +44,7 @@ from octad.train.lowrank import LowRankEmbedding, LowRankLinear
 from octad.train.optim import Optimizer, learning_rate
 from octad.train.recompute import checkpoint_activations
 from octad.train.reducer import Reducer
+from octad.train.shards import token_cache
 from octad.train.shares import open_shard_together
 from octad.train.signals import StopRequest
 from octad.train.state import Saver, check_resumable, latest_state, load_facts, load_tensors, saved_names
@@ -331,7 +332,7 @@ def open_stream(learner: Learner, world: World) -> Stream:
                 world,
                 [config.resolve(file) for file in source.data],
                 learner.tokenizer,
-                cache=Path(spec.cache),
+                cache=token_cache(spec.cache),
                 field=source.field,
                 append_eos=spec.append_eos,
             ),

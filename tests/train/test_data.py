@@ -15,7 +15,7 @@ from octad.fast.document_attention import DocumentAttention
 from octad.model.config import ModelConfig
 from octad.text.documents import read_documents
 from octad.train.data import IGNORED, Source, Stream
-from octad.train.shards import Shard, encode_answers, open_shard
+from octad.train.shards import Shard, encode_answers, open_shard, token_cache
 
 TOKENIZER = character_tokenizer()
 
@@ -187,3 +187,9 @@ def test_packed_documents_compute_what_each_does_alone(tiny_model, window) -> No
         packed = model(tokens, DocumentAttention(config, documents))
         alone = [theirs(tokens[:, :5]).logits, theirs(tokens[:, 5:]).logits]
     torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_where_tokens_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("OCTAD_CACHE", str(tmp_path))
+    assert token_cache(None) == tmp_path / "tokens"
+    assert token_cache("~/elsewhere") == Path("~/elsewhere")  # opened with the home directory's name put in
