@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import time
+import weakref
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -108,6 +109,7 @@ class ExpertStore:
         if cached is None:  # room for the file besides the slots: the system's cache is as good as memory
             cached = room is not None and room > total + slots * size
         self.reader = RecordReader(placed.file.path, cached=cached)
+        weakref.finalize(self, self.reader.end)
         self.stats = StoreStats(slots, len(self.layers) * self.E, size)
         self.memory = fresh(slots * size)
         self.here = np.zeros((config.num_hidden_layers, self.E), np.uint8)  # read by the kernels

@@ -17,6 +17,7 @@ import heapq
 import itertools
 import os
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,9 @@ class RecordReader:
     def __init__(self, path: Path, *, cached: bool = True, threads: int = THREADS) -> None:
         self.path = path
         self._file = _open(path, cached)
+        self._shut = weakref.finalize(
+            self, os.close, self._file
+        )  # the threads hold the reader until they end
         self._queue: list[tuple[int, int, Ticket, int]] = []
         self._count, self._closed = itertools.count(), False
         self._changed = threading.Condition()
@@ -82,14 +86,18 @@ class RecordReader:
             if ticket.error is not None:
                 raise CheckpointError(f"{self.path}: cannot be read: {ticket.error.strerror or ticket.error}")
 
-    def close(self) -> None:
-        """End the threads."""
+    def end(self) -> None:
+        """Let the threads end, and the file be closed behind them; for anywhere, since it does not wait."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    def close(self) -> None:
+        """End the threads and close the file."""
+        self.end()
         for thread in self._threads:
             thread.join()
-        os.close(self._file)
+        self._shut()
 
     def _push(self, ticket: Ticket) -> None:
         rank = NOW if ticket.urgent else LATER

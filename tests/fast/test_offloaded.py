@@ -1,5 +1,6 @@
 """Experts on the disk: the same answers to the bit whatever fits in memory, what goes and what stays, what is refused."""
 
+import gc
 import os
 import shutil
 from pathlib import Path
@@ -100,6 +101,21 @@ def test_records_are_read_in_pieces(tmp_path: Path, cached: bool) -> None:
     with pytest.raises(CheckpointError, match="became shorter"):
         reader.wait([reader.ask(4 * PIECE, memory[:PIECE], urgent=True)])
     reader.close()
+
+
+def test_a_forgotten_model_leaves_no_thread_and_no_file(saved: Any) -> None:
+    llm = LLM(saved("mixtral"), memory=10**9)
+    assert llm.expert_store is not None
+    reader, threads = llm.expert_store.reader, llm.expert_store.reader._threads
+    assert all(thread.is_alive() for thread in threads)
+    del llm
+    gc.collect()
+    for thread in threads:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in threads)
+    shut = reader._shut
+    del reader
+    assert not shut.alive  # what it was to close is closed
 
 
 def test_a_file_that_is_cut_ends_the_answer_in_one_line(saved: Any) -> None:
