@@ -18,12 +18,22 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from octad.cli import answering, combining, exporting, inspecting, judging, plan, serve, starting, training
+from octad.cli import (
+    answering,
+    combining,
+    exporting,
+    inspecting,
+    judging,
+    plan,
+    serve,
+    showing,
+    starting,
+    training,
+)
 from octad.errors import OctadError
 from octad.kernels.compile import IsaError
 from octad.report import terminal
@@ -40,7 +50,7 @@ KEPT = {
     "branch": "saved states are kept, and the same command goes on",
     "evaluate": "results that were complete are kept, and the same command goes on",
     "init": "the text that was split so far is left; begin again with --overwrite",
-    "demo": "what was complete is kept",
+    "demo": "what was complete is kept, and with --base the same command goes on",
 }
 
 app = typer.Typer(
@@ -66,18 +76,7 @@ app.command()(training.branch)
 app.command()(plan.plan)
 
 
-@app.command()
-def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to put the mixture.")] = Path(
-        "demo-output"
-    ),
-) -> None:
-    """Combine eight real models that come with octad, judge the mixture, let it write."""
-    from octad.demo.demo import run
-
-    run(output)
-
-
+app.command()(showing.demo)
 app.command()(starting.schema)
 app.command()(inspecting.version)
 

@@ -102,14 +102,14 @@ def make(plan: Plan, output: Path) -> None:
     terminal.say(f"wrote {path} in {time.monotonic() - started:.0f} s")
 
 
-def write(output: Path) -> None:
+def write(output: Path, quantize: str | None = None) -> None:
     """A little prose and a little code."""
     from octad.chat import speakers
     from octad.engine.params import SamplingParams
 
     heading("3. What does it write?")
     tell("Each word has the colour of the part that had most to say on it.")
-    llm = answering.open_llm(str(output))
+    llm = answering.open_llm(str(output), quantize)
     terminal.out.print(speakers.legend(llm.expert_names))
     for title, prompt, temperature in SAMPLES:
         terminal.out.print(f"\n[bold]{title}[/]")

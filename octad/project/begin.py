@@ -47,7 +47,7 @@ FILES = (BRANCH, RECIPE, DOMAINS, TUNE)
 GENERAL = "general"
 BUNDLED_TEXT = Path(octad.__file__).parent / "demo" / "data" / GENERAL
 WINDOW, SHORTEST_WINDOW = 512, 16
-BATCH = 8  # windows of a step
+BATCH = Project.windows
 STEPS = (20, 300)  # least and most that are proposed
 
 
@@ -63,12 +63,14 @@ def init(
     steps: int | None = None,
     overwrite: bool = False,
     tell: Tell = None,
+    adjust: Callable[[Project], Project] = lambda project: project,
 ) -> Written:
     """Begin a project: text of each expert split by document, and files that belong together. Raises OctadError.
 
     `experts`: name -> files, directories or patterns of text. `general`: text for the base as one more expert, the
     generalist; True: a little English that comes with octad, False: no generalist. `share` of the text is held out.
-    `steps` of each specialist: about one pass over the longest text unless said.
+    `steps` of each specialist: about one pass over the longest text unless said. `adjust` gets the whole layout once the
+    text is split, and gives back the one that is written.
 
     >>> octad.init("mine", {"law": "one.jsonl", "sea": "two.jsonl"}, base="base", steps=2).facts["experts"]
     ['general', 'law', 'sea']
@@ -91,7 +93,7 @@ def init(
     if bundled:
         _copy_general(place, plain=tokenizer.chat_template is None)
     names = [GENERAL] * bundled + list(wanted)
-    project = _project(place, base, names, mode, steps, splits, source, tokenizer)
+    project = adjust(_project(place, base, names, mode, steps, splits, source, tokenizer))
     texts = {
         BRANCH: branch_text(project),
         RECIPE: recipe_text(project),
@@ -101,7 +103,8 @@ def init(
     for name, text in texts.items():
         replace_file(place / name, text)
     say(
-        f"{project.steps} steps a specialist, {BATCH} windows of {project.window} tokens each; edit {BRANCH} to change it"
+        f"{project.steps} steps a specialist, {project.windows} window{'s' * (project.windows > 1)} of {project.window}"
+        f" tokens each; edit {BRANCH} to change it"
     )
     return Written(place, time.monotonic() - started, experts=names, steps=project.steps, files=list(texts))
 
@@ -164,16 +167,16 @@ def _copy_general(place: Path, *, plain: bool) -> None:
     """The text that comes with octad; `plain`: for a base without a chat template, which its chats need."""
     for theirs, ours in (("calibrate", "train"), ("heldout", "heldout")):
         source, target = BUNDLED_TEXT / f"{theirs}.jsonl", place / "text" / GENERAL / f"{ours}.jsonl"
-        lines = source.read_text(encoding="utf-8")
-        if plain:
-            texts = (
-                d if isinstance(d, str) else "\n\n".join(m["content"] for m in d)
-                for d in read_documents(source)
-            )
-            lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+        lines = without_turns(source) if plain else source.read_text(encoding="utf-8")
         with explained(target):
             target.parent.mkdir(parents=True, exist_ok=True)
         replace_file(target, lines)
+
+
+def without_turns(file: Path) -> str:
+    """The rows of a file, conversations as plain text, for a base without a chat template."""
+    texts = (d if isinstance(d, str) else "\n\n".join(m["content"] for m in d) for d in read_documents(file))
+    return "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
 
 
 def _project(

@@ -30,13 +30,18 @@ class Expert:
 
 @dataclass(frozen=True)
 class Project:
-    """Everything that the files say. `steps`, `window`: of training one specialist."""
+    """Everything that the files say. `steps`, `window`, `windows` a step, `rank`: of training one specialist; `watched`:
+    whether it is judged on held-out text meanwhile; `router`: further keys of the recipe's router."""
 
     base: str
     experts: Sequence[Expert]
     mode: str = "ffn-adapter"
     steps: int = 100
     window: int = 512
+    windows: int = 8
+    rank: int = 16
+    watched: bool = True
+    router: str = "tokens: 16384"
     mixture: str = "mixture"
 
     @property
@@ -77,7 +82,7 @@ def recipe_text(project: Project) -> str:
         f"top_k: {top_k}                 # experts that work on each token; 1 costs less, 2 is a little better",
         "experts:                 # model: base is the base itself, the generalist; data: text the router learns from",
         *experts,
-        "router: {method: logistic, tokens: 16384}   # or ridge, prompts, random; tokens: of each expert's text",
+        f"router: {{method: logistic, {project.router}}}   # or ridge, prompts, random; tokens: of each expert's text",
         "shared: base             # attention, norms and embeddings; or mean, linear, ties, dare (docs/choices.md)",
         "",
     ])  # fmt: skip
@@ -96,20 +101,26 @@ def domains_text(held_out: Mapping[str, str]) -> str:
 def branch_text(project: Project) -> str:
     """branch.yaml."""
     experts = [
-        entry(name=e.name, data=e.data, held_out=e.held_out, field=e.field if e.field != "text" else "")
+        entry(
+            name=e.name,
+            data=e.data,
+            held_out=e.held_out if project.watched else "",
+            field=e.field if e.field != "text" else "",
+        )
         for e in project.specialists
     ]
     every = max(1, project.steps // 4)
+    judged = [f"evaluate: {{every: {every}, window: {project.window}}}"] if project.watched else []
     return "\n".join([
         "# One specialist of the base for each kind of text:  octad branch branch.yaml -o specialists",
         f"base: {scalar(project.base)}",
         f"mode: {project.mode}        # feed-forward networks alone, as adapters: the mixture holds them exactly",
         f"steps: {project.steps}               # of each; more text wants more steps",
-        "batch: {windows: 8, micro: 4}",
+        f"batch: {{windows: {project.windows}, micro: {min(4, project.windows)}}}",
         f"data: {{window: {project.window}}}      # tokens that are seen at once",
         "optimizer: {lr: 1.0e-3}",
-        "low_rank: {rank: 16, alpha: 32}",
-        f"evaluate: {{every: {every}, window: {project.window}}}",
+        f"low_rank: {{rank: {project.rank}, alpha: {2 * project.rank}}}",
+        *judged,
         "experts:",
         *experts,
         "",

@@ -48,6 +48,8 @@ class Road:
     record: Record
     say: Callable[[str], None]
     bar: Report = lambda stage, done: None
+    judge: bool = True
+    pace: float | None = None
     expected: dict[str, float] = field(default_factory=dict)
     over: float = 0.0  # seconds of stages that are done, by the forecast
     done: list[str] = field(default_factory=list)
@@ -81,11 +83,14 @@ def make(
     repair: bool = False,
     tokens: int = 4096,
     dry_run: bool = False,
+    judge: bool = True,
+    pace: float | None = None,
     progress: Progress = True,
     tell: Tell = None,
 ) -> Written:
     """Go the whole road in a directory that `init` began; what is done already is skipped. `tokens` of each domain are
-    judged on; `dry_run`: only say what would be done. `facts["headline"]` is the verdict. Raises OctadError.
+    judged on (`judge`: whether at all); `pace`: seconds that a step of training takes, where that was measured;
+    `dry_run`: only say what would be done. `facts["headline"]` is the verdict. Raises OctadError.
 
     >>> octad.make("mine", tokens=200, progress=False).facts["done"]
     ['branch law', 'branch sea', 'combine', 'evaluate']
@@ -95,7 +100,7 @@ def make(
     started, place = time.monotonic(), Path(directory)
     if not (place / RECIPE).is_file() and not (place / BRANCH).is_file():
         raise RecipeError(f"{place}: holds no {BRANCH} and no {RECIPE}; `octad init {place}` writes them")
-    road = Road(place, tokens, Record(place), teller(tell))
+    road = Road(place, tokens, Record(place), teller(tell), judge=judge, pace=pace)
     config = load_branch(place / BRANCH) if (place / BRANCH).is_file() else None
     recipe = Recipe.load(place / RECIPE)
     for name in (
@@ -113,13 +118,13 @@ def make(
         if config is not None and not _branch(road, config):
             return Written(place, time.monotonic() - started, finished=False, done=road.done)
         key = _combine(road)
-        headline = _evaluate(road, MIXTURE, REPORT, key)
+        headline = _evaluate(road, MIXTURE, REPORT, key) if judge else ""
         if repair and not (headline := _repair(road, key)):
             return Written(place, time.monotonic() - started, finished=False, done=road.done)
         road.bar("all of it", 1.0)
     made, report = (TUNED, f"{TUNED}-{REPORT}") if repair else (MIXTURE, REPORT)
     facts: dict[str, Any] = {"done": road.done, "headline": headline, "mixture": str(place / made)}
-    facts |= {"report": str(place / report / "index.html")}
+    facts |= {"report": str(place / report / "index.html")} if judge else {}
     return Written(place, time.monotonic() - started, **facts)
 
 
@@ -133,7 +138,7 @@ def _forecast(road: Road, config: BranchConfig | None, recipe: Recipe) -> list[s
         s for s in (config.experts if config is not None else ()) if not _trained(road, s, keys[s.name])
     ]
     if config is not None:
-        road.expected |= {f"branch {s.name}": branch_seconds(config, [s]) for s in waiting}
+        road.expected |= {f"branch {s.name}": _seconds(road, config, s) for s in waiting}
     dense = open_source(recipe.resolve(recipe.base)).config
     count, rate = len(recipe.experts), 0.4 * product_rate(compute_dtype(), seconds=0.1)
     combining = 2 * cost.body_parameters(dense) * recipe.router.tokens * count / rate
@@ -141,8 +146,9 @@ def _forecast(road: Road, config: BranchConfig | None, recipe: Recipe) -> list[s
         road.expected["combine"] = combining + count * cost.parameters(dense) * 2 / 0.5e9
     domains = len(read_domains(road.place / DOMAINS))
     judging = domains * road.tokens * count * 3 * cost.flops_per_token(dense) / rate
-    if road.expected or not road.record.is_done(
-        REPORT, _report_key(road, _combine_state(road)[0]), road.place / REPORT
+    if road.judge and (
+        road.expected
+        or not road.record.is_done(REPORT, _report_key(road, _combine_state(road)[0]), road.place / REPORT)
     ):
         road.expected["evaluate"] = judging
     known = [s.name for s in config.experts if s not in waiting] if config is not None else []
@@ -153,6 +159,13 @@ def _forecast(road: Road, config: BranchConfig | None, recipe: Recipe) -> list[s
     if len(road.expected) > 1:
         road.say(f"{_about(sum(road.expected.values()))} in all on this machine")
     return list(road.expected)
+
+
+def _seconds(road: Road, config: BranchConfig, specialist: SpecialistSpec) -> float:
+    """Of training a specialist."""
+    if road.pace is None:
+        return branch_seconds(config, [specialist])
+    return road.pace * (specialist.steps or config.steps)
 
 
 def _about(seconds: float) -> str:

@@ -1,0 +1,193 @@
+"""octad demo --base on a tiny model: the whole road, an interruption, and what is refused."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from members import make_base
+from own_text import folders
+from safetensors.torch import load_file
+from tiny_models import Octad
+
+from octad.combine.recipe import Recipe
+from octad.demo import own_base
+from octad.demo.demo_cost import factor_bytes, rank_within
+from octad.demo.specialist_texts import KINDS, shipped, texts_in
+from octad.model.config import ModelConfig
+from octad.text.corpus import open_all
+from octad.text.documents import read_documents
+from octad.train.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base/, and mine/ with text for law (a folder) and sea (a file)."""
+    torch.set_num_threads(1)
+    place = folders(tmp_path_factory.mktemp("demo-base"))
+    (place / "mine").mkdir()
+    shutil.copytree(place / "texts" / "law", place / "mine" / "law")
+    rows = [json.dumps({"text": path.read_text()}) for path in sorted((place / "texts/sea").iterdir())]
+    (place / "mine" / "sea.jsonl").write_text("\n".join(rows))
+    return place
+
+
+@pytest.fixture
+def quick(own: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """There, with little to fit and judge on."""
+    monkeypatch.chdir(own)
+    monkeypatch.setattr(own_base, "JUDGED", own_base.JUDGED | {"quick": (60, 32)})
+    monkeypatch.setattr(own_base, "ROUTER_TOKENS", 200)
+    return own
+
+
+DEMO = ("demo", "--base", "base", "--text", "mine", "--steps", 3)
+
+
+def adapters(place: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return {
+        name: load_file(place / "specialists" / name / "adapter_model.safetensors") for name in ("law", "sea")
+    }
+
+
+def test_one_base_becomes_a_judged_mixture_once(quick: Path, octad: Octad) -> None:
+    code, out, err = octad(*DEMO, "-o", "whole")
+    assert (code, err.count("Traceback")) == (0, 0), err
+    said = " ".join(out.split())
+    for part in (
+        "law and sea: a specialist each, 3 steps",
+        "Room needed",
+        "Is it better",
+        "Three things to try",
+    ):
+        assert part in said
+    whole = quick / "whole"
+    assert [e.name for e in Recipe.load(whole / "recipe.yaml").experts] == ["general", "law", "sea"]
+    assert "int8" in (whole / "report/report.json").read_text()
+    assert transformers.AutoConfig.from_pretrained(whole / "mixture").num_local_experts == 3
+    made = peft.PeftConfig.from_pretrained(str(whole / "specialists" / "law"))
+    assert set(made.target_modules) == {"gate_proj", "up_proj", "down_proj"}
+    code, _, err = octad(*DEMO, "-o", "whole")
+    assert (code, "done before: law, sea" in err, "step 3" in err) == (0, True, False)
+    code, _, err = octad(*DEMO[:-1], 4, "-o", "whole")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "was begun with something else for steps" in err
+
+
+def test_what_was_interrupted_goes_on_to_the_same_weights(
+    quick: Path, octad: Octad, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, taken = Trainer.train_step, []
+
+    def interrupted(self: Trainer, *rest: object) -> object:
+        taken.append(self.run.name)
+        if taken.count("law") == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *rest)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", interrupted)
+        code, _, err = octad(*DEMO, "-o", "cut", "--judge", "none")
+    assert (code, "the same command goes on" in err) == (130, True)
+    assert not (quick / "cut" / "mixture").exists()
+    code, _, err = octad(*DEMO, "-o", "cut", "--judge", "none")
+    assert (code, "law: resuming" in err) == (0, True)
+    assert not (quick / "cut" / "report").exists()
+    if not (quick / "whole").exists():
+        octad(*DEMO, "-o", "whole", "--judge", "none")
+    once, again = adapters(quick / "whole"), adapters(quick / "cut")
+    assert all(torch.equal(once[n][key], again[n][key]) for n in once for key in once[n])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--text", "mine"), "--text is for a base of your own; give --base MODEL"),
+        (("--base", "nowhere"), "nowhere"),
+        (("--base", "base", "--text", "base/config.json"), "is no folder"),
+        (("--base", "base", "--text", "empty"), "found text for 0 specialists, expected 1 to 63"),
+        (("--base", "base", "--text", "many"), "found text for 64 specialists, expected 1 to 63"),
+        (("--base", "base", "--text", "twice"), "law.jsonl and law.txt are both for law"),
+        (("--base", "base", "--text", "blank"), "law.txt: has 0 different documents"),
+        (("--base", "base", "--minutes", "1", "--steps", "1"), "give one"),
+        (("--base", "base", "--minutes", "0"), "give a time above 0"),
+        (("--base", "base", "--judge", "twice"), "there are quick, full, none"),
+        (("--base", "moe"), "is a mixture; give a dense model"),
+        (("--base", "base", "-o", "mine"), "did not make"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else "",
+)
+def test_mistakes_are_one_line_and_leave_nothing(
+    own: Path, octad: Octad, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.chdir(own)
+    for name, files in (
+        ("empty", ()),
+        ("many", [f"n{n}.txt" for n in range(64)]),
+        ("twice", ("law.jsonl", "law.txt")),
+        ("blank", ("law.txt",)),
+    ):
+        (own / name).mkdir(exist_ok=True)
+        for file in files:
+            (own / name / file).touch()
+    if not (own / "moe").exists():
+        make_base(own / "moe", "mixtral")
+    before = sorted(os.listdir())
+    code, _, err = octad("demo", *options)
+    assert (code, err.count("\n"), err.startswith("octad: ")) == (2, 1, True), err
+    assert said in err
+    assert sorted(os.listdir()) == before
+
+
+def test_a_full_disk_is_seen_before_work(own: Path, octad: Octad, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(own)
+    monkeypatch.setattr(own_base.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(9, 9, 1))  # type: ignore[attr-defined]
+    code, _, err = octad(*DEMO, "-o", "full")
+    assert (code, "too little room" in err, (own / "full").exists()) == (2, True, False)
+
+
+def test_adapters_of_half_a_billion_parameters_stay_under_forty_megabytes() -> None:
+    """Counted by peft on a model of that shape, two of its 24 layers."""
+    shape = {
+        "vocab_size": 64, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 2,
+        "num_attention_heads": 14, "num_key_value_heads": 2,
+    }  # fmt: skip
+    config = transformers.Qwen2Config(**shape)
+    ours = ModelConfig.from_dict(shape | {"model_type": "qwen2", "num_hidden_layers": 24})
+    rank = rank_within(ours, 7)
+    with torch.device("meta"):
+        model = transformers.Qwen2ForCausalLM(config)
+        lora = peft.LoraConfig(r=rank, target_modules=["gate_proj", "up_proj", "down_proj"])
+        learning, _ = peft.get_peft_model(model, lora).get_nb_trainable_parameters()
+    assert rank * factor_bytes(ours) == 4 * learning * 12
+    assert 30e6 < 7 * 4 * learning * 12 < 40e6
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_what_comes_with_octad_serves_bases_with_and_without_a_template(tmp_path: Path, plain: bool) -> None:
+    found = shipped(tmp_path, plain=plain)
+    assert found.specialists == list(KINDS)
+    kinds = set()
+    for name, files in found.learnt.items():
+        learnt = [d for part in open_all(files) for d in part.read("text", None)]
+        judged = list(read_documents(Path(found.held_out[name])))
+        assert len(learnt) >= 30
+        assert not [d for d in judged if d in learnt]
+        kinds |= {type(d) for d in learnt}
+    assert kinds == ({str} if plain else {str, list})
+
+
+def test_a_folder_may_bring_its_own_generalist(own: Path, tmp_path: Path) -> None:
+    shutil.copytree(own / "mine", tmp_path / "mine")
+    ours = texts_in(tmp_path / "mine", tmp_path / "x", plain=True)
+    assert list(ours.learnt) == ["general", "law", "sea"]
+    assert list(ours.held_out) == ["general"]
+    shutil.copy(own / "mine" / "sea.jsonl", tmp_path / "mine" / "general.jsonl")
+    theirs = texts_in(tmp_path / "mine", tmp_path / "y", plain=True)
+    assert theirs.learnt["general"] == [str(tmp_path / "mine" / "general.jsonl")]
+    assert (theirs.held_out, (tmp_path / "y").exists()) == ({}, False)
