@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from octad.engine.answer import Answer
 from octad.engine.block_manager import BlockManager
 from octad.engine.detokenize import token_text
-from octad.engine.model_runner import ModelRunner, Stacked
+from octad.engine.model_runner import ModelRunner, Ran
 from octad.engine.outputs import Delta, RequestMetrics, RequestOutput, TokenLogprobs
 from octad.engine.prompts import token_ids
 from octad.engine.sampling import Sampler, SamplingState
@@ -255,11 +255,11 @@ class Engine:
             pieces = self.scheduler.schedule()
             if not pieces:
                 return []
-            logits_RV, routing = self.runner.run(pieces, True, partial(self._read, pieces))
+            ran = self.runner.run(pieces, True, partial(self._read, pieces))
             ready = [self.answers[p.sequence.request][p.sequence.index] for p in pieces if p.last]
-            sampled = self.sampler.sample(logits_RV, [answer.state for answer in ready])
+            sampled = self.sampler.sample(ran.logits, [answer.state for answer in ready], ran.likeliest)
             # so far nothing has changed but blocks that were handed out: a step that was interrupted can be repeated
-            speakers = self._record(pieces, routing) if routing else [None] * len(ready)
+            speakers = self._record(pieces, ran) or [None] * len(ready)
             self.scheduler.computed(pieces)
             deltas = [a.take(s, speaker) for a, s, speaker in zip(ready, sampled, speakers, strict=True)]
             self._generated_tokens += len(ready)
@@ -269,8 +269,14 @@ class Engine:
                     sink(delta)
             return deltas
 
-    def _record(self, pieces: Sequence[Piece], routing: Stacked) -> Sequence[Speaker | None]:
-        """Keep the routing of the sequences that asked for it; says who speaks next in each that is ready."""
+    def _record(self, pieces: Sequence[Piece], ran: Ran) -> Sequence[Speaker | None]:
+        """Keep the routing of the sequences that asked for it; says who speaks next in each that is ready. [] for a dense
+        model."""
+        if ran.routing is None:
+            return []
+        if ran.speakers is not None and not any(piece.sequence.request.traced for piece in pieces):
+            return ran.speakers
+        routing = ran.routing()
         ends = list(accumulate(piece.count for piece in pieces))
         for piece, end in zip(pieces, ends, strict=True):
             sequence = piece.sequence

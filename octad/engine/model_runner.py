@@ -1,7 +1,7 @@
 """ModelRunner: from a step's pieces to logits, and the routing of a mixture.
 
     runner = ModelRunner(model, num_blocks=1024, block_size=16)
-    logits_RV, routing = runner.run(pieces, traced=True)         # a row for each piece that is its sequence's last
+    ran = runner.run(pieces, traced=True)         # ran.logits: a row for each piece that is its sequence's last
 
 One forward pass over all tokens of the step, side by side. Decoding one sequence takes a few milliseconds on a CPU and
 less on an accelerator, so that what happens here counts: lists become arrays once a step, and nothing loops over tokens.
@@ -14,20 +14,33 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from octad.engine.graphs import DecodeGraphs
+from octad.engine.one_call import OneCall, Stacked
 from octad.engine.scheduler import Piece
 from octad.kernels.paged import PagedAttention, PagedBatch, paged_attention
-from octad.model.observe import Watch, stack
+from octad.model.observe import Speaker, Watch, stack
 from octad.model.paged_cache import BlockPool, PagedCache
 from octad.model.transformer import Transformer
 
-Stacked = tuple[torch.Tensor, torch.Tensor]  # experts_NLA, weights_NLA
 Rows = tuple[Any, Any, Any]  # tokens_N, positions_N, slots_N: lists or arrays of integers
+
+
+class Ran(NamedTuple):
+    """What a step gives: logits_RV in the model's dtype, and, where somebody listens to a mixture, its routing.
+
+    `routing` makes (experts_NLA, weights_NLA) of all N tokens, until the next step. What the step knows already spares
+    others finding it out: the `likeliest` token of each row (-1: no numbers), and its `speakers`.
+    """
+
+    logits: torch.Tensor
+    routing: Callable[[], Stacked] | None = None
+    likeliest: list[int] | None = None
+    speakers: list[Speaker] | None = None
 
 
 class ModelRunner:
@@ -47,6 +60,7 @@ class ModelRunner:
         self.block_size = block_size
         self.watch = Watch(model)
         self.pool = BlockPool(model.config, num_blocks, block_size, weight.dtype, self.device)
+        self.one_call = OneCall(model, self.pool, block_size) if OneCall.suits(model) else None
         self.graphs: DecodeGraphs | None = None
         if graphs and DecodeGraphs.suit(model, attention):
             self.graphs = DecodeGraphs(model, self.pool, attention, self.watch, block_size)
@@ -57,28 +71,37 @@ class ModelRunner:
         pieces: Sequence[Piece],
         traced: bool = False,
         read: Callable[[torch.Tensor], None] | None = None,
-    ) -> tuple[torch.Tensor, Stacked | None]:
-        """logits_RV in the model's dtype, and with `traced` the routing of all N tokens (experts_NLA, weights_NLA; None
-        for a dense model). `read` gets the hidden states of all tokens, [N, D]."""
+    ) -> Ran:
+        """The step; with `traced` its routing, too. `read` gets the hidden states of all tokens, [N, D], but for a step
+        that decodes in one call: no token of it is a prompt's but the last."""
+        if self.one_call is not None and (done := self.one_call.run(pieces)) is not None:
+            routing = done.routing if traced and done.speakers else None
+            return Ran(done.logits, routing, done.likeliest, done.speakers if traced else None)
         if self.graphs is not None and (decoded := self.graphs.run(pieces)) is not None:
             if read is not None:
                 read(decoded.hidden)
             heard = traced and any(entry is not None for entry in decoded.record)
-            return decoded.logits, stack(decoded.record, len(pieces)) if heard else None
+            return Ran(decoded.logits, partial(stack, decoded.record, len(pieces)) if heard else None)
         tokens_1N, cache = self.prepare(pieces)
         only = [(piece.count, piece.sequence.request.params.only_experts) for piece in pieces]
-        routing = None
+        listens = None
         if self.watch.mixed and (traced or any(allowed is not None for _, allowed in only)):
             cache.watch = self.watch
             one_call = getattr(self.model.model, "in_one_call", None)
             with self.watch.step(only, bool if one_call is None else partial(one_call, cache)):
                 hidden_ND = self.model.model(tokens_1N, cache)[0]
-            routing = self.watch.routing(len(hidden_ND)) if traced else None
+            listens = partial(self._heard, len(hidden_ND)) if traced else None
         else:
             hidden_ND = self.model.model(tokens_1N, cache)[0]
         if read is not None:
             read(hidden_ND)
-        return self._logits(hidden_ND, pieces), routing
+        return Ran(self._logits(hidden_ND, pieces), listens)
+
+    def _heard(self, tokens: int) -> Stacked:
+        """The routing of the last step, of a mixture."""
+        routing = self.watch.routing(tokens)
+        assert routing is not None
+        return routing
 
     def prepare(self, pieces: Sequence[Piece]) -> tuple[torch.Tensor, PagedCache]:
         """The model's two arguments."""

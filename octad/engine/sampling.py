@@ -118,6 +118,9 @@ class SamplingState:
             self.generator = generator().manual_seed(mix_seed(params.seed, index) & 0xFFFFFFFF)
         self._counts = TokenCounts(prompt_ids) if params.penalised else None
         self._ends = torch.tensor([*eos_ids, *params.stop_token_ids], dtype=torch.int64)
+        self._end_ids = frozenset(self._ends.tolist())
+        plain = params.greedy and params.logprobs is None and not params.logit_bias and matcher is None
+        self._likeliest = plain and self._counts is None
         self._biased = torch.tensor(list(params.logit_bias), dtype=torch.int64)
         self._biases = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
 
@@ -146,6 +149,11 @@ class SamplingState:
         """Whether the next logits need `adjust`."""
         early = len(self.output_ids) < self.params.min_tokens
         return early or self._counts is not None or self.matcher is not None or bool(self.params.logit_bias)
+
+    def takes(self, token: int) -> bool:
+        """Whether the likeliest token of the raw logits is the one, and nothing else is to be said of it."""
+        early = len(self.output_ids) < self.params.min_tokens
+        return self._likeliest and token >= 0 and not (early and token in self._end_ids)
 
     def adjust(self, logits_V: Tensor) -> None:
         """Apply logit_bias, the penalties, min_tokens and the grammar to float32 logits, in place."""
@@ -178,8 +186,13 @@ class Sampler:
             shared.manual_seed(self._seed)
         return shared
 
-    def sample(self, logits_RV: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
-        """One token for each row; the logits (any float dtype, any device) are left as they are."""
+    def sample(
+        self, logits_RV: Tensor, states: Sequence[SamplingState], likeliest: Sequence[int] | None = None
+    ) -> list[Sampled]:
+        """One token for each row; the logits (any float dtype, any device) are left as they are. `likeliest`: of each row
+        the largest logit's token, or -1 where that is no number, if it is known."""
+        if likeliest is not None and all(map(SamplingState.takes, states, likeliest)):
+            return [Sampled(token) for token in likeliest]
         if not states:
             return []
         wanted = [row for row, state in enumerate(states) if state.params.logprobs is not None]

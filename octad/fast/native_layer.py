@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import ctypes
 from itertools import takewhile
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +83,15 @@ class NativeLayer(nn.Module):
         return mlp._modules["gate"] if isinstance(mlp, MoE) else None
 
 
+class Alike(NamedTuple):
+    """Layers that route alike ("routed", or "dense"), to `top_k` experts a token, for one call."""
+
+    array: LayerArray
+    kind: str
+    top_k: int
+    layers: list[NativeLayer]
+
+
 class NativeDecoder(Decoder):
     """Decoder, with the same children under the same names."""
 
@@ -96,19 +105,38 @@ class NativeDecoder(Decoder):
         # modules are many small things in many places
         self._tables = [layer._mlp[0]._modules for layer in cast(list[NativeLayer], list(self.layers))]
         self._seen: tuple[list[Any], list[Any], list[tuple[str, int] | None]] | None = None
+        self._ears: list[Any] = []  # the routers' tables of hooks
+        self._whole: tuple[Any, BlockPool, Alike | None] | None = None
 
     def in_one_call(self, cache: KVCache | None) -> bool:
         """Whether all layers of this step run in one call of the kernel, whose routing is its own."""
         first = self._routings()[0] if _decodes(cache) else None
         return first is not None and first[0] == "routed" and len(self._alike(0)) == len(self.layers)
 
+    def alike(self, pool: BlockPool) -> Alike | None:
+        """All layers, where one call runs them without a router's module: their own routing, or none at all, and nobody
+        listens at the routers."""
+        first = self._routings()[0]
+        if first is None or first[0] == "given" or any(self._ears):
+            return None
+        if self._whole is None or self._whole[0] is not self._seen or self._whole[1] is not pool:
+            layers = self._alike(0)
+            whole = len(layers) == len(self.layers)
+            self._whole = (
+                self._seen,
+                pool,
+                Alike(self._array(layers, pool), *first, layers) if whole else None,
+            )
+        return self._whole[2]
+
     def _routings(self) -> list[tuple[str, int] | None]:
-        """Each layer's `routing`, found anew only where a router was changed."""
+        """Each layer's `routing`, found anew only where a router was changed, or is another's."""
         gates: list[Any] = [table.get("gate") for table in self._tables]
-        own = [gate.top_k if type(gate) is NativeRouter else None for gate in gates]
-        if self._seen is None or self._seen[0] != gates or self._seen[1] != own or None in own:
+        own = [gate.top_k if type(gate) is NativeRouter else 0 if gate is None else -1 for gate in gates]
+        if self._seen is None or self._seen[0] != gates or self._seen[1] != own or -1 in own:
             found = [layer.routing for layer in cast(list[NativeLayer], list(self.layers))]
             self._seen = gates, own, found
+            self._ears = [gate._forward_hooks for gate in gates if gate is not None]
         return self._seen[2]
 
     def _alike(self, place: int) -> list[NativeLayer]:

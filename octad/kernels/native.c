@@ -146,30 +146,40 @@ int NAME(paged_attention)(const void *q, const void *keys, const void *values, i
                           const int32_t *tables, int64_t R, int64_t width, int64_t block_size, int64_t H, int64_t G,
                           int64_t K, int64_t window, float scale, void *y, int64_t threads) {
     Pages pages = {keys, values, dtype, block_size, G, K, window};
-    int64_t longest = 1, runs = 0, failed = 0;
+    int64_t longest = 1, runs = 0, failed = 0, size = H * K * (dtype == F_F32 ? 4 : 2);
     for (int64_t r = 0; r < R; r++) longest = lengths[r] > longest ? lengths[r] : longest;
-    int64_t some = heads_at_once(R, H, G, RUN * longest, threads), heads = some == 1 ? H / G : some, parts = H / heads;
+    int64_t parts = R < 2 * RUN * threads ? G : 1, heads = H / parts;
     int64_t *run = malloc((R + 1) * sizeof(int64_t)); /* where each begins */
-    float *sum = malloc((R * H * K + 16) * sizeof(float));
+    float *sum = malloc((R * part_size(H, K) + 16) * sizeof(float));
     if (!sum || !run) return free(sum), free(run), 1;
     for (int64_t r = 0; r < R; r += run_length(&pages, r, R, lengths, tables, width)) run[runs++] = r;
     run[runs] = R;
 #pragma omp parallel num_threads(threads) if (R * H * longest * K > 65536)
     {
-        float *scores = malloc(attention_scratch(RUN * heads, longest) * sizeof(float));
-        if (!scores) failed = 1;
+        float *scratch = malloc((attention_scratch(RUN * heads) + RUN * part_size(H, K)) * sizeof(float));
+        if (!scratch) failed = 1;
 #pragma omp barrier
         if (!failed) {
 #pragma omp for schedule(dynamic, 1)
             for (int64_t task = 0; task < runs * parts; task++) {
-                int64_t r = run[task / parts], h = task % parts * heads;
-                attend_heads(&pages, q, r, run[task / parts + 1] - r, h, h + heads, H, lengths, tables, width, scale, scores,
-                             sum);
+                int64_t r = run[task / parts], count = run[task / parts + 1] - r, h = task % parts * heads;
+                int64_t end = r + count - 1, chunks = chunk_count(&pages, lengths[end]);
+                Part whole[RUN], more[RUN];
+                for (int64_t c = 0; c < count; c++) {
+                    whole[c] = part_at(sum, r + c, H, K);
+                    more[c] = part_at(scratch + attention_scratch(RUN * heads), c, H, K);
+                }
+                for (int64_t i = 0; i < chunks; i++) {
+                    int64_t c = attend_chunk(&pages, (const char *)q + r * size, count, i, h, h + heads, H, lengths + r,
+                                             tables + end * width, scale, scratch, i ? more : whole);
+                    for (; i && c < count; c++) join_parts(&whole[c], &more[c], h, h + heads, K);
+                }
+                for (int64_t c = 0; c < count; c++) finish_part(&pages, &whole[c], h, h + heads);
             }
 #pragma omp for schedule(static) nowait
-            for (int64_t r = 0; r < R; r++) store_row(y, dtype, r * H * K, sum + r * H * K, H * K);
+            for (int64_t r = 0; r < R; r++) store_row(y, dtype, r * H * K, part_at(sum, r, H, K).out, H * K);
         }
-        free(scores);
+        free(scratch);
     }
     free(sum), free(run);
     return (int)failed;
@@ -178,27 +188,37 @@ int NAME(paged_attention)(const void *q, const void *keys, const void *values, i
 /* ---- the decoder's layers, one token a sequence --------------------------------------------------------------------- */
 
 /* y = the L layers of x, x and y [R, D], as layers.h says; keys and values [L] are the layers' pages. weights float32
-   [L, R, A] and experts int64 [L, R, A] say how the tokens were routed. */
+   [L, R, A] and experts int64 [L, R, A] say how the tokens were routed. With `ends` it is the whole step, from tokens to
+   logits, and x and y are null. */
 int NAME(layers)(const Block *const *blocks, int64_t L, const Step *s, const void *x, void *const *keys,
-                 void *const *values, void *y, float *weights, int64_t *experts, int64_t A, int64_t threads) {
-    int64_t pairs = s->R * A, D = blocks[0]->D;
+                 void *const *values, void *y, float *weights, int64_t *experts, int64_t A, const Ends *ends,
+                 int64_t threads) {
+    int64_t R = s->R, pairs = R * A, D = blocks[0]->D;
     for (int64_t l = 0; s->given && l < L; l++)
         if (!slots_valid(experts + l * pairs, pairs, blocks[l]->E)) return 2;
     Work work = {0};
-    int failed = work_alloc(&work, blocks[0], s, A, threads);
+    int failed = work_alloc(&work, blocks[0], s, ends ? ends->head : 0, A, threads);
     if (!failed) {
         Meeting meeting = {0, 0};
 #pragma omp parallel num_threads(threads)
         {
-            Team team = team_of(&meeting, s->R <= FEW);
+            Team team = team_of(&meeting, R <= FEW);
             Own *own = &work.own[team.alone ? team.thread : 0], *mine = &work.own[team.thread];
-            for (int64_t n = team.first; n < s->R; n += team.step) load_row(own->h + n * D, x, s->dtype, n * D, D);
+            for (int64_t n = team.first; n < R; n += team.step)
+                if (ends) load_row(own->h + n * D, ends->embedding, ends->embedding_dtype, ends->tokens[n] * D, D);
+                else load_row(own->h + n * D, x, s->dtype, n * D, D);
             for (int64_t l = 0; l < L; l++)
                 layer_part(blocks[l], s, &team, &work, own, mine, keys[l], values[l], weights + l * pairs,
                            experts + l * pairs, A, l + 1 < L ? blocks[l + 1] : 0);
-            for (int64_t n = team.thread; n < s->R; n += team.threads) /* every row once */
-                store_row(y, s->dtype, n * D, own->h + n * D, D);
+            if (ends) head_part(ends, s, &team, own, mine, D);
+            else
+                for (int64_t n = team.thread; n < R; n += team.threads) /* every row once */
+                    store_row(y, s->dtype, n * D, own->h + n * D, D);
             tiles_end();
+        }
+        for (int64_t n = 0; ends && n < R; n++) {
+            ends->likeliest[n] = likeliest(work.own, threads, n);
+            find_speaker(weights, experts, L, R, A, blocks[0]->E, n, ends->speakers + n, ends->shares + n);
         }
     }
     work_free(&work, threads);

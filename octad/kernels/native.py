@@ -70,6 +70,17 @@ class StepStruct(ctypes.Structure):
     ]
 
 
+class EndsStruct(ctypes.Structure):
+    """native.c's Ends: what a whole step has before its layers and behind them, and where its results go."""
+
+    _fields_ = [
+        *((name, _P) for name in ("tokens", "embedding", "norm", "head", "logits")),
+        *((name, _P) for name in ("likeliest", "speakers", "shares")),
+        ("embedding_dtype", _I),
+        ("eps", _F),
+    ]
+
+
 @dataclass(frozen=True)
 class LayerArray:
     """Pointers to the BlockStructs of some layers, and to the pages of keys and values of each."""
@@ -138,7 +149,7 @@ class NativeKernels:
             "paged_attention",
             [_P, _P, _P, _I, _P, _P, _I, _I, _I, _I, _I, _I, _I, _F, _P, _I],
         )
-        self._layers = library.function("layers", [_P, _I, _P, _P, _P, _P, _P, _P, _P, _I, _I])
+        self._layers = library.function("layers", [_P, _I, _P, _P, _P, _P, _P, _P, _P, _I, _P, _I])
 
     def linear(
         self, weights: WeightArray, x_NK: torch.Tensor, biases: Sequence[torch.Tensor | None] | None = None
@@ -296,19 +307,42 @@ class NativeKernels:
         """Whole decoder layers, one after another, for sequences with one new token each; `step` is the address of a
         StepStruct. The routing is written to (or, where given, read from) the last two."""
         y = torch.empty_like(x)
-        check(
-            self._layers(
-                layers.blocks,
-                len(layers.blocks),
-                step,
-                x.data_ptr(),
-                layers.keys,
-                layers.values,
-                y.data_ptr(),
-                weights_LRA.data_ptr(),
-                experts_LRA.data_ptr(),
-                experts_LRA.shape[-1],
-                torch.get_num_threads(),
-            )
-        )
+        self._run(layers, step, x.data_ptr(), y.data_ptr(), weights_LRA, experts_LRA, None)
         return y
+
+    def decode(
+        self,
+        layers: LayerArray,
+        step: int,
+        ends: int,
+        weights_LRA: torch.Tensor,
+        experts_LRA: torch.Tensor,
+    ) -> None:
+        """`layers` with what stands before and behind them, from ids to logits; `ends`: the address of an EndsStruct."""
+        self._run(layers, step, None, None, weights_LRA, experts_LRA, ends)
+
+    def _run(
+        self,
+        layers: LayerArray,
+        step: int,
+        x: int | None,
+        y: int | None,
+        weights_LRA: torch.Tensor,
+        experts_LRA: torch.Tensor,
+        ends: int | None,
+    ) -> None:
+        failed = self._layers(
+            layers.blocks,
+            len(layers.blocks),
+            step,
+            x,
+            layers.keys,
+            layers.values,
+            y,
+            weights_LRA.data_ptr(),
+            experts_LRA.data_ptr(),
+            experts_LRA.shape[-1],
+            ends,
+            torch.get_num_threads(),
+        )
+        check(failed)

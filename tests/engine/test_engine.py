@@ -63,9 +63,9 @@ def logits_of(engine: Engine) -> list[torch.Tensor]:
     inner = engine.runner.run
 
     def run(*args: Any) -> Any:
-        logits, routing = inner(*args)
-        rows.extend(logits)
-        return logits, routing
+        ran = inner(*args)
+        rows.extend(ran.logits)
+        return ran
 
     engine.runner.run = run  # type: ignore[method-assign]
     return rows

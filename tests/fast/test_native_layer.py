@@ -84,8 +84,9 @@ def decode_step(
     """Hidden states of one new token of each sequence, the routing, and the pool afterwards; everything else random."""
     dtype = model.model.norm.weight.dtype
     draw = torch.Generator().manual_seed(sum(contexts))
-    tables = [[3 * r + i for i in range(-(-n // BLOCK))] for r, n in enumerate(contexts)]
-    pool = BlockPool(model.config, 3 * len(contexts) + 8, BLOCK, dtype)
+    each = -(-max(12, *contexts) // BLOCK)
+    tables = [[each * r + i for i in range(-(-n // BLOCK))] for r, n in enumerate(contexts)]
+    pool = BlockPool(model.config, each * len(contexts) + 8, BLOCK, dtype)
     for tensor in (*pool.keys, *pool.values):
         tensor.copy_(torch.randn(tensor.shape, generator=draw))
     positions = torch.tensor([n - 1 for n in contexts])
@@ -129,6 +130,19 @@ def test_one_call_is_its_parts_to_the_bit(
         torch.set_num_threads(2)
         assert torch.equal(decode_step(model, kernels, contexts, fused=True)[0], one)
         torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("case", ["sliding mistral", "mixtral"])
+def test_long_contexts_in_one_call_are_their_parts(
+    case: str, kernels: NativeKernels, tiny_checkpoint: TinyCheckpoint
+) -> None:
+    """More positions than are handled at once: threads share them out, and put together what each found."""
+    model = native(make(tiny_checkpoint, case), kernels, "int8")
+    for contexts in ([700], [257, 3, 640], [520, 1, 2, 30, 256]):
+        parts, _, _ = decode_step(model, kernels, contexts, fused=False)
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(decode_step(model, kernels, contexts, fused=True)[0], parts)
 
 
 @pytest.mark.parametrize(

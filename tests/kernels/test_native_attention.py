@@ -92,3 +92,27 @@ def test_neighbours_of_one_prompt_are_as_alone(
     whole = PagedBatch.of(list(counts), [31, 9, 45], batch.block_tables.tolist())
     exact = paged_attention_reference(q.float(), keys.float(), values.float(), whole, window)
     assert_near(found, exact, values.float().abs().max(), 5e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 300])
+def test_chunks_of_long_contexts(kernels: NativeKernels, window: int | None, dtype: torch.dtype) -> None:
+    """Contexts around the 256 positions that are handled at once: near the slow twin, and of the same bits whatever the
+    threads, alone or as the end of a prompt, whose tokens reach the last chunk one after the other."""
+    for heads, K in (((6, 2), 64), ((3, 1), 24)):
+        q, keys, values, batch = pages([255, 256, 257, 258, 800], heads, 16, dtype, K)
+        rest = (batch.context_lens, batch.block_tables, window, K**-0.5)
+        exact = paged_attention_reference(q.float(), keys.float(), values.float(), batch, window)
+        found = kernels.paged_attention(q, keys, values, *rest)
+        assert_near(found, exact, values.float().abs().max(), 5e-6)
+        torch.set_num_threads(2)
+        assert torch.equal(kernels.paged_attention(q, keys, values, *rest), found)
+        torch.set_num_threads(1)
+        lengths = torch.tensor([512, 513, 514, 515], dtype=torch.int32)
+        tables = batch.block_tables[4:].expand(4, -1).contiguous()
+        run = kernels.paged_attention(q[:4], keys, values, lengths, tables, *rest[2:])
+        for n in range(4):
+            one = kernels.paged_attention(
+                q[n : n + 1], keys, values, lengths[n : n + 1], tables[n : n + 1], *rest[2:]
+            )
+            assert torch.equal(one[0], run[n])

@@ -5,8 +5,8 @@ typedef struct {
     int64_t dtype, block_size, G, K, window; /* window 0: none */
 } Pages;
 
-/* n scores in place to e^(score - the largest); returns the factor that makes them sum to 1. */
-ONE float softmax_(float *scores, int64_t n) {
+/* n scores in place to e^(score - the largest); returns the largest, and what they sum to. */
+ONE float softmax_(float *scores, int64_t n, float *sum) {
     float most = -INFINITY, total = 0;
 #pragma omp simd reduction(max : most)
     for (int64_t t = 0; t < n; t++) most = scores[t] > most ? scores[t] : most;
@@ -15,7 +15,8 @@ ONE float softmax_(float *scores, int64_t n) {
         scores[t] = exp_(scores[t] - most);
         total += scores[t];
     }
-    return 1.0f / total;
+    *sum = total;
+    return most;
 }
 
 /* The slots of positions first .. T, counted from the first: the pool's position of each, so that no loop divides. */
@@ -31,6 +32,7 @@ static void find_places(const Pages *p, const int32_t *blocks, int64_t first, in
 #define GROUP 4  /* heads that share one reading of keys and values */
 #define BLOCK 16 /* positions that are handled together: a vector of scores */
 #define AHEAD 16 /* positions that are asked for before they are needed */
+#define CHUNK 256 /* positions whose scores are kept at once, and that one thread takes at once; a multiple of BLOCK */
 
 typedef struct { /* up to GROUP heads of one group */
     const void *q;   /* [n, K], of the pages' dtype */
@@ -39,9 +41,9 @@ typedef struct { /* up to GROUP heads of one group */
     int64_t n, g;
 } Heads;
 
-typedef struct { /* one sequence's positions */
+typedef struct { /* some positions of a sequence */
     const int32_t *places;
-    int64_t T;
+    int64_t T, there; /* positions, and places: those behind are asked for */
     float scale;
     int fetch; /* whether what comes next is to be asked for */
 } Span;
@@ -123,25 +125,49 @@ static void finish(const Pages *p, const Heads *h, const float *factors) {
     finish_plain(p, h, factors);
 }
 
-/* ---- a task: some heads of one sequence's query, or of a few in a row --------------------------------------------------- */
+/* ---- a task: some heads of a chunk, for one query or a few in a row ----------------------------------------------------- */
 
 #define RUN 4 /* neighbouring tokens of a prompt that are handled together: keys and values are in the nearest cache then */
 
-/* Heads that one thread takes together. All of them, where there are enough sequences for all threads: then keys and values
-   are read as they lie, one position behind the other. But the scores must stay in the cache. With few sequences any number
-   (1), so that all threads get as much. */
-static int64_t heads_at_once(int64_t R, int64_t H, int64_t G, int64_t longest, int64_t threads) {
-    if (R < 2 * threads) return 1;
-    return H * longest <= 1 << 16 ? H : H / G;
+/* What a chunk of positions gives one query: out [H, K], the values weighted by e^(score - most); most and total [H], the
+   largest score and the sum of the weights. Chunks begin at the same positions whoever takes them, and are put together in
+   their order: so neither threads nor the way in which a text is cut change a bit. */
+typedef struct { float *out, *most, *total; } Part;
+
+static int64_t part_size(int64_t H, int64_t K) { return H * (K + 2); }
+
+static Part part_at(float *parts, int64_t i, int64_t H, int64_t K) {
+    float *out = parts + i * part_size(H, K);
+    return (Part){out, out + H * K, out + H * K + H};
 }
 
-/* Floats of scratch that a thread needs for contexts up to `longest`: scores of `heads`, and the places (int32). */
-static int64_t attention_scratch(int64_t heads, int64_t longest) { return (heads + 1) * longest + 16; }
+/* Heads first .. last of `to`, and those of the chunk behind it, into `to`. */
+ONE void join_parts(Part *to, const Part *next, int64_t first, int64_t last, int64_t K) {
+    for (int64_t h = first; h < last; h++) {
+        float most = to->most[h] > next->most[h] ? to->most[h] : next->most[h];
+        float old = exp_(to->most[h] - most), more = exp_(next->most[h] - most);
+        to->most[h] = most, to->total[h] = to->total[h] * old + next->total[h] * more;
+        for (int64_t i = h * K; i < (h + 1) * K; i++) to->out[i] = to->out[i] * old + next->out[i] * more;
+    }
+}
 
-/* Where sequence r's attention begins. */
+/* The answer of heads first .. last, in out. */
+static void finish_part(const Pages *p, Part *part, int64_t first, int64_t last) {
+    float factors[last - first];
+    for (int64_t h = first; h < last; h++) factors[h - first] = 1.0f / part->total[h];
+    Heads all_heads = {0, 0, part->out + first * p->K, last - first, 0};
+    finish(p, &all_heads, factors);
+}
+
+/* Floats of scratch that a thread needs: scores of so many heads of all queries, and the places (int32). */
+static int64_t attention_scratch(int64_t heads) { return (heads + 1) * CHUNK + AHEAD + 16; }
+
+/* Where a sequence's attention begins. */
 static int64_t first_seen(const Pages *p, int64_t length) {
     return p->window && length > p->window ? length - p->window : 0;
 }
+
+static int64_t chunk_count(const Pages *p, int64_t length) { return (length - first_seen(p, length) + CHUNK - 1) / CHUNK; }
 
 /* How many of the queries from r on are neighbours of one prompt, each seeing one position more than the one before. */
 static int64_t run_length(const Pages *p, int64_t r, int64_t R, const int32_t *lengths, const int32_t *tables, int64_t width) {
@@ -161,12 +187,12 @@ static void fetch_rows(const Pages *p, const void *rows, const int32_t *places, 
         for (int64_t i = 0; i < size; i += 64) __builtin_prefetch((const char *)rows + places[t] * size + i);
 }
 
-/* Ask for what sequence r begins with: its first keys, and where its new token's go. */
-static void fetch_sequence(const Pages *p, const int32_t *blocks, int64_t length, int64_t slot) {
-    int32_t places[AHEAD], last = (int32_t)slot;
+/* Ask for the keys that a sequence begins with. */
+static void fetch_sequence(const Pages *p, const int32_t *blocks, int64_t length) {
+    int32_t places[AHEAD];
     int64_t first = first_seen(p, length), n = min64(AHEAD, length - first);
     find_places(p, blocks, first, first + n, places);
-    fetch_rows(p, p->keys, places, n), fetch_rows(p, p->keys, &last, 1), fetch_rows(p, p->values, &last, 1);
+    fetch_rows(p, p->keys, places, n);
 }
 
 /* Heads first .. last of a query with its scores and its part of y, cut where groups end and where they are too many. */
@@ -180,31 +206,37 @@ static int64_t cut_heads(const Pages *p, const Span *s, const char *q, int64_t f
     return n;
 }
 
-/* y [R, H, K] (float32) for the heads first .. last of the queries r .. r + count, which are a run. */
-static void attend_heads(const Pages *p, const void *q, int64_t r, int64_t count, int64_t first, int64_t last, int64_t H,
-                         const int32_t *lengths, const int32_t *tables, int64_t width, float scale, float *scratch,
-                         float *y) {
-    int64_t heads = last - first, all = lengths[r + count - 1], start = first_seen(p, all), T = all - start, n = 0;
+/* A chunk's part of the answer to `count` queries, which are a run: q [count, H, K], lengths [count]; `blocks` are those of
+   the last. Of heads first .. last alone. The queries that do not reach as far get nothing; returns how many those are. */
+static int64_t attend_chunk(const Pages *p, const char *q, int64_t count, int64_t chunk, int64_t first, int64_t last,
+                            int64_t H, const int32_t *lengths, const int32_t *blocks, float scale, float *scratch,
+                            Part *parts) {
+    int64_t heads = last - first, start = first_seen(p, lengths[count - 1]) + chunk * CHUNK, n = 0, none = 0;
+    int64_t there = min64(lengths[count - 1] - start, CHUNK + AHEAD), T = min64(there, CHUNK);
+    int64_t size = H * p->K * (p->dtype == F_F32 ? 4 : 2);
     int32_t *places = (int32_t *)scratch;
-    int64_t query = H * p->K, size = query * (p->dtype == F_F32 ? 4 : 2);
+    float *scores = scratch + CHUNK + AHEAD;
     Span spans[RUN];
     Heads cut[RUN * heads];
-    find_places(p, tables + r * width, start, all, places);
-    for (int64_t c = 0; c < count; c++) {
-        spans[c] = (Span){places, lengths[r + c] - start, scale, c == 0};
-        n = cut_heads(p, &spans[c], (const char *)q + (r + c) * size, first, last, H / p->G, scratch + (1 + c * heads) * T,
-                      y + (r + c) * query, cut + c * n);
+    find_places(p, blocks, start, start + there, places);
+    while (lengths[none] <= start) none++;
+    for (int64_t c = none; c < count; c++, scores += heads * CHUNK) {
+        spans[c - none] = (Span){places, min64(lengths[c] - start, CHUNK), there, scale, c == none};
+        n = cut_heads(p, &spans[c - none], q + c * size, first, last, H / p->G, scores, parts[c].out, cut + (c - none) * n);
     }
+    int64_t all = (count - none) * n;
     for (int64_t t = 0; t < T; t += BLOCK)
-        for (int64_t i = 0; i < count * n; i++)
+        for (int64_t i = 0; i < all; i++)
             if (t < spans[i / n].T) score_block(p, &spans[i / n], &cut[i], t, min64(t + BLOCK, spans[i / n].T));
     fetch_rows(p, p->values, places, T);
-    float factors[RUN * heads], *factor = factors;
-    for (int64_t i = 0; i < count * n; i++)
-        for (int64_t h = 0; h < cut[i].n; h++) *factor++ = softmax_(cut[i].scores + h * spans[i / n].T, spans[i / n].T);
+    for (int64_t c = none; c < count; c++)
+        for (int64_t h = first; h < last; h++) {
+            float *row = cut[(c - none) * n].scores + (h - first) * spans[c - none].T;
+            parts[c].most[h] = softmax_(row, spans[c - none].T, &parts[c].total[h]);
+        }
     for (int64_t t = 0; t < T; t += BLOCK)
-        for (int64_t i = 0; i < count * n; i++)
+        for (int64_t i = 0; i < all; i++)
             if (t < spans[i / n].T) value_block(p, &spans[i / n], &cut[i], t, min64(t + BLOCK, spans[i / n].T));
-    factor = factors;
-    for (int64_t i = 0; i < count * n; factor += cut[i++].n) finish(p, &cut[i], factor);
+    fetch_rows(p, p->keys, places + T, there - T);
+    return none;
 }

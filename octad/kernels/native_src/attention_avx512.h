@@ -20,7 +20,7 @@ INLINE void score_bf16(const Pages *p, const Span *s, const Heads *heads, const 
     __m512 sums[GROUP][BLOCK];
     for (int j = 0; j < BLOCK; j++) {
         const uint16_t *key = (const uint16_t *)p->keys + place(p, s, heads, min64(t + j, end - 1));
-        const uint16_t *later = (const uint16_t *)p->keys + place(p, s, heads, min64(t + j + AHEAD, s->T - 1));
+        const uint16_t *later = (const uint16_t *)p->keys + place(p, s, heads, min64(t + j + AHEAD, s->there - 1));
         for (int i = 0; s->fetch && i < parts; i++) __builtin_prefetch(later + 32 * i);
         for (int h = 0; h < n; h++) sums[h][j] = _mm512_setzero_ps();
         for (int i = 0; i < parts; i++) {
@@ -45,7 +45,7 @@ INLINE void value_bf16(const Pages *p, const Span *s, const Heads *heads, const 
         }
     for (; t < end; t++) {
         const uint16_t *value = (const uint16_t *)p->values + place(p, s, heads, t);
-        const uint16_t *later = (const uint16_t *)p->values + place(p, s, heads, min64(t + AHEAD, s->T - 1));
+        const uint16_t *later = (const uint16_t *)p->values + place(p, s, heads, min64(t + AHEAD, s->there - 1));
         for (int i = 0; s->fetch && i < parts; i++) __builtin_prefetch(later + 32 * i);
         for (int i = 0; i < parts; i++) {
             __m512i x = _mm512_loadu_si512(value + 32 * i);

@@ -21,27 +21,37 @@ INLINE Floats page8(const Pages *p, const void *rows, int64_t at) {
 INLINE void fetch_place(const Pages *p, const Span *s, const Heads *h, const void *rows, int64_t t) {
     if (!s->fetch) return;
     int64_t size = p->dtype == F_F32 ? 4 : 2;
-    const char *later = (const char *)rows + place(p, s, h, min64(t + AHEAD, s->T - 1)) * size;
+    const char *later = (const char *)rows + place(p, s, h, min64(t + AHEAD, s->there - 1)) * size;
     for (int64_t i = 0; i < p->K * size; i += 64) __builtin_prefetch(later + i);
 }
 
-/* The scores of n heads at the positions t .. end: one sum across the vectors for 8 positions. */
+/* The scores of n heads at the positions t .. end: one sum across the vectors for 8 positions. A few positions share what is
+   loaded of the queries, and their sums stay in registers. */
 INLINE void score_wide(const Pages *p, const Span *s, const Heads *heads, const int n, const int K, int64_t t, int64_t end) {
+    const int together = n == 1 ? 8 : n <= 3 ? 4 : 2;
     float query[GROUP * K];
     load_row(query, heads->q, p->dtype, 0, n * K);
     for (; t < end; t += 8) {
         Floats sums[GROUP][8];
         int64_t count = min64(8, end - t);
-        for (int j = 0; j < 8; j++) {
-            int64_t key = place(p, s, heads, min64(t + j, end - 1));
-            Floats sum[GROUP];
-            fetch_place(p, s, heads, p->keys, t + j);
-            for (int h = 0; h < n; h++) sum[h] = all(0);
-            for (int i = 0; i < K; i += 8) {
-                Floats x = page8(p, p->keys, key + i);
-                for (int h = 0; h < n; h++) sum[h] += x * load8(query + h * K + i);
+        for (int j = 0; j < 8; j += together) {
+            int64_t key[8];
+            Floats sum[GROUP][8];
+            for (int l = 0; l < together; l++) {
+                key[l] = place(p, s, heads, min64(t + j + l, end - 1));
+                fetch_place(p, s, heads, p->keys, t + j + l);
+                for (int h = 0; h < n; h++) sum[h][l] = all(0);
             }
-            for (int h = 0; h < n; h++) sums[h][j] = sum[h];
+            for (int i = 0; i < K; i += 8) {
+                Floats of_query[GROUP];
+                for (int h = 0; h < n; h++) of_query[h] = load8(query + h * K + i);
+                for (int l = 0; l < together; l++) {
+                    Floats x = page8(p, p->keys, key[l] + i);
+                    for (int h = 0; h < n; h++) sum[h][l] += x * of_query[h];
+                }
+            }
+            for (int h = 0; h < n; h++)
+                for (int l = 0; l < together; l++) sums[h][j + l] = sum[h][l];
         }
         for (int h = 0; h < n; h++) {
             Floats score = sums8(sums[h]) * all(s->scale);
@@ -52,9 +62,9 @@ INLINE void score_wide(const Pages *p, const Span *s, const Heads *heads, const 
 
 /* out += the values at the positions t .. end, weighted; a few columns at a time, whose sums stay in registers. */
 INLINE void value_wide(const Pages *p, const Span *s, const Heads *heads, const int n, const int K, int64_t t, int64_t end) {
-    const int columns = n > 3 ? 2 : 4;
+    const int columns = n == 1 ? 8 : n <= 3 ? 4 : 2;
     for (int i = 0; i < K; i += 8 * columns) {
-        Floats sum[GROUP][4];
+        Floats sum[GROUP][8];
         for (int h = 0; h < n; h++)
             for (int c = 0; c < columns; c++) sum[h][c] = t ? load8(heads->out + h * K + i + 8 * c) : all(0);
         for (int64_t j = t; j < end; j++) {

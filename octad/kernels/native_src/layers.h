@@ -33,45 +33,68 @@ typedef struct { /* what a step's tokens share in all layers */
     const float *cosines, *sines;
 } Step;
 
+typedef struct { /* a whole step of decoding: what stands before the layers and behind them, and what comes out */
+    const int64_t *tokens;              /* [R] */
+    const void *embedding, *norm;       /* [V, D] of embedding_dtype, [D] of the step's dtype */
+    const Weight *head;
+    void *logits;                       /* [R, V] of the step's dtype */
+    int64_t *likeliest;                 /* [R]: of the largest logits the first; -1 where that is no number */
+    int64_t *speakers;                  /* [R]: the experts with the most weight over the layers; and their shares */
+    double *shares;                     /* [R] */
+    int64_t embedding_dtype;
+    float eps;
+} Ends;
+
 /* ---- memory ---------------------------------------------------------------------------------------------------- */
 
 typedef struct { /* one thread's */
     float *h, *row, *scores;       /* h [R, D]: what runs through the layers */
     float *weights;                /* [R, A], how the rows are routed; and experts */
     int64_t *experts;
-    Rows in, mixed, post;          /* prepared for qkv, o, and the experts */
+    Rows in, mixed, post, last;    /* prepared for qkv, o, the experts, and the head */
     Slots slots;
+    float *most;                   /* [R]: the largest logit of this thread's part of the vocabulary, */
+    int64_t *place;                /* [R]: and where it stands; -1 where one of them is not a number */
 } Own;
 
 typedef struct { /* what the threads make together */
-    float *memory, *attended, *part, *sum, *q, *k, *v, *hidden;
-    int64_t longest, heads; /* of the contexts; that attention takes at once */
+    float *memory, *parts, *part, *sum, *q, *k, *v, *hidden;
+    int64_t *chunks; /* [R + 1]: where each sequence's parts of attention begin */
     Rows mid;                /* prepared for the experts' second half */
     Own *own;
+    const Weight *head; /* or null: the layers alone */
 } Work;
 
-static int work_alloc(Work *w, const Block *b, const Step *s, int64_t A, int64_t threads) {
+static int work_alloc(Work *w, const Block *b, const Step *s, const Weight *head, int64_t A, int64_t threads) {
     int64_t N = s->R, D = b->D, HK = b->H * b->K, GK = b->G * b->K, F = b->gate->outputs, pairs = N * A;
-    w->longest = 1;
-    for (int64_t r = 0; r < N; r++) w->longest = s->lengths[r] > w->longest ? s->lengths[r] : w->longest;
-    w->heads = heads_at_once(N, b->H, b->G, w->longest, threads);
-    int64_t most = w->heads == b->H ? b->H : b->H / b->G, scores = attention_scratch(most, w->longest);
-    int64_t each = N * D + D + HK + scores + pairs + 64;
+    Pages pages = {0, 0, s->dtype, s->block_size, b->G, b->K, 0}; /* a layer with a window has no more chunks */
+    w->chunks = malloc((N + 1) * sizeof(int64_t));
+    if (!w->chunks) return 1;
+    w->chunks[0] = 0;
+    for (int64_t r = 0; r < N; r++) w->chunks[r + 1] = w->chunks[r] + chunk_count(&pages, s->lengths[r]);
+    int64_t parts = w->chunks[N] * part_size(b->H, b->K);
+    int64_t each = N * D + D + part_size(b->H, b->K) + attention_scratch(b->H) + pairs + N + 64;
+    w->head = head;
     w->own = calloc(threads, sizeof(Own));
-    w->memory = malloc((N * 2 * (D + HK + GK) + pairs * F + threads * each + 64) * sizeof(float));
+    w->memory = malloc((N * (2 * (D + GK) + HK) + parts + pairs * F + threads * each + 64) * sizeof(float));
     if (!w->own || !w->memory) return 1;
-    w->attended = w->memory, w->part = w->attended + N * HK, w->sum = w->part + N * D, w->q = w->sum + N * D;
+    w->parts = w->memory, w->part = w->parts + parts, w->sum = w->part + N * D, w->q = w->sum + N * D;
     w->k = w->q + N * HK, w->v = w->k + N * GK, w->hidden = w->v + N * GK;
     float *next = w->hidden + pairs * F;
     for (int64_t t = 0; t < threads; t++, next += each) {
         Own *own = &w->own[t];
-        own->h = next, own->row = own->h + N * D, own->weights = own->row + D + HK + 32, own->scores = own->weights + pairs;
-        own->experts = malloc((pairs + 1) * sizeof(int64_t));
+        own->h = next, own->row = own->h + N * D, own->weights = own->row + D + part_size(b->H, b->K) + 32;
+        own->most = own->weights + pairs;
+        own->scores = own->most + N;
+        own->experts = malloc((pairs + N + 1) * sizeof(int64_t));
         if (!own->experts) return 1;
+        own->place = own->experts + pairs;
+        for (int64_t n = 0; n < N; n++) own->most[n] = -INFINITY, own->place[n] = 0; /* there may be fewer threads */
         if (slots_alloc(&own->slots, pairs, b->E)) return 1;
         if (t > 0 && N > FEW) continue; /* the first one's rows are everybody's */
         if (rows_alloc(&own->in, N, b->qkv) || rows_alloc(&own->mixed, N, b->o) || rows_alloc(&own->post, N, b->gate))
             return 1;
+        if (head && rows_alloc(&own->last, N, head)) return 1;
     }
     return rows_alloc(&w->mid, pairs, b->down);
 }
@@ -79,10 +102,10 @@ static int work_alloc(Work *w, const Block *b, const Step *s, int64_t A, int64_t
 static void work_free(Work *w, int64_t threads) {
     for (int64_t t = 0; w->own && t < threads; t++) {
         Own *own = &w->own[t];
-        rows_free(&own->in), rows_free(&own->mixed), rows_free(&own->post);
+        rows_free(&own->in), rows_free(&own->mixed), rows_free(&own->post), rows_free(&own->last);
         slots_free(&own->slots), free(own->experts);
     }
-    rows_free(&w->mid), free(w->own), free(w->memory);
+    rows_free(&w->mid), free(w->own), free(w->memory), free(w->chunks);
 }
 
 /* ---- a layer --------------------------------------------------------------------------------------------------- */
@@ -110,32 +133,45 @@ static void place_group(const Block *b, const Step *s, int64_t n, int64_t g, con
     memcpy((char *)values + slot * K * size, (const char *)w->v + k * K * size, K * size);
 }
 
-/* Where this thread's part of attention begins: tasks of some heads of one sequence, shared out by positions to read. */
-static int64_t share_positions(const Team *t, int64_t thread, const Step *s, int64_t parts) {
-    int64_t total = 0, done = 0, task = 0;
-    for (int64_t r = 0; r < s->R; r++) total += s->lengths[r] * parts;
-    while (task < s->R * parts && done * t->threads < total * thread) done += s->lengths[task++ / parts];
-    return task;
-}
+/* How many heads of a chunk of T positions come before so much work, which is counted in positions times heads. */
+static int64_t heads_before(int64_t work, int64_t T, int64_t H) { return work <= 0 ? 0 : min64((work + T - 1) / T, H); }
 
-/* attended [R, H, K] of the q, k and v in w. */
-static void attention_part(const Block *b, const Step *s, const Team *t, Work *w, Own *mine, void *keys, void *values) {
-    Pages pages = {keys, values, s->dtype, s->block_size, b->G, b->K, b->window};
-    int64_t H = b->H, each = H / b->G, parts = H / w->heads, end = share_positions(t, t->thread + 1, s, parts);
-    int split = w->heads < each; /* several threads may need a group */
-    for (int64_t i = share(t, t->thread, s->R * b->G); split && i < share(t, t->thread + 1, s->R * b->G); i++)
+/* The parts of attention of the q, k and v in w: every thread takes as many positions of keys and values. */
+static void attention_part(const Block *b, const Step *s, const Pages *p, const Team *t, Work *w, Own *mine, void *keys,
+                           void *values) {
+    int64_t H = b->H, total = 0, done = 0, size = H * b->K * (s->dtype == F_F32 ? 4 : 2);
+    for (int64_t i = share(t, t->thread, s->R * b->G); i < share(t, t->thread + 1, s->R * b->G); i++)
         place_group(b, s, i / b->G, i % b->G, w, keys, values, mine->row);
-    if (split) meet(t);
-    for (int64_t task = share_positions(t, t->thread, s, parts), next; task < end; task = next) {
-        int64_t n = task / parts, h = task % parts * w->heads, last = w->heads == H ? H : (h / each + 1) * each;
-        next = min64(n * parts + last / w->heads, end), last = (next - n * parts) * w->heads;
-        if (next < end && next / parts > n)
-            fetch_sequence(&pages, s->tables + (n + 1) * s->width, s->lengths[n + 1], s->slots[n + 1]);
-        for (int64_t g = h / each; !split && g < last / each; g++) place_group(b, s, n, g, w, keys, values, mine->row);
-        attend_heads(&pages, w->q, n, 1, h, last, H, s->lengths, s->tables, s->width, b->scale, mine->scores, w->attended);
+    meet(t);
+    for (int64_t n = 0; n < s->R; n++) total += (s->lengths[n] - first_seen(p, s->lengths[n])) * H;
+    int64_t begin = share(t, t->thread, total), end = share(t, t->thread + 1, total);
+    for (int64_t n = 0; n < s->R; n++) {
+        const int32_t *blocks = s->tables + n * s->width;
+        int64_t left = s->lengths[n] - first_seen(p, s->lengths[n]);
+        for (int64_t c = 0; left > 0; c++, left -= CHUNK) {
+            int64_t T = min64(left, CHUNK), first = heads_before(begin - done, T, H), last = heads_before(end - done, T, H);
+            Part part = part_at(w->parts, w->chunks[n] + c, H, b->K);
+            done += T * H;
+            if (first == last) continue;
+            if (left <= CHUNK && done < end) fetch_sequence(p, blocks + s->width, s->lengths[n + 1]);
+            attend_chunk(p, (const char *)w->q + n * size, 1, c, first, last, H, s->lengths + n, blocks, b->scale,
+                         mine->scores, &part);
+        }
     }
     if (s->R <= SHARED) fetch_part(t, b->o, 1);
     meet(t);
+}
+
+/* What attention answers to sequence n, of the parts: [H, K] in row, which has room for a part. */
+static void attended_row(const Step *s, const Pages *p, const Work *w, int64_t n, int64_t H, float *row) {
+    int64_t chunks = chunk_count(p, s->lengths[n]);
+    Part whole = part_at(row, 0, H, p->K);
+    memcpy(row, part_at(w->parts, w->chunks[n], H, p->K).out, part_size(H, p->K) * sizeof(float));
+    for (int64_t c = 1; c < chunks; c++) {
+        Part more = part_at(w->parts, w->chunks[n] + c, H, p->K);
+        join_parts(&whole, &more, 0, H, p->K);
+    }
+    finish_part(p, &whole, 0, H);
 }
 
 /* x + y where both were stored in `dtype` before. */
@@ -174,6 +210,7 @@ static void layer_part(const Block *b, const Step *s, const Team *t, Work *w, Ow
     int64_t N = s->R, D = b->D, HK = b->H * b->K;
     const float *biases[3] = {b->q_bias, b->k_bias, b->v_bias}, *o_bias[1] = {b->o_bias};
     void *qkv[3] = {w->q, w->k, w->v}, *to_part[1] = {w->part};
+    Pages pages = {keys, values, s->dtype, s->block_size, b->G, b->K, b->window};
     float *row = mine->row;
     for (int64_t n = t->first; n < N; n += t->step) {
         norm_row(own->h + n * D, D, b->input_norm, s->dtype, b->norm_eps, row);
@@ -182,9 +219,9 @@ static void layer_part(const Block *b, const Step *s, const Team *t, Work *w, Ow
     }
     if (!t->alone) meet(t);
     linear_part(t, b->qkv, 3, &own->in, N, qkv, s->dtype, biases);
-    attention_part(b, s, t, w, mine, keys, values);
+    attention_part(b, s, &pages, t, w, mine, keys, values);
     for (int64_t n = t->first; n < N; n += t->step) {
-        memcpy(row, w->attended + n * HK, HK * sizeof(float));
+        attended_row(s, &pages, w, n, b->H, row);
         round_row(row, s->dtype, HK);
         rows_set(&own->mixed, n, row);
     }
@@ -211,6 +248,71 @@ static void layer_part(const Block *b, const Step *s, const Team *t, Work *w, Ow
     slots_fill(&mine->slots, s->given ? experts : own->experts, s->given ? weights : own->weights, N, A, b->E);
     experts_part(t, b->gate, b->up, b->down, &own->post, 0, &mine->slots, N * A, w->hidden, &w->mid, w->sum);
     if (N <= SHARED && next) fetch_part(t, next->qkv, 3);
+    else if (N <= SHARED && w->head) fetch_part(t, w->head, 1);
     meet(t);
     for (int64_t n = t->first; n < N; n += t->step) add_row(own->h + n * D, w->sum + n * D, s->dtype, D);
+}
+
+/* ---- a whole step ------------------------------------------------------------------------------------------------ */
+
+/* The largest of the values first .. end of a row, and its place, the first of equal ones; -1 where one is not a number. */
+static void largest(const void *row, int64_t dtype, int64_t first, int64_t end, float *most, int64_t *place) {
+    float x[4 * 64];
+    *most = -INFINITY, *place = first;
+    for (int64_t at = first; at < end && *place >= 0; at += 4 * 64) {
+        int64_t n = min64(4 * 64, end - at);
+        float here = -INFINITY;
+        int broken = 0;
+        load_row(x, row, dtype, at, n);
+#pragma omp simd reduction(max : here) reduction(| : broken)
+        for (int64_t i = 0; i < n; i++) here = x[i] > here ? x[i] : here, broken |= x[i] != x[i];
+        if (broken) *place = -1;
+        else if (here > *most) {
+            *most = here, *place = at;
+            while (x[*place - at] != here) ++*place;
+        }
+    }
+}
+
+/* Norm and head of the rows h; each thread looks for the largest logits in its part of the vocabulary. */
+static void head_part(const Ends *e, const Step *s, const Team *t, Own *own, Own *mine, int64_t D) {
+    int64_t V = e->head->outputs;
+    void *logits[1] = {e->logits};
+    for (int64_t n = t->first; n < s->R; n += t->step) {
+        norm_row(own->h + n * D, D, e->norm, s->dtype, e->eps, mine->row);
+        round_row(mine->row, s->dtype, D);
+        rows_set(&own->last, n, mine->row);
+    }
+    if (!t->alone) meet(t);
+    linear_part(t, e->head, 1, &own->last, s->R, logits, s->dtype, 0);
+    for (int64_t n = 0; n < s->R; n++) {
+        const char *row = (const char *)e->logits + n * V * (s->dtype == F_F32 ? 4 : 2);
+        largest(row, s->dtype, share(t, t->thread, V), share(t, t->thread + 1, V), mine->most + n, mine->place + n);
+    }
+}
+
+/* Row n's likeliest token, of what the threads found. */
+static int64_t likeliest(const Own *own, int64_t threads, int64_t n) {
+    float most = -INFINITY;
+    int64_t place = -1;
+    for (int64_t t = 0; t < threads; t++) {
+        if (own[t].place[n] < 0) return -1;
+        if (own[t].most[n] > most) most = own[t].most[n], place = own[t].place[n];
+    }
+    return most <= 3.4028235e38f ? place : -1;
+}
+
+/* Row n's speaker and its share, of weights and experts [L, R, A]. */
+static void find_speaker(const float *weights, const int64_t *experts, int64_t L, int64_t R, int64_t A, int64_t E, int64_t n,
+                         int64_t *speaker, double *share) {
+    double sums[E], total = 0;
+    *speaker = 0;
+    for (int64_t e = 0; e < E; e++) sums[e] = 0;
+    for (int64_t l = 0; l < L; l++)
+        for (int64_t i = (l * R + n) * A; i < (l * R + n + 1) * A; i++) sums[experts[i]] += weights[i];
+    for (int64_t e = 0; e < E; e++) {
+        total += sums[e];
+        if (sums[e] > sums[*speaker]) *speaker = e;
+    }
+    *share = total ? sums[*speaker] / total : 0;
 }
