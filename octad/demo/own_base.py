@@ -31,7 +31,7 @@ from octad.machine import available_memory
 from octad.model.config import ModelConfig
 from octad.project.begin import init
 from octad.project.beside import seen_from
-from octad.project.layout_text import DOMAINS, Expert, Project, branch_text
+from octad.project.layout_text import DOMAINS, Expert, Project, branch_text, counted
 from octad.project.road import MIXTURE, REPORT, make
 from octad.project.stages import text_key
 from octad.report import terminal
@@ -41,7 +41,7 @@ from octad.train.run_config import BranchConfig
 
 MINUTES = 10.0
 WINDOW = 256  # tokens of a step, in one window: short, so that a few minutes are some tens of steps
-ROUTER_TOKENS, CONVERSATIONS = 2048, "generalist: 8"  # as in the demonstration's own recipe
+ROUTER_TOKENS, CONVERSATIONS = 2048, "generalist: 8"  # the base speaks in its conversations
 JUDGED = {"quick": (320, 64), "full": (4096, 512), "none": (0, 0)}  # tokens of each kind of text, window
 ROUNDED = "int8"  # the mixture is judged and asked so: half the memory, nearly as exact
 
@@ -73,6 +73,7 @@ def demonstrate(wish: Wish, output: Path, *, judge: str) -> bool:
     started = time.monotonic()
     heading(f"octad demo: one mixture out of {Path(wish.base).name}")
     facts = prepare(wish, output, JUDGED[judge][0])
+    heading("1. The specialists, and one mixture out of all")
     made = make(output, judge=False, pace=facts["pace"], tell=terminal.tell)
     if not made.finished:
         terminal.tell("stopped and saved; the same command goes on")
@@ -97,7 +98,7 @@ def demonstrate(wish: Wish, output: Path, *, judge: str) -> bool:
 
 def verdict(mixture: Path, output: Path, tokens: int, window: int) -> None:
     """The mixture beside its parts, on the terminal and as a page."""
-    heading("Is it better than its parts?")
+    heading("2. Is it better than its parts?")
     tell(f"All read text that none has seen. Fewer bits a byte are better. {tokens:,} tokens of each kind.")
     outputs = commands_evaluate.Outputs(output / REPORT, brief=True)
     options = {"tokens": tokens, "window": window, "quantize": ROUNDED}
@@ -198,9 +199,10 @@ def announce(project: Project, costs: Costs) -> None:
     """What will happen, how long it takes, and what room it needs."""
     names = [expert.name for expert in project.specialists]
     tell(
-        f"{listed(names)}: a specialist each, {project.steps} steps of {project.window * project.windows} tokens, about"
-        f" {duration(costs.specialist)} each by a step that was measured ({duration(costs.step)}). Combining takes"
-        f" about {duration(costs.combining)}, judging {duration(costs.judging)}: about {duration(costs.total)} in all."
+        f"{listed(names)}: a specialist each, {counted(project.steps, 'step')} of {project.window * project.windows}"
+        f" tokens, about {duration(costs.specialist)} each by a step that was measured ({duration(costs.step)})."
+        f" Combining takes about {duration(costs.combining)}, judging {duration(costs.judging)}: about"
+        f" {duration(costs.total)} in all."
     )
     tell(
         f"The mixture: {human(costs.parameters)} parameters, {human(costs.mixture_bytes, 'B')} in {project.mixture};"

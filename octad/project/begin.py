@@ -32,6 +32,7 @@ from octad.project.layout_text import (
     Expert,
     Project,
     branch_text,
+    counted,
     domains_text,
     recipe_text,
     tune_text,
@@ -103,8 +104,8 @@ def init(
     for name, text in texts.items():
         replace_file(place / name, text)
     say(
-        f"{project.steps} steps a specialist, {project.windows} window{'s' * (project.windows > 1)} of {project.window}"
-        f" tokens each; edit {BRANCH} to change it"
+        f"{counted(project.steps, 'step')} a specialist, {counted(project.windows, 'window')} of {project.window} tokens"
+        f" each; edit {BRANCH} to change it"
     )
     return Written(place, time.monotonic() - started, experts=names, steps=project.steps, files=list(texts))
 

@@ -55,6 +55,11 @@ class Project:
         return {expert.name: expert.held_out for expert in self.experts if expert.held_out}
 
 
+def counted(number: int, what: str) -> str:
+    """1 step, 2 steps."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def scalar(value: str | Sequence[str]) -> str:
     """A text (or a list of texts; of one the text alone) as YAML that reads as the same again."""
     if not isinstance(value, str):
