@@ -10,6 +10,7 @@ Everything here has a way without POSIX's own calls, which tests take too by hid
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import sys
 import threading
@@ -79,6 +80,28 @@ def read_ahead(path: str | os.PathLike[str]) -> None:
     if hasattr(os, "posix_fadvise"):
         with open(path, "rb") as opened:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+
+def cached_share(fd: int, offset: int, count: int) -> float:
+    """How much of a stretch of a file, from 0 to 1, is in the system's cache; 1 where it cannot be asked."""
+    names = ("MAP_SHARED", "PROT_READ", "PAGESIZE")
+    if sys.maxsize < 1 << 32 or count <= 0 or not all(hasattr(mmap, name) for name in names):
+        return 1.0
+    library, size = ctypes.CDLL(None, use_errno=True), ctypes.c_size_t
+    library.mmap.restype = ctypes.c_void_p
+    library.mmap.argtypes = [ctypes.c_void_p, size, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+    library.mincore.argtypes = [ctypes.c_void_p, size, ctypes.c_void_p]
+    library.munmap.argtypes = [ctypes.c_void_p, size]
+    before = offset % mmap.PAGESIZE
+    length = before + count
+    place = library.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, fd, offset - before)
+    if place in (None, ctypes.c_void_p(-1).value):
+        return 1.0
+    pages = -(-length // mmap.PAGESIZE)
+    told = ctypes.create_string_buffer(pages)
+    failed = library.mincore(place, length, told)
+    library.munmap(place, length)
+    return 1.0 if failed else 1 - told.raw[:pages].count(b"\0") / pages
 
 
 def may_have_gpu() -> bool:

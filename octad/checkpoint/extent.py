@@ -15,19 +15,29 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from octad import portable
+from octad.checkpoint.past_cache import (
+    ALIGN,
+    CHUNK,
+    copy_past_cache,
+    opened_past_cache,
+    read_piece,
+    too_large,
+)
 from octad.checkpoint.source import TensorInfo
 from octad.errors import CheckpointError
 from octad.kernels.arena import fresh
 
 CHUNK_BYTES = 64 << 20
 BUFFER_BYTES = 1 << 20
+STRIPE_BYTES = 64 << 20  # compared by one thread
 HUGE_PAGE_BYTES = 2 << 20
 
 
@@ -73,19 +83,32 @@ class Extent:
                 f" which has {self.info.numel}"
             )
 
-    def copy_to(self, target: int, position: int) -> None:
+    def copy_to(
+        self, target: int, position: int, first: int = 0, count: int | None = None, past: int | None = None
+    ) -> None:
         """Write the tensor's bytes at `position` of the open file `target`: in the kernel where it can, else by a buffer.
+        Of a piece, from its byte number `first` on, `count` of them. `past`: the target opened past the cache, for all
+        of the piece but its ends (see past_cache.py).
 
         Raises CheckpointError when the source cannot be read to the end, OSError when the target cannot be written."""
-        total = self.info.nbytes
+        total = self.info.nbytes - first if count is None else count
         with self.opened() as file:
-            done = _copied_by_the_kernel(file, self.offset, target, position, total)
-            buffer = byte_view(empty_bytes(min(BUFFER_BYTES, total - done)))
-            while done < total:
-                piece = buffer[: total - done]
-                self.fill(file, piece, done)
-                write_all(target, piece, position + done)
-                done += len(piece)
+            done = 0
+            if past is not None and (inside := total - (ends := -position % ALIGN)) >= CHUNK:
+                self._copy(file, target, position, first, ends)
+                inside -= inside % ALIGN
+                start = self.offset + first + ends
+                done = ends + copy_past_cache(self.path, file, start, past, position + ends, inside)
+            self._copy(file, target, position + done, first + done, total - done)
+
+    def _copy(self, file: int, target: int, position: int, first: int, total: int) -> None:
+        done = _copied_by_the_kernel(file, self.offset + first, target, position, total)
+        buffer = byte_view(empty_bytes(min(BUFFER_BYTES, total - done)))
+        while done < total:
+            piece = buffer[: total - done]
+            self.fill(file, piece, first + done)
+            write_all(target, piece, position + done)
+            done += len(piece)
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[int]:
@@ -135,21 +158,78 @@ def write_all(target: int, view: memoryview, position: int) -> None:
 
 
 def same_bytes(ours: Extent, theirs: Sequence[Extent]) -> list[bool]:
-    """For each of `theirs`, tensors as large as ours: True where its bytes are the same. Reads no further than needed."""
+    """For each of `theirs`, tensors as large as ours: True where its bytes are the same. Reads no further than needed, of
+    large ones by all cores, and nothing of what is the same place of the same file (linked ones, too)."""
     same, total = [True] * len(theirs), ours.info.nbytes
     with contextlib.ExitStack() as stack:
         file, *files = [stack.enter_context(extent.opened()) for extent in (ours, *theirs)]
-        mine, other = bytearray(), bytearray()  # compared by memcmp, five times as fast as arrays
-        for first in range(0, total, BUFFER_BYTES):
-            if (count := min(BUFFER_BYTES, total - first)) != len(mine):
-                mine, other = bytearray(count), bytearray(count)
-            ours.fill(file, memoryview(mine), first)
-            for number in [n for n, still in enumerate(same) if still]:
-                theirs[number].fill(files[number], memoryview(other), first)
-                same[number] = mine == other
-            if not any(same):
-                break
+        read = [n for n, other in enumerate(theirs) if not _one_place(file, ours, files[n], other)]
+        past = too_large(sum(os.fstat(file).st_size for file in (file, *(files[n] for n in read))))
+
+        def compare(first: int, end: int) -> None:
+            with contextlib.ExitStack() as opened:
+                mine = opened.enter_context(_Stretch.of(ours, file, first, end, past))
+                others = {
+                    n: opened.enter_context(_Stretch.of(theirs[n], files[n], first, end, past)) for n in read
+                }
+                step = CHUNK if past else BUFFER_BYTES
+                for start in range(first, end, step):
+                    if not (left := [n for n in read if same[n]]):
+                        return
+                    count = min(step, end - start)
+                    wanted = mine.held(start, count)
+                    for number in left:
+                        if wanted != others[number].piece(start, count):
+                            same[number] = False
+
+        if not read or total <= STRIPE_BYTES:
+            compare(0, total)
+        else:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                starts = range(0, total, STRIPE_BYTES)
+                list(pool.map(lambda start: compare(start, min(start + STRIPE_BYTES, total)), starts))
     return same
+
+
+@dataclass
+class _Stretch:
+    """A part of a tensor that one thread reads from its opened file, or past the cache."""
+
+    extent: Extent
+    file: int
+    past: int | None
+    buffer: bytearray = field(default_factory=bytearray)
+
+    @classmethod
+    @contextlib.contextmanager
+    def of(cls, extent: Extent, file: int, first: int, end: int, past: bool) -> Iterator[_Stretch]:
+        """Inside the block; `past`: past the cache, where that can be and the stretch is not in there."""
+        start, total = extent.offset + first, end - first
+        opened = opened_past_cache(extent.path, file, start, total) if past else contextlib.nullcontext()
+        with opened as descriptor:
+            yield cls(extent, file, descriptor)
+
+    def piece(self, first: int, count: int) -> bytearray | memoryview:
+        """Until the next piece of any is read in this thread. As arrays of bytes they are compared by memcmp, five times
+        as fast as tensors. Raises CheckpointError."""
+        if self.past is not None:
+            with contextlib.suppress(OSError):
+                view = read_piece(self.file, self.past, self.extent.offset + first, count)
+                if view is not None:
+                    return view
+        if len(self.buffer) != count:
+            self.buffer = bytearray(count)
+        self.extent.fill(self.file, memoryview(self.buffer), first)
+        return self.buffer
+
+    def held(self, first: int, count: int) -> bytearray:
+        """The same, until its own next piece is read."""
+        found = self.piece(first, count)
+        return found if isinstance(found, bytearray) else bytearray(found)
+
+
+def _one_place(file: int, ours: Extent, other: int, theirs: Extent) -> bool:
+    return ours.offset == theirs.offset and os.path.sameopenfile(file, other)
 
 
 def byte_view(data: torch.Tensor) -> memoryview:

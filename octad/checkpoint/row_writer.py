@@ -24,8 +24,9 @@ import torch
 
 from octad import portable
 from octad.checkpoint.extent import byte_view, write_all
+from octad.checkpoint.past_cache import COPIERS, open_past_cache, too_large
+from octad.checkpoint.shard_plan import shard_layout
 from octad.checkpoint.source import TensorInfo, TensorSource
-from octad.checkpoint.writer import COPIERS, shard_layout
 from octad.errors import CheckpointError, OutputError
 from octad.staging import explained
 
@@ -38,6 +39,8 @@ class RowWriter:
         self.stage, self.plan = stage, plan
         self._shards, self._places = shard_layout(plan, max_shard_bytes)
         self._files: dict[int, int] = {}
+        self._past: dict[int, int | None] = {}  # the same past the system's cache, where there is so much
+        self._large = too_large(sum(info.nbytes for info in plan.values()))
         self.rows: Counter[str] = Counter()
         self._lock = Lock()
 
@@ -50,7 +53,10 @@ class RowWriter:
                 if error[0] is None:
                     os.fsync(file)
                 os.close(file)
-        self._files = {}
+            for past in self._past.values():
+                if past is not None:
+                    os.close(past)
+        self._files, self._past = {}, {}
 
     def sync(self) -> None:
         """Everything written so far is on the disk when this comes back."""
@@ -84,7 +90,7 @@ class RowWriter:
             return
         file, offset = self._place(name)
         with explained(self.stage):
-            extent.copy_to(file, offset)
+            extent.copy_to(file, offset, past=self._past[self._places[name][0]])
         self._count(name, extent.info.shape[0])
 
     def _count(self, name: str, rows: int) -> None:
@@ -98,6 +104,7 @@ class RowWriter:
             if shard not in self._files:
                 try:
                     self._files[shard] = os.open(path, os.O_RDWR | portable.BINARY)
+                    self._past[shard] = open_past_cache(path, os.O_WRONLY) if self._large else None
                 except OSError as error:
                     raise OutputError(
                         f"{path}: cannot be opened ({error.strerror}); all processes have to see the directory"

@@ -22,7 +22,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -32,22 +31,14 @@ import torch
 
 from octad import portable
 from octad.checkpoint.extent import byte_view, write_all
-from octad.checkpoint.hf import INDEX, SINGLE
-from octad.checkpoint.shard import encode_header
+from octad.checkpoint.hf import INDEX
+from octad.checkpoint.past_cache import COPIERS, open_past_cache, too_large
+from octad.checkpoint.shard_plan import shard_layout
 from octad.checkpoint.source import TensorInfo, TensorSource
 from octad.errors import CheckpointError, OutputError
 from octad.staging import StagedDirectory, abandoned, bytes_in, explained, space
 
-COPIERS = 4  # files that are copied into at the same time, at most; one file takes one write at a time
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A file of a checkpoint: its name, the bytes that open it, and how long it is."""
-
-    file: str
-    header: bytes
-    size: int
+PIECE_BYTES = 256 << 20  # of a tensor that is copied by several threads
 
 
 class CheckpointWriter:
@@ -73,10 +64,12 @@ class CheckpointWriter:
         self._shards, self._places = shard_layout(self.plan, max_shard_bytes)
         self._needed = sum(shard.size for shard in self._shards)
         self._written: set[str] = set()
+        self._rows: Counter[str] = Counter()  # of tensors that come row by row
         self._finished = False
         self._left = Counter(shard for shard, _ in self._places.values())
         self._lock = Lock()
         self._files: list[int] = []
+        self._past: list[int | None] = []  # the same past the system's cache, where there is so much
         self._sides: list[int] = []
         self._background = ThreadPoolExecutor(1)
         self._syncs: list[Future[None]] = []
@@ -91,6 +84,7 @@ class CheckpointWriter:
                     fresh = 0 if self.adopted else os.O_CREAT | os.O_EXCL
                     self._files.append(os.open(path, os.O_RDWR | fresh | portable.BINARY, 0o666))
                     _reserve(self._files[-1], shard.size)
+                    self._past.append(open_past_cache(path, os.O_WRONLY) if too_large(self._needed) else None)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -104,9 +98,10 @@ class CheckpointWriter:
         self._stage.__exit__(kind, error, trace)
 
     def _close(self) -> None:
-        for fd in (*self._files, *self._sides):
-            os.close(fd)
-        self._files, self._sides = [], []
+        for fd in (*self._files, *self._sides, *self._past):
+            if fd is not None:
+                os.close(fd)
+        self._files, self._sides, self._past = [], [], []
 
     def check_space(self) -> None:
         """Raises OutputError when the file system has less free space than the planned tensors need."""
@@ -121,12 +116,24 @@ class CheckpointWriter:
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Put a planned tensor in its place, converted to the planned dtype; in any order, from any thread, once."""
-        info = self._expect(name, tuple(tensor.shape))
+        self._put(name, self._expect(name, tuple(tensor.shape)), tensor, 0)
+        self._done(name)
+
+    def write_rows(self, name: str, first: int, tensor: torch.Tensor) -> None:
+        """Rows of a planned tensor from number `first` on, each once; it is written when the last of them is."""
+        info = self._expect(name, (*self.plan[name].shape[:1], *tensor.shape[1:]))
+        self._put(name, info, tensor, first * (info.nbytes // info.shape[0]))
+        with self._lock:
+            self._rows[name] += len(tensor)
+            whole = self._rows[name] == info.shape[0]
+        if whole:
+            self._done(name)
+
+    def _put(self, name: str, info: TensorInfo, tensor: torch.Tensor, skipped: int) -> None:
         data = tensor.detach().to("cpu", info.dtype).contiguous().reshape(-1).view(torch.uint8)
         shard, offset = self._places[name]
         with self.explained():
-            write_all(self._files[shard], byte_view(data), offset)
-        self._done(name)
+            write_all(self._files[shard], byte_view(data), offset + skipped)
 
     def copy(self, name: str, source: TensorSource, source_name: str | None = None) -> None:
         """The same as write(name, source.read(source_name or name)).
@@ -142,7 +149,7 @@ class CheckpointWriter:
         self._expect(name, extent.info.shape)
         shard, offset = self._places[name]
         with self.explained():
-            extent.copy_to(self._files[shard], offset)
+            extent.copy_to(self._files[shard], offset, past=self._past[shard])
         self._done(name)
 
     def copy_all(
@@ -153,9 +160,33 @@ class CheckpointWriter:
     ) -> None:
         """copy(name, source) for each name, several shards side by side; `progress` gets the share done, in this thread.
 
-        Meant for what `source` has as extents: what it must compute would be in memory several at a time."""
-        pool = ThreadPoolExecutor(min(COPIERS, os.cpu_count() or 1, len(self._shards)))
-        copies = [pool.submit(self.copy, name, source) for name in self._side_by_side(names, COPIERS)]
+        Meant for what `source` has as extents: what it must compute would be in memory several at a time. Large tensors
+        go in pieces, so that all threads are busy to the end."""
+        pieces = [(name, first) for name in names for first in self._starts(name, source)]
+        left = Counter(name for name, _ in pieces)
+        several = {name for name, count in left.items() if count > 1}
+
+        def copy_piece(name: str, first: int) -> None:
+            extent = source.extent(name) if name in several else None
+            if extent is None:
+                self.copy(name, source)
+                return
+            self._expect(name, extent.info.shape)
+            shard, offset = self._places[name]
+            with self.explained():
+                count = min(PIECE_BYTES, extent.info.nbytes - first)
+                extent.copy_to(self._files[shard], offset + first, first, count, self._past[shard])
+            with self._lock:
+                left[name] -= 1
+                whole = not left[name]
+            if whole:
+                self._done(name)
+
+        busy = min(
+            os.cpu_count() or 1, len(self._shards)
+        )  # a file takes one write at a time through the cache
+        pool = ThreadPoolExecutor(COPIERS if any(self._past) else min(COPIERS, busy))
+        copies = [pool.submit(copy_piece, *piece) for piece in self._side_by_side(pieces, COPIERS)]
         try:
             for done, copy in enumerate(as_completed(copies), 1):
                 copy.result()
@@ -296,15 +327,22 @@ class CheckpointWriter:
         if full:
             self._syncs.append(self._background.submit(os.fsync, self._files[shard]))
 
-    def _side_by_side(self, names: Sequence[str], width: int) -> list[str]:
-        """The names in an order in which neighbours lie in different shards: `width` of them are filled at a time."""
+    def _starts(self, name: str, source: TensorSource) -> Iterable[int]:
+        """Where the pieces begin in which a tensor is copied; one where it is small or must be read."""
+        extent = source.extent(name)
+        if extent is None or extent.info != self.plan.get(name):
+            return [0]
+        return range(0, max(1, extent.info.nbytes), PIECE_BYTES)
+
+    def _side_by_side(self, pieces: Sequence[tuple[str, int]], width: int) -> list[tuple[str, int]]:
+        """The pieces in an order in which neighbours lie in different shards: `width` of them are filled at a time."""
         seen: Counter[int] = Counter()
-        order: dict[str, tuple[int, int, int]] = {}
-        for name in names:
-            shard, _ = self._places[name]
-            order[name] = (shard // width, seen[shard], shard)
+        order: dict[tuple[str, int], tuple[int, int, int]] = {}
+        for piece in pieces:
+            shard, _ = self._places[piece[0]]
+            order[piece] = (shard // width, seen[shard], shard)
             seen[shard] += 1
-        return sorted(names, key=order.__getitem__)
+        return sorted(pieces, key=order.__getitem__)
 
     def _side(self, file: str) -> Path:
         if (
@@ -331,25 +369,3 @@ def _reserve(fd: int, size: int) -> None:
         os.posix_fallocate(fd, 0, size)
     else:
         os.ftruncate(fd, size)
-
-
-def shard_layout(
-    plan: Mapping[str, TensorInfo], max_shard_bytes: float
-) -> tuple[list[Shard], dict[str, tuple[int, int]]]:
-    """Shards, and for each tensor its shard's number and its offset there; a larger tensor than a shard gets its own."""
-    groups: list[dict[str, TensorInfo]] = [{}]
-    room = max_shard_bytes
-    for name, info in plan.items():
-        if info.nbytes > room and groups[-1]:
-            groups.append({})
-            room = max_shard_bytes
-        groups[-1][name] = info
-        room -= info.nbytes
-    shards: list[Shard] = []
-    places: dict[str, tuple[int, int]] = {}
-    for number, group in enumerate(groups):
-        header, starts = encode_header(group)
-        file = SINGLE if len(groups) == 1 else f"model-{number + 1:05}-of-{len(groups):05}.safetensors"
-        shards.append(Shard(file, header, len(header) + sum(info.nbytes for info in group.values())))
-        places.update({name: (number, start) for name, start in starts.items()})
-    return shards, places

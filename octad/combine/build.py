@@ -102,9 +102,12 @@ def write_and_fit(
     `texts`: of each expert, for closed-form repair."""
     before = writer.written  # by an earlier run
 
-    def write(name: str, tensor: torch.Tensor) -> None:
+    def write(name: str, tensor: torch.Tensor, first: int = 0) -> None:
         if name not in before:
-            writer.write(name, tensor)
+            if tensor.shape == source.info(name).shape:
+                writer.write(name, tensor)
+            else:
+                writer.write_rows(name, first, tensor)
         source.settled.pop(name, None)  # nobody reads it again
 
     for done, steps in settled_inputs(source, fitter, dtype, write, texts, journal):

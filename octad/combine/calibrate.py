@@ -9,8 +9,8 @@ cannot give the label away by the fingerprint of its own expert (docs/log.md has
 other specialists, so the statistics of an expert stay true when others come or go.
 
 Batches go through a layer side by side, one thread each: they share nothing, and what is small enough is as fast on one.
-One layer of one expert is in memory at a time (of small ones the next one, too), of a large one a single matrix, and each
-weight is read once; so are the inputs of one run, while the states of all of them may lie in a file (states.py).
+One layer of one expert is in memory at a time (of small ones the next one, too; of a large one some rows of a matrix).
+Each weight is read once. Inputs of one run are in memory, too; the states of all of them may lie in a file (states.py).
 Padding never reaches the statistics.
 
 Shapes: B sequences, S positions, N real tokens of one run, D model, F feed-forward hidden.
@@ -39,16 +39,23 @@ from octad.model.rope import Rope
 from octad.model.transformer import DecoderLayer, RMSNorm
 from octad.text.windows import Batch, Window, batches
 
-Write = Callable[[str, torch.Tensor], None]
 Texts = Callable[
     [int], Iterator[tuple[torch.Tensor, Batch]]
 ]  # a run's number -> its states h_BSD, batch by batch
 Settle = Callable[[int, Rope, Texts], None]
 Refit = Callable[[int, int, DecoderLayer, Rope, Texts], None]
 BETWEEN = -1  # in the place of a run's number: all runs have passed the layer
-SINGLY = 2 << 30  # bytes of an expert in memory, beyond which its matrices are read one at a time
+SINGLY = 2 << 30  # bytes of an expert in memory, beyond which its matrices are read one after the other
+BLOCK_BYTES = 64 << 20  # on disk, of the rows of such a matrix that are in memory at a time
 READ_AHEAD = 64 << 20  # bytes of an expert up to which the next one is read while one is at work
 BATCH_TOKENS = 512  # more are no faster; fewer windows differ less in length: less padding
+
+
+class Write(Protocol):
+    """Who gets what was read: a tensor, or its rows from number `first` on."""
+
+    def __call__(self, name: str, tensor: torch.Tensor, first: int = 0, /) -> None:
+        """Rows of one tensor come in order."""
 
 
 class Passage(Protocol):
@@ -77,7 +84,7 @@ class Run:
         return self.weight * sum(len(w.ids) for w in self.windows)
 
 
-def forget(name: str, tensor: torch.Tensor) -> None:
+def forget(name: str, tensor: torch.Tensor, first: int = 0) -> None:
     """A Write that does nothing with what was read."""
 
 
@@ -196,30 +203,56 @@ def _through_singly(
     dtype: torch.dtype,
     write: Write,
 ) -> None:
-    """Take batches, which stand behind attention, through an expert of which one matrix is in memory at a time. What lies
-    between its products is kept for all of them, in a file where it is much. The operations are MLP's."""
+    """Take batches, which stand behind attention, through an expert of which some rows of a matrix are in memory at once.
+    What lies between its products is kept for all of them, in a file where it is much. The operations are MLP's."""
 
-    def matrix(part: str) -> torch.Tensor:
-        name = names[f"{part}_proj.weight"]
-        return read_all(source, {part: name}, dtype, write)[part]
+    def rows(part: str) -> Iterator[torch.Tensor]:
+        return _blocks_of_rows(source, names[f"{part}_proj.weight"], dtype, write)
 
     def read_by_router(place: int) -> torch.Tensor:
         x_BSD: torch.Tensor = norm(states[place])
         return x_BSD
 
-    gate_FD = matrix("gate")
+    down = source.info(names["down_proj.weight"]).shape
     tokens = sum(states[place].shape[:2].numel() for place in places)
-    with States(tokens * len(gate_FD) * dtype.itemsize) as between:
+    with (
+        States(tokens * down[1] * dtype.itemsize) as between,
+        States(tokens * down[0] * dtype.itemsize) as made,
+    ):
+        parts: dict[int, list[int]] = {place: [] for place in places}  # of F, one from every block
+        for gate_fD, up_fD in zip(rows("gate"), rows("up"), strict=True):
+            for place in places:
+                x_BSD = read_by_router(place)
+                y_BSf = F.silu(F.linear(x_BSD, gate_fD)) * F.linear(x_BSD, up_fD)
+                parts[place].append(between.append(y_BSf))
+        added: dict[int, list[int]] = {place: [] for place in places}  # of D
+        for down_dF in rows("down"):
+            for place in places:
+                added[place].append(made.append(F.linear(_joined(between, parts[place]), down_dF)))
         for place in places:
-            between.append(F.silu(F.linear(read_by_router(place), gate_FD)))
-        del gate_FD
-        up_FD = matrix("up")
-        for number, place in enumerate(places):
-            between[number] = between[number] * F.linear(read_by_router(place), up_FD)
-        del up_FD
-        down_DF = matrix("down")
-        for number, place in enumerate(places):
-            states[place] = states[place] + F.linear(between[number], down_DF)
+            states[place] = states[place] + _joined(made, added[place])
+
+
+def _joined(states: States, numbers: Sequence[int]) -> torch.Tensor:
+    """Parts of the last dimension, put together."""
+    return states[numbers[0]] if len(numbers) == 1 else torch.cat([states[n] for n in numbers], -1)
+
+
+def _blocks_of_rows(
+    source: TensorSource, name: str, dtype: torch.dtype, write: Write
+) -> Iterator[torch.Tensor]:
+    """A matrix in `dtype`, some rows at a time where it lies on the disk as it is, else whole; what is read goes to
+    `write` first."""
+    height, width = source.info(name).shape
+    extent = source.extent(name)
+    if extent is None or extent.info.nbytes <= BLOCK_BYTES:
+        yield read_all(source, {name: name}, dtype, write)[name]
+        return
+    most = max(1, BLOCK_BYTES * height // extent.info.nbytes)
+    for first in range(0, height, most):
+        block = extent.part(first * width, (min(most, height - first), width)).read()
+        write(name, block, first)
+        yield block.to(dtype)
 
 
 def _finite(x_ND: torch.Tensor, layer: int, path: int) -> torch.Tensor:

@@ -114,7 +114,7 @@ def own_nats(source: MixtureSource, texts: Sequence[Held], dtype: torch.dtype) -
         regression, runs = Regression(source, seeing, dtype), [*seeing, *runs]
     ear = Ear(source, runs, dtype, first=len(runs) - len(texts))
 
-    def drop(name: str, tensor: torch.Tensor) -> None:
+    def drop(name: str, tensor: torch.Tensor, first: int = 0) -> None:
         source.settled.pop(name, None)
 
     settle = regression.settle if regression else None

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from octad.checkpoint.distance import square_sum
 from octad.checkpoint.extent import same_bytes
 from octad.checkpoint.lora import AdapterSource
 from octad.checkpoint.names import EMBEDDING, HEAD, is_ffn, layer_of, part_of, tensor_plan
@@ -163,9 +162,11 @@ def _blocks(
 
 
 def _squares(blocks: torch.Tensor, minus: torch.Tensor | None = None) -> list[float]:
-    """||x||^2 of each block, or ||x - minus||^2: [n]."""
-    others = [None] * len(blocks) if minus is None else list(minus)
-    return [square_sum(block, other) for block, other in zip(blocks, others, strict=True)]
+    """||x||^2 of each block, or ||x - minus||^2: [n]; in float32, in float64 where one of them is."""
+    given = [blocks] if minus is None else [blocks, minus]
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in given) else torch.float32
+    values = blocks.to(dtype, copy=True) if minus is None else blocks.to(dtype) - minus.to(dtype)
+    return [float(value) for value in values.square_().sum(1)]
 
 
 def _known_square(member: TensorSource, base: TensorSource, name: str) -> float | None:

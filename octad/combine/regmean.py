@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from octad.combine.calibrate import Run, Texts, read_all, shared_block, shared_names
+from octad.combine.calibrate import Run, Texts, forget, read_all, shared_block, shared_names
 from octad.combine.mixture import MixtureSource
 from octad.combine.statistics import add_gram
 from octad.model.rope import Rope
@@ -46,7 +46,7 @@ class Regression:
     def settle(self, layer: int, rope: Rope, texts: Texts) -> None:
         """Give the source this layer's linear weights, from the states in which each run's text comes to it."""
         names = shared_names(self.source.config, layer)
-        tensors = read_all(self.source, names, self.dtype, lambda name, tensor: None)
+        tensors = read_all(self.source, names, self.dtype, forget)
         for group in INPUTS:
             block = shared_block(self.source.config, layer, tensors)
             grams = self._grams(block, getattr(block.self_attn, group[0]), rope, texts)

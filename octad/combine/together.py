@@ -225,10 +225,10 @@ class _Part:
         for _, _, x_ND in gate_inputs(self.source, mine, self.dtype, self._write, passage=self.journal):
             yield x_ND
 
-    def _write(self, name: str, tensor: torch.Tensor) -> None:
+    def _write(self, name: str, tensor: torch.Tensor, first: int = 0) -> None:
         """A member's weights by the one who has read them; what is shared, and read by all, by the leader."""
         if (self.world.leads or is_ffn(name)) and name not in self.journal.before:
-            self.rows.write(name, 0, tensor)
+            self.rows.write(name, first, tensor)
 
     def _tell(self, x_ND: torch.Tensor | None) -> torch.Tensor | None:
         """Send inputs to the leader, or that there are none."""

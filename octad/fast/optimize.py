@@ -89,6 +89,12 @@ def slow_path(model: Transformer, precision: Precision | None) -> str | None:
     weight = model.model.norm.weight
     on_cpu = weight.device.type == "cpu"
     why = kernels_or_reason()[1] if suits_native(model) else f"they do not run {_kind(weight)}"
+    if precision is not None and weight.device.type == "cuda":
+        return (
+            f"{precision.name} on a GPU only saves memory: PyTorch unpacks the weights at each product, which takes"
+            f" longer than weights that are not rounded; vLLM has kernels for what `octad export MODEL --to"
+            f" compressed-tensors --quantize {precision.name}` writes"
+        )
     if precision is not None:
         return (
             f"{precision.name} without octad's native kernels saves memory but takes about three times as long as weights"

@@ -186,7 +186,7 @@ def engine(precision: Precision, cluster: Cluster) -> str:
         return "llama.cpp"
     if cluster.device.unified:
         return "octad"
-    return "vLLM" if precision.name in ("bf16", "fp8") else "vLLM or octad"
+    return "vLLM"  # octad's own int8 and int4 only save memory there
 
 
 def _option(

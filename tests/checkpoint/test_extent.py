@@ -116,10 +116,13 @@ def test_a_copy_says_which_side_failed(
         extents["big"].copy_to(file.fileno(), 0)
 
 
+@pytest.mark.parametrize("stripe", [32, 1000])
 @pytest.mark.parametrize("size", [0, 1, 16, 40, 64, 65])
-def test_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    """One byte changed, or none, in each of several files; the buffer is smaller than the tensor."""
+def test_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, stripe: int) -> None:
+    """One byte changed, or none, in each of several files; the buffer is smaller than the tensor, which one thread
+    compares or several."""
     monkeypatch.setattr(room, "BUFFER_BYTES", 16)
+    monkeypatch.setattr(room, "STRIPE_BYTES", stripe)
     draw = random.Random(size)
     data = draw.randbytes(size)
     extents, expected = [], []
@@ -135,3 +138,21 @@ def test_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) 
     for other, same in zip(extents, expected, strict=True):
         assert same_bytes(extents[0], [other]) == [same]
     assert same_bytes(extents[0], []) == []
+
+
+def test_what_lies_in_one_place_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A member that is a link to the base's file, or the hub's cache of both."""
+    (tmp_path / "one").write_bytes(bytes(range(60)) * 2)
+    (tmp_path / "link").hardlink_to(tmp_path / "one")
+    (tmp_path / "copy").write_bytes((tmp_path / "one").read_bytes())
+    read: list[str] = []
+    real = Extent.fill
+    monkeypatch.setattr(Extent, "fill", lambda self, *rest: read.append(self.path.name) or real(self, *rest))  # type: ignore[func-returns-value]
+    ours, linked, copied = (
+        Extent(tmp_path / n, 0, TensorInfo((60,), torch.uint8)) for n in ("one", "link", "copy")
+    )
+    assert same_bytes(ours, [linked]) == [True]
+    assert read == []
+    again = Extent(tmp_path / "link", 60, ours.info)  # another place of it
+    assert same_bytes(ours, [linked, again, copied]) == [True, True, True]
+    assert set(read) == {"one", "link", "copy"}

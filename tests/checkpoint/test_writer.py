@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, TinyCheckpoint
 
 from octad import staging
+from octad.checkpoint import writer as writer_room
 from octad.checkpoint.extent import Extent
 from octad.checkpoint.hf import INDEX, SINGLE, SafetensorsSource
 from octad.checkpoint.load import content_names
@@ -201,6 +202,40 @@ def test_copying_all_is_copying_each(tmp_path: Path, shard_bytes: float) -> None
     assert seen == sorted(seen)
     assert len(seen) == 19
     assert seen[-1] == 1
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 1500, 1e9])
+def test_large_tensors_are_copied_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_bytes: float
+) -> None:
+    monkeypatch.setattr(writer_room, "PIECE_BYTES", 100)
+    source, tensors = many(tmp_path)
+    plan = {name: source.extent(name).info for name in tensors}
+    seen: list[float] = []
+    with CheckpointWriter(tmp_path / "out", plan, max_shard_bytes=shard_bytes) as writer:
+        writer.copy_all(list(tensors), source, seen.append)
+        assert writer.written == set(tensors)
+        assert writer.full_shards == writer.shards
+        writer.commit()
+    found = {n: t for file in (tmp_path / "out").glob("*.safetensors") for n, t in load_file(file).items()}
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert len(seen) == sum(-(-tensor.nbytes // 100) for tensor in tensors.values())
+
+
+def test_rows_in_any_order_make_a_tensor(tmp_path: Path) -> None:
+    tensor = torch.arange(12.0).view(4, 3)
+    plan = {"a": TensorInfo((4, 3), torch.float16), "b": TensorInfo((2,), torch.float32)}
+    with CheckpointWriter(tmp_path / "out", plan) as writer:
+        writer.write_rows("a", 3, tensor[3:])
+        writer.write_rows("a", 0, tensor[:2])
+        assert writer.written == set()
+        writer.write_rows("b", 0, torch.ones(2))
+        writer.write_rows("a", 2, tensor[2:3])
+        assert writer.written == {"a", "b"}
+        with pytest.raises(CheckpointError, match="written twice"):
+            writer.write_rows("a", 0, tensor[:1])
+        writer.commit()
+    assert torch.equal(load_file(tmp_path / "out" / SINGLE)["a"], tensor.half())
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 from members import adapter, full_member, make_base, make_recipe, text_file
 from safetensors.torch import load_file, save_file
 
+from octad.checkpoint.writer import CheckpointWriter
 from octad.combine import calibrate, statistics
 from octad.combine.build import combine
 from octad.combine.calibrate import Run, gate_inputs
@@ -108,6 +110,34 @@ def test_matrix_by_matrix_a_large_expert_makes_the_same_inputs(tmp_path: Path, m
     for (layer, number, x), (their_layer, their_number, y) in zip(got, want, strict=True):
         assert (layer, number) == (their_layer, their_number)
         assert torch.equal(x, y)
+
+
+def test_by_blocks_of_rows_a_large_expert_makes_the_same_mixture(tmp_path: Path, monkeypatch) -> None:
+    """The bytes of every weight but the routers, whose products were cut another way: within rounding."""
+    file = recipe(tmp_path)
+    whole = load_all(alone(file, tmp_path / "whole"))
+    monkeypatch.setattr(calibrate, "SINGLY", 0)
+    monkeypatch.setattr(calibrate, "BLOCK_BYTES", 1000)
+    seen: Counter[str] = Counter()
+    real = CheckpointWriter.write_rows
+
+    def write_rows(self: CheckpointWriter, name: str, first: int, tensor: torch.Tensor) -> None:
+        assert first == seen[name]
+        seen[name] += len(tensor)
+        real(self, name, first, tensor)
+
+    monkeypatch.setattr(CheckpointWriter, "write_rows", write_rows)
+    found = load_all(alone(file, tmp_path / "blocks"))
+    assert seen  # and all of it, or the mixture were not complete
+    for name, tensor in whole.items():
+        router = "gate.weight" in name
+        torch.testing.assert_close(
+            found[name], tensor, rtol=0, atol=1e-4 * float(tensor.abs().max()) if router else 0
+        )
+
+
+def load_all(mixture: Path) -> dict[str, torch.Tensor]:
+    return {n: t for path in mixture.glob("*.safetensors") for n, t in load_file(path).items()}
 
 
 def test_sums_that_are_many_lie_in_a_file_and_are_the_same(tmp_path: Path, monkeypatch) -> None:

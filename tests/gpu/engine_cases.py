@@ -1,5 +1,6 @@
 """The engine on the pretended GPU: what it answers there is what it answers on the CPU."""
 
+import logging
 from typing import Any
 from unittest import mock
 
@@ -24,9 +25,9 @@ BATCH = prompts(3, longest=20)
 
 
 def engine(family: str, device: str, **how: Any) -> Engine:
-    model, attention = open_fast(
-        open_source(cases.MODELS[family]), how.pop("dtype", torch.float32), device, native=False, **how
-    )
+    """On the CPU by PyTorch alone, as it is on the GPU, whatever is asked there."""
+    dtype, native = how.pop("dtype", torch.float32), device == "cuda"
+    model, attention = open_fast(open_source(cases.MODELS[family]), dtype, device, native=native, **how)
     return Engine(model, byte_tokenizer(model.config.vocab_size), EngineConfig(**SETTINGS), attention)
 
 
@@ -51,7 +52,11 @@ def every_family_answers_as_on_the_cpu() -> None:
 @case
 def rounded_weights_answer_as_on_the_cpu() -> None:
     for name in ("int8", "int4"):
-        gpu = compare("mixtral", quantize=name)
+        with mock.patch.object(logging.getLogger("octad"), "warning") as log:
+            gpu = compare("mixtral", quantize=name)
+        (line,) = [call.args[0] for call in log.call_args_list if "on a GPU" in call.args[0]]
+        assert line.startswith(f"{name} on a GPU only saves memory")
+        assert f"octad export MODEL --to compressed-tensors --quantize {name}" in line  # what is quick there
         assert any(
             where.startswith("model/moe.py") for _, where in gpu.in_layers()
         )  # as the log line says: slow
