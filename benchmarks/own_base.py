@@ -56,6 +56,8 @@ def main() -> None:
     for name, answers in found["answers"].items():
         for kind, text in answers.items():
             print(f"--- {name}, {kind}\n{text}\n", flush=True)
+    if options.output is not None:  # in case that the rest is cut short
+        save(options.output, found | {"hardware": hardware()})
     if options.limit >= 0:
         found["humaneval"] = problems(llm, names, options.limit)
         print(json.dumps(found["humaneval"]["scores"], indent=1))

@@ -21,8 +21,8 @@ from octad.text.documents import kind_of
 
 DATA = Path(__file__).parent / "data"
 KINDS = ("python", "c", "french", "german", "spanish", "maths", "literature")
-LEARNT = {GENERAL: ("chats", "calibrate")}  # of each kind, the files to learn from
-USUAL = ("calibrate", "written", "bible")
+LEARNT = {GENERAL: ("chats.jsonl", "calibrate.jsonl")}  # of each kind, the files to learn from
+USUAL = ("calibrate.jsonl", "written.jsonl", "bible.jsonl", "more.jsonl.gz")
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ def shipped(place: Path, *, plain: bool) -> Texts:
 def _bundled(names: Iterable[str], place: Path, *, plain: bool) -> Texts:
     learnt, held_out = {}, {}
     for name in names:
-        parts = [DATA / name / f"{part}.jsonl" for part in LEARNT.get(name, USUAL)]
+        parts = [DATA / name / part for part in LEARNT.get(name, USUAL)]
         files, judged = [part for part in parts if part.is_file()], DATA / name / "heldout.jsonl"
         if plain:
-            files = [_flat(file, place / "shipped" / name / file.name) for file in files]
+            files = [_flat(file, place / "shipped" / name / file.name.removesuffix(".gz")) for file in files]
             judged = _flat(judged, place / "shipped" / name / judged.name)
         learnt[name], held_out[name] = [str(file) for file in files], str(judged)
     return Texts(learnt, held_out)

@@ -1,5 +1,6 @@
 """octad demo --base on a tiny model: the whole road, an interruption, and what is refused."""
 
+import gzip
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from tiny_models import Octad
 from octad.combine.recipe import Recipe
 from octad.demo import own_base
 from octad.demo.demo_cost import factor_bytes, rank_within
-from octad.demo.specialist_texts import KINDS, shipped, texts_in
+from octad.demo.specialist_texts import DATA, KINDS, shipped, texts_in
 from octad.model.config import ModelConfig
 from octad.text.corpus import open_all
 from octad.text.documents import read_documents
@@ -180,6 +181,32 @@ def test_what_comes_with_octad_serves_bases_with_and_without_a_template(tmp_path
         assert not [d for d in judged if d in learnt]
         kinds |= {type(d) for d in learnt}
     assert kinds == ({str} if plain else {str, list})
+
+
+def rows(name: str, file: str) -> list[dict[str, str]]:
+    path = DATA / name / file
+    text = gzip.decompress(path.read_bytes()).decode() if file.endswith(".gz") else path.read_text("utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("name", ["python", "french", "german", "spanish", "literature"])
+def test_what_specialists_read_besides_is_of_the_listed_works_and_not_judged_on(name: str) -> None:
+    kinds = [*KINDS, "general"]
+    judged = {row["source"].partition("/")[2] for kind in kinds for row in rows(kind, "heldout.jsonl")}
+    listed = {
+        (row["source"].partition("/")[0], row["licence"])
+        for file in ("calibrate.jsonl", "heldout.jsonl")
+        for row in rows(name, file)
+    }
+    more = rows(name, "more.jsonl.gz")
+    assert sum(len(row["text"]) for row in more) > 200_000
+    for row in more:
+        work, _, document = row["source"].partition("/")
+        assert (work, row["licence"]) in listed
+        assert (
+            not {document, document.replace("_gut_f", "_gut"), document.replace("_gut/", "_gut_f/")} & judged
+        )
+        assert "copyright" not in row["text"].lower()
 
 
 def test_a_folder_may_bring_its_own_generalist(own: Path, tmp_path: Path) -> None:
