@@ -12,7 +12,10 @@ are of the same text. --mixture is where the experts come from, an octad mixture
 
 Judged beside each domain's own specialist, told the domain (the oracle), as the mixture holds it, in bits per byte: the
 excess over it with 95 % intervals over documents, by position in the window, and the ten worst documents. --ensemble N
-also runs every member over the first N documents of each domain and gives the excess of their Bayes ensemble there.
+also runs every member over the first N documents of each domain and gives the excess of their Bayes ensemble there,
+beside everybody else's on the same documents: at the beginning of a text nobody knows what the oracle is told, and what
+the ensemble loses there is what has to be lost. The halves' routers are fitted as the demonstration's are, on text that
+the specialists wrote themselves too (--own), and with its favour for the generalist.
 """
 
 from __future__ import annotations
@@ -50,6 +53,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--piece", type=int, default=None, help="calibration tokens of a document at a time")
     parser.add_argument("--ridge", type=float, default=None, help="penalty of the routers")
     parser.add_argument("--method", default="logistic")
+    parser.add_argument("--generalist", type=float, default=8.0, help="as in a recipe's router")
+    parser.add_argument("--own", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--quantize", choices=("int8", "int4"), default=None, help="everybody is judged so")
     parser.add_argument("--ensemble", type=int, default=0, help="documents a domain that all members read")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "quality.json")
     return parser.parse_args()
@@ -134,25 +140,41 @@ def window_of(text: str, tokenizer: Any, size: int) -> Any:
 def fitted(options: argparse.Namespace, source: Any, tokenizer: Any, directory: Path) -> list[Any]:
     """weight_ED of every layer's router, by octad's own calibration of this directory's text."""
     from octad.combine.calibrate import gate_inputs
-    from octad.combine.calibration import text_windows
-    from octad.combine.fit import Calibration, fitter_of
-    from octad.combine.recipe import ExpertSpec, RouterSpec
+    from octad.combine.fit import fitter_of
+    from octad.combine.recipe import RouterSpec
     from octad.dist import compute_dtype
 
     given = {"method": options.method, "tokens": options.tokens, "ridge": options.ridge}
     given |= {"window": options.piece} if options.piece else {}
-    spec = RouterSpec.checked(given, "router")
-    calibrations = []
-    for name in experts_of(source):
-        files = [str(directory / f"{'dictionary' if name == 'general' else name}.jsonl")]
-        files = ([str(path) for path in chats()] if name == "general" else []) + files
-        expert = ExpertSpec.of(name, "base", tuple(files))
-        calibrations.append(Calibration(text_windows(expert, files, spec, tokenizer), []))
+    spec = RouterSpec.checked(given | {"generalist": options.generalist}, "router")
+    names = experts_of(source)
+    calibrations = [calibrated_on(name, directory, spec, tokenizer, options.own) for name in names]
     dtype = compute_dtype()
-    fitter = fitter_of(spec, source.config, calibrations, experts_of(source).index("general"), dtype)
+    fitter = fitter_of(spec, source.config, calibrations, names.index("general"), dtype)
     for step in gate_inputs(source, fitter.runs, dtype):
         fitter.see(*step)
     return fitter.fit().weights
+
+
+def calibrated_on(name: str, directory: Path, spec: Any, tokenizer: Any, own: bool) -> Any:
+    """One expert's text: a third of it what it wrote itself, where there is such text, the rest of these sources."""
+    from octad.combine.calibration import text_windows
+    from octad.combine.fit import Calibration
+    from octad.combine.recipe import ExpertSpec
+
+    written = DEMO / "data" / name / "own.jsonl"
+    files = [directory / f"{'dictionary' if name == 'general' else name}.jsonl"]
+    files = chats() + files if name == "general" else files
+    parts = [(files, spec)]
+    if own and written.is_file():
+        third = spec.tokens // 3
+        shares = [(files, spec.tokens - third), ([written], third)]
+        parts = [(part, spec.model_copy(update={"tokens": size})) for part, size in shares]
+    windows: list[Any] = []
+    for part, budget in parts:
+        expert = ExpertSpec.of(name, "base", tuple(map(str, part)))
+        windows += text_windows(expert, list(map(str, part)), budget, tokenizer)
+    return Calibration(windows, [])
 
 
 def chats() -> list[Path]:
@@ -211,8 +233,8 @@ def of_specialists(model: Any, texts: Sequence[Text], experts: Sequence[str]) ->
     return found
 
 
-def ensemble(model: Any, texts: Sequence[Text], experts: Sequence[str]) -> list[Any]:
-    """For each text its tokens' nats, by all members weighted by their posterior."""
+def alone(model: Any, texts: Sequence[Text], experts: Sequence[str]) -> dict[str, Any]:
+    """For each text its tokens' nats, by all members weighted by their posterior, and by the generalist."""
     from octad.evaluate.contestants import Member
     from octad.evaluate.ensemble import ensemble_nats
 
@@ -221,7 +243,11 @@ def ensemble(model: Any, texts: Sequence[Text], experts: Sequence[str]) -> list[
         members.append(np.concatenate(nats_of(model, Member(number), texts)))
         tell(f"{experts[number]} has read everything")
     starts = np.cumsum([0, *(len(text.window.ids) - 1 for text in texts)])
-    return np.split(ensemble_nats(np.stack(members), starts[:-1]), starts[1:-1])
+    together = {
+        "ensemble": ensemble_nats(np.stack(members), starts[:-1]),
+        "generalist": members[experts.index("general")],
+    }
+    return {name: np.split(nats, starts[1:-1]) for name, nats in together.items()}
 
 
 # ---- rounds ----------------------------------------------------------------------------------------------
@@ -260,13 +286,15 @@ def benchmark(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     source = open_source(options.mixture)
     tokenizer, experts = load_tokenizer(source), experts_of(source)
     texts, sources = prepare(options, tokenizer, work)
-    model = fast_model(source)
+    model = fast_model(source, quantize=options.quantize)
     tell(f"{len(texts)} documents, {sum(len(text.window.ids) for text in texts)} tokens")
     oracle = of_specialists(model, texts, experts)
+    everybody: dict[str, Any] = {}
     results: dict[str, Any] = {"benchmark": "quality", "command": command_line(), "sources": sources}
     for mixture in options.shipped:
         put_in(model, routers_of(mixture))
-        results[f"shipped {mixture.name}"] = shipped(mixture, nats_of(model, None, texts), texts, oracle)
+        everybody[f"shipped {mixture.name}"] = nats = nats_of(model, None, texts)
+        results[f"shipped {mixture.name}"] = shipped(mixture, nats, texts, oracle)
         tell(f"judged {mixture.name}")
     if options.halves:
         rounds = []
@@ -277,10 +305,13 @@ def benchmark(options: argparse.Namespace, work: Path) -> dict[str, Any]:
             rounds.append(nats_of(model, None, texts))
             tell(f"judged with the routers of half {half}")
         results |= both_ways(texts, rounds, oracle)
+        everybody["unseen"] = crossed(texts, rounds)
     if options.ensemble:
         some = [n for n in range(len(texts)) if place_in_domain(texts, n) < options.ensemble]
-        chosen = [texts[n] for n in some]
-        results["ensemble"] = figures(chosen, ensemble(model, chosen, experts), [oracle[n] for n in some])
+        chosen, known = [texts[n] for n in some], [oracle[n] for n in some]
+        found = {name: [nats[n] for n in some] for name, nats in everybody.items()}
+        found |= alone(model, chosen, experts)
+        results["beside the ensemble"] = {name: figures(chosen, nats, known) for name, nats in found.items()}
     return results
 
 
@@ -293,11 +324,15 @@ def both_ways(texts: Sequence[Text], rounds: Sequence[Any], oracle: Sequence[Any
     """Calibrated: each document by the routers that know its source; unseen: by the others."""
     known = [n for n, text in enumerate(texts) if text.half >= 0]
     seen = [rounds[texts[n].half][n] for n in known]
-    unseen = [rounds[1 - max(0, text.half)][n] for n, text in enumerate(texts)]
     return {
         "calibrated": figures([texts[n] for n in known], seen, [oracle[n] for n in known]),
-        "unseen": figures(texts, unseen, oracle),
+        "unseen": figures(texts, crossed(texts, rounds), oracle),
     }
+
+
+def crossed(texts: Sequence[Text], rounds: Sequence[Any]) -> list[Any]:
+    """Each document by the routers that do not know its source."""
+    return [rounds[1 - max(0, text.half)][n] for n, text in enumerate(texts)]
 
 
 def shipped(
