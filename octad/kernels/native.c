@@ -148,12 +148,12 @@ int NAME(paged_attention)(const void *q, const void *keys, const void *values, i
     Pages pages = {keys, values, dtype, block_size, G, K, window};
     int64_t longest = 1, runs = 0, failed = 0, size = H * K * (dtype == F_F32 ? 4 : 2);
     for (int64_t r = 0; r < R; r++) longest = lengths[r] > longest ? lengths[r] : longest;
-    int64_t parts = R < 2 * RUN * threads ? G : 1, heads = H / parts;
     int64_t *run = malloc((R + 1) * sizeof(int64_t)); /* where each begins */
     float *sum = malloc((R * part_size(H, K) + 16) * sizeof(float));
     if (!sum || !run) return free(sum), free(run), 1;
     for (int64_t r = 0; r < R; r += run_length(&pages, r, R, lengths, tables, width)) run[runs++] = r;
     run[runs] = R;
+    int64_t parts = threads > 1 && runs < 2 * threads ? G : 1, heads = H / parts;
 #pragma omp parallel num_threads(threads) if (R * H * longest * K > 65536)
     {
         float *scratch = malloc((attention_scratch(RUN * heads) + RUN * part_size(H, K)) * sizeof(float));

@@ -86,32 +86,33 @@ ONE void finish_plain(const Pages *p, const Heads *h, const float *factors) {
 #include "attention_avx512.h"
 #endif
 
-/* score_.. and value_.. for what is known when it is compiled: the number of heads, and K. */
-#define HEADS(work, n_, K_)                                                                                            \
-    case n_ * 256 + K_: work(p, s, h, n_, K_, t, end); return;
-#define EACH(work)                                                                                                     \
+/* score_.. and value_.. for what is known when it is compiled: the number of heads, K, and the bytes of a number. */
+#define HEADS(work, n_, K_, size_)                                                                                     \
+    case n_ * 256 + K_: work(p, s, h, n_, K_, size_, t, end); return;
+#define EACH(work, size_)                                                                                              \
     switch (h->n * 256 + p->K) {                                                                                       \
-        HEADS(work, 1, 64) HEADS(work, 2, 64) HEADS(work, 3, 64) HEADS(work, 4, 64)                                    \
-        HEADS(work, 1, 128) HEADS(work, 2, 128) HEADS(work, 3, 128) HEADS(work, 4, 128)                                \
+        HEADS(work, 1, 64, size_) HEADS(work, 2, 64, size_) HEADS(work, 3, 64, size_) HEADS(work, 4, 64, size_)        \
+        HEADS(work, 1, 128, size_) HEADS(work, 2, 128, size_) HEADS(work, 3, 128, size_) HEADS(work, 4, 128, size_)    \
     }
+#if BF16_DOT
+#define NARROW(kind) kind##_bf16
+#else
+#define NARROW(kind) kind##_wide
+#endif
 
 static void score_block(const Pages *p, const Span *s, const Heads *h, int64_t t, int64_t end) {
-#if BF16_DOT
-    if (p->dtype == F_BF16) {
-        EACH(score_bf16)
-    }
-#endif
-    EACH(score_wide)
+    if (p->dtype == F_F32) {
+        EACH(score_wide, 4)
+    } else
+        EACH(NARROW(score), 2)
     score_plain(p, s, h, t, end);
 }
 
 static void value_block(const Pages *p, const Span *s, const Heads *h, int64_t t, int64_t end) {
-#if BF16_DOT
-    if (p->dtype == F_BF16) {
-        EACH(value_bf16)
-    }
-#endif
-    EACH(value_wide)
+    if (p->dtype == F_F32) {
+        EACH(value_wide, 4)
+    } else
+        EACH(NARROW(value), 2)
     value_plain(p, s, h, t, end);
 }
 

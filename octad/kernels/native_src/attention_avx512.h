@@ -15,7 +15,9 @@ INLINE __m512 sums16(__m512 *v) {
 }
 
 /* One sum across the vectors for 16 positions; K = 32 parts. */
-INLINE void score_bf16(const Pages *p, const Span *s, const Heads *heads, const int n, const int K, int64_t t, int64_t end) {
+INLINE void score_bf16(const Pages *p, const Span *s, const Heads *heads, const int n, const int K, const int size, int64_t t,
+                       int64_t end) {
+    (void)size;
     const int parts = K / 32;
     __m512 sums[GROUP][BLOCK];
     for (int j = 0; j < BLOCK; j++) {
@@ -34,7 +36,9 @@ INLINE void score_bf16(const Pages *p, const Span *s, const Heads *heads, const 
                               _mm512_mul_ps(sums16(sums[h]), _mm512_set1_ps(s->scale)));
 }
 
-INLINE void value_bf16(const Pages *p, const Span *s, const Heads *heads, const int n, const int K, int64_t t, int64_t end) {
+INLINE void value_bf16(const Pages *p, const Span *s, const Heads *heads, const int n, const int K, const int size, int64_t t,
+                       int64_t end) {
+    (void)size;
     const int parts = K / 32;
     __m512 a[GROUP][4], b[GROUP][4]; /* the sums at even places, at odd places */
     for (int h = 0; h < n; h++)

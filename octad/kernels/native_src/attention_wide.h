@@ -13,40 +13,45 @@ INLINE Floats sums8(const Floats *v) {
            __builtin_shufflevector(b[0], b[1], 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
-/* Eight numbers of a page. */
-INLINE Floats page8(const Pages *p, const void *rows, int64_t at) {
-    return p->dtype == F_F32 ? load8((const float *)rows + at) : load8_bf16((const uint16_t *)rows + at);
+/* Where a position's numbers of these heads lie, of `size` bytes each; and eight of them. */
+INLINE const char *page_row(const Pages *p, const Heads *h, const void *rows, int32_t place, const int K, const int size) {
+    return (const char *)rows + ((int64_t)place * p->G + h->g) * (K * size);
 }
 
-INLINE void fetch_place(const Pages *p, const Span *s, const Heads *h, const void *rows, int64_t t) {
-    if (!s->fetch) return;
-    int64_t size = p->dtype == F_F32 ? 4 : 2;
-    const char *later = (const char *)rows + place(p, s, h, min64(t + AHEAD, s->there - 1)) * size;
-    for (int64_t i = 0; i < p->K * size; i += 64) __builtin_prefetch(later + i);
+INLINE Floats page8(const char *row, int i, const int size) {
+    return size == 4 ? load8((const float *)row + i) : load8_bf16((const uint16_t *)row + i);
+}
+
+INLINE void fetch_place(const Pages *p, const Span *s, const Heads *h, const void *rows, int64_t t, const int K,
+                        const int size) {
+    const char *later = page_row(p, h, rows, s->places[min64(t + AHEAD, s->there - 1)], K, size);
+#pragma GCC unroll 8
+    for (int i = 0; i < K * size; i += 64) __builtin_prefetch(later + i);
 }
 
 /* The scores of n heads at the positions t .. end: one sum across the vectors for 8 positions. A few positions share what is
    loaded of the queries, and their sums stay in registers. */
-INLINE void score_wide(const Pages *p, const Span *s, const Heads *heads, const int n, const int K, int64_t t, int64_t end) {
-    const int together = n == 1 ? 8 : n <= 3 ? 4 : 2;
+INLINE void score_wide(const Pages *p, const Span *s, const Heads *heads, const int n, const int K, const int size, int64_t t,
+                       int64_t end) {
+    const int together = n == 1 ? 8 : n == 2 ? 4 : 2;
     float query[GROUP * K];
     load_row(query, heads->q, p->dtype, 0, n * K);
     for (; t < end; t += 8) {
         Floats sums[GROUP][8];
+        const char *key[8];
         int64_t count = min64(8, end - t);
+        for (int j = 0; j < 8; j++) key[j] = page_row(p, heads, p->keys, s->places[min64(t + j, end - 1)], K, size);
+        if (s->fetch)
+            for (int j = 0; j < 8; j++) fetch_place(p, s, heads, p->keys, t + j, K, size);
         for (int j = 0; j < 8; j += together) {
-            int64_t key[8];
             Floats sum[GROUP][8];
-            for (int l = 0; l < together; l++) {
-                key[l] = place(p, s, heads, min64(t + j + l, end - 1));
-                fetch_place(p, s, heads, p->keys, t + j + l);
-                for (int h = 0; h < n; h++) sum[h][l] = all(0);
-            }
+            for (int h = 0; h < n; h++)
+                for (int l = 0; l < together; l++) sum[h][l] = all(0);
             for (int i = 0; i < K; i += 8) {
                 Floats of_query[GROUP];
                 for (int h = 0; h < n; h++) of_query[h] = load8(query + h * K + i);
                 for (int l = 0; l < together; l++) {
-                    Floats x = page8(p, p->keys, key[l] + i);
+                    Floats x = page8(key[j + l], i, size);
                     for (int h = 0; h < n; h++) sum[h][l] += x * of_query[h];
                 }
             }
@@ -61,18 +66,21 @@ INLINE void score_wide(const Pages *p, const Span *s, const Heads *heads, const 
 }
 
 /* out += the values at the positions t .. end, weighted; a few columns at a time, whose sums stay in registers. */
-INLINE void value_wide(const Pages *p, const Span *s, const Heads *heads, const int n, const int K, int64_t t, int64_t end) {
+INLINE void value_wide(const Pages *p, const Span *s, const Heads *heads, const int n, const int K, const int size, int64_t t,
+                       int64_t end) {
     const int columns = n == 1 ? 8 : n <= 3 ? 4 : 2;
     for (int i = 0; i < K; i += 8 * columns) {
         Floats sum[GROUP][8];
         for (int h = 0; h < n; h++)
             for (int c = 0; c < columns; c++) sum[h][c] = t ? load8(heads->out + h * K + i + 8 * c) : all(0);
         for (int64_t j = t; j < end; j++) {
-            int64_t value = place(p, s, heads, j) + i;
-            if (i == 0) fetch_place(p, s, heads, p->values, j);
+            const char *value = page_row(p, heads, p->values, s->places[j], K, size);
+            if (i == 0 && s->fetch) fetch_place(p, s, heads, p->values, j, K, size);
+            Floats weight[GROUP];
+            for (int h = 0; h < n; h++) weight[h] = all(heads->scores[h * s->T + j]);
             for (int c = 0; c < columns; c++) {
-                Floats x = page8(p, p->values, value + 8 * c);
-                for (int h = 0; h < n; h++) sum[h][c] += x * all(heads->scores[h * s->T + j]);
+                Floats x = page8(value, i + 8 * c, size);
+                for (int h = 0; h < n; h++) sum[h][c] += x * weight[h];
             }
         }
         for (int h = 0; h < n; h++)
