@@ -29,6 +29,20 @@ def generator() -> torch.Generator:
     return torch.Generator()
 
 
+class Numbers:
+    """Numbers in [0, 1) of one generator, in its order. Some are made ahead: a call of PyTorch costs more than they."""
+
+    def __init__(self, source: torch.Generator) -> None:
+        self._source = source
+        self._ahead: list[float] = []
+
+    def take(self) -> float:
+        """The next one."""
+        if not self._ahead:
+            self._ahead = torch.rand(64, dtype=torch.float64, generator=self._source).tolist()[::-1]
+        return self._ahead.pop()
+
+
 class Buffer:
     """Memory that is used again at the next step: fresh pages of this size cost more than the arithmetic on them."""
 

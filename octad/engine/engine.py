@@ -122,7 +122,7 @@ class Engine:
         self.runner = ModelRunner(model, num_blocks, config.block_size, attention, config.cuda_graphs)
         self.blocks = BlockManager(num_blocks, config.block_size)
         self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens)
-        self.sampler = Sampler(partial(token_text, tokenizer))
+        self.sampler = Sampler(partial(token_text, tokenizer), drawing=self.runner.drawing)
         ends = tokenizer.eos_ids or model.config.eos_token_ids
         self.eos_ids = tuple(i for i in ends if 0 <= i < model.config.vocab_size)
         self.grammars = GrammarCompiler(tokenizer, self.eos_ids)

@@ -22,6 +22,7 @@ import torch
 from octad.engine.graphs import DecodeGraphs
 from octad.engine.one_call import OneCall, Stacked
 from octad.engine.scheduler import Piece
+from octad.kernels.drawing import Drawing
 from octad.kernels.paged import PagedAttention, PagedBatch, paged_attention
 from octad.model.observe import Speaker, Watch, stack
 from octad.model.paged_cache import BlockPool, PagedCache
@@ -31,9 +32,10 @@ Rows = tuple[Any, Any, Any]  # tokens_N, positions_N, slots_N: lists or arrays o
 
 
 class Ran(NamedTuple):
-    """What a step gives: logits_RV in the model's dtype, and, where somebody listens to a mixture, its routing.
+    """What a step gives: logits_RV in the model's dtype, and, where somebody listens to a mixture, its routing; both
+    are there until the next step.
 
-    `routing` makes (experts_NLA, weights_NLA) of all N tokens, until the next step. What the step knows already spares
+    `routing` makes (experts_NLA, weights_NLA) of all N tokens. What the step knows already spares
     others finding it out: the `likeliest` token of each row (-1: no numbers), and its `speakers`.
     """
 
@@ -61,11 +63,11 @@ class ModelRunner:
         self.watch = Watch(model)
         self.pool = BlockPool(model.config, num_blocks, block_size, weight.dtype, self.device)
         self.one_call = OneCall(model, self.pool, block_size) if OneCall.suits(model) else None
+        self.drawing = None if self.one_call is None else Drawing(self.one_call.decoder.kernels.library)
         self.graphs: DecodeGraphs | None = None
         if graphs and DecodeGraphs.suit(model, attention):
             self.graphs = DecodeGraphs(model, self.pool, attention, self.watch, block_size)
 
-    @torch.inference_mode()
     def run(
         self,
         pieces: Sequence[Piece],
@@ -77,6 +79,10 @@ class ModelRunner:
         if self.one_call is not None and (done := self.one_call.run(pieces)) is not None:
             routing = done.routing if traced and done.speakers else None
             return Ran(done.logits, routing, done.likeliest, done.speakers if traced else None)
+        return self._run(pieces, traced, read)
+
+    @torch.inference_mode()
+    def _run(self, pieces: Sequence[Piece], traced: bool, read: Callable[[torch.Tensor], None] | None) -> Ran:
         if self.graphs is not None and (decoded := self.graphs.run(pieces)) is not None:
             if read is not None:
                 read(decoded.hidden)

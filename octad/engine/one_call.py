@@ -89,7 +89,8 @@ class _Arrays:
     def __init__(self, model: Transformer, alike: Alike, rows: int, block_size: int) -> None:
         self.rows, self.block_size, self.alike = rows, block_size, alike
         self.model, self.kernels = model, cast(NativeDecoder, model.model).kernels
-        self.dtype, self.vocabulary = model.model.norm.weight.dtype, model.config.vocab_size
+        dtype = model.model.norm.weight.dtype
+        self.logits_RV = torch.empty(rows, model.config.vocab_size, dtype=dtype)
         shape = (len(alike.layers), rows, alike.top_k)
         self.weights_LRA, self.experts_LRA = torch.ones(shape), torch.zeros(shape, dtype=torch.int64)
         integers = ctypes.c_int64 * rows
@@ -99,7 +100,7 @@ class _Arrays:
         self._blocks: list[array[int] | None] = [None] * rows  # as they stand in the tables
         self._counts = [0] * rows
         self._step = StepStruct(
-            dtype=DTYPES[self.dtype],
+            dtype=DTYPES[dtype],
             R=rows,
             block_size=block_size,
             given=alike.kind != "routed",
@@ -108,6 +109,7 @@ class _Arrays:
             lengths=ctypes.addressof(self.lengths),
         )
         self._ends = self._ends_of(model)
+        self._step_at, self._ends_at = ctypes.addressof(self._step), ctypes.addressof(self._ends)
         self._turn, self._known = (
             (torch.empty(0), torch.empty(0)),
             0,
@@ -135,16 +137,13 @@ class _Arrays:
 
     def run(self, alike: Alike) -> Decoded:
         """The call."""
-        logits_RV = torch.empty(self.rows, self.vocabulary, dtype=self.dtype)
-        self._ends.logits = logits_RV.data_ptr()
-        step, ends = ctypes.addressof(self._step), ctypes.addressof(self._ends)
-        self.kernels.decode(alike.array, step, ends, self.weights_LRA, self.experts_LRA)
+        self.kernels.decode(alike.array, self._step_at, self._ends_at, self.weights_LRA, self.experts_LRA)
         if (offload := alike.layers[0].offload) is not None:
             offload.after([layer.layer for layer in alike.layers], self.experts_LRA)
         speakers = None
         if alike.kind == "routed":
             speakers = list(zip(self.speakers, self.shares, strict=True))
-        return Decoded(logits_RV, list(self.likeliest), speakers, self)
+        return Decoded(self.logits_RV, list(self.likeliest), speakers, self)
 
     def _ends_of(self, model: Transformer) -> EndsStruct:
         decoder, head = model.model, cast(NativeLinear, model.lm_head)
@@ -153,6 +152,7 @@ class _Arrays:
             embedding=decoder.embed_tokens.weight.data_ptr(),
             norm=decoder.norm.weight.data_ptr(),
             head=head.weight.address,
+            logits=self.logits_RV.data_ptr(),
             likeliest=ctypes.addressof(self.likeliest),
             speakers=ctypes.addressof(self.speakers),
             shares=ctypes.addressof(self.shares),

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -31,9 +32,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octad.engine.draw import LEAST, Buffer, generator, keep, likeliest, pick, total
+from octad.engine.draw import LEAST, Buffer, Numbers, generator, keep, likeliest, pick, total
 from octad.engine.outputs import TokenLogprob, TokenLogprobs
 from octad.engine.params import SamplingParams, mix_seed
+from octad.kernels.drawing import Drawing
 
 BROKEN = "the model computes no numbers (NaN or infinite logits): its weights are damaged, or too large for the dtype"
 LARGEST = 1e37  # of a logit: differences of two are still float32 numbers
@@ -113,9 +115,9 @@ class SamplingState:
         self.params, self.matcher = params, matcher
         self.broken = False  # the model's logits are no numbers
         self.output_ids: list[int] = []
-        self.generator: torch.Generator | None = None
+        self.numbers: Numbers | None = None  # of a generator of its own
         if params.seed is not None:
-            self.generator = generator().manual_seed(mix_seed(params.seed, index) & 0xFFFFFFFF)
+            self.numbers = Numbers(generator().manual_seed(mix_seed(params.seed, index) & 0xFFFFFFFF))
         self._counts = TokenCounts(prompt_ids) if params.penalised else None
         self._ends = torch.tensor([*eos_ids, *params.stop_token_ids], dtype=torch.int64)
         self._end_ids = frozenset(self._ends.tolist())
@@ -170,21 +172,27 @@ class SamplingState:
 
 class Sampler:
     """Draws one token a row. `text_of` gives the text of a token that is reported with its log-probability; `seed` is
-    that of the generator which all rows without a seed share (None: a new one each time)."""
+    that of the generator which all rows without a seed share (None: a new one each time). `drawing`: the kernels that
+    draw, for logits on the CPU; without it PyTorch does."""
 
-    def __init__(self, text_of: Callable[[int], str] | None = None, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        text_of: Callable[[int], str] | None = None,
+        seed: int | None = None,
+        drawing: Drawing | None = None,
+    ) -> None:
         self._text_of = text_of or (lambda token: "")
-        self._seed = seed
+        self._seed, self._drawing = seed, drawing
         self._work, self._scratch = Buffer(), Buffer()
 
     @cached_property
-    def _shared(self) -> torch.Generator:
+    def _shared(self) -> Numbers:
         shared = generator()
         if self._seed is None:
             shared.seed()
         else:
             shared.manual_seed(self._seed)
-        return shared
+        return Numbers(shared)
 
     def sample(
         self, logits_RV: Tensor, states: Sequence[SamplingState], likeliest: Sequence[int] | None = None
@@ -196,41 +204,72 @@ class Sampler:
         if not states:
             return []
         wanted = [row for row, state in enumerate(states) if state.params.logprobs is not None]
-        with torch.inference_mode():
-            tokens = self._choose(logits_RV, states).tolist()
-            for row in _without_numbers(logits_RV):
+        by_kernels = self._drawing is not None and not wanted and not any(state.adjusts for state in states)
+        with nullcontext() if by_kernels else torch.inference_mode():
+            tokens = self._choose(logits_RV, states)
+            for row in _without_numbers(logits_RV, likeliest):
                 states[row].broken, tokens[row] = True, 0
             logprobs = self._logprobs(logits_RV, tokens, states, wanted) if wanted else {}
         return [Sampled(token, logprobs.get(row)) for row, token in enumerate(tokens)]
 
     # ---- choosing ------------------------------------------------------------------------------------------
 
-    def _choose(self, logits_RV: Tensor, states: Sequence[SamplingState]) -> Tensor:
-        """tokens_R, drawn or the likeliest."""
+    def _choose(self, logits_RV: Tensor, states: Sequence[SamplingState]) -> list[int]:
+        """A token for each row, drawn or the likeliest."""
         adjusted = [row for row, state in enumerate(states) if state.adjusts]
         greedy = [state.params.greedy for state in states]
         if not adjusted and all(greedy):
-            return likeliest(logits_RV)
-        work_RV = self._work.padded(logits_RV)
+            return list(likeliest(logits_RV).tolist())
+        V = logits_RV.shape[1]
+        untouched = self._drawing is not None and not adjusted
+        work_RV = logits_RV if untouched else self._work.padded(logits_RV)
         for row in adjusted:
-            states[row].adjust(work_RV[row, : logits_RV.shape[1]])
+            states[row].adjust(work_RV[row, :V])
         if all(greedy):
-            return likeliest(work_RV)
-        if not any(greedy):
-            return self._draw(work_RV, states)
-        likeliest_R = likeliest(work_RV)
-        return torch.where(torch.tensor(greedy).to(work_RV.device), likeliest_R, self._draw(work_RV, states))
-
-    def _draw(self, logits_RV: Tensor, states: Sequence[SamplingState]) -> Tensor:
-        """tokens_R from temperature, min-p, top-k and top-p; overwrites the logits. Greedy rows are drawn in vain."""
-        device, plain = logits_RV.device, SamplingParams()
+            return list(likeliest(work_RV).tolist())
+        best = likeliest(work_RV).tolist() if any(greedy) else []
+        plain = SamplingParams()
         params = [plain if state.params.greedy else state.params for state in states]
+        if self._drawing is not None:
+            narrow_RV = work_RV if untouched else work_RV[:, :V]
+            drawn = self._draw_natively(self._drawing, narrow_RV, states, params)
+        else:
+            drawn = self._draw(work_RV, states, params).tolist()
+        return [best[row] if greedy[row] else token for row, token in enumerate(drawn)]
+
+    def _draw_natively(
+        self,
+        drawing: Drawing,
+        logits_RV: Tensor,
+        states: Sequence[SamplingState],
+        params: Sequence[SamplingParams],
+    ) -> list[int]:
+        """As `_draw`, by the kernels; the logits stay as they are."""
+        outside = drawing.draw(
+            logits_RV,
+            [p.temperature for p in params],
+            [p.top_p for p in params],
+            [p.min_p for p in params],
+            [p.top_k for p in params],
+            self._uniforms(states),
+        )
+        while any(outside):
+            rows = [row for row, again in enumerate(outside) if again]
+            numbers = dict(zip(rows, self._uniforms([states[row] for row in rows]), strict=True))
+            outside = drawing.again([numbers.get(row, 0.0) for row in range(len(states))])
+        return drawing.tokens
+
+    def _draw(
+        self, logits_RV: Tensor, states: Sequence[SamplingState], params: Sequence[SamplingParams]
+    ) -> Tensor:
+        """tokens_R from temperature, min-p, top-k and top-p; overwrites the logits. Greedy rows are drawn in vain."""
+        device = logits_RV.device
         logits_RV -= logits_RV.amax(-1, keepdim=True)
         logits_RV /= _column([p.temperature for p in params], device)
         weights_RV = logits_RV.exp_()  # the likeliest weighs 1
         floor_R1 = _floor(weights_RV, params)
         kept_RV = keep(weights_RV, floor_R1, True, self._scratch.like(weights_RV))
-        chosen_R = pick(kept_RV, self._uniforms(states))
+        chosen_R = pick(kept_RV, torch.tensor(self._uniforms(states), dtype=torch.float64))
         if all(p.top_p == 1 for p in params):
             return chosen_R
         top_p_R1 = _column([p.top_p if p.top_p < 1 else math.inf for p in params], device)
@@ -252,16 +291,13 @@ class Sampler:
             if not rows:
                 return chosen_R
             uniforms_R = torch.zeros(len(states), dtype=torch.float64)
-            uniforms_R[rows] = self._uniforms([states[row] for row in rows])
+            numbers = self._uniforms([states[row] for row in rows])
+            uniforms_R[rows] = torch.tensor(numbers, dtype=torch.float64)
             chosen_R = torch.where(outside_R, pick(likelier_RV, uniforms_R), chosen_R)
 
-    def _uniforms(self, states: Sequence[SamplingState]) -> Tensor:
+    def _uniforms(self, states: Sequence[SamplingState]) -> list[float]:
         """A number in [0, 1) for each row, from its own generator or the shared one."""
-        uniforms_R = torch.rand(len(states), dtype=torch.float64, generator=self._shared)
-        for row, state in enumerate(states):
-            if state.generator is not None:
-                uniforms_R[row] = torch.rand((), dtype=torch.float64, generator=state.generator)
-        return uniforms_R
+        return [(self._shared if state.numbers is None else state.numbers).take() for state in states]
 
     # ---- log-probabilities ---------------------------------------------------------------------------------
 
@@ -327,8 +363,10 @@ def distribution(
     return p_V / p_V.sum()
 
 
-def _without_numbers(logits_RV: Tensor) -> list[int]:
+def _without_numbers(logits_RV: Tensor, likeliest: Sequence[int] | None) -> list[int]:
     """The rows whose largest logit is NaN or infinite: whatever was chosen there means nothing."""
+    if likeliest is not None:
+        return [row for row, token in enumerate(likeliest) if token < 0]
     if logits_RV.device.type == "cpu":  # NumPy's are quicker at one row
         finite = np.isfinite(logits_RV.float().numpy().max(-1))
         return [] if finite.all() else [int(row) for row in np.flatnonzero(~finite)]

@@ -17,6 +17,7 @@
    native_src/parts.h      the decoder's operations inside one parallel region
    native_src/attention.h  queries over pages of keys and values
    native_src/layers.h     whole layers of them
+   native_src/draw.h       a token of a row of logits
    native_src/passes.h     the passes between the products of training
    native_src/packing.h    weights rounded and packed
    here                    what Python calls. dtype is F_F32 or F_BF16; functions return 0, 1 without memory,
@@ -36,6 +37,7 @@
 #include "native_src/parts.h"
 #include "native_src/attention.h"
 #include "native_src/layers.h"
+#include "native_src/draw.h"
 #include "native_src/passes.h"
 #include "native_src/packing.h"
 
@@ -223,6 +225,30 @@ int NAME(layers)(const Block *const *blocks, int64_t L, const Step *s, const voi
     }
     work_free(&work, threads);
     return failed;
+}
+
+/* ---- drawing ---------------------------------------------------------------------------------------------------- */
+
+/* tokens [R] of logits [R, V], rows `stride` numbers apart; numbers [R] in [0, 1). outside [R]: whether a token is to be
+   drawn anew among the likelier ones, by draw_again. weights [R, V] and nucleus [R] are scratch of both. */
+void NAME(draw)(const void *logits, int64_t dtype, int64_t R, int64_t V, int64_t stride, const Draws *draws,
+                const double *numbers, float *weights, double *nucleus, int64_t *tokens, int64_t *outside, int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (R > 1) schedule(static)
+    for (int64_t r = 0; r < R; r++) {
+        const char *row = (const char *)logits + r * stride * (dtype == F_F32 ? 4 : 2);
+        draw_row(row, dtype, V, draws, r, numbers[r], weights + r * V, nucleus + r, tokens + r, outside + r);
+    }
+}
+
+void NAME(draw_again)(int64_t R, int64_t V, const double *numbers, const float *weights, const double *nucleus,
+                      int64_t *tokens, int64_t *outside, int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (R > 1) schedule(static)
+    for (int64_t r = 0; r < R; r++) {
+        if (!outside[r]) continue;
+        const float *row = weights + r * V;
+        pick(row, V, nextafterf(row[tokens[r]], INFINITY), numbers[r], tokens + r);
+        outside[r] = is_outside(row, V, tokens[r], nucleus[r]);
+    }
 }
 
 int NAME(features)(void) { /* bit 0: vectors of integers, bit 1: bf16 dot products, bit 2: OpenMP, bit 3: tiles */

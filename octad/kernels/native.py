@@ -139,7 +139,7 @@ class NativeKernels:
     """The compiled library with its argument types."""
 
     def __init__(self, library: Library) -> None:
-        self.isa, self.features = library.isa, int(library.function("features")())
+        self.library, self.isa, self.features = library, library.isa, int(library.function("features")())
         self._linear = library.function("linear", [_P, _I, _P, _I, _I, _P, _P, _I])
         self._experts = library.function("experts", [_P, _P, _P, _I, _P, _I, _I, _P, _P, _I, _P, _I])
         self._norm = library.function("rms_norm", [_P, _I, _I, _I, _P, _F, _P, _I])

@@ -9,6 +9,8 @@ from octad.chat.session import Session
 from octad.engine.sampling import BROKEN, Sampler, SamplingState
 from octad.errors import RequestError
 from octad.evaluate.tasks.answers import write
+from octad.fast.optimize import native_kernels
+from octad.kernels.drawing import Drawing
 
 V = 150  # not a whole number of the sampler's blocks
 
@@ -34,10 +36,13 @@ def test_a_row_without_numbers_leaves_its_neighbours_alone(value: float, options
     logits = torch.full((3, V), -1e4)
     logits[:, 7] = 0.0
     logits[1] = value
-    states = [SamplingState(SamplingParams(**options), [1], []) for _ in range(3)]  # type: ignore[arg-type]
-    tokens = [sampled.token_id for sampled in Sampler(seed=0).sample(logits, states)]
-    assert (tokens[0], tokens[2]) == (7, 7)
-    assert [state.failure for state in states] == [None, BROKEN, None]
+    kernels = native_kernels()
+    for drawing in (None, Drawing(kernels.library) if kernels else None):
+        states = [SamplingState(SamplingParams(**options), [1], []) for _ in range(3)]  # type: ignore[arg-type]
+        sampler = Sampler(seed=0, drawing=drawing)
+        tokens = [sampled.token_id for sampled in sampler.sample(logits, states)]
+        assert (tokens[0], tokens[2]) == (7, 7)
+        assert [state.failure for state in states] == [None, BROKEN, None]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -64,7 +64,7 @@ def logits_of(engine: Engine) -> list[torch.Tensor]:
 
     def run(*args: Any) -> Any:
         ran = inner(*args)
-        rows.extend(ran.logits)
+        rows.extend(ran.logits.clone())
         return ran
 
     engine.runner.run = run  # type: ignore[method-assign]

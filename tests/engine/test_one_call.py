@@ -51,7 +51,8 @@ def twice(engine: Engine) -> list[tuple[Ran, Ran, tuple[Any, Any], tuple[Any, An
         one_call, runner.one_call = runner.one_call, None
         plain = inner(*args)
         runner.one_call = one_call
-        found.append((ran, plain, routing, plain.routing() if plain.routing else None))
+        kept = ran._replace(logits=ran.logits.clone())
+        found.append((kept, plain, routing, plain.routing() if plain.routing else None))
         return ran
 
     engine.runner.run = both  # type: ignore[method-assign]

@@ -11,6 +11,8 @@ import transformers
 from octad.engine.draw import BLOCK, Buffer, keep, likeliest, pick
 from octad.engine.params import SamplingParams
 from octad.engine.sampling import Sampler, SamplingState, distribution
+from octad.fast.optimize import native_kernels
+from octad.kernels.drawing import Drawing
 
 V = 150  # more than two blocks, and not a whole number of them
 
@@ -33,9 +35,21 @@ def state(
     return made
 
 
-def draws(logits: torch.Tensor, one: SamplingState, count: int, seed: int = 0) -> torch.Tensor:
+@pytest.fixture(params=["PyTorch", "kernels"])
+def drawing(request: pytest.FixtureRequest) -> Drawing | None:
+    """What draws: PyTorch, or the kernels."""
+    if request.param == "PyTorch":
+        return None
+    if (kernels := native_kernels()) is None:
+        pytest.skip("there are no kernels here")
+    return Drawing(kernels.library)
+
+
+def draws(
+    logits: torch.Tensor, one: SamplingState, count: int, seed: int = 0, drawing: Drawing | None = None
+) -> torch.Tensor:
     """How often each token came in `count` draws."""
-    sampler, rows = Sampler(seed=seed), 1000
+    sampler, rows = Sampler(seed=seed, drawing=drawing), 1000
     batch = logits.expand(rows, -1)
     tokens = [s.token_id for _ in range(count // rows) for s in sampler.sample(batch, [one] * rows)]
     return torch.bincount(torch.tensor(tokens), minlength=logits.shape[-1])
@@ -131,11 +145,32 @@ PROMPT, OUTPUT, EOS = [1, 2, 3, 3, 140, 149], [3, 10, 10, 10, 77], [11]
 
 @pytest.mark.parametrize("scale", [0.3, 2.0, 8.0], ids=["flat", "usual", "peaked"])
 @pytest.mark.parametrize("case", CASES)
-def test_draws_follow_the_distribution(case: str, scale: float) -> None:
+def test_draws_follow_the_distribution(case: str, scale: float, drawing: Drawing | None) -> None:
     logits = random_logits(V, seed=len(case), scale=scale)
     one = state(PROMPT, OUTPUT, EOS, **CASES[case])
     expected = distribution(logits, one.params, PROMPT, OUTPUT, EOS)
-    assert chi_square(draws(logits, one, 10_000), expected) > 1e-4
+    assert chi_square(draws(logits, one, 10_000, drawing=drawing), expected) > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocabulary", [V, 50_000])
+def test_the_kernels_draw_what_pytorch_draws(vocabulary: int, dtype: torch.dtype) -> None:
+    """The same tokens from the same seeds, in batches of all kinds and on two threads, greedy and adjusted rows among
+    them: what differs is the rounding of e^x, which moves the borders between tokens by some 1e-7."""
+    if (kernels := native_kernels()) is None:
+        pytest.skip("there are no kernels here")
+    options: list[dict[str, object]] = [*CASES.values(), {"temperature": 0}]
+    found = []
+    for one in (None, Drawing(kernels.library)):
+        sampler, torch_threads = Sampler(seed=3, drawing=one), 1 if one is None else 2
+        torch.set_num_threads(torch_threads)
+        rows = [state(PROMPT, OUTPUT, EOS, seed=n, **some) for n, some in enumerate(options)]
+        batches = [random_logits(len(rows), vocabulary, seed=step).to(dtype) for step in range(3)]
+        before = [batch.clone() for batch in batches]
+        found.append([[s.token_id for s in sampler.sample(batch, rows)] for batch in batches])
+        found[-1] += [[s.token_id for s in sampler.sample(batches[0][:1], rows[:1])] for _ in range(3)]
+        assert all(torch.equal(a, b) for a, b in zip(batches, before, strict=True))
+    assert found[0] == found[1]
 
 
 def test_the_statistical_test_can_fail() -> None:
@@ -181,18 +216,19 @@ def test_keep_is_exact_to_the_last_bit() -> None:
         assert torch.equal(kept, torch.tensor(expected).expand(500, 3))
 
 
-def test_equally_likely_tokens_are_kept_together() -> None:
+def test_equally_likely_tokens_are_kept_together(drawing: Drawing | None) -> None:
     logits = torch.tensor([2.0, 1.0, 1.0, 1.0, 0.0])
     for options in ({"top_k": 2}, {"top_p": 0.6}):
-        assert set(draws(logits, state(**options), 1000).nonzero()[:, 0].tolist()) == {0, 1, 2, 3}
+        drawn = draws(logits, state(**options), 1000, drawing=drawing)
+        assert set(drawn.nonzero()[:, 0].tolist()) == {0, 1, 2, 3}
         assert (distribution(logits, SamplingParams(**options)) > 0).tolist() == [True] * 4 + [False]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("temperature", [1e-4, 1e30])
-def test_extreme_temperatures_and_logits(temperature: float) -> None:
+def test_extreme_temperatures_and_logits(temperature: float, drawing: Drawing | None) -> None:
     logits = random_logits(V, scale=1e4)
     logits[7] = 1e30
-    counts = draws(logits, state(temperature=temperature), 1000)
+    counts = draws(logits, state(temperature=temperature), 1000, drawing=drawing)
     assert chi_square(counts, distribution(logits, SamplingParams(temperature=temperature))) > 1e-4
 
 
