@@ -26,6 +26,9 @@ ADAPTERS = 40e6  # bytes of all adapters together, at most
 RANKS = (3, 16)  # least and most
 STATES = 2 * 3  # states that are kept, each with a master and two moments
 ROUNDED = 1.07  # bytes of a weight in int8, with its scales
+AGAIN = (
+    1.4  # times the first model's memory, what one after another takes: freed blocks do not all fit the next
+)
 TOKEN = 3.5  # bytes of a token in a file of text, about
 
 
@@ -93,7 +96,7 @@ def costs_of(
         mixture_bytes=2 * total,
         adapter_bytes=adapters,
         disk=2 * total + (1 + STATES) * adapters,
-        memory=max(memory_of().get("peak", 4 * cost.parameters(config)), int(ROUNDED * total)),
+        memory=int(max(AGAIN * memory_of().get("peak", 4 * cost.parameters(config)), ROUNDED * total)),
     )
 
 

@@ -10,6 +10,7 @@ from its last state, then left, so that it does not take the others with it.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ def train_specialist(
     """One of them, in a directory of its name; a run that stops itself is tried again. `stops` is asked before each step.
     Raises OctadError."""
     for left in reversed(range(config.retries + 1)):
+        gc.collect()  # a trainer holds itself in circles: the model before this one goes now, not some time
         try:
             return _train(config, specialist, output / specialist.name, echo, progress, stops)
         except TrainingStopped as error:

@@ -1,5 +1,6 @@
 """octad demo --base on a tiny model: the whole road, an interruption, and what is refused."""
 
+import gc
 import gzip
 import json
 import os
@@ -105,6 +106,27 @@ def test_what_was_interrupted_goes_on_to_the_same_weights(
     assert all(torch.equal(once[n][key], again[n][key]) for n in once for key in once[n])
 
 
+def test_one_model_is_in_memory_at_a_time(quick: Path, octad: Octad, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that trained holds itself in circles; each stayed until Python happened to look for garbage."""
+    held: list[int] = []
+    begin = Trainer.__init__
+
+    def watched(self: Trainer, *rest: object) -> None:
+        tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
+        held.append(sum(t.nbytes for t in tensors if t.device.type == "cpu"))
+        begin(self, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Trainer, "__init__", watched)
+    gc.collect()
+    gc.disable()
+    try:
+        code, _, err = octad(*DEMO, "-o", "light", "--judge", "none")
+    finally:
+        gc.enable()
+    assert (code, len(held)) == (0, 3), err  # the step that is measured, law, sea
+    assert held[2] <= held[1] * 1.01, held
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -119,6 +141,8 @@ def test_what_was_interrupted_goes_on_to_the_same_weights(
         (("--base", "base", "--minutes", "0"), "give a time above 0"),
         (("--base", "base", "--judge", "twice"), "there are quick, full, none"),
         (("--base", "moe"), "is a mixture; give a dense model"),
+        (("--base", "odd"), "gpt2"),
+        (("--base", "biased"), "biases in its feed-forward networks"),
         (("--base", "base", "-o", "mine"), "did not make"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else "",
@@ -138,6 +162,8 @@ def test_mistakes_are_one_line_and_leave_nothing(
             (own / name / file).touch()
     if not (own / "moe").exists():
         make_base(own / "moe", "mixtral")
+        make_base(own / "biased", "llama", mlp_bias=True)
+        transformers.GPT2Config().save_pretrained(own / "odd")
     before = sorted(os.listdir())
     code, _, err = octad("demo", *options)
     assert (code, err.count("\n"), err.startswith("octad: ")) == (2, 1, True), err
