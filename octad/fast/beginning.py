@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from octad.checkpoint.names import EMBEDDING, HEAD
+from octad.checkpoint.names import EMBEDDING, HEAD, is_ffn
 from octad.checkpoint.record_layout import RecordLayout
 from octad.checkpoint.schemes import Scheme, Schemes
 from octad.errors import OctadError
@@ -96,6 +96,10 @@ def _planned(path: Path, config: ModelConfig, precision: Precision) -> Begun:
     schemes = Schemes(*(Scheme(b, GROUPS[b]) for b in (precision.ffn, precision.attention, precision.head)))
     layout, shapes = record_layout(config, schemes), product_shapes(config)
     found = dict(_tensors(path))
+    if precision.ffn == 4:
+        layout = _unprobed(layout)
+        for file in {rows.path for rows in found.values()}:
+            _ask_for(file)
     filling = Filling(layout.nbytes)
     try:
         for name, (record, part) in layout.places.items():
@@ -108,6 +112,12 @@ def _planned(path: Path, config: ModelConfig, precision: Precision) -> Begun:
         filling.stop()
         raise
     return Begun(config, precision, schemes, layout, filling)
+
+
+def _unprobed(layout: RecordLayout) -> RecordLayout:
+    """Without feed-forward nets: what rounds these to 4 bits is a pass through the layers before (probe.py)."""
+    records = layout.records.items()
+    return RecordLayout({name: r.parts for name, r in records if not any(is_ffn(p.name) for p in r.parts)})
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, Rows]]:

@@ -37,7 +37,7 @@ from octad.kernels.paged import PagedAttention
 from octad.model import cost
 from octad.model.transformer import Transformer
 
-Take = Callable[[str], Packed]  # a weight by its name
+Take = Callable[[str], Weight]  # of a product, by its name
 
 
 def open_fast(
@@ -161,6 +161,9 @@ class _Reader:
         self.source, self.dtype, self.precision, self.placed = source, dtype, precision, placed
         if isinstance(source, QuantizedSource):
             self.placed = open_records(source)
+        self.probed = precision.ffn == 4 and not isinstance(
+            source, QuantizedSource
+        )  # what rounds them is in order
         self.model = empty_model(source.config)
         self.parameters = parameter_sources(source.config)
         self.layers: list[list[str]] = [[] for _ in self.model.model.layers]
@@ -180,11 +183,11 @@ class _Reader:
             from octad.fast.offloaded import Offload
 
             offload = Offload(kernels, ExpertStore(self.placed, memory))
-        swapper = Swapper(self.model, kernels, self.precision)
         for parameter in self.parameters:
             if layer_of(parameter) is None and parameter not in (HEAD, EMBEDDING):
                 self._fill(parameter)
         self._embed()
+        swapper = Swapper(self.model, kernels, self.precision, held=not self.probed)
         with self._ahead() as take:
             for number, parameters in enumerate(self.layers):
                 for parameter in parameters:
@@ -199,11 +202,15 @@ class _Reader:
     @contextmanager
     def _ahead(self) -> Iterator[Take]:
         """Gives the weights of products, each once; those that are not in their places yet are made by threads."""
-        if self.placed is not None:
-            yield self.placed.weight
+        missing = [name for name in self._in_order() if not self._is_placed(name)]
+        if not missing:
+            yield self._weight
             return
-        with _Ahead(self._packed, list(self._in_order())) as ahead:
-            yield ahead.take
+        with _Ahead(self._packed, missing) as ahead:
+            yield lambda name: self._weight(name) if self._is_placed(name) else ahead.take(name)
+
+    def _is_placed(self, name: str) -> bool:
+        return self.placed is not None and name in self.placed.layout.places
 
     def _in_order(self) -> Iterator[str]:
         """The names of all weights of products, as `build` takes them."""
@@ -218,8 +225,11 @@ class _Reader:
     def _fill(self, parameter: str, take: Take | None = None) -> None:
         """Put one parameter into the model: packed for products, all else in the model's dtype."""
         name = self.parameters[parameter][0]
-        if take is not None and is_linear(name):
-            place_linear(self.model, parameter, take(name))
+        weight = take(name) if take is not None and is_linear(name) else None
+        if isinstance(weight, Packed):
+            place_linear(self.model, parameter, weight)
+        elif weight is not None:
+            assign(self.model, parameter, weight)
         else:
             assign(self.model, parameter, self.source.read(name).to(self.dtype))
 
@@ -241,15 +251,16 @@ class _Reader:
         downs = self.parameters[f"{at}.down_proj"]
         return ((take(gate), take(up)) for gate, up in pairs), map(take, downs)
 
-    def _packed(self, name: str) -> Packed:
+    def _packed(self, name: str) -> Weight:
+        """Packed, but for what is to be probed first."""
         weight = self._weight(name)
-        if isinstance(weight, Packed):
+        if isinstance(weight, Packed) or (self.probed and not is_attention(name)):
             return weight
         bits = self.precision.attention if is_attention(name) else self.precision.ffn
         return quick_pack(weight, bits, wide=self.precision.wide and bits == 16)
 
     def _weight(self, name: str) -> Weight:
-        if self.placed is not None:
+        if self.placed is not None and name in self.placed.layout.places:
             return self.placed.weight(name)
         if isinstance(self.source, QuantizedSource) and self.source.scheme(name):
             return packed_weight(self.source, name)
@@ -259,9 +270,9 @@ class _Reader:
 class _Ahead:
     """Results of `work` for each of some names, by threads, at most a few before they are taken."""
 
-    def __init__(self, work: Callable[[str], Packed], names: Sequence[str]) -> None:
+    def __init__(self, work: Callable[[str], Weight], names: Sequence[str]) -> None:
         self.threads, self.work, self.names = torch.get_num_threads(), work, iter(names)
-        self.futures: dict[str, Future[Packed]] = {}
+        self.futures: dict[str, Future[Weight]] = {}
 
     def __enter__(self) -> Self:
         self.pool = ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,))
@@ -273,7 +284,7 @@ class _Ahead:
         self.pool.shutdown(cancel_futures=True)
         torch.set_num_threads(self.threads)  # PyTorch gives later threads what was set last
 
-    def take(self, name: str) -> Packed:
+    def take(self, name: str) -> Weight:
         """The result, for once. Raises what the work raised."""
         while name not in self.futures:
             self._submit()

@@ -29,6 +29,12 @@ PackWeight = Callable[[Weight], Packed]
 PackPair = Callable[[Weight, Weight], tuple[Packed, Packed]]
 
 
+def as_it_is(weight: Weight) -> Packed:
+    """A PackWeight for what is packed already: it stays where it is."""
+    assert isinstance(weight, Packed)
+    return weight
+
+
 class NativeLinear(nn.Module):
     """nn.Linear."""
 

@@ -13,6 +13,7 @@ The layers are swapped one after the other and each frees what it replaces, so m
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -30,20 +31,23 @@ from octad.fast.native_modules import (
     NativeNorm,
     NativeRouter,
     Weight,
+    as_it_is,
     native_attention,
 )
 from octad.fast.precision import Precision
+from octad.fast.probe import Probe
 from octad.fast.quantize import (
     PackedExperts,
     PackedLinear,
     head_weight,
     held_precision,
     quantize_modules,
+    swap_linears,
 )
 from octad.kernels.arena import Arena
 from octad.kernels.compile import BuildError, load
 from octad.kernels.native import NativeKernels
-from octad.kernels.packed import Packed, Placed
+from octad.kernels.packed import Empty, Packed, Placed
 from octad.kernels.packing import quick_pack
 from octad.kernels.paged import PagedAttention, PagedBatch, paged_attention
 from octad.kernels.panels import GROUPS, PANEL, panel_bytes
@@ -65,7 +69,8 @@ def optimize(model: Transformer, *, quantize: str | None = None, native: bool = 
         if line := slow_path(model, precision) if native else None:
             LOG.warning(line)
         if precision is not None:
-            quantize_modules(model, precision)
+            new = precision.ffn == 4 and held_precision(model) is None
+            quantize_modules(model, precision, Probe(model, _kernels_for(model)) if new else None)
         elif model.model.norm.weight.device.type == "cuda":
             from octad.fast.grouped_experts import group_experts
 
@@ -74,6 +79,11 @@ def optimize(model: Transformer, *, quantize: str | None = None, native: bool = 
     with torch.no_grad():
         swap(model, kernels, precision or exact_precision(model))
     return native_attention(kernels)
+
+
+def _kernels_for(model: Transformer) -> NativeKernels | None:
+    """Those that may work beside a model without them."""
+    return native_kernels() if model.model.norm.weight.device.type == "cpu" else None
 
 
 def paged_on_gpu(
@@ -180,7 +190,7 @@ class Packer:
             return weight
         if isinstance(weight, Packed):
             return _moved(weight, self.arena.copy(weight.panels))
-        return quick_pack(weight.detach(), self.bits, empty=self._empty, wide=self.wide)
+        return self._packed(weight, self._empty)
 
     def pair(self, gate_FD: torch.Tensor | Packed, up_FD: torch.Tensor | Packed) -> tuple[Packed, Packed]:
         """Gate and up projections with their panels taking turns: one pass over memory reads both."""
@@ -197,7 +207,59 @@ class Packer:
     def _into(self, weight: torch.Tensor | Packed, panels: torch.Tensor) -> Packed:
         if isinstance(weight, Packed):
             return _moved(weight, panels.copy_(weight.panels))
-        return quick_pack(weight.detach(), self.bits, empty=lambda shape: panels, wide=self.wide)
+        return self._packed(weight, lambda shape: panels)
+
+    def apart(self, gate: nn.Linear, up: nn.Linear) -> tuple[Packed, Packed]:
+        """Gate and up projections that have biases, each alone."""
+        return self.one(gate.weight), self.one(up.weight)
+
+    def last(self, down: nn.Linear) -> Packed:
+        """The down projection behind them."""
+        return self.one(down.weight)
+
+    def _packed(self, weight: torch.Tensor, empty: Empty) -> Packed:
+        return quick_pack(weight.detach(), self.bits, empty=empty, wide=self.wide)
+
+
+class ProbedPacker(Packer):
+    """Rounds feed-forward weights to 4 bits by what an error in each input costs. Of a layer's nets the gates and ups
+    come first, then the downs (`one`) in the same order."""
+
+    def __init__(self, bits: int, probe: Probe) -> None:
+        super().__init__(bits)
+        self.probe, self._downs = probe, deque[torch.Tensor]()  # the costs of those to come
+
+    def one(self, weight: torch.Tensor | Packed) -> Packed:
+        """A down projection."""
+        return self._down(weight, None)
+
+    def pair(self, gate_FD: torch.Tensor | Packed, up_FD: torch.Tensor | Packed) -> tuple[Packed, Packed]:
+        """See Packer."""
+        gate, up = super().pair(gate_FD, up_FD)
+        self._downs.append(self.probe.hidden(gate, up))
+        return gate, up
+
+    def apart(self, gate: nn.Linear, up: nn.Linear) -> tuple[Packed, Packed]:
+        """See Packer."""
+        packed = tuple(self._packed(layer.weight, self._empty) for layer in (gate, up))
+        self._downs.append(self.probe.hidden(packed[0], packed[1], (gate.bias, up.bias)))
+        return packed[0], packed[1]
+
+    def last(self, down: nn.Linear) -> Packed:
+        """See Packer."""
+        return self._down(down.weight, down.bias)
+
+    def _down(self, weight: torch.Tensor | Packed, bias: torch.Tensor | None) -> Packed:
+        packed = self._rounded(weight, self._downs.popleft(), self._empty)
+        self.probe.through(packed, bias)
+        return packed
+
+    def _packed(self, weight: torch.Tensor, empty: Empty) -> Packed:
+        return self._rounded(weight, self.probe.cost_D, empty)
+
+    def _rounded(self, weight: torch.Tensor | Packed, cost_K: torch.Tensor, empty: Empty) -> Packed:
+        assert not isinstance(weight, Packed)  # what is rounded is not rounded again
+        return quick_pack(weight.detach(), self.bits, empty=empty, cost_K=cost_K)
 
 
 def _moved(weight: Packed, panels: torch.Tensor) -> Packed:
@@ -207,16 +269,31 @@ def _moved(weight: Packed, panels: torch.Tensor) -> Packed:
 class Swapper:
     """Puts native modules in the place of one model's own, layer by layer, from weights in memory or still on disk."""
 
-    def __init__(self, model: Transformer, kernels: NativeKernels, precision: Precision) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        kernels: NativeKernels,
+        precision: Precision,
+        *,
+        held: bool = False,
+    ) -> None:
+        """`held`: the weights are rounded already; else feed-forward nets become 4 bits by what a probe finds, for which
+        the model has its embeddings."""
         self.model, self.kernels, self.precision = model, kernels, precision
         self.attention = Packer(precision.attention, wide=precision.wide)
         self.ffn = Packer(precision.ffn, wide=precision.wide)
+        self.probe = Probe(model, kernels) if precision.ffn == 4 and not held else None
+        if self.probe is not None:
+            self.ffn = ProbedPacker(precision.ffn, self.probe)
 
     def layer(self, number: int, experts: ExpertWeights | NativeExperts | None = None) -> None:
         """Swap one layer; `experts` are the weights of its experts where the layer does not hold them itself, or a module
         that has them."""
         layer = self.model.model.layers[number]
         assert isinstance(layer, DecoderLayer)
+        if self.probe is not None:
+            swap_linears(layer.self_attn, self.precision.attention)
+            self.probe.enter(layer)
         for name in ("input_layernorm", "post_attention_layernorm"):
             setattr(layer, name, NativeNorm(self.kernels, getattr(layer, name)))
         layer.self_attn = NativeAttention(self.kernels, layer.self_attn, self.attention.one)
@@ -247,14 +324,16 @@ class Swapper:
         bias: torch.Tensor | None = mlp.gate_proj.bias
         if bias is None:
             return NativeMLP(self.kernels, mlp, self.ffn.pair, self.ffn.one)
-        for name, child in list(mlp.named_children()):
-            setattr(mlp, name, NativeLinear(self.kernels, child.weight, child.bias, self.ffn.one))  # type: ignore[arg-type]
+        gate_up = self.ffn.apart(mlp.gate_proj, mlp.up_proj)
+        packed = (*gate_up, self.ffn.last(mlp.down_proj))
+        for (name, child), weight in zip(list(mlp.named_children()), packed, strict=True):
+            setattr(mlp, name, NativeLinear(self.kernels, weight, child.bias, as_it_is))  # type: ignore[arg-type]
         return mlp
 
 
 def swap(model: Transformer, kernels: NativeKernels, precision: Precision) -> None:
     """Put the native modules in the place of a model's own, each layer freeing what it replaces."""
-    swapper = Swapper(model, kernels, precision)
+    swapper = Swapper(model, kernels, precision, held=held_precision(model) is not None)
     for number in range(len(model.model.layers)):
         swapper.layer(number)
     swapper.ends(model.lm_head.weight if isinstance(model.lm_head, PackedLinear) else head_weight(model))

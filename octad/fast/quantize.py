@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from octad.fast.precision import Precision
+from octad.fast.probe import Probe
 from octad.kernels.packed import Packed, linear
 from octad.kernels.packing import quick_pack
 from octad.model.moe import MLP, Experts, MoE
@@ -35,9 +36,9 @@ class PackedLinear(nn.Module):
         self.weight, self.bias = weight, bias
 
     @classmethod
-    def of(cls, layer: nn.Linear, bits: int) -> PackedLinear:
-        """A layer with its weight rounded."""
-        return cls(quick_pack(layer.weight.detach(), bits), layer.bias)
+    def of(cls, layer: nn.Linear, bits: int, cost_K: torch.Tensor | None = None) -> PackedLinear:
+        """A layer with its weight rounded; `cost_K` as in packed.pack."""
+        return cls(quick_pack(layer.weight.detach(), bits, cost_K=cost_K), layer.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y [..., O] of x [..., K]."""
@@ -55,11 +56,17 @@ class PackedExperts(nn.Module):
         self.gate, self.up, self.down = list(gate), list(up), list(down)
 
     @classmethod
-    def of(cls, experts: Experts, bits: int) -> PackedExperts:
-        """Experts with their weights rounded."""
-        halves = [weight.detach().chunk(2) for weight in experts.gate_up_proj]
-        gate, up = [quick_pack(g, bits) for g, _ in halves], [quick_pack(u, bits) for _, u in halves]
-        return cls(gate, up, [quick_pack(weight.detach(), bits) for weight in experts.down_proj])
+    def of(cls, experts: Experts, bits: int, probe: Probe | None = None) -> PackedExperts:
+        """Experts with their weights rounded, by what a probe that stands before them finds."""
+        made: list[tuple[Packed, Packed, Packed]] = []
+        for gate_up, down in zip(experts.gate_up_proj.detach(), experts.down_proj.detach(), strict=True):
+            read = None if probe is None else probe.cost_D
+            gate, up = (quick_pack(half, bits, cost_K=read) for half in gate_up.chunk(2))
+            hidden = None if probe is None else probe.hidden(gate, up)
+            made.append((gate, up, quick_pack(down, bits, cost_K=hidden)))
+            if probe is not None:
+                probe.through(made[-1][2])
+        return cls(*zip(*made, strict=True))
 
     def expert(self, e: int, x_ND: torch.Tensor) -> torch.Tensor:
         """One expert's output y_ND."""
@@ -70,23 +77,41 @@ class PackedExperts(nn.Module):
         return Experts.forward(cast(Experts, self), x_ND, weights_NA, experts_NA)
 
 
-def quantize_modules(model: Transformer, precision: Precision) -> None:
-    """Swap every linear layer, every stack of experts and the head in place, but for those that are packed already."""
+def quantize_modules(model: Transformer, precision: Precision, probe: Probe | None = None) -> None:
+    """Swap every linear layer, every stack of experts and the head in place, but for those that are packed already.
+    Feed-forward nets are rounded by what a probe finds, where there is one, which none of them is then."""
     for layer in model.model.layers:
         assert isinstance(layer, DecoderLayer)
-        mlp = layer.mlp
-        _swap_linears(layer.self_attn, precision.attention)
-        if isinstance(mlp, MLP):
-            _swap_linears(mlp, precision.ffn)
-        if isinstance(mlp, MoE) and isinstance(mlp.experts, Experts):
-            mlp.experts = PackedExperts.of(mlp.experts, precision.ffn)
-        if isinstance(mlp, MoE) and mlp.shared_expert is not None:
-            _swap_linears(mlp.shared_expert, precision.ffn)
+        swap_linears(layer.self_attn, precision.attention)
+        if probe is not None:
+            probe.enter(layer)
+        _swap_nets(layer.mlp, precision.ffn, probe)
     if not isinstance(model.lm_head, PackedLinear):
         model.lm_head = PackedLinear(quick_pack(head_weight(model).detach(), precision.head))
 
 
-def _swap_linears(module: nn.Module, bits: int) -> None:
+def _swap_nets(mlp: nn.Module, bits: int, probe: Probe | None) -> None:
+    if isinstance(mlp, MLP):
+        _swap_net(mlp, bits, probe)
+    if isinstance(mlp, MoE) and isinstance(mlp.experts, Experts):
+        mlp.experts = PackedExperts.of(mlp.experts, bits, probe)
+    if isinstance(mlp, MoE) and mlp.shared_expert is not None:
+        _swap_net(mlp.shared_expert, bits, probe)
+
+
+def _swap_net(mlp: MLP, bits: int, probe: Probe | None) -> None:
+    if probe is None:
+        swap_linears(mlp, bits)
+        return
+    gate, up = (PackedLinear.of(layer, bits, probe.cost_D) for layer in (mlp.gate_proj, mlp.up_proj))
+    down = PackedLinear.of(mlp.down_proj, bits, probe.hidden(gate.weight, up.weight, (gate.bias, up.bias)))
+    probe.through(down.weight, down.bias)
+    for name, layer in (("gate", gate), ("up", up), ("down", down)):
+        setattr(mlp, f"{name}_proj", layer)
+
+
+def swap_linears(module: nn.Module, bits: int) -> None:
+    """Round the linear layers right inside a module, but for those that are packed already."""
     for name, child in list(module.named_children()):
         if isinstance(child, nn.Linear):
             setattr(module, name, PackedLinear.of(child, bits))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,10 +34,11 @@ from octad.checkpoint.schemes import Scheme, Schemes
 from octad.checkpoint.source import TensorInfo, TensorSource
 from octad.checkpoint.writer import CheckpointWriter
 from octad.errors import RequestError
-from octad.fast.calibrated import calibrated
+from octad.fast.calibrated import Rounded, calibrated
 from octad.fast.precision import Precision
 from octad.fast.record_plan import HEAD_SCHEME, record_layout
 from octad.fast.records import FILE, LAYOUT
+from octad.fast.uncalibrated import uncalibrated
 from octad.kernels.packing import quick_pack, quick_pack_raw, quick_quantize
 from octad.kernels.panels import GROUPS
 from octad.model.config import ModelConfig
@@ -65,9 +66,9 @@ def save_quantized(
     windows: Sequence[Window] = (),
 ) -> Path:
     """Write the model with weights rounded to `name` ("int8", "int4"); returns the directory, which appears whole or not
-    at all. Feed-forward nets are rounded for the text of `windows`, where there are any (calibrated.py). `judge` gets the
-    directory before that, complete but for the card, and says what rounding costs. `records`: write weights as the
-    kernels read them, too (records.py).
+    at all. Feed-forward nets are rounded for the text of `windows`, where there are any (calibrated.py); else at 4 bits
+    as loading would (uncalibrated.py). `judge` gets the directory before that, complete but for the card, and says what
+    rounding costs. `records`: write weights as the kernels read them, too (records.py).
 
     Raises RequestError for an unknown name or sizes that no group divides, OutputError as CheckpointWriter, and where the
     source would be replaced."""
@@ -80,7 +81,11 @@ def save_quantized(
             RecordWriter(writer, FILE, record_layout(source.config, schemes), LAYOUT) if records else None
         )
         into, done = _Rounded(writer, beside), set[str]()
-        fitted = calibrated(source, schemes, windows, partial(progress, "rounding")) if windows else ()
+        fitted: Iterable[Rounded] = ()
+        if windows:
+            fitted = calibrated(source, schemes, windows, partial(progress, "rounding"))
+        elif schemes.ffn.bits == 4:
+            fitted = uncalibrated(source, schemes, partial(progress, "rounding"))
         for tensor, raw, scales in fitted:
             into.put(tensor, raw, scales, schemes.ffn)
             done.add(tensor)

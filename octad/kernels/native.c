@@ -19,6 +19,7 @@
    native_src/layers.h     whole layers of them
    native_src/draw.h       a token of a row of logits
    native_src/passes.h     the passes between the products of training
+   native_src/rounding.h   a group of weights rounded
    native_src/packing.h    weights rounded and packed
    here                    what Python calls. dtype is F_F32 or F_BF16; functions return 0, 1 without memory,
                            2 for an expert that is not there, 3 for a weight that is not finite. */
@@ -39,6 +40,7 @@
 #include "native_src/layers.h"
 #include "native_src/draw.h"
 #include "native_src/passes.h"
+#include "native_src/rounding.h"
 #include "native_src/packing.h"
 
 /* y = x W^T + b. x [N, K]; outputs[i] [N, O_i] in the same dtype; biases[i] float32 [O_i] or null. */

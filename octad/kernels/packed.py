@@ -1,6 +1,7 @@
 """Weights packed for the native kernels: floats, or 8 or 4 bit integers with a bfloat16 scale per `group` inputs.
 
     w = pack(weight_OK, bits=8)          # or 32, 16, 4; panels of 16 outputs, laid out as native.c reads them
+    w = pack(weight_OK, 4, cost_K=cost)  # scales by what an error in each input costs
     w = pack(weight_OK, 16, wide=True)   # bfloat16 weights that multiply float32 activations
     w.unpack()                           # weight_OK again, rounded
     linear(x_NK, w)                      # PyTorch: unpacked on the fly, any device
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,7 @@ SHRINK = (
     0.9,
     0.85,
 )  # scales tried at 4 bits, as parts of the one that just holds the largest value
+DEAR = (1.0, 1.05, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # the same where inputs have costs
 SMALLEST = 1e-30  # activations that are all below it count as zero: 127 divided by them would not be finite
 SOUGHT = tuple(1.05 - 0.025 * n for n in range(16))  # the same where an error's cost is known
 ROWS = 256  # rows of a weight that are quantised at a time: what is in between stays in the processor's cache
@@ -101,14 +104,17 @@ def pack(
     empty: Empty | None = None,
     *,
     wide: bool = False,
+    cost_K: torch.Tensor | None = None,
 ) -> Packed:
     """Pack a weight at 32 (float32), 16 (bfloat16), 8 or 4 bits; `group` inputs (a multiple of 8) share a scale. `empty`
-    makes the memory, for who wants it somewhere special. `wide` is for 16 bits, as in Packed."""
+    makes the memory, for who wants it somewhere special. `wide` is for 16 bits, as in Packed. `cost_K`, for 4 bits: what
+    an error in each input costs, as a factor of its square."""
     group = group or GROUPS[bits]
     outputs, inputs = weight_OK.shape
     if bits not in FLOATS:
         padded = F.pad(weight_OK, (0, -inputs % group))
-        return pack_raw(*quantize(padded, bits, group), bits, inputs, empty)
+        cost = None if cost_K is None else F.pad(cost_K.float(), (0, -inputs % group))
+        return pack_raw(*quantize(padded, bits, group, cost), bits, inputs, empty)
     padded = F.pad(weight_OK.to(FLOATS[bits]), (0, -inputs % group, 0, -outputs % PANEL)).contiguous()
     # a value of float32, or two of bfloat16
     words_PKO = padded.view(torch.int32).view(len(padded) // PANEL, PANEL, -1).transpose(1, 2)
@@ -153,9 +159,13 @@ def _empty(empty: Empty | None, like: torch.Tensor, panels: int, size: int) -> t
     return empty((panels, size)) if empty else like.new_empty(panels, size, dtype=torch.uint8)
 
 
-def quantize(weight_OK: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(
+    weight_OK: torch.Tensor, bits: int, group: int, cost_K: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Unsigned integers uint8 [O, K] and scales bfloat16 [O, G] of a weight whose K is a multiple of `group`."""
     round_ = _round8 if bits == 8 else _round4
+    if cost_K is not None and bits == 4:
+        round_ = partial(_round4_dear, cost_K.view(-1, group))
     raw = torch.empty(weight_OK.shape, dtype=torch.uint8, device=weight_OK.device)
     scales = raw.new_empty(len(raw), raw.shape[1] // group, dtype=torch.bfloat16)
     for start in range(0, len(raw), ROWS):
@@ -189,6 +199,22 @@ def _round4(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         better = error2 < error
         scale, error = torch.where(better, scale2, scale), torch.where(better, error2, error)
     scale = scale + 0.0
+    return _nearest4(blocks, scale), scale.squeeze(-1)
+
+
+def _round4_dear(cost_GK: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As _round4; of the scales of DEAR, that whose errors cost each block the least."""
+    low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
+    full = torch.where(high > -low, high, low) / -8
+    best, least = torch.empty_like(full), torch.empty_like(full, dtype=torch.float64)
+    for shrink in DEAR:
+        scale = (full * shrink).to(torch.bfloat16).float()
+        step = torch.where(scale == 0, 1.0, scale)
+        off = (blocks / step).round().clamp_(-8, 7).sub_(blocks / step)
+        cost = (cost_GK * off.square_()).sum(-1, keepdim=True).double() * step.double().square()
+        better = (cost < least) if shrink != DEAR[0] else torch.ones_like(cost, dtype=torch.bool)
+        best, least = torch.where(better, scale, best), torch.where(better, cost, least)
+    scale = best.to(torch.bfloat16) + 0.0
     return _nearest4(blocks, scale), scale.squeeze(-1)
 
 

@@ -1,6 +1,7 @@
 """Rounding and packing weights in one pass over memory: packed.py's pack, pack_raw and quantize, natively.
 
     w = quick_pack(weight_OK, 4)                     # as pack: the same bits, some twenty times as fast
+    w = quick_pack(weight_OK, 4, cost_K=cost_K)      # the same, but for sums in another order
     raw, scales = quick_quantize(weight_OK, 4, 32)   # as quantize
     w = quick_pack_raw(raw, scales, 4, inputs)       # as pack_raw
 
@@ -17,6 +18,7 @@ import ctypes
 import functools
 
 import torch
+import torch.nn.functional as F
 
 from octad.kernels.calls import DTYPES, check
 from octad.kernels.calls import INT as _I
@@ -40,8 +42,8 @@ class _Packing:
     """The library's functions with their argument types."""
 
     def __init__(self, library: Library) -> None:
-        self.pack = library.function("pack", [_P, _I, _I, _I, _I, _I, _I, _P, _I, _I])
-        self.quantise = library.function("quantise", [_P, _I, _I, _I, _I, _I, _I, _P, _P, _I])
+        self.pack = library.function("pack", [_P, _I, _I, _I, _I, _I, _I, _P, _P, _I, _I])
+        self.quantise = library.function("quantise", [_P, _I, _I, _I, _I, _I, _I, _P, _P, _P, _I])
         self.in_turn = library.function("round_in_turn", [_P, _I, _I, _P, _I, _P, _I, _P, _P, _P, _I])
         self.pack_raw = library.function("pack_raw", [_P, _P, _I, _I, _I, _I, _P, _I, _I])
 
@@ -61,19 +63,22 @@ def quick_pack(
     empty: Empty | None = None,
     *,
     wide: bool = False,
+    cost_K: torch.Tensor | None = None,
 ) -> Packed:
     """See packed.pack. The panels that `empty` makes may lie apart, each in one piece."""
     native, group = _packing(), group or GROUPS[bits]
     if native is None or weight_OK.device.type != "cpu":
-        return pack(weight_OK, bits, group, empty, wide=wide)
+        return pack(weight_OK, bits, group, empty, wide=wide, cost_K=cost_K)
     weight = _rows(weight_OK)
     outputs, inputs = weight.shape
     shape = -(-outputs // PANEL), panel_bytes(bits, group, inputs)
     panels = empty(shape) if empty else torch.empty(shape, dtype=torch.uint8)
+    cost = _costs(cost_K, inputs, group)
     about = (weight.data_ptr(), DTYPES[weight.dtype], weight.stride(0), outputs, inputs, bits, group)
-    failed = native.pack(*about, panels.data_ptr(), panels.stride(0), torch.get_num_threads())
+    costs = None if cost is None else cost.data_ptr()
+    failed = native.pack(*about, costs, panels.data_ptr(), panels.stride(0), torch.get_num_threads())
     if failed == NOT_FINITE:
-        panels.copy_(pack(weight_OK, bits, group).panels)
+        panels.copy_(pack(weight_OK, bits, group, cost_K=cost_K).panels)
     else:
         check(failed)
     return Packed(panels, outputs, inputs, bits, group, wide and bits == 16)
@@ -88,7 +93,7 @@ def quick_quantize(weight_OK: torch.Tensor, bits: int, group: int) -> tuple[torc
     raw = torch.empty(weight.shape, dtype=torch.uint8)
     scales = torch.empty(len(raw), raw.shape[1] // group, dtype=torch.bfloat16)
     about = (weight.data_ptr(), DTYPES[weight.dtype], weight.stride(0), *weight.shape, bits, group)
-    failed = native.quantise(*about, raw.data_ptr(), scales.data_ptr(), torch.get_num_threads())
+    failed = native.quantise(*about, None, raw.data_ptr(), scales.data_ptr(), torch.get_num_threads())
     if failed == NOT_FINITE:
         return quantize(weight_OK, bits, group)
     check(failed)
@@ -127,6 +132,11 @@ def quick_round_in_turn(
     made = (raw.data_ptr(), scales.data_ptr(), errors.data_ptr())
     check(native.in_turn(*given, *made, torch.get_num_threads()))
     return raw, scales, errors
+
+
+def _costs(cost_K: torch.Tensor | None, inputs: int, group: int) -> torch.Tensor | None:
+    """Those of K' inputs as the library reads them."""
+    return None if cost_K is None else F.pad(cost_K.float(), (0, -inputs % group)).contiguous()
 
 
 def _rows(weight: torch.Tensor) -> torch.Tensor:

@@ -93,6 +93,37 @@ def test_inputs_rounded_in_turn_are_the_twins(bits: int) -> None:
         torch.testing.assert_close(found[2][:, same], twin[2][:, same], rtol=1e-4, atol=1e-4)
 
 
+def test_scales_by_cost_are_the_twins() -> None:
+    """But for two scales that cost the same, since sums come in another order."""
+    for shape in SHAPES:
+        w = weight(*shape)
+        cost = torch.logspace(-2, 2, shape[1])[
+            torch.randperm(shape[1], generator=torch.Generator().manual_seed(1))
+        ]
+        for group in (None, 8, 24):
+            found, twin = quick_pack(w, 4, group, cost_K=cost), pack(w, 4, group, cost_K=cost)
+            (raw, scales), (twin_raw, twin_scales) = found.raw(), twin.raw()
+            same = scales == twin_scales
+            assert same.double().mean() > 0.98
+            assert torch.equal(raw.view(*scales.shape, -1)[same], twin_raw.view(*scales.shape, -1)[same])
+            assert torch.equal(quick_pack(w, 8, group, cost_K=cost).panels, quick_pack(w, 8, group).panels)
+
+
+def test_dear_inputs_lose_less_than_to_the_nearest() -> None:
+    """By hand: of the eight scales each group has the one that costs least, in float64."""
+    draw = torch.Generator().manual_seed(0)
+    w, cost = torch.randn(32, 64, generator=draw), torch.rand(64, generator=draw) ** 8
+    found = quick_pack(w, 4, cost_K=cost).unpack(torch.float64)
+    blocks, costs = w.double().view(32, 2, 32), cost.double().view(2, 32)
+    ends = blocks.gather(2, blocks.abs().argmax(2, keepdim=True)) / -8
+    tried = []
+    for part in (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05):
+        scale = (ends * part).bfloat16().double()
+        tried.append(((blocks / scale).round().clamp(-8, 7) * scale - blocks).square().mul(costs).sum(2))
+    lost = (found.view(32, 2, 32) - blocks).square().mul(costs).sum(2)
+    torch.testing.assert_close(lost, torch.stack(tried).amin(0), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("odd", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_what_is_not_finite_is_left_to_the_twin(bits: int, odd: float) -> None:

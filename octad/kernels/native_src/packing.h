@@ -9,81 +9,14 @@
 typedef struct {
     const void *from; /* [O, K] in dtype, rows `stride` values apart */
     int64_t dtype, stride, outputs, inputs, bits, group;
+    const float *cost; /* [K'], of an error in each input; none: all count the same. At 4 bits alone */
 } Plain;
 
 static int64_t group_count(const Plain *w) { return (w->inputs + w->group - 1) / w->group; }
 
-/* One group's largest magnitude with its sign, of equal ones the negative. 1 if a value is not finite. */
-static int extremes(const float *x, int64_t n, float *low, float *high) {
-    float least = x[0], most = x[0], zero = 0;
-#pragma omp simd reduction(min : least) reduction(max : most) reduction(+ : zero)
-    for (int64_t i = 0; i < n; i++) {
-        least = x[i] < least ? x[i] : least, most = x[i] > most ? x[i] : most;
-        zero += x[i] * 0.0f; /* not a number where x is not finite */
-    }
-    *low = least, *high = most;
-    return !(zero == 0);
-}
-
-/* The next bfloat16 not below x >= 0. */
-static uint16_t upward_bf16(float x) {
-    uint16_t v = to_bf16(x);
-    return from_bf16(v) < x ? v + 1 : v;
-}
-
-static int round8(const float *x, int64_t n, uint8_t *raw, uint16_t *scale) {
-    float low, high;
-    int failed = extremes(x, n, &low, &high);
-    *scale = upward_bf16(fabsf(high > -low ? high : low) / 127.0f);
-    float step = from_bf16(*scale);
-    step = step < 1e-30f ? 1e-30f : step;
-    if (failed) return 1;
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) raw[i] = (uint8_t)((int32_t)rintf(x[i] / step) + 128);
-    return 0;
-}
-
-INLINE float nearest4(float x, float step) {
-    float q = rintf(x / step);
-    return q < -8.0f ? -8.0f : (q > 7.0f ? 7.0f : q);
-}
-
-static float step4(uint16_t scale) {
-    float step = from_bf16(scale);
-    return step == 0 ? 1.0f : step;
-}
-
-static double error4(const float *x, int64_t n, uint16_t scale) {
-    float step = step4(scale), times = from_bf16(scale);
-    double lanes[8] = {0};
-    for (int64_t i = 0; i < n; i += 8) {
-#pragma omp simd
-        for (int j = 0; j < 8; j++) {
-            double off = nearest4(x[i + j], step) * times - x[i + j];
-            lanes[j] += off * off;
-        }
-    }
-    for (int width = 4; width; width /= 2)
-        for (int j = 0; j < width; j++) lanes[j] += lanes[j + width];
-    return lanes[0];
-}
-
-static int round4(const float *x, int64_t n, uint8_t *raw, uint16_t *scale) {
-    static const float shrink[4] = {1.0f, 0.95f, 0.9f, 0.85f};
-    float low, high;
-    if (extremes(x, n, &low, &high)) return 1;
-    float most = (high > -low ? high : low) / -8.0f;
-    double best = INFINITY;
-    for (int i = 0; i < 4; i++) {
-        uint16_t tried = to_bf16(most * shrink[i]);
-        double error = error4(x, n, tried);
-        if (i == 0 || error < best) best = error, *scale = tried;
-    }
-    if (!(*scale & 0x7fff)) *scale = 0; /* one zero, not two */
-    float step = step4(*scale);
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) raw[i] = (uint8_t)((int32_t)nearest4(x[i], step) + 8);
-    return 0;
+static int round_some(const Plain *w, int64_t k, const float *x, uint8_t *raw, uint16_t *scale) {
+    if (w->bits == 8) return round8(x, w->group, raw, scale);
+    return w->cost ? round4_dear(x, w->cost + k, w->group, raw, scale) : round4(x, w->group, raw, scale);
 }
 
 /* Row o in unsigned integers raw [K'] and scales [G]; x is scratch [K']. */
@@ -92,7 +25,7 @@ static int round_weights(const Plain *w, int64_t o, float *x, uint8_t *raw, uint
     load_row(x, w->from, w->dtype, o * w->stride, w->inputs);
     memset(x + w->inputs, 0, (padded - w->inputs) * sizeof(float));
     for (int64_t k = 0; k < padded; k += w->group)
-        failed |= (w->bits == 8 ? round8 : round4)(x + k, w->group, raw + k, scales + k / w->group);
+        failed |= round_some(w, k, x + k, raw + k, scales + k / w->group);
     return (int)failed;
 }
 
@@ -154,8 +87,8 @@ static int lay_rounded(const Plain *w, int64_t first, float *x, uint8_t *raw, ui
 
 /* A weight [O, K] as panels, which are `step` bytes apart. 3 where a value that is to be rounded is not finite. */
 int NAME(pack)(const void *from, int64_t dtype, int64_t stride, int64_t outputs, int64_t inputs, int64_t bits,
-               int64_t group, uint8_t *panels, int64_t step, int64_t threads) {
-    Plain w = {from, dtype, stride, outputs, inputs, bits, group};
+               int64_t group, const float *cost, uint8_t *panels, int64_t step, int64_t threads) {
+    Plain w = {from, dtype, stride, outputs, inputs, bits, group, cost};
     int64_t groups = group_count(&w), padded = groups * group, count = (outputs + PANEL - 1) / PANEL;
     int missing = 0, odd = 0;
 #pragma omp parallel num_threads(threads) reduction(| : missing, odd)
@@ -177,8 +110,8 @@ int NAME(pack)(const void *from, int64_t dtype, int64_t stride, int64_t outputs,
 
 /* A weight [O, K] as unsigned integers raw [O, K'] and scales [O, G]. As pack. */
 int NAME(quantise)(const void *from, int64_t dtype, int64_t stride, int64_t outputs, int64_t inputs, int64_t bits,
-                   int64_t group, uint8_t *raw, uint16_t *scales, int64_t threads) {
-    Plain w = {from, dtype, stride, outputs, inputs, bits, group};
+                   int64_t group, const float *cost, uint8_t *raw, uint16_t *scales, int64_t threads) {
+    Plain w = {from, dtype, stride, outputs, inputs, bits, group, cost};
     int64_t groups = group_count(&w), padded = groups * group;
     int missing = 0, odd = 0;
 #pragma omp parallel num_threads(threads) reduction(| : missing, odd)
@@ -272,7 +205,7 @@ static int desk_fits(Desk *d, int64_t padded, int64_t row) {
 
 static int fill_one(const Task *t, Desk *d) {
     int64_t row = t->inputs * (t->dtype == F_F32 ? 4 : 2), at_once = rows_at_once(row);
-    Plain w = {0, t->dtype, t->inputs, 0, t->inputs, t->bits, t->group};
+    Plain w = {0, t->dtype, t->inputs, 0, t->inputs, t->bits, t->group, 0};
     if (!desk_fits(d, group_count(&w) * t->group, row)) return 2;
     for (int64_t first = 0; first < t->outputs; first += at_once) {
         w.outputs = min64(at_once, t->outputs - first);
