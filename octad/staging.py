@@ -256,7 +256,7 @@ def space(place: Path, needed: int | None = None) -> str:
 
 
 def _place(path: str | os.PathLike[str]) -> Path:
-    """Where an output lies, links followed. Raises OutputError where they lead nowhere."""
+    """Where an output lies, links followed. Raises OutputError where they lead nowhere, and for a name that cannot be."""
     try:
         found: Path | None = Path(path).resolve()
     except (
@@ -266,7 +266,15 @@ def _place(path: str | os.PathLike[str]) -> Path:
         found = None
     except ValueError:
         raise OutputError(f"{os.fspath(path)!r}: no file can have this name; choose another -o") from None
-    if found is None or found.is_symlink():
+    try:
+        str(found).encode()
+    except UnicodeEncodeError:
+        raise OutputError(
+            f"{str(found)!r}: is no UTF-8, as what is written of it has to be; choose another -o"
+        ) from None
+    with explained(Path(path)):  # a name may be too long
+        circle = found is None or found.is_symlink()
+    if found is None or circle:
         raise OutputError(f"{os.fspath(path)}: its links lead in a circle; choose another -o")
     return found
 

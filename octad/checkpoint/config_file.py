@@ -27,7 +27,7 @@ from pydantic import (
 )
 
 from octad.errors import RecipeError
-from octad.guard import exists, parse_yaml
+from octad.guard import YAML_BYTES, exists, parse_yaml
 
 _ORDER = {"extra_forbidden": 0, "missing": 2}  # which of several problems is told; the others are 1
 # how pydantic calls the members of a union, in the place of a problem
@@ -125,7 +125,8 @@ def distinct(kind: str, names: Sequence[str]) -> None:
 def read_mapping(path: Path, label: str, expected: str) -> dict[str, Any]:
     """A file of keys and values; `label` begins every complaint, `expected` names keys. Raises RecipeError."""
     try:
-        raw = parse_yaml(path.read_bytes())
+        with open(path, "rb") as file:
+            raw = parse_yaml(file.read(YAML_BYTES + 1))  # no more, of what may have no end
     except FileNotFoundError:
         raise RecipeError(
             f"{label}: cannot be read: there is no such file; `octad init` writes those that belong together"

@@ -34,6 +34,7 @@ from octad.cli import (
     starting,
     training,
 )
+from octad.cli.endings import check_arguments, complain, ended_by_signals, never_refuse, of_the_system
 from octad.errors import OctadError
 from octad.kernels.compile import IsaError
 from octad.report import terminal
@@ -106,12 +107,19 @@ def options(
 
 def main() -> None:
     """Entry point: runs the command and turns errors into exit codes."""
-    started = time.monotonic()
     warnings.simplefilter("once", FutureWarning)
     warnings.showwarning = _show_warning
     terminal.err.quiet = False
+    never_refuse(sys.stdout)
     sys.argv[1:] = _flags_first(sys.argv[1:])
+    with ended_by_signals(_kept):
+        _main()
+
+
+def _main() -> None:
+    started = time.monotonic()
     try:
+        check_arguments(sys.argv[1:])
         code = app(standalone_mode=False)  # None, or what typer makes of an Exit: 130 for an interruption
         if code == 130:
             raise KeyboardInterrupt
@@ -121,11 +129,10 @@ def main() -> None:
         if logging.getLogger("octad").isEnabledFor(logging.DEBUG):
             traceback.print_exc()
         if os.environ.get("LOCAL_RANK", "0") == "0":  # of torchrun's processes one a machine speaks
-            print(f"octad: {' '.join(str(error).splitlines())}", file=sys.stderr)
+            complain(str(error))
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
-        kept = KEPT.get(next((a for a in sys.argv[1:] if not a.startswith("-")), ""), "nothing was written")
-        print(f"octad: interrupted after {time.monotonic() - started:.0f} s; {kept}", file=sys.stderr)
+        complain(f"interrupted after {time.monotonic() - started:.0f} s; {_kept()}")
         sys.exit(130)
     except Exception as error:
         if (
@@ -134,11 +141,19 @@ def main() -> None:
             and error.errno in (errno.ENOSPC, errno.EPIPE)
         ):
             _no_output(error)
+        if told := of_the_system(error):
+            complain(told)
+            sys.exit(2)
         if hasattr(error, "format_message"):  # click's own usage errors
             if message := " ".join(error.format_message().split()):  # empty where help was printed instead
-                print(f"octad: {message}", file=sys.stderr)
+                complain(message)
             sys.exit(2)
         raise
+
+
+def _kept() -> str:
+    """What is left of the command that was ended."""
+    return KEPT.get(next((a for a in sys.argv[1:] if not a.startswith("-")), ""), "nothing was written")
 
 
 def _flush() -> None:
@@ -153,7 +168,7 @@ def _no_output(error: OSError) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if isinstance(error, BrokenPipeError):
         sys.exit(1)
-    print(f"octad: standard output cannot be written ({error.strerror})", file=sys.stderr)
+    complain(f"standard output cannot be written ({error.strerror})")
     sys.exit(2)
 
 

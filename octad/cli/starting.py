@@ -43,7 +43,7 @@ def init(
     as_json: LastLine = False,
 ) -> None:
     """Begin with text of your own: split it, and write the files that belong together. Asks for what is not given."""
-    if sys.stdin.isatty() and not expert:
+    if sys.stdin is not None and sys.stdin.isatty() and not expert:  # None: it was closed before the start
         with terminal.life.doing("", shown=True):
             base, expert = _ask(base)
     if not expert:
@@ -104,7 +104,10 @@ def make(
     with terminal.waiting("looking at what is there"):
         from octad.project.road import make as go
 
-    made = go(directory, repair=repair, tokens=tokens, dry_run=dry_run, tell=terminal.tell)
+    tell = terminal.say if dry_run and not as_json else terminal.tell  # a plan that was asked for is a result
+    made = go(directory, repair=repair, tokens=tokens, dry_run=dry_run, tell=tell)
+    if dry_run and not made.facts["would_do"]:
+        tell("nothing is left to do")
     if not made.finished:
         terminal.tell(f"stopped and saved; octad make {directory} goes on")
         raise SystemExit(130)

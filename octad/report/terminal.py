@@ -15,7 +15,7 @@ from typing import Any
 
 import rich.table
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -24,7 +24,18 @@ from octad.report.table import Cell, Table
 
 
 class _Heard(Console):
-    """A console that tells when something was printed on it."""
+    """A console that tells when something was printed on it. No terminal is 0 characters wide: COLUMNS=0, or a width that
+    a pseudo-terminal was never told, is none."""
+
+    @property
+    def size(self) -> ConsoleDimensions:
+        """Characters and lines, as rich finds them."""
+        found = super().size
+        return found if found.width else found._replace(width=80)
+
+    @size.setter
+    def size(self, new: tuple[int, int]) -> None:
+        self._width, self._height = new
 
     def print(self, *objects: Any, **options: Any) -> None:
         """As rich prints."""

@@ -144,6 +144,12 @@ def test_the_road_is_gone_once(own: Path, octad: Octad, monkeypatch: pytest.Monk
     code, out, err = made("--dry-run")
     assert json.loads(out)["would_do"] == ["branch law", "branch sky", "combine", "evaluate"]
     assert "to do: branch law, " in err
+    code, out, err = octad("make", "road", "-q", "--dry-run")
+    assert [line.partition(",")[0] for line in out.splitlines()[:2]] == [
+        "to do: branch law",
+        "to do: branch sky",
+    ]
+    assert (code, err) == (0, "")
     assert not (own / "road" / "mixture").exists()
     code, out, err = made()
     last = json.loads(out.splitlines()[-1])
@@ -153,6 +159,7 @@ def test_the_road_is_gone_once(own: Path, octad: Octad, monkeypatch: pytest.Monk
         json.loads((own / "road/report/report.json").read_text())["verdict"]["headline"] == last["headline"]
     )
     assert json.loads(made("-q")[1].splitlines()[-1])["done"] == []
+    assert octad("make", "road", "--tokens", 100, "--dry-run")[1].endswith("nothing is left to do\n")
     text = own / "road/text/law/train.jsonl"
     text.write_text(text.read_text() + json.dumps({"text": "something new " * 20}) + "\n")
     code, out, err = made()
