@@ -67,12 +67,15 @@ def parse_json(
     *,
     complaint: str = "is not valid JSON",
     prose: bool = False,
+    finite: bool = False,
 ) -> Any:
     """The value that a JSON text holds; `where` and `complaint` begin what is said otherwise. In `prose` NUL is a
-    character like others. Raises `error`."""
+    character like others. `finite`: NaN and Infinity, which Python writes and JSON has not, are refused, and so are
+    numbers that would become them. Raises `error`."""
     try:
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
-        value = json.loads(text, parse_int=_integer, object_pairs_hook=_unique)
+        floats: dict[str, Any] = {"parse_float": _finite, "parse_constant": _finite} if finite else {}
+        value = json.loads(text, parse_int=_integer, object_pairs_hook=_unique, **floats)
         check_plain(value, unfit=None if "\\" not in text else _SURROGATE if prose else _UNFIT)
     except RecursionError:
         raise error(f"{where}: {complaint}: nested deeper than {DEPTH} levels") from None
@@ -152,6 +155,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _integer(digits: str) -> int:
     if len(digits) > 40 or not -LARGEST < (value := int(digits)) < LARGEST:
         raise ValueError(f"a number of {len(digits)} digits")
+    return value
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"the number {_short(text)}, which JSON does not have or nobody can compute with")
     return value
 
 

@@ -70,6 +70,15 @@ def test_text_may_hold_what_names_may_not() -> None:
         parse_json('"\\ud83d"', "line 1", DataError, complaint="not JSON", prose=True)
 
 
+@pytest.mark.parametrize("text", ["NaN", "[-Infinity]", '{"a": 1e999}', "-1e400"])
+def test_numbers_that_are_none(text: str) -> None:
+    """RFC 8259, 6: no NaN, no Infinity; Python reads both, and reads the largest numbers as the latter."""
+    assert json.loads(text) is not None
+    with pytest.raises(DataError, match=r"talk: .*number"):
+        parse_json(text, "talk", DataError, finite=True)
+    assert parse_json("[1.5, -2e-3, 0]", "talk", DataError, finite=True) == [1.5, -0.002, 0]
+
+
 def test_yaml_is_what_the_library_makes_of_plain_data() -> None:
     text = "a: [1, 2.5, 1.0e-3, 'x', yes, null]\nb: &b {c: d}\ne: *b\nf: {<<: *b, g: 0x10}\nh: |\n  two\n  lines\n"
     assert parse_yaml(text) == yaml.safe_load(text)

@@ -176,7 +176,7 @@ def _object(raw: bytes) -> dict[str, Any]:
     if not raw.strip():
         raise ApiError(400, "the body is empty; send a JSON object", code="invalid_json")
     try:
-        found = parse_json(raw, "body", BadBody, prose=True)
+        found = parse_json(raw, "body", BadBody, prose=True, finite=True)
     except BadBody as error:
         raise ApiError(400, str(error)[:500], code="invalid_json") from None
     if not isinstance(found, dict):

@@ -55,6 +55,7 @@ def is_error(found: Any) -> bool:
         (b'{"messages": [{"role": "user", "content": "x"}], "n": ' + b"9" * 10_000 + b"}", "not valid JSON"),
         (b'{"messages": [], "messages": []}', "not valid JSON"),
         (b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', ""),
+        (b'{"messages": [{"role": "user", "content": "x"}], "metadata": {"a": NaN}}', "not valid JSON"),
     ],
 )
 def test_bodies_that_are_none(running: Running, body: bytes, told: str) -> None:
