@@ -55,12 +55,29 @@ class Extent:
         self._check_inside(first, info.numel)
         return Extent(self.path, self.offset + first * info.dtype.itemsize, info)
 
-    def read(self) -> torch.Tensor:
-        """The tensor in memory of its own. Raises CheckpointError when the file cannot be read to the end."""
+    def read(self, past: bool = False) -> torch.Tensor:
+        """The tensor in memory of its own; with `past`, what is not in the system's cache comes past it. Raises
+        CheckpointError when the file cannot be read to the end."""
         data = empty_bytes(self.info.nbytes)
         with self.opened() as file:
-            self.fill(file, byte_view(data), 0)
+            view = byte_view(data)
+            done = self._fill_past(file, view) if past else 0
+            self.fill(file, view[done:], done)
         return data.view(self.info.dtype).view(self.info.shape)
+
+    def _fill_past(self, file: int, view: memoryview) -> int:
+        done = 0
+        with (
+            contextlib.suppress(OSError),  # `fill` goes on, and says what is wrong
+            opened_past_cache(self.path, file, self.offset, len(view)) as past,
+        ):
+            while past is not None and done < len(view):
+                count = min(CHUNK, len(view) - done)
+                if (piece := read_piece(file, past, self.offset + done, count)) is None:
+                    break
+                view[done : done + count] = piece
+                done += count
+        return done
 
     def blocks(self, starts: Sequence[int], count: int) -> torch.Tensor:
         """The runs of `count` values that begin at these value numbers, [len(starts), count].

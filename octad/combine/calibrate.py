@@ -241,18 +241,19 @@ def _joined(states: States, numbers: Sequence[int]) -> torch.Tensor:
 def _blocks_of_rows(
     source: TensorSource, name: str, dtype: torch.dtype, write: Write
 ) -> Iterator[torch.Tensor]:
-    """A matrix in `dtype`, some rows at a time where it lies on the disk as it is, else whole; what is read goes to
-    `write` first."""
+    """A matrix in `dtype`, some rows at a time (until the next are asked for) where it lies on the disk as it is, else
+    whole; what is read goes to `write` first."""
     height, width = source.info(name).shape
     extent = source.extent(name)
     if extent is None or extent.info.nbytes <= BLOCK_BYTES:
         yield read_all(source, {name: name}, dtype, write)[name]
         return
     most = max(1, BLOCK_BYTES * height // extent.info.nbytes)
+    held = torch.empty(most, width, dtype=dtype)  # once: fresh memory costs more than what is done with it
     for first in range(0, height, most):
-        block = extent.part(first * width, (min(most, height - first), width)).read()
+        block = extent.part(first * width, (min(most, height - first), width)).read(past=True)
         write(name, block, first)
-        yield block.to(dtype)
+        yield held[: len(block)].copy_(block)
 
 
 def _finite(x_ND: torch.Tensor, layer: int, path: int) -> torch.Tensor:

@@ -159,6 +159,15 @@ def test_bytes_are_compared_past_the_cache(tmp_path: Path, place: int | None) ->
     assert same_bytes(found[0], found[1:]) == [True, place is None]
 
 
+def test_a_tensor_is_read_past_the_cache(tmp_path: Path) -> None:
+    wanted = tensors(tmp_path)
+    for name, extent in read_header(tmp_path / SINGLE).items():
+        assert torch.equal(extent.read(past=True), wanted[name])
+    os.truncate(tmp_path / SINGLE, extent.offset + 100)
+    with pytest.raises(CheckpointError, match="became shorter"):
+        extent.read(past=True)
+
+
 def test_what_cannot_be_asked_is_taken_as_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(bytes(10_000))
     with (tmp_path / "file").open("rb") as file:
