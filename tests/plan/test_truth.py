@@ -3,9 +3,11 @@
 A bound here is no promise that the planner is right: it holds the misses that docs/planning.md explains.
 """
 
+import json
 from pathlib import Path
 
 import pytest
+from tiny_models import Octad
 
 from octad.model.config import ModelConfig
 from octad.plan.hardware import Cluster, Device, find_cluster, reached
@@ -72,6 +74,20 @@ def test_decoding(precision: str, devices: int, published: float) -> None:
     assert f"| {predicted:.0f} | {published:.0f} |" in row(
         f"gpt-fast Mixtral 8x7B, {precision}, {devices} A100"
     )
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+def test_the_command_prints_the_rows(octad: Octad, devices: int) -> None:
+    asked = ["plan", "8x7b", "--serve", "--hardware", f"a100x{devices}", "--context", "256"]
+    options = json.loads(octad(*asked, "--json")[1])["readings"][0]["options"]
+    shown = octad(*asked)[1].splitlines()
+    for precision in (name for name, count, _ in DECODED if count == devices):
+        (found,) = [o for o in options if o["precision"] == precision and o["place"] == "all on the device"]
+        speed = found["tokens_per_second"]
+        assert f"| {speed:.0f} |" in row(f"gpt-fast Mixtral 8x7B, {precision}, {devices} A100")
+        (line,) = [x for x in shown if x.startswith(f"{precision} ") and "all on the device" in x]
+        assert f"{speed:.3g}" in line.split()
+        assert found["engine"] == "vLLM"  # octad's own int8 saves memory there, and no time
 
 
 def test_decoding_with_experts_on_the_host() -> None:
