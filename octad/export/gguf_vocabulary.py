@@ -29,6 +29,7 @@ from octad.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
+    from tokenizers import Tokenizer as Core
 
 UNUSED, BYTE = 5, 6
 ENDS = ("eos", "eot", "eom")
@@ -135,8 +136,22 @@ def _proved(tokenizer: Tokenizer, candidates: Iterable[dict[str, Any]]) -> dict[
         except CheckpointError:
             continue
         if [read.encode(text, add_special_tokens=True).ids for text in PROBES] == wanted:
+            _check_neighbours(tokenizer, read)
             return values
     raise _refusal(tokenizer, "no way of cutting text that GGUF names gives its ids")
+
+
+def _check_neighbours(tokenizer: Tokenizer, read: Core) -> None:
+    """Raises CheckpointError where an added token minds what stands beside it (takes blanks along, or whole words alone):
+    GGUF cannot tell, and whoever reads it finds such tokens anywhere."""
+    added = tokenizer.core.get_added_tokens_decoder().values()
+    for token in (t.content for t in added if t.lstrip or t.rstrip or t.single_word):
+        for text in (f"a{token}b", f"a {token} b"):
+            if read.encode(text).ids != tokenizer.core.encode(text).ids:
+                raise _refusal(
+                    tokenizer,
+                    f"{token!r} minds its neighbours (lstrip, rstrip or single_word), GGUF does not",
+                )
 
 
 def _refusal(tokenizer: Tokenizer, why: str) -> CheckpointError:

@@ -9,6 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from bundled import smollm2_path
@@ -238,6 +239,25 @@ def test_a_sentencepiece_vocabulary_comes_back(checkpoint: Make, tmp_path: Path)
     made = write_gguf(open_source(path), tmp_path / "m.gguf")
     again = gguf_tokenizer(made)
     assert [again.encode(p) for p in PROBES] == [load_tokenizer(open_source(path)).encode(p) for p in PROBES]
+
+
+@pytest.mark.parametrize("minds", ["lstrip", "rstrip", "single_word"])
+def test_tokens_that_mind_their_neighbours_are_refused(checkpoint: Make, tmp_path: Path, minds: str) -> None:
+    """llama.cpp finds added tokens anywhere and takes no blank along; tokenizers' own ids say what was lost."""
+    plain, odd = byte_tokenizer(256), byte_tokenizer(256)
+    for made, options in ((plain, {}), (odd, {minds: True})):
+        made.core.add_tokens([tokenizers.AddedToken("zq", normalized=False, **options)])
+    text = "xzq zq y"
+    assert plain.core.encode(text).ids != odd.core.encode(text).ids
+    path = checkpoint("llama", vocab_size=257)
+    plain.save(path)
+    assert gguf_tokenizer(write_gguf(open_source(path), tmp_path / "plain.gguf")).encode(
+        text
+    ) == plain.encode(text)
+    odd.save(path)
+    with pytest.raises(CheckpointError, match=r"'zq' minds its neighbours \(lstrip, rstrip or single_word\)"):
+        write_gguf(open_source(path), tmp_path / "odd.gguf")
+    assert not (tmp_path / "odd.gguf").exists()
 
 
 def test_overwrite_replaces_a_gguf_file_alone(checkpoint: Make, tmp_path: Path) -> None:
