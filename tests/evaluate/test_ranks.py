@@ -102,11 +102,13 @@ def test_weights_over_several_ranks_give_the_numbers_of_one(tmp_path: Path, rank
 def test_what_one_rank_finds_wrong_is_one_line(tmp_path: Path) -> None:
     world = World(tmp_path / "world", "llama")
     weights = world.mixture / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-64])
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-64])
     done = run_ranks(world, tmp_path, 2, "--shard")
     assert done.returncode != 0
     assert done.stderr.count("octad: ") == 1
     assert 'Traceback (most recent call last):\n  File "<string>"' not in done.stderr
+    weights.write_bytes(whole)
     done = run_ranks(world, tmp_path, 2, "--shard", "--tasks", "octad-chat")
     assert "answers come from one process" in done.stderr
 
