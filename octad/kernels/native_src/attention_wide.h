@@ -41,10 +41,9 @@ INLINE void score_wide(const Pages *p, const Span *s, const Heads *heads, const 
         const char *key[8];
         int64_t count = min64(8, end - t);
         for (int j = 0; j < 8; j++) key[j] = page_row(p, heads, p->keys, s->places[min64(t + j, end - 1)], K, size);
-        if (s->fetch)
-            for (int j = 0; j < 8; j++) fetch_place(p, s, heads, p->keys, t + j, K, size);
         for (int j = 0; j < 8; j += together) {
             Floats sum[GROUP][8];
+            for (int l = 0; s->fetch && l < together; l++) fetch_place(p, s, heads, p->keys, t + j + l, K, size);
             for (int h = 0; h < n; h++)
                 for (int l = 0; l < together; l++) sum[h][l] = all(0);
             for (int i = 0; i < K; i += 8) {
