@@ -76,7 +76,8 @@ def step_seconds(config: BranchConfig) -> float:
 def costs_of(
     project: Project, config: ModelConfig, mixture: ModelConfig, pace: float, tokens: tuple[int, int]
 ) -> Costs:
-    """All of it, after a step was measured in this process, whose peak memory is what training takes. `tokens`: of each
+    """All of it, after a step was measured in this process, whose peak memory is what training takes; the
+    mixture in int8 comes on top, since what is freed stays with the process. `tokens`: of each
     expert's text that routers are fitted on, and of each kind that is judged on."""
     routed, judged = tokens
     count, specialists = len(project.experts), len(project.specialists)
@@ -96,7 +97,7 @@ def costs_of(
         mixture_bytes=2 * total,
         adapter_bytes=adapters,
         disk=2 * total + (1 + STATES) * adapters,
-        memory=int(max(AGAIN * memory_of().get("peak", 4 * cost.parameters(config)), ROUNDED * total)),
+        memory=int(AGAIN * memory_of().get("peak", 4 * cost.parameters(config)) + ROUNDED * total),
     )
 
 
