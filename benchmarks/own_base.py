@@ -32,7 +32,7 @@ QUESTIONS = {
     "Python": "Write a Python function that returns the n-th Fibonacci number without recursion.",
     "SQL": "Write an SQL query for the three customers with the highest sum of orders.amount.",
 }
-ANSWER = 120  # tokens
+ANSWER = 80  # tokens
 
 
 def main() -> None:
