@@ -253,6 +253,7 @@ def evaluate(
     seed: int = 0,
     smallest: float = 0.002,
     quantize: str | None = None,
+    other_k: bool = True,
     routing: bool = False,
     tasks: str | Sequence[str] | None = None,
     members: bool = False,
@@ -266,8 +267,9 @@ def evaluate(
     tell: Tell = None,
 ) -> Verdict:
     """Judge a mixture beside everything it is made of on held-out text, on tasks, or both. `data`: a file of domains, or
-    {name: files}; `quantize`: all with weights rounded so; `routing`: look at the routers too, for the report's page;
-    `shard`: weights lie over all processes of torchrun (None: where one cannot hold them). Raises OctadError.
+    {name: files}; `quantize`: all with weights rounded so; `other_k`: the mixture with other numbers of experts a token,
+    too; `routing`: look at the routers, for the report's page; `shard`: weights lie over all processes of torchrun (None:
+    where one cannot hold them). Raises OctadError.
 
     >>> verdict = octad.evaluate("mixture", {"one": "one.jsonl"}, tokens=200, window=32, require="mean<=member*9")
     >>> verdict.holds, list(verdict.to_pandas().columns)
@@ -307,7 +309,9 @@ def evaluate(
         one_for_tasks(source, shard, alone=data is None)
     if data is None:
         return Verdict({"tasks": rows()}, source)
-    settings = Settings(tokens=tokens, window=window, seed=seed, smallest=smallest, quantize=quantize)
+    settings = Settings(
+        tokens=tokens, window=window, seed=seed, smallest=smallest, quantize=quantize, other_k=other_k
+    )
     found, checked, routed = _compare(
         source, data, settings, dense, require, cache, progress, teller(tell), routing=routing, shard=shard
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from octad.checkpoint.provenance import PROVENANCE
 from octad.cli import answering
@@ -47,7 +47,8 @@ def run(output: Path) -> None:
         "All now read text that none has seen, some from sources that the router does not know either."
         f" Fewer bits a byte are better. {TOKENS} tokens of each kind: a quick look."
     )
-    outputs, options = commands_evaluate.Outputs(report, brief=True), {"tokens": TOKENS, "window": WINDOW}
+    outputs = commands_evaluate.Outputs(report, brief=True)
+    options: dict[str, Any] = {"tokens": TOKENS, "window": WINDOW, "other_k": False}
     commands_evaluate.evaluate(str(output), HERE / "domains.yaml", outputs, **options)
     write(output)
     heading(f"Done in {time.monotonic() - started:.0f} s. Three things to try")
@@ -84,7 +85,7 @@ def expected_seconds(plan: Plan) -> float:
     from octad.combine.build import expected_seconds as combining
     from octad.evaluate.estimate import judging_seconds
 
-    return combining(plan) + judging_seconds(plan.config, TOKENS * len(plan.members))
+    return combining(plan) + judging_seconds(plan.config, TOKENS * len(plan.members), other_k=False)
 
 
 def make(plan: Plan, output: Path) -> None:

@@ -49,7 +49,8 @@ ELSEWHERE = "oracle chosen elsewhere\n"  # like no contestant's name: those are 
 class Settings:
     """What to judge on and how sure to be. `tokens` are those of one domain; `level` is that of the intervals;
     differences below the share `smallest` of a contestant's bits per byte matter to nobody. `quantize`: all are judged
-    with weights rounded so ("int8", "int4"), which is quicker and nearly as exact."""
+    with weights rounded so ("int8", "int4"), which is quicker and nearly as exact. `other_k`: the mixture is judged with
+    other numbers of experts a token, too: with all of them it takes as long as five members."""
 
     tokens: int = 4096
     window: int = 512
@@ -58,6 +59,7 @@ class Settings:
     level: float = 0.95
     smallest: float = 0.002
     quantize: str | None = None
+    other_k: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +187,7 @@ def compare(
     `spread`: each model's weights lie over all ranks."""
     settings = settings or Settings()
     texts = read_texts(source, domains, tokens=settings.tokens, window=settings.window)
-    lineup = line_up(source, texts, dense)
+    lineup = line_up(source, texts, dense, other_k=settings.other_k)
     ready(texts, lineup)
     if spread and settings.quantize:
         raise RequestError(

@@ -73,9 +73,10 @@ class LineUp:
         return [*self.entries, *derived]
 
 
-def line_up(source: TensorSource, texts: Texts, dense: Sequence[str] = ()) -> LineUp:
-    """Everybody who can be judged. Raises OctadError for a damaged octad.json or a dense model that does not fit."""
-    found = _mixture(source, texts) if source.config.is_moe else _dense(source)
+def line_up(source: TensorSource, texts: Texts, dense: Sequence[str] = (), *, other_k: bool = True) -> LineUp:
+    """Everybody who can be judged; `other_k` as in Settings. Raises OctadError for a damaged octad.json or a dense model
+    that does not fit."""
+    found = _mixture(source, texts, other_k) if source.config.is_moe else _dense(source)
     for ref in dense:
         model = open_source(ref, quantised=True)
         name = _free_name(f"dense {Path(ref.rstrip('/')).name}", found.entries)
@@ -89,10 +90,12 @@ def _dense(source: TensorSource) -> LineUp:
     return LineUp({"model": Entry(Whole(), "model")}, "model", [], missing=missing)
 
 
-def _mixture(source: TensorSource, texts: Texts) -> LineUp:
+def _mixture(source: TensorSource, texts: Texts, other_k: bool) -> LineUp:
     found = members_of(source, max(max(window.ids) for window in texts.windows))
     E = source.config.num_experts
-    ks = {1, min(2, E), source.config.num_experts_per_tok} | ({E} if E <= MOST_JUDGED else set())
+    ks = {source.config.num_experts_per_tok}
+    if other_k:
+        ks |= {1, min(2, E)} | ({E} if E <= MOST_JUDGED else set())
     for k in sorted(ks):
         name = f"mixture top-{k}"
         note = "as it is" if name == found.own else f"with {k} of {E} experts a token"

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from octad.evaluate import judge as room
 from octad.evaluate.compare import Comparison, Settings, compare, read_domains
 from octad.evaluate.contestants import Member, Soup, TopK, contestant, counted_load, moe_layers
 from octad.evaluate.lineup import members_of
+from octad.evaluate.verdict import make_verdict
 from octad.model.moe import Router
 from octad.text.windows import Window, read_windows
 
@@ -97,6 +99,15 @@ def test_who_takes_part(result: Comparison) -> None:
     assert list(result.bits) == rows == list(result.nats)
     assert result.lineup.inexact == ["far"]
     assert all(100 < count <= TOKENS for count in result.texts.tokens.values())
+
+
+def test_with_its_own_number_of_experts_alone(world: World, result: Comparison) -> None:
+    """What the others are costs most of the time; what is judged is judged the same."""
+    found = compare(open_source(world.mixture), world.domains, replace(SETTINGS, other_k=False))
+    assert [name for name in result.rows if name not in found.rows] == ["mixture top-1", "mixture top-4"]
+    assert [name for name in result.rows if name in found.rows] == list(found.rows)
+    assert all(found.bits[name] == result.bits[name] for name in found.rows)
+    assert all(made["answer"] for made in make_verdict(found)["questions"])
 
 
 def test_members_are_themselves(world: World, result: Comparison) -> None:
