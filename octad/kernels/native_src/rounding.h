@@ -76,34 +76,43 @@ static int round4(const float *x, int64_t n, uint8_t *raw, uint16_t *scale) {
     return 0;
 }
 
-/* What rounding a group to a scale costs: the error of each input squared, times its cost. */
-static double dear4(const float *x, const float *cost, int64_t n, uint16_t scale) {
-    float step = step4(scale), inverse = 1.0f / step, lanes[8] = {0};
-    for (int64_t i = 0; i < n; i += 8) {
+enum { TRIED = 8 };
+
+/* What rounding a group to each of some scales costs: the error of each input squared, times its cost. One pass for all of
+   them: a sum alone would wait for its last addition. */
+static void dear4(const float *x, const float *cost, int64_t n, const uint16_t *scales, double *sums) {
+    float steps[TRIED], inverse[TRIED], lanes[TRIED][8] = {{0}};
+    for (int s = 0; s < TRIED; s++) steps[s] = step4(scales[s]), inverse[s] = 1.0f / steps[s];
+    for (int64_t i = 0; i < n; i += 8)
+        for (int s = 0; s < TRIED; s++) {
 #pragma omp simd
-        for (int j = 0; j < 8; j++) {
-            float times = x[i + j] * inverse, q = rintf(times);
-            float off = (q < -8.0f ? -8.0f : (q > 7.0f ? 7.0f : q)) - times;
-            lanes[j] += cost[i + j] * (off * off);
+            for (int j = 0; j < 8; j++) {
+                float times = x[i + j] * inverse[s], q = rintf(times);
+                float off = (q < -8.0f ? -8.0f : (q > 7.0f ? 7.0f : q)) - times;
+                lanes[s][j] += cost[i + j] * (off * off);
+            }
         }
+    for (int s = 0; s < TRIED; s++) {
+        for (int width = 4; width; width /= 2)
+            for (int j = 0; j < width; j++) lanes[s][j] += lanes[s][j + width];
+        sums[s] = (double)lanes[s][0] * steps[s] * steps[s];
     }
-    for (int width = 4; width; width /= 2)
-        for (int j = 0; j < width; j++) lanes[j] += lanes[j + width];
-    return (double)lanes[0] * step * step;
 }
 
 /* round4 where inputs have costs: the largest value may be cut for the others' sake. */
 static int round4_dear(const float *x, const float *cost, int64_t n, uint8_t *raw, uint16_t *scale) {
-    static const float shrink[8] = {1.0f, 1.05f, 0.95f, 0.9f, 0.85f, 0.8f, 0.75f, 0.7f};
+    static const float shrink[TRIED] = {1.0f, 1.05f, 0.95f, 0.9f, 0.85f, 0.8f, 0.75f, 0.7f};
     float low, high;
+    uint16_t tried[TRIED];
+    double sums[TRIED];
     if (extremes(x, n, &low, &high)) return 1;
     float most = (high > -low ? high : low) / -8.0f;
-    double best = INFINITY;
-    for (int i = 0; i < 8; i++) {
-        uint16_t tried = to_bf16(most * shrink[i]);
-        double error = dear4(x, cost, n, tried);
-        if (i == 0 || error < best) best = error, *scale = tried;
-    }
+    for (int i = 0; i < TRIED; i++) tried[i] = to_bf16(most * shrink[i]);
+    dear4(x, cost, n, tried, sums);
+    int best = 0;
+    for (int i = 1; i < TRIED; i++)
+        if (sums[i] < sums[best]) best = i;
+    *scale = tried[best];
     if (!(*scale & 0x7fff)) *scale = 0;
     float step = step4(*scale);
 #pragma omp simd
