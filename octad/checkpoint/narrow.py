@@ -40,9 +40,11 @@ def lost_below(before: torch.Tensor, after: torch.Tensor) -> str | None:
     kind = str(after.dtype).removeprefix("torch.")
     gone, held = int(((after == 0) & (before != 0)).sum()), int(before.count_nonzero())
     if gone > MOST_GONE * held:
-        return f"{gone / held:.0%} of its weights are so small that {kind} has 0 for them"
+        return f"{100 * gone / held:.0f} % of its weights are so small that {kind} has 0 for them"
     wide = before if before.dtype == torch.float64 else before.float()
     changed, size = (float(torch.linalg.vector_norm(x)) for x in (after.to(wide.dtype) - wide, wide))
     if changed > MOST_CHANGED * size:
-        return f"its weights are so small that {kind} changes them by {changed / size:.1%} of their size"
+        return (
+            f"its weights are so small that {kind} changes them by {100 * changed / size:.1f} % of their size"
+        )
     return None

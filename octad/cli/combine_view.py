@@ -46,7 +46,7 @@ def show_plan(plan: Plan, seconds: float) -> None:
         terminal.say(f"  {note}")
     if margin := max(report.margin for report in plan.reports):
         terminal.out.print(
-            f"  distances are from a sample of each tensor: within {margin:.1%} of the whole, 95 times in 100"
+            f"  distances are from a sample of each tensor: within {100 * margin:.1f} % of the whole, 95 times in 100"
         )
     total, active = cost.parameters(plan.config), cost.parameters(plan.config, active=True)
     terminal.out.print(
@@ -66,7 +66,7 @@ def show_rounding(bits: Mapping[str, tuple[float, float]]) -> None:
     """Bits per byte of each domain before and after weights were rounded."""
     mean = [sum(pair[side] for pair in bits.values()) / len(bits) for side in (0, 1)]
     rows = [
-        [name, f"{before:.4f}", f"{after:.4f}", f"{after / before - 1:+.2%}"]
+        [name, f"{before:.4f}", f"{after:.4f}", f"{100 * (after / before - 1):+.2f} %"]
         for name, (before, after) in {**bits, "mean": (mean[0], mean[1])}.items()
     ]
     titles = ["text", ">before", ">rounded", ">change"]

@@ -90,7 +90,8 @@ def _rounded(source: TensorSource, names: Sequence[str], dtype: torch.dtype, wha
         return None
     kind = str(dtype).removeprefix("torch.")
     return (
-        f"{changed / count:.1%} of its weights change on the way to {kind}, by {(error / size) ** 0.5:.2%} of their size"
+        f"{100 * changed / count:.1f} % of its weights change on the way to {kind}, by"
+        f" {100 * (error / size) ** 0.5:.2f} % of their size"
         " (root mean square): dtype: float32 keeps them"
     )
 
@@ -112,7 +113,7 @@ def _change_lost(
         return None
     kind = str(dtype).removeprefix("torch.")
     return (
-        f"what it adds to the base is so small that rounding to {kind} changes it by {lost:.0%} of its size:"
+        f"what it adds to the base is so small that rounding to {kind} changes it by {100 * lost:.0f} % of its size:"
         " dtype: float32 keeps it"
     )
 

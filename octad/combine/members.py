@@ -231,7 +231,7 @@ def sentence(report: MemberReport, found: Distances, shared: str) -> str:
             f"outside its feed-forward nets it differs from the base by no more than rounding does ({parts}, relative to"
             " the base): the base's is used"
         )
-    share = f"{found.lost_share:.0%} of its change"
+    share = f"{100 * found.lost_share:.0f} % of its change"
     cost = (
         "will be nearer to the base than to the member"
         if found.lost_share > 0.5

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from octad.evaluate.bootstrap import Interval
 from octad.evaluate.compare import Comparison
-from octad.report.figures import listed, share
+from octad.report.figures import listed, percent, share
 
 LOSS = 0.005  # of a domain's bits per byte: a smaller loss to its best member is not worth a retraining
 NEAR_CHANCE = 0.25  # how far a best expert's share must be from an even one towards all that it can have
@@ -107,9 +107,9 @@ def _blind_router(found: Comparison) -> Iterator[str]:
     if routing.mean_own > routing.even + NEAR_CHANCE * (_most(found) - routing.even):
         return
     yield (
-        f"the router does not know the domains: the expert that is best on a domain gets {routing.mean_own:.0%} of its"
-        f" choices, an even spread would give it {routing.even:.0%}; fit the router anew (octad combine with router:"
-        " ridge and calibration text of each domain)"
+        f"the router does not know the domains: the expert that is best on a domain gets {percent(routing.mean_own)} of"
+        f" its choices, an even spread would give it {percent(routing.even)}; fit the router anew (octad combine with"
+        " router: ridge and calibration text of each domain)"
     )
 
 
@@ -133,8 +133,8 @@ def _no_better_than_soup(found: Comparison) -> Iterator[str]:
     if difference.answer == "yes":
         return
     yield (
-        f"routing is not for certain better than averaging the weights ({difference.relative:+.2%} to the soup, which is"
-        " one dense model): fit the router anew, or use the soup"
+        f"routing is not for certain better than averaging the weights ({100 * difference.relative:+.2f} % to the soup,"
+        " which is one dense model): fit the router anew, or use the soup"
     )
 
 
@@ -162,7 +162,7 @@ def _cure(found: Comparison, domain: str, best: str) -> str:
     given = None if shares is None or best not in experts else shares[experts.index(best)]
     most = _most(found)
     if given is not None and given < 0.75 * most:
-        told = f"the router gives {best} {given:.0%} of its choices, of at most {most:.0%}"
+        told = f"the router gives {best} {percent(given)} of its choices, of at most {percent(most)}"
         return f"{told}: retrain the router on {domain}, with more calibration text of it"
     if better:
         return (
@@ -188,10 +188,11 @@ def _other_top_k(found: Comparison) -> Iterator[str]:
             continue
         difference, cost = found.difference(name, own), found.rows[name].price.flops_per_token
         price = "" if not cost or not mine else f" at {cost / mine:.2f} times the FLOPs"
+        apart = f"{100 * difference.relative:+.2f} %{price}"
         if difference.answer == "yes":
-            yield f"{name} is better for certain ({difference.relative:+.2%}{price}): set num_experts_per_tok to it"
+            yield f"{name} is better for certain ({apart}): set num_experts_per_tok to it"
         elif cost and mine and cost < mine and _at_most(difference.interval, CHEAPER * found.mean(own)):
-            yield f"{name} is as good within {CHEAPER:.1%} ({difference.relative:+.2%}{price}): it is the cheaper one"
+            yield f"{name} is as good within {percent(CHEAPER, 1)} ({apart}): it is the cheaper one"
 
 
 def _at_most(interval: Interval, bound: float) -> bool:
@@ -206,9 +207,9 @@ def _idle_experts(found: Comparison) -> Iterator[str]:
         most = max((s[e] for s in shares), default=None)
         never_best = found.members and name in found.members and name not in found.chosen.values()
         if most is not None and most < DEAD / len(experts):
-            yield f"drop expert {name}: no domain gives it more than {most:.1%} of its choices"
+            yield f"drop expert {name}: no domain gives it more than {percent(most, 1)} of its choices"
         elif never_best and len(found.domains) >= len(experts):
-            used = "" if most is None else f" (the largest share that one gives it: {most:.0%})"
+            used = "" if most is None else f" (the largest share that one gives it: {percent(most)})"
             yield (
                 f"expert {name} is the best member of no domain here{used}: judge it on text of its own, or drop it"
             )

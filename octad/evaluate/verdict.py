@@ -158,7 +158,7 @@ def _lost(found: Comparison) -> str:
 
 def _against(found: Comparison, name: str) -> str:
     difference = found.difference(found.own, name)
-    interval, level = difference.interval, f"{found.settings.level:.0%}"
+    interval, level = difference.interval, f"{100 * found.settings.level:.0f} %"
     label = (
         f"the best single member, {name}"
         if name in found.members
@@ -168,7 +168,7 @@ def _against(found: Comparison, name: str) -> str:
     )
     side = "below" if interval.value < 0 else "above"
     return (
-        f"{abs(difference.relative):.2%} {side} {label}: {interval.value:+.4f} bits per byte"
+        f"{100 * abs(difference.relative):.2f} % {side} {label}: {interval.value:+.4f} bits per byte"
         f" ({level} interval {interval.low:+.4f} to {interval.high:+.4f})."
     )
 

@@ -81,8 +81,8 @@ class StoreStats:
         """For people."""
         found = self.report()
         return (
-            f"experts: {found['hit_rate']:.1%} were in memory (routers that choose by chance:"
-            f" {found['uniform_hit_rate']:.0%}), {found['bytes_per_token'] / 1e6:.1f} MB read and"
+            f"experts: {100 * found['hit_rate']:.1f} % were in memory (routers that choose by chance:"
+            f" {100 * found['uniform_hit_rate']:.0f} %), {found['bytes_per_token'] / 1e6:.1f} MB read and"
             f" {found['stall_seconds_per_token'] * 1e3:.1f} ms waited a token"
         )
 

@@ -137,7 +137,7 @@ def _why(plan: Plan, best: Plan) -> str:
     if plan is best:
         worst = max((name for name in spent if name != "arithmetic"), key=lambda name: spent[name])
         share = spent[worst] / plan.time.total
-        lost = f"loses most to {worst}: {share:.0%}" if share >= 0.01 else "arithmetic alone counts"
+        lost = f"loses most to {worst}: {100 * share:.0f} %" if share >= 0.01 else "arithmetic alone counts"
         return f"quickest; {lost}" + (", recomputes" if plan.layout.recompute else "")
     slower = plan.pace / best.pace
     if slower < NEAR:
@@ -146,4 +146,4 @@ def _why(plan: Plan, best: Plan) -> str:
     more = {name: seconds - best.time.parts[name] * steps for name, seconds in spent.items()}
     worst = max(more, key=lambda name: more[name])
     named = "recomputed activations" if worst == "arithmetic" else worst
-    return f"{slower - 1:.0%} slower: {named}"
+    return f"{100 * (slower - 1):.0f} % slower: {named}"

@@ -38,7 +38,7 @@ class _Stage:
         """Its name, how far it is, and about how long it still takes."""
         gone, took = self.share - self.first, now - self.begun
         seconds = took * (1 - self.share) / gone if gone > KNOWN and took > 1 else 0.0
-        return f"{name}, {int(100 * self.share)}%" + (
+        return f"{name}, {int(100 * self.share)} %" + (
             f", about {duration(seconds)} left" if seconds >= 1 else ""
         )
 

@@ -76,7 +76,7 @@ class ServerState:
             return f"the model could not be opened: {self.error}"
         if self.status == "unreachable":
             return f"the backend does not answer ({self.stage})"
-        return f"the model is being opened ({self.stage}, {self.progress:.0%})"
+        return f"the model is being opened ({self.stage}, {100 * self.progress:.0f} %)"
 
     def check(self) -> None:
         """Raises ApiError 503 unless the server is ready."""

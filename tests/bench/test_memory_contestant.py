@@ -48,7 +48,7 @@ def test_a_quantised_checkpoint_is_measured_as_it_is_and_with_experts_on_the_dis
     results = {"contestants": [{"name": entry.contestant.name, "failed": None, "cells": [found]}]}
     table = expert_store(results)
     assert table is not None
-    assert [c.text for c in table.rows[0]][3:] == ["3 kB of 6 kB", "75.0%", "50.0%", "2 kB", "50.0 ms"]
+    assert [c.text for c in table.rows[0]][3:] == ["3 kB of 6 kB", "75.0 %", "50.0 %", "2 kB", "50.0 ms"]
 
 
 def test_a_size_that_is_none_is_refused_before_anything_runs() -> None:

@@ -42,7 +42,7 @@ def test_what_is_lost_below(size: float) -> None:
     line = lost_below(before, before.half())
     assert (line is not None) == (error > 0.01)
     if line and np.mean(theirs == 0) <= 0.1:
-        assert f"changes them by {error:.1%}" in line
+        assert f"changes them by {100 * error:.1f} %" in line
 
 
 def test_a_few_small_weights_are_none_that_count() -> None:

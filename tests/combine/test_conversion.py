@@ -73,7 +73,7 @@ def test_rounding_is_measured(tmp_path: Path) -> None:
     share = float((rounded != values).double().mean())
     size = float((rounded - values).norm() / values.norm())
     assert note.startswith(
-        f"base: {share:.1%} of its weights change on the way to bfloat16, by {size:.2%} of their"
+        f"base: {100 * share:.1f} % of its weights change on the way to bfloat16, by {100 * size:.2f} % of their"
     )
     for dtype in ("float32", None):
         assert not any("change on the way" in n for n in plan_of(base, "base", "base", dtype=dtype).notes)

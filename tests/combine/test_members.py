@@ -77,7 +77,7 @@ def test_what_is_lost_and_how_much(base: Path, tmp_path: Path) -> None:
     ours, theirs = (load_file(d / "model.safetensors") for d in (full, base))
     changes = {n: float((ours[n] - theirs[n]).square().sum()) for n in theirs}
     share = sum(v for n, v in changes.items() if ".mlp." not in n) / sum(changes.values())
-    assert f"{share:.0%} of its change" in report.sentence
+    assert f"{100 * share:.0f} % of its change" in report.sentence
     head = ours["lm_head.weight"] - theirs["lm_head.weight"]
     assert report.lost["head"] == pytest.approx(
         float(head.norm() / theirs["lm_head.weight"].norm()), rel=1e-4

@@ -96,7 +96,7 @@ def test_weights_that_a_type_has_no_numbers_for_are_refused(base: Path, tmp_path
         base, tmp_path / "m", lambda t: {n: v * 1e-9 if "up_proj" in n else v for n, v in t.items()}
     )
     with pytest.raises(
-        RecipeError, match=r"expert 'two': 100% of its weights are so small that float16 has 0 for them"
+        RecipeError, match=r"expert 'two': 100 % of its weights are so small that float16 has 0 for them"
     ):
         plan_of(base, tiny, dtype="float16")
     gates = changed(

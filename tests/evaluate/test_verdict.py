@@ -154,7 +154,7 @@ def test_a_domain_that_the_router_misses() -> None:
     shares = [RIGHT[0], [0.48, 0.20, 0.32], RIGHT[2]]
     advice = advise(comparison(mixture({"python": 1.99, "french": 2.4, "maths": 1.99}), shares))
     assert any(
-        "gives french 20% of its choices, of at most 50%: retrain the router on french" in a for a in advice
+        "gives french 20 % of its choices, of at most 50 %: retrain the router on french" in a for a in advice
     )
 
 
@@ -162,14 +162,14 @@ def test_fewer_experts_a_token() -> None:
     better = advise(comparison(mixture(flat(2.0), flat(1.95)), RIGHT))
     assert any("mixture top-1 is better for certain" in a and "0.50 times the FLOPs" in a for a in better)
     same = advise(comparison(mixture(flat(1.9), flat(1.9)), RIGHT, quirk=0.001))
-    assert any("mixture top-1 is as good within 0.2%" in a for a in same)
+    assert any("mixture top-1 is as good within 0.2 %" in a for a in same)
     assert not any("top-1" in a for a in advise(comparison(mixture(flat(1.9), flat(1.95)), RIGHT)))
 
 
 def test_dead_and_useless_experts() -> None:
     shares = [[0.5, 0.48, 0.02], [0.48, 0.5, 0.02], [0.5, 0.45, 0.05]]
     advice = advise(comparison(mixture(flat(1.9)), shares))
-    assert advice == ["drop expert maths: no domain gives it more than 5.0% of its choices"]
+    assert advice == ["drop expert maths: no domain gives it more than 5.0 % of its choices"]
     worse = {**MEMBERS, "maths": flat(2.7)} | SOUP | {"mixture top-2": flat(1.9)}
     assert any("expert maths is the best member of no domain" in a for a in advise(comparison(worse, RIGHT)))
 

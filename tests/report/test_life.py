@@ -57,12 +57,12 @@ def test_stages_and_what_is_left_of_them(told: Told) -> None:
         told.life.reached("writing", 0.5)
         told.now = 2.0
         told.life.reached("writing", 0.75)
-        assert told.wait(5) == ["all of it, 0%; writing, 75%, about 4 s left"]
+        assert told.wait(5) == ["all of it, 0 %; writing, 75 %, about 4 s left"]
         told.life.reached("writing", 1.0)
-        assert told.wait(12) == ["all of it, 0%"]
+        assert told.wait(12) == ["all of it, 0 %"]
     with told.life.doing("at work"), told.life.doing(""):
         told.life.reached("writing", 1.0)
-        assert told.wait(25) == ["writing, 100%"]
+        assert told.wait(25) == ["writing, 100 %"]
 
 
 def test_what_moves_or_waits_for_a_person_or_tells_itself_is_left_alone(told: Told) -> None:
