@@ -46,8 +46,10 @@ def arithmetic_hours(active: float, tokens: float, cluster: Cluster, share: str)
     return 6 * active * tokens / (need(cluster, "tflops") * reached(share)) / 3600
 
 
-def kind_of_products(config: ModelConfig) -> str:
+def kind_of_products(config: ModelConfig, cluster: Cluster) -> str:
     """Which of the assumptions on training holds for a model."""
+    if cluster.device.unified:
+        return "training_cpu"
     if not config.is_moe:
         return "training_dense"
     return "training_moe" if config.moe_intermediate_size >= WIDE else "training_moe_narrow"
@@ -64,7 +66,7 @@ def step_time(config: ModelConfig, cluster: Cluster, layout: Layout, window: int
     N = layout.micro * window  # of one replica, at a time
     tokens = count * N * layout.replicas
     flops = tokens * training_flops(config, window)
-    peak = need(cluster, "tflops") * reached(kind_of_products(config))
+    peak = need(cluster, "tflops") * reached(kind_of_products(config, cluster))
     arithmetic = flops * (4 / 3 if layout.recompute else 1) / (layout.world * peak)
     hidden = reached("overlap") * arithmetic
     weights = _weights_seconds(config, cluster, layout, count)

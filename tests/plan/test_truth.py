@@ -116,6 +116,17 @@ def test_whole_runs_by_their_arithmetic() -> None:
     assert 0.4 < glam / 456 < 1
 
 
+SIZES = {
+    "num_hidden_layers": 30,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+BASE = ModelConfig.from_dict({"model_type": "llama"} | SIZES)
+
 # octad's own figures, one user: engine_fast_memory.json, memory that reads at 82.7 GB/s; engine_avx2.json, at 36.7
 OWN = [
     ("int8", 82.7, 250),
@@ -127,20 +138,23 @@ OWN = [
 ]
 
 
+# the 135M base, everything learns, windows of 512, 2,048 tokens a step; peak GFLOP/s of one product measured beside it
+TRAINED_HERE = [("bfloat16, AVX-512, two cores", 856.3, 649), ("float32, AVX2, one core", 91.4, 84.7)]
+
+
+@pytest.mark.parametrize(("how", "peak", "measured"), TRAINED_HERE)
+def test_a_training_step_of_the_base(how: str, peak: float, measured: float) -> None:
+    device = {"memory": 24, "bandwidth": 30, "unified": True, "tflops": peak / 1000}
+    machine = Cluster("desktop-like", Device.checked(device, "test"), 1)
+    time = step_time(BASE, machine, Layout(shard="nothing", micro=4, recompute=False), 512, 2048)
+    predicted = 2048 / time.total
+    assert predicted == pytest.approx(measured, rel=0.25)
+    assert f"| {predicted:.0f} | {measured:.0f} |" in row(f"a training step of the 135 M base, {how}")
+
+
 @pytest.mark.parametrize(("precision", "bandwidth", "measured"), OWN)
 def test_the_demos_mixture_decoding(precision: str, bandwidth: float, measured: float) -> None:
-    config = ModelConfig.from_dict(
-        {
-            "model_type": "mixtral",
-            "num_hidden_layers": 30,
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "vocab_size": 49152,
-            "tie_word_embeddings": True,
-        }
-    )
+    config = ModelConfig.from_dict({"model_type": "mixtral"} | SIZES)
     machine = Cluster(
         "desktop-like", Device.checked({"memory": 24, "bandwidth": bandwidth, "unified": True}, "test"), 1
     )
