@@ -240,4 +240,6 @@ def _text_of(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read as UTF-8 text ({error})") from None
+        raise DataError(
+            f"{file}: cannot be read as UTF-8 text ({getattr(error, 'strerror', None) or error})"
+        ) from None

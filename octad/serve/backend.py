@@ -191,7 +191,9 @@ def key_of(path: Path | None) -> str | None:
     try:
         key = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: the key cannot be read ({error})") from None
+        raise DataError(
+            f"{path}: the key cannot be read ({getattr(error, 'strerror', None) or error})"
+        ) from None
     if not key or not key.isprintable() or not key.isascii() or " " in key:
         raise DataError(f"{path}: should hold one key, in one line")
     return key

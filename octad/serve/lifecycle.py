@@ -11,6 +11,7 @@ DRAIN_SECONDS have passed; new ones are told to go elsewhere.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import signal
@@ -179,8 +180,10 @@ def bind(host: str, port: int) -> socket.socket:
         made.bind((host, port))
     except (OSError, OverflowError) as error:
         made.close()
+        no_host = isinstance(error, socket.gaierror) or getattr(error, "errno", None) == errno.EADDRNOTAVAIL
         raise RequestError(
-            f"--host {host} --port {port}: cannot be opened ({error}); choose another port"
+            f"--host {host} --port {port}: cannot be opened ({getattr(error, 'strerror', None) or error}); choose another"
+            f" {'host: an address of this machine, or 0.0.0.0 for all' if no_host else 'port'}"
         ) from None
     made.listen(512)
     made.setblocking(False)

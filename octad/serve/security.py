@@ -72,7 +72,9 @@ def _keys(path: Path) -> tuple[bytes, ...]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: the keys cannot be read ({error})") from None
+        raise DataError(
+            f"{path}: the keys cannot be read ({getattr(error, 'strerror', None) or error})"
+        ) from None
     keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not keys:
         raise DataError(f"{path}: holds no key; write one a line")

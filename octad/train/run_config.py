@@ -194,6 +194,9 @@ def branch_of(config: str | Path | Mapping[str, Any]) -> BranchConfig:
 
 
 def _train_config(raw: Mapping[str, Any], directory: Path, label: str) -> TrainConfig:
+    experts = raw.get("experts")
+    if isinstance(experts, list) and any(isinstance(e, Mapping) and "model" in e for e in experts):
+        raise RecipeError(f"{label}: names members that are there already: it is for `octad combine`")
     if "specialists" in raw or ("experts" in raw and "task" not in raw):
         raise RecipeError(f"{label}: has specialists to make: it is for `octad branch`")
     if (kind := TASKS.get(str(raw.get("task")))) is None:

@@ -136,8 +136,13 @@ def test_mistakes_on_the_command_line(tmp_path: Path, served_mixture: Path) -> N
     for options, told in (
         (["no/such/model"], "no/such/model"),
         ([str(served_mixture), "--cors", "*"], "--cors"),
-        ([str(served_mixture), "--api-key-file", str(tmp_path / "none")], "cannot be read"),
+        (
+            [str(served_mixture), "--api-key-file", str(tmp_path / "none")],
+            "cannot be read (No such file or directory)",
+        ),
         ([str(served_mixture), "--host", "203.0.113.9", "--port", "1"], "cannot be opened"),
+        ([str(served_mixture), "--host", "203.0.113.9"], "choose another host: an address of this machine"),
+        ([str(served_mixture), "--host", "999.1.1.1"], "choose another host"),
     ):
         found = CliRunner().invoke(command_line, ["serve", *options])
         assert found.exception is not None

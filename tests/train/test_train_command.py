@@ -78,6 +78,10 @@ def test_branch_trains_only_the_one_asked_for(tiny_checkpoint, tmp_path, monkeyp
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["two"]
     assert run(monkeypatch, "train", tmp_path / "b.yaml", "-o", tmp_path / "x") == 2
     assert "it is for `octad branch`" in capsys.readouterr().err
+    recipe = {"base": str(base), "experts": [{"name": "one", "model": "base", "data": "one.jsonl"}]}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    assert run(monkeypatch, "train", tmp_path / "r.yaml", "-o", tmp_path / "x") == 2
+    assert "it is for `octad combine`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
