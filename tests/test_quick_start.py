@@ -3,7 +3,9 @@
 import subprocess
 import sys
 
+import numpy as np
 import torch
+from tiny_models import TinyCheckpoint
 
 BEGIN = """
 import sys
@@ -46,3 +48,19 @@ quick_start()
 print(len(sys.meta_path) == count, any("quick_start" in type(f).__module__ for f in sys.meta_path))
 """
     assert run(code).split() == ["True", "False"]
+
+
+def test_rounding_to_4_bits_asks_for_none_of_it(tiny_checkpoint: TinyCheckpoint) -> None:
+    """The ids that are drawn for it are those of PyTorch's own generator."""
+    path = str(tiny_checkpoint("mixtral", dtype=torch.bfloat16))
+    code = f"""
+from octad.checkpoint.load import open_source
+from octad.fast.loading import open_fast
+before = left_out()
+model, _ = open_fast(open_source({path!r}), torch.float32, quantize="int4")
+print(left_out() == before, bool(model(torch.arange(9)[None]).isfinite().all()))
+"""
+    assert run(code).split() == ["True", "True"]
+    drawn = np.random.RandomState(0).randint(0, 1 << 32, (1, 128), dtype=np.uint32)
+    expected = torch.randint(49152, (1, 128), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.from_numpy(drawn.astype(np.int64) % 49152), expected)

@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -47,8 +48,9 @@ class Probe:
         """`model` has its embeddings; its layers come one after the other. Without `kernels` PyTorch multiplies."""
         self.kernels, self.rope = kernels, model.model.rope
         embed = model.model.embed_tokens
-        draw = torch.Generator().manual_seed(0)
-        ids = torch.randint(model.config.vocab_size, (1, IDS), generator=draw)
+        # by NumPy: a PyTorch that was begun quickly (cli/quick_start.py) has no generators yet
+        drawn = np.random.RandomState(0).randint(0, 1 << 32, (1, IDS), dtype=np.uint32)
+        ids = torch.from_numpy(drawn.astype(np.int64) % model.config.vocab_size)
         self._state_1SD = embed(ids.to(embed.weight.device)).detach().float()
 
     @torch.no_grad()
