@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from os import PathLike, fspath
 from pathlib import Path
+from shutil import rmtree
 
 import octad
 from octad.api.bars import Tell, teller
@@ -90,9 +92,10 @@ def init(
         except octad.OctadError as error:
             raise type(error)(f"{name}: {error}") from None
     choices = {name: choose(files, field, share) for name, files in wanted.items()}
-    splits = dict(_divide(place, wanted, field, choices, say))
-    if bundled:
-        _copy_general(place, plain=tokenizer.chat_template is None)
+    with _nothing_left(place):
+        splits = dict(_divide(place, wanted, field, choices, say))
+        if bundled:
+            _copy_general(place, plain=tokenizer.chat_template is None)
     names = [GENERAL] * bundled + list(wanted)
     project = adjust(_project(place, base, names, mode, steps, splits, source, tokenizer))
     texts = {
@@ -108,6 +111,19 @@ def init(
         f" each; edit {BRANCH} to change it"
     )
     return Written(place, time.monotonic() - started, experts=names, steps=project.steps, files=list(texts))
+
+
+@contextmanager
+def _nothing_left(place: Path) -> Iterator[None]:
+    """What was split goes again where the rest of it cannot be written: a full disk, a name that is too long."""
+    begun = [path for path in (place / "text", place, *place.parents) if not path.exists()]
+    try:
+        yield
+    except octad.OctadError:
+        for path in begun:
+            with suppress(OSError):  # directories that somebody else has written into meanwhile stay
+                rmtree(path) if path.name == "text" and path.parent == place else path.rmdir()
+        raise
 
 
 def _references(value: Place | Sequence[Place]) -> list[str]:

@@ -111,6 +111,11 @@ def test_mistakes_leave_nothing_behind(own: Path, monkeypatch: pytest.MonkeyPatc
         with pytest.raises(octad.OctadError, match=said):
             octad.init("none", experts, **({"base": "base"} | options))
         assert not (own / "none").exists()
+    with pytest.raises(
+        octad.OctadError, match="cannot be written: File name too long"
+    ):  # the first was written before
+        octad.init("deep/none", {"law": "texts/law", "s" * 300: "texts/law"}, base="base")
+    assert not (own / "deep").exists()
     with pytest.raises(RecipeError, match="octad init none"):
         octad.make("none")
 
