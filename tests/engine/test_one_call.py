@@ -59,8 +59,16 @@ def twice(engine: Engine) -> list[tuple[Ran, Ran, tuple[Any, Any], tuple[Any, An
     return found
 
 
-@pytest.mark.parametrize("quantize", ["int8", None])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "quantize"),
+    [
+        (torch.float32, "int8"),
+        pytest.param(torch.float32, None, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, "int8", marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, None, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("case", CASES)
 def test_one_call_is_the_modules_to_the_bit(
     case: str, dtype: torch.dtype, quantize: str | None, tiny_checkpoint: TinyCheckpoint
