@@ -50,8 +50,8 @@ class Drawing:
         """Draw a token of each row, by its number in [0, 1); says which rows have to be drawn again. Logits float32 or
         bfloat16 on the CPU, each row in one piece; top_k 0 and top_p 1: all tokens."""
         (R, V), stride = logits_RV.shape, logits_RV.stride(0)
-        if self._weights.numel() < R * V:
-            self._weights = torch.empty(R * V)
+        if self._weights.numel() < 2 * R * V:
+            self._weights = torch.empty(2 * R * V)
         self._tokens, self._outside, self._nucleus = ((kind * R)() for kind in (_I, _I, ctypes.c_double))
         arrays = [(ctypes.c_float * R)(*some) for some in (temperatures, top_ps, min_ps)]
         ks = (_I * R)(*top_ks)

@@ -232,13 +232,14 @@ int NAME(layers)(const Block *const *blocks, int64_t L, const Step *s, const voi
 /* ---- drawing ---------------------------------------------------------------------------------------------------- */
 
 /* tokens [R] of logits [R, V], rows `stride` numbers apart; numbers [R] in [0, 1). outside [R]: whether a token is to be
-   drawn anew among the likelier ones, by draw_again. weights [R, V] and nucleus [R] are scratch of both. */
+   drawn anew among the likelier ones, by draw_again. weights [2, R, V] and nucleus [R] are scratch of both. */
 void NAME(draw)(const void *logits, int64_t dtype, int64_t R, int64_t V, int64_t stride, const Draws *draws,
                 const double *numbers, float *weights, double *nucleus, int64_t *tokens, int64_t *outside, int64_t threads) {
 #pragma omp parallel for num_threads(threads) if (R > 1) schedule(static)
     for (int64_t r = 0; r < R; r++) {
         const char *row = (const char *)logits + r * stride * (dtype == F_F32 ? 4 : 2);
-        draw_row(row, dtype, V, draws, r, numbers[r], weights + r * V, nucleus + r, tokens + r, outside + r);
+        float *own = weights + r * V, *some = own + R * V;
+        draw_row(row, dtype, V, draws, r, numbers[r], own, some, nucleus + r, tokens + r, outside + r);
     }
 }
 

@@ -44,11 +44,11 @@ static float kth_of_all(const float *weights, int64_t V, int64_t k) {
     return value;
 }
 
-/* The k-th largest weight: only blocks whose own largest is among the k first can hold it. */
-static float kth_largest(const float *weights, int64_t V, int64_t k) {
+/* The k-th largest weight: only blocks whose own largest is among the k first can hold it. `some` has room for V. */
+static float kth_largest(const float *weights, int64_t V, int64_t k, float *some) {
     int64_t whole = V / DRAWN, n = 0;
     if (k > whole / 4) return kth_of_all(weights, V, k);
-    float largest[whole], some[V];
+    float largest[whole];
     for (int64_t b = 0; b < whole; b++) {
         float most = 0;
 #pragma omp simd reduction(max : most)
@@ -101,11 +101,11 @@ static int is_outside(const float *weights, int64_t V, int64_t token, double nuc
 }
 
 static void draw_row(const void *row, int64_t dtype, int64_t V, const Draws *d, int64_t r, double number, float *weights,
-                     double *nucleus, int64_t *token, int64_t *outside) {
+                     float *some, double *nucleus, int64_t *token, int64_t *outside) {
     float least = d->min_p[r] > LEAST ? d->min_p[r] : LEAST;
     soften(row, dtype, V, d->temperature[r], weights);
     if (d->top_k[r] > 0 && d->top_k[r] < V) {
-        float kth = kth_largest(weights, V, d->top_k[r]);
+        float kth = kth_largest(weights, V, d->top_k[r], some);
         least = kth > least ? kth : least;
     }
     *token = 0;
