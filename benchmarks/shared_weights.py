@@ -266,7 +266,8 @@ def routed(table: Table, members: str, models: Mapping[str, str], shared: str, r
     from octad.checkpoint.load import open_source
 
     options, work, name = table.options, table.work, f"{shared}/{repair}/routed"
-    names = [name, *(f"{name}/{steps} steps" for steps in options.steps)]
+    how = " of distillation" if options.distill else ""
+    names = [name, *(f"{name}/{steps} steps{how}" for steps in options.steps)]
     if all(table.has(f"{members}/{each}") for each in names):
         return
     mixture, tuned = work / "mixture", work / "tuned"
