@@ -18,7 +18,7 @@ LLAMA_TOOLS := llama-perplexity llama-tokenize llama-quantize llama-completion l
 
 help:
 	@echo "make demo           combine eight real models into one mixture, judge it, let it write"
-	@echo "make test           lint, types, and the test suite (under 12 minutes on two cores)"
+	@echo "make test           lint, types, and the test suite (some eight minutes on two cores)"
 	@echo "make test-slow      the checks that take longer"
 	@echo "make llama          llama.cpp's programs, which test-slow asks (once; some ten minutes)"
 	@echo "make test-vllm      vLLM on what octad writes and exports (installs it: two gigabytes)"
@@ -60,8 +60,9 @@ lint: $(READY)
 reference: $(READY)
 	$(BIN)/python -m octad.project.reference docs/reference.md
 
+# A file's tests stay together, since they share what they make; threads that wait for each other leave the core alone.
 test: lint
-	$(BIN)/pytest --durations=5
+	GOMP_SPINCOUNT=0 $(BIN)/pytest -n auto --maxprocesses=8 --dist loadfile --durations=5
 
 llama: $(LLAMA)/.built
 
