@@ -2,7 +2,7 @@
 
     store = ExpertStore(placed, budget=300_000_000)
     store.demand(layer, [2, 5], [2, 4])         # both are in memory when this returns; the next layer's 2 and 4 may come
-    store.note(layer, experts_NA)               # what the tokens of a step were sent to
+    store.note([layer], experts_1NA)            # what the tokens of a step were sent to
     store.stats.line()
 
 Memory is divided into slots of one record each. Real text stays with its experts: one that was in use lately will be
@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import time
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -167,17 +167,19 @@ class ExpertStore:
         """Count from here on."""
         self.stats = StoreStats(self.stats.slots, self.stats.experts, self.stats.slot_bytes)
 
-    def note(self, layer: int, experts_NA: np.ndarray) -> None:
-        """Which experts the tokens of a step were sent to."""
-        N, A = experts_NA.shape
+    def note(self, layers: Sequence[int], experts_LNA: np.ndarray) -> None:
+        """Which experts the tokens of a step were sent to, in these layers."""
+        L, N, A = experts_LNA.shape
         worth = np.repeat(DECAY ** np.arange(N - 1, -1, -1), A)
-        counts = np.bincount(experts_NA.reshape(-1), worth, self.E)
-        self._counts[layer] = self._counts[layer] * DECAY**N + counts
-        self.stats.requests += int((counts > 0).sum())
+        places = experts_LNA.reshape(L, -1) + self.E * np.arange(L)[:, None]
+        counts_LE = np.bincount(places.reshape(-1), np.tile(worth, L), L * self.E).reshape(L, self.E)
+        self._counts[layers] = self._counts[layers] * DECAY**N + counts_LE
+        self.stats.requests += np.count_nonzero(counts_LE)
         if self._guesses:
-            self._judge(layer, set(np.flatnonzero(counts).tolist()))
-        if layer == self.layers[0]:
-            self.stats.tokens += len(experts_NA)
+            for layer, counts in zip(layers, counts_LE, strict=True):
+                self._judge(layer, set(np.flatnonzero(counts).tolist()))
+        if layers[0] == self.layers[0]:
+            self.stats.tokens += N
 
     def collect(self) -> None:
         """Note which of the reads are done."""

@@ -91,8 +91,7 @@ class Offload:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
-        for layer, experts_NA in zip(layers, experts_LNA.numpy(), strict=True):
-            self.store.note(layer, experts_NA)
+        self.store.note(layers, experts_LNA.numpy())
 
     def _described(self, layer: int) -> tuple[WeightArray, ...]:
         """Gate, up and down of a layer's experts, as if all lay in the first slot."""
@@ -131,5 +130,5 @@ class OffloadedExperts(NativeExperts):
         store = self.offload.store
         following = range(store.E) if experts_NA.numel() >= MANY * store.E else ()
         store.demand(self.layer, torch.unique(experts_NA).tolist(), following)
-        store.note(self.layer, experts_NA.numpy())
+        store.note([self.layer], experts_NA.numpy()[None])
         return super().forward(x_ND, weights_NA, experts_NA)

@@ -69,9 +69,9 @@ def test_the_answers_are_those_of_a_model_in_memory(saved: Any, family: str, cou
 def test_what_is_used_least_goes(saved: Any) -> None:
     store = LLM(saved("mixtral"), memory=10**9).expert_store
     assert store is not None
-    store.note(0, np.array([[0, 1], [0, 2]]))
+    store.note([0], np.array([[[0, 1], [0, 2]]]))
     assert np.allclose(store._counts[0][:3], [DECAY + 1, DECAY, 1.0])
-    store.note(0, np.array([[1, 2]]))
+    store.note([0], np.array([[[1, 2]]]))
     assert np.allclose(store._counts[0][:3], [DECAY**2 + DECAY, DECAY**2 + 1, DECAY + 1])
     assert store.stats.requests == 5
     store._owner = [(0, e) for e in range(store.E)]
