@@ -109,7 +109,8 @@ class ExpertStore:
         if cached is None:  # room for the file besides the slots: the system's cache is as good as memory
             cached = room is not None and room > total + slots * size
         self.reader = RecordReader(placed.file.path, cached=cached)
-        weakref.finalize(self, self.reader.end)
+        # not when the process ends: nobody wakes daemon threads into an interpreter that is being taken down
+        weakref.finalize(self, self.reader.end).atexit = False
         self.stats = StoreStats(slots, len(self.layers) * self.E, size)
         self.memory = fresh(slots * size)
         self.here = np.zeros((config.num_hidden_layers, self.E), np.uint8)  # read by the kernels
@@ -174,7 +175,7 @@ class ExpertStore:
         places = experts_LNA.reshape(L, -1) + self.E * np.arange(L)[:, None]
         counts_LE = np.bincount(places.reshape(-1), np.tile(worth, L), L * self.E).reshape(L, self.E)
         self._counts[layers] = self._counts[layers] * DECAY**N + counts_LE
-        self.stats.requests += np.count_nonzero(counts_LE)
+        self.stats.requests += int((counts_LE > 0).sum())
         if self._guesses:
             for layer, counts in zip(layers, counts_LE, strict=True):
                 self._judge(layer, set(np.flatnonzero(counts).tolist()))

@@ -53,9 +53,9 @@ class RecordReader:
     def __init__(self, path: Path, *, cached: bool = True, threads: int = THREADS) -> None:
         self.path = path
         self._file = _open(path, cached)
-        self._shut = weakref.finalize(
-            self, os.close, self._file
-        )  # the threads hold the reader until they end
+        # the threads hold the reader until they end; a process that ends closes what is open by itself
+        self._shut = weakref.finalize(self, os.close, self._file)
+        self._shut.atexit = False
         self._queue: list[tuple[int, int, Ticket, int]] = []
         self._count, self._closed = itertools.count(), False
         self._changed = threading.Condition()
