@@ -46,7 +46,7 @@ Settle = Callable[[int, Rope, Texts], None]
 Refit = Callable[[int, int, DecoderLayer, Rope, Texts], None]
 BETWEEN = -1  # in the place of a run's number: all runs have passed the layer
 SINGLY = 2 << 30  # bytes of an expert in memory, beyond which its matrices are read one after the other
-BLOCK_BYTES = 64 << 20  # on disk, of the rows of such a matrix that are in memory at a time
+BLOCK_BYTES = 128 << 20  # of the rows of such a matrix that are in memory at a time
 READ_AHEAD = 64 << 20  # bytes of an expert up to which the next one is read while one is at work
 BATCH_TOKENS = 512  # more are no faster; fewer windows differ less in length: less padding
 
@@ -241,14 +241,13 @@ def _joined(states: States, numbers: Sequence[int]) -> torch.Tensor:
 def _blocks_of_rows(
     source: TensorSource, name: str, dtype: torch.dtype, write: Write
 ) -> Iterator[torch.Tensor]:
-    """A matrix in `dtype`, some rows at a time (until the next are asked for) where it lies on the disk as it is, else
-    whole; what is read goes to `write` first."""
+    """A matrix in `dtype`, some rows at a time (until the next are asked for), cut alike for all of one shape: where it
+    lies on the disk as it is these alone are read, else it is made whole. What is read goes to `write` first."""
     height, width = source.info(name).shape
-    extent = source.extent(name)
-    if extent is None or extent.info.nbytes <= BLOCK_BYTES:
-        yield read_all(source, {name: name}, dtype, write)[name]
+    extent, most = source.extent(name), max(1, BLOCK_BYTES // (width * dtype.itemsize))
+    if extent is None or height <= most:
+        yield from torch.split(read_all(source, {name: name}, dtype, write)[name], most)
         return
-    most = max(1, BLOCK_BYTES * height // extent.info.nbytes)
     held = torch.empty(most, width, dtype=dtype)  # once: fresh memory costs more than what is done with it
     for first in range(0, height, most):
         block = extent.part(first * width, (min(most, height - first), width)).read(past=True)

@@ -114,6 +114,24 @@ def test_matrix_by_matrix_a_large_expert_makes_the_same_inputs(tmp_path: Path, m
         assert torch.equal(x, y)
 
 
+def test_blocks_of_an_expert_whose_adapter_changes_some_of_its_matrices(tmp_path: Path, monkeypatch) -> None:
+    """What an adapter changes has to be made whole; the gates lie on the disk."""
+    base = make_base(tmp_path / "base", "llama")
+    member = adapter(base, tmp_path / "member", 1, ["up_proj"])
+    entries = [{"name": "a", "model": "base"}, {"name": "b", "model": str(member)}]
+    source = preflight(make_recipe(base, entries, router={"method": "random"})).source()
+    runs = [Run(e, e, [Window((1, 2, 3, 4, 5), 0, 0)]) for e in range(2)]
+
+    def seen() -> list[torch.Tensor]:
+        return [x for _, _, x in gate_inputs(source, runs, torch.float32, calibrate.forget)]
+
+    want = seen()
+    monkeypatch.setattr(calibrate, "SINGLY", 0)
+    monkeypatch.setattr(calibrate, "BLOCK_BYTES", 1000)
+    for got, expected in zip(seen(), want, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 def test_by_blocks_of_rows_a_large_expert_makes_the_same_mixture(tmp_path: Path, monkeypatch) -> None:
     """The bytes of every weight but the routers, whose products were cut another way: within rounding."""
     file = recipe(tmp_path)
