@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.text import Text
 
 from octad.bench.measures import nearest, ratio, speed
-from octad.report.figures import human
+from octad.report.figures import human, percent
 from octad.report.table import Cell, Table
 from octad.report.terminal import life, table
 
@@ -79,7 +79,7 @@ def live(console: Console) -> Iterator[Callable[[str, float], None]]:
     def left(done: float) -> str:
         """How far it is and how long it still takes, once that can be told."""
         seconds = (time.monotonic() - begun) * (1 - done) / max(done, 1e-9)
-        return f" ({100 * done:.0f} % done, about {seconds:.0f} s left)" if done > SOON else ""
+        return f" ({percent(done)} done, about {seconds:.0f} s left)" if done > SOON else ""
 
     now = ("", 0.0)
 
@@ -170,7 +170,7 @@ def expert_store(results: Mapping[str, Any]) -> Table | None:
     rows = []
     for name, cell in cells:
         found, users = cell["expert_store"], cell["users"]
-        shares = f"{100 * found['hit_rate']:.1f} %", f"{100 * found['uniform_hit_rate']:.1f} %"
+        shares = percent(found["hit_rate"], 1), percent(found["uniform_hit_rate"], 1)
         a_token = human(found["bytes_per_token"], "B"), f"{1000 * found['stall_seconds_per_token']:.1f} ms"
         budget = f"{human(found['budget_bytes'], 'B')} of {human(found['expert_bytes'], 'B')}"
         rows.append([name, f"{cell['length']}", f"{users}", budget, *shares, *a_token])

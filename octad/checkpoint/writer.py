@@ -182,9 +182,8 @@ class CheckpointWriter:
             if whole:
                 self._done(name)
 
-        busy = min(
-            os.cpu_count() or 1, len(self._shards)
-        )  # a file takes one write at a time through the cache
+        # a file takes one write at a time through the cache
+        busy = min(os.cpu_count() or 1, len(self._shards))
         pool = ThreadPoolExecutor(COPIERS if any(self._past) else min(COPIERS, busy))
         copies = [pool.submit(copy_piece, *piece) for piece in self._side_by_side(pieces, COPIERS)]
         try:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from octad.model import cost
 from octad.report import terminal
-from octad.report.figures import human, sparkline
+from octad.report.figures import human, percent, sparkline
 from octad.report.table import Table
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def show_plan(plan: Plan, seconds: float) -> None:
         terminal.say(f"  {note}")
     if margin := max(report.margin for report in plan.reports):
         terminal.out.print(
-            f"  distances are from a sample of each tensor: within {100 * margin:.1f} % of the whole, 95 times in 100"
+            f"  distances are from a sample of each tensor: within {percent(margin, 1)} of the whole, 95 times in 100"
         )
     total, active = cost.parameters(plan.config), cost.parameters(plan.config, active=True)
     terminal.out.print(

@@ -24,9 +24,8 @@ from typing import Any
 
 from octad.errors import RequestError
 
-SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
-)  # Windows has one
+# Windows has one of them
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 # what the system says of a name, a disk or a right, whoever asks: no fault of octad's
 OUTSIDE = (
     "ENAMETOOLONG",

@@ -1,6 +1,6 @@
 """What a demonstration of one's own base takes: seconds by a step that is measured, bytes by the model's shape.
 
-pace = step_seconds(config); costs_of(project, base.config, pace, judged=320)
+pace = step_seconds(config); costs_of(project, base.config, mixture, pace, tokens=(2048, 320))
 rank_within(base.config, specialists=7)     # the rank at which all adapters stay small
 """
 
@@ -26,9 +26,8 @@ ADAPTERS = 40e6  # bytes of all adapters together, at most
 RANKS = (3, 16)  # least and most
 STATES = 2 * 3  # states that are kept, each with a master and two moments
 ROUNDED = 1.07  # bytes of a weight in int8, with its scales
-AGAIN = (
-    1.4  # times the first model's memory, what one after another takes: freed blocks do not all fit the next
-)
+# times the first model's memory, what one after another takes: freed blocks do not all fit the next
+AGAIN = 1.4
 TOKEN = 3.5  # bytes of a token in a file of text, about
 
 

@@ -110,10 +110,8 @@ class _Arrays:
         )
         self._ends = self._ends_of(model)
         self._step_at, self._ends_at = ctypes.addressof(self._step), ctypes.addressof(self._ends)
-        self._turn, self._known = (
-            (torch.empty(0), torch.empty(0)),
-            0,
-        )  # cosines and sines, of how many positions
+        self._turn: tuple[torch.Tensor, ...] = ()  # cosines and sines
+        self._known = 0  # of so many positions
         self._widen(16)
 
     def serves(self, rows: int, alike: Alike) -> bool:

@@ -27,13 +27,8 @@ from annotated_types import Ge, Gt, Le, MinLen
 
 from octad.errors import RequestError
 
-OWN = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-)  # what a generation_config.json may say
+# what a generation_config.json may say
+OWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 CHAT_PENALTY = 1.1  # repetition_penalty of a conversation where nobody asks for another: small models go round in circles
 CHAT = {"temperature": 0.7, "top_p": 0.95, "repetition_penalty": CHAT_PENALTY}  # of a terminal's conversation
 GREEDY_BELOW = 1e-5  # a temperature this low is the argmax, and dividing by it would overflow

@@ -14,7 +14,7 @@ from typing import Any
 
 from octad.evaluate.advice import advise
 from octad.evaluate.compare import Comparison, Difference
-from octad.report.figures import human, listed, share
+from octad.report.figures import human, listed, percent, share
 
 WHOM = {
     "oracle": "always knowing the right specialist",
@@ -158,7 +158,7 @@ def _lost(found: Comparison) -> str:
 
 def _against(found: Comparison, name: str) -> str:
     difference = found.difference(found.own, name)
-    interval, level = difference.interval, f"{100 * found.settings.level:.0f} %"
+    interval, level = difference.interval, percent(found.settings.level)
     label = (
         f"the best single member, {name}"
         if name in found.members
@@ -168,7 +168,7 @@ def _against(found: Comparison, name: str) -> str:
     )
     side = "below" if interval.value < 0 else "above"
     return (
-        f"{100 * abs(difference.relative):.2f} % {side} {label}: {interval.value:+.4f} bits per byte"
+        f"{percent(abs(difference.relative), 2)} {side} {label}: {interval.value:+.4f} bits per byte"
         f" ({level} interval {interval.low:+.4f} to {interval.high:+.4f})."
     )
 

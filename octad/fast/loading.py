@@ -161,9 +161,8 @@ class _Reader:
         self.source, self.dtype, self.precision, self.placed = source, dtype, precision, placed
         if isinstance(source, QuantizedSource):
             self.placed = open_records(source)
-        self.probed = precision.ffn == 4 and not isinstance(
-            source, QuantizedSource
-        )  # what rounds them is in order
+        # feed-forward nets are rounded one after the other then
+        self.probed = precision.ffn == 4 and not isinstance(source, QuantizedSource)
         self.model = empty_model(source.config)
         self.parameters = parameter_sources(source.config)
         self.layers: list[list[str]] = [[] for _ in self.model.model.layers]

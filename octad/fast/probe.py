@@ -36,9 +36,8 @@ from octad.model.transformer import DecoderLayer, Transformer
 
 IDS = 128
 TINY = 1e-30
-Share = tuple[
-    torch.Tensor, torch.Tensor
-]  # the rows [R] that a net works on, and its weight in each one's sum [R, 1]
+# the rows [R] that a net works on, and its weight in each one's sum [R, 1]
+Share = tuple[torch.Tensor, torch.Tensor]
 
 
 class Probe:

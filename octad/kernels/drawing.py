@@ -14,7 +14,8 @@ Shapes: R rows, V vocabulary.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -57,35 +58,20 @@ class Drawing:
         ks = (_I * R)(*top_ks)
         draws = _Draws(*[ctypes.addressof(array) for array in arrays], ctypes.addressof(ks))
         self._shape = R, V
-        self._draw(
-            logits_RV.data_ptr(),
-            DTYPES[logits_RV.dtype],
-            R,
-            V,
-            stride,
-            ctypes.byref(draws),
-            (ctypes.c_double * R)(*numbers),
-            self._weights.data_ptr(),
-            self._nucleus,
-            self._tokens,
-            self._outside,
-            torch.get_num_threads(),
-        )
-        return [bool(row) for row in self._outside]
+        row = (logits_RV.data_ptr(), DTYPES[logits_RV.dtype], R, V, stride, ctypes.byref(draws))
+        return self._outside_of(self._draw, row, numbers)
 
     def again(self, numbers: Sequence[float]) -> list[bool]:
         """Draw those rows anew, among likelier tokens; says as `draw` which rows are left."""
-        R, V = self._shape
-        self._again(
-            R,
-            V,
-            (ctypes.c_double * R)(*numbers),
-            self._weights.data_ptr(),
-            self._nucleus,
-            self._tokens,
-            self._outside,
-            torch.get_num_threads(),
-        )
+        return self._outside_of(self._again, self._shape, numbers)
+
+    def _outside_of(
+        self, function: Callable[..., Any], given: Sequence[Any], numbers: Sequence[float]
+    ) -> list[bool]:
+        """Call one of the two, whose last arguments are alike."""
+        numbers_R = (ctypes.c_double * len(numbers))(*numbers)
+        scratch = self._weights.data_ptr(), self._nucleus
+        function(*given, numbers_R, *scratch, self._tokens, self._outside, torch.get_num_threads())
         return [bool(row) for row in self._outside]
 
     @property

@@ -28,7 +28,7 @@ from octad.errors import OutputError
 from octad.model import cost
 from octad.model.balance import LoadStatistics
 from octad.model.config import ModelConfig
-from octad.report.figures import duration
+from octad.report.figures import duration, percent
 from octad.train.data import IGNORED, Batch
 
 LOG = "log.jsonl"
@@ -123,7 +123,7 @@ def console_line(record: Mapping[str, Any], steps: int) -> str:
     bits = record["bits_per_byte"].values()
     parts = [
         f"step {record['step']}/{steps}  loss {record['loss']:.4f}  bits/byte {sum(bits) / max(1, len(bits)):.4f}",
-        f"{record['tokens_per_second']:,.0f} tok/s  mfu {100 * record['mfu']:.0f} %  |g| {record['gradient_norm']:.3f}",
+        f"{record['tokens_per_second']:,.0f} tok/s  mfu {percent(record['mfu'])}  |g| {record['gradient_norm']:.3f}",
     ]
     if layers := record["layers"]:
         worst = max(range(len(layers)), key=lambda n: layers[n]["max_violation"])
@@ -132,7 +132,7 @@ def console_line(record: Mapping[str, Any], steps: int) -> str:
         if dead := sum(len(layer["dead"]) for layer in layers):
             parts.append(f"DEAD EXPERTS: {dead}")
         if any(layer["dropped"] for layer in layers):
-            parts.append(f"dropped {100 * sum(layer['dropped'] for layer in layers) / len(layers):.1f} %")
+            parts.append(f"dropped {percent(sum(layer['dropped'] for layer in layers) / len(layers), 1)}")
     return "  ".join(parts)
 
 

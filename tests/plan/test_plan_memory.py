@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from bundled import SMOLLM2
 from tiny_models import FAMILIES, TinyCheckpoint
 
 from octad.bench.traffic import WeightBytes
@@ -100,18 +101,7 @@ def test_quantised_weights_of_real_modules(family: str, name: str, tiny_checkpoi
     ("name", "measured"), [("bf16", 1_440_973_440), ("int8", 772_395_648), ("int4", 472_322_688)]
 )
 def test_the_demos_mixture_as_measured(name: str, measured: int) -> None:
-    config = ModelConfig.from_dict(
-        {
-            "model_type": "mixtral",
-            "num_hidden_layers": 30,
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "vocab_size": 49152,
-            "tie_word_embeddings": True,
-        }
-    )
+    config = ModelConfig.from_dict({"model_type": "mixtral"} | SMOLLM2)
     assert cost.parameters(config) == 692_036_928
     assert sum(weight_bytes(config, PRECISIONS[name]).values()) == pytest.approx(measured, rel=0.05)
 

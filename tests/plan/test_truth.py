@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from bundled import SMOLLM2
 from tiny_models import Octad
 
 from octad.model.config import ModelConfig
@@ -116,16 +117,7 @@ def test_whole_runs_by_their_arithmetic() -> None:
     assert 0.4 < glam / 456 < 1
 
 
-SIZES = {
-    "num_hidden_layers": 30,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "tie_word_embeddings": True,
-}
-BASE = ModelConfig.from_dict({"model_type": "llama"} | SIZES)
+BASE = ModelConfig.from_dict({"model_type": "llama"} | SMOLLM2)
 
 # octad's own figures, one user: engine_fast_memory.json, memory that reads at 82.7 GB/s; engine_avx2.json, at 36.7
 OWN = [
@@ -154,7 +146,7 @@ def test_a_training_step_of_the_base(how: str, peak: float, measured: float) -> 
 
 @pytest.mark.parametrize(("precision", "bandwidth", "measured"), OWN)
 def test_the_demos_mixture_decoding(precision: str, bandwidth: float, measured: float) -> None:
-    config = ModelConfig.from_dict({"model_type": "mixtral"} | SIZES)
+    config = ModelConfig.from_dict({"model_type": "mixtral"} | SMOLLM2)
     machine = Cluster(
         "desktop-like", Device.checked({"memory": 24, "bandwidth": bandwidth, "unified": True}, "test"), 1
     )
