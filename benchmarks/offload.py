@@ -82,10 +82,11 @@ def main() -> None:
         turn = number % len(names)
         for name in (*names[turn:], *names[:turn]):
             own = ["--one", name, "--round", str(number)]
-            command = [sys.executable, __file__, *sys.argv[1:], *own]
-            found[name].append(
-                json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
-            )
+            command = [sys.executable, "-X", "faulthandler", __file__, *sys.argv[1:], *own]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"{name}: ended with {done.returncode}\n{done.stderr}")
+            found[name].append(json.loads(done.stdout))
             print(
                 f"round {number + 1}: {name}: {found[name][-1]['tokens_per_s']:.1f} tokens/s", file=sys.stderr
             )

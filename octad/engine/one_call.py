@@ -137,7 +137,7 @@ class _Arrays:
         """The call."""
         self.kernels.decode(alike.array, self._step_at, self._ends_at, self.weights_LRA, self.experts_LRA)
         if (offload := alike.layers[0].offload) is not None:
-            offload.after([layer.layer for layer in alike.layers], self.experts_LRA)
+            offload.after(alike.numbers, self.experts_LRA)
         speakers = None
         if alike.kind == "routed":
             speakers = list(zip(self.speakers, self.shares, strict=True))

@@ -35,7 +35,8 @@ from octad.machine import available_memory
 DECAY = 0.95  # of a few measured: 0.9 to 0.98 differ by a hundredth of the hits
 EMPTY = -1
 RIGHT = 0.7  # of the last guesses, from which on the next ones are read: a wrong one costs a read and a place
-LEARN, RETRY = 0.1, 500  # what the last guess counts of that; layers with a guess until one is tried again
+LEARN, RETRY = 0.1, 500  # what the last guess counts of that; layers without a guess until one is tried again
+COUNTED = 64  # steps at most that are counted together
 
 
 @dataclass
@@ -109,14 +110,18 @@ class ExpertStore:
         if cached is None:  # room for the file besides the slots: the system's cache is as good as memory
             cached = room is not None and room > total + slots * size
         self.reader = RecordReader(placed.file.path, cached=cached)
-        # not when the process ends: nobody wakes daemon threads into an interpreter that is being taken down
-        weakref.finalize(self, self.reader.end).atexit = False
-        self.stats = StoreStats(slots, len(self.layers) * self.E, size)
+        weakref.finalize(self, self.reader.end).atexit = False  # then the reader closes itself, and waits
+        self._stats = StoreStats(slots, len(self.layers) * self.E, size)
         self.memory = fresh(slots * size)
-        self.here = np.zeros((config.num_hidden_layers, self.E), np.uint8)  # read by the kernels
+        # read by the kernels: what is in memory, and whether they are to say what the next layer may want
+        self.here = np.zeros((config.num_hidden_layers, self.E), np.uint8)
+        self.guessing = np.ones(1, np.uint8)
         self._slot_of = np.full((config.num_hidden_layers, self.E), EMPTY)
         self._owner: list[tuple[int, int] | None] = [None] * slots
-        self._counts = np.zeros((config.num_hidden_layers, self.E))
+        self._counted = np.zeros((config.num_hidden_layers, self.E))
+        self._noted: list[np.ndarray] = []  # of the layers of `_noted_of`, not counted yet
+        self._noted_of: Sequence[int] = ()
+        self.settled = False  # all experts are in memory, and stay
         self._coming: dict[tuple[int, int], Ticket] = {}
         self._guesses: dict[int, set[int]] = {}
         self._right, self._unguessed = 1.0, 0
@@ -129,7 +134,7 @@ class ExpertStore:
         CheckpointError where they cannot be read."""
         self.collect()
         missing = [e for e in experts if not self.here[layer, e]]
-        self.stats.misses += len(missing)
+        self._stats.misses += len(missing)
         begun, keep = time.perf_counter(), {(layer, e) for e in experts}
         tickets = [self._begin(layer, e, keep, urgent=True) for e in missing]
         if next_ones and (following := self._following.get(layer)) is not None and self._wants(next_ones):
@@ -137,7 +142,7 @@ class ExpertStore:
         if missing:
             self.reader.wait([ticket for ticket in tickets if ticket is not None])
             self.collect()
-            self.stats.stalled += time.perf_counter() - begun
+            self._stats.stalled += time.perf_counter() - begun
 
     def _wants(self, guesses: Collection[int]) -> bool:
         """Whether to read ahead: what a prompt will need for sure, or what is worth a try."""
@@ -145,7 +150,6 @@ class ExpertStore:
 
     def _worth_guessing(self) -> bool:
         """Whether enough of the last guesses were right, or it is time to see whether they are now."""
-        self._unguessed += 1
         if self._right >= RIGHT or self._unguessed >= RETRY:
             self._unguessed = 0
             return True
@@ -164,23 +168,70 @@ class ExpertStore:
             if self._begin(layer, e, keep, urgent=False) is not None and len(experts) < self.E:
                 self._guesses.setdefault(layer, set()).add(e)
 
+    @property
+    def stats(self) -> StoreStats:
+        """What was counted until now."""
+        self._count()
+        return self._stats
+
     def reset(self) -> None:
         """Count from here on."""
-        self.stats = StoreStats(self.stats.slots, self.stats.experts, self.stats.slot_bytes)
+        old = self.stats
+        self._stats = StoreStats(old.slots, old.experts, old.slot_bytes)
 
     def note(self, layers: Sequence[int], experts_LNA: np.ndarray) -> None:
-        """Which experts the tokens of a step were sent to, in these layers."""
-        L, N, A = experts_LNA.shape
-        worth = np.repeat(DECAY ** np.arange(N - 1, -1, -1), A)
-        places = experts_LNA.reshape(L, -1) + self.E * np.arange(L)[:, None]
-        counts_LE = np.bincount(places.reshape(-1), np.tile(worth, L), L * self.E).reshape(L, self.E)
-        self._counts[layers] = self._counts[layers] * DECAY**N + counts_LE
-        self.stats.requests += int((counts_LE > 0).sum())
+        """Which experts the tokens of a step were sent to, in these layers.
+
+        A step has read all its weights, so that each place that counting touches comes from memory: it is put off until
+        somebody asks for counts."""
         if self._guesses:
-            for layer, counts in zip(layers, counts_LE, strict=True):
-                self._judge(layer, set(np.flatnonzero(counts).tolist()))
+            for layer, experts in zip(layers, experts_LNA, strict=True):
+                self._judge(layer, set(experts.ravel().tolist()))
+        if len(self._noted) >= COUNTED or (self._noted and not self._alike(layers, experts_LNA)):
+            self._count()
+        self._noted.append(experts_LNA.copy())
+        self._noted_of = layers
+        self._unguessed += len(layers)
+        self.guessing[0] = self.ahead and (self._right >= RIGHT or self._unguessed >= RETRY)
+        if self._stats.slots == self._stats.experts and not self.settled:
+            self._complete()
+
+    def _complete(self) -> None:
+        """Where there is room for all experts, begin with one that nobody asked for yet."""
+        self.collect()
+        missing = np.argwhere(self.here[self.layers] == 0)
+        self.settled = not len(missing)
+        if len(missing) and not self._coming:
+            place, expert = missing[0].tolist()
+            self._begin(self.layers[place], expert, set(), urgent=False)
+
+    def _alike(self, layers: Sequence[int], experts_LNA: np.ndarray) -> bool:
+        """Whether a step may be counted with those that were noted."""
+        return layers == self._noted_of and experts_LNA.shape == self._noted[-1].shape
+
+    def _count(self) -> None:
+        """Count what was noted."""
+        if not self._noted:
+            return
+        experts_TLNA, layers = np.stack(self._noted), self._noted_of
+        self._noted = []
+        T, L, N, _ = experts_TLNA.shape
+        worth_T1N1 = DECAY ** np.arange(T * N - 1, -1, -1).reshape(T, 1, N, 1)
+        places = experts_TLNA + self.E * np.arange(L)[:, None, None]
+        worth = np.broadcast_to(worth_T1N1, places.shape)
+        counts = np.bincount(places.reshape(-1), worth.reshape(-1), L * self.E).reshape(L, self.E)
+        self._counted[layers] = self._counted[layers] * DECAY ** (T * N) + counts
+        asked = np.zeros((T, L * self.E), bool)
+        asked[np.arange(T)[:, None], places.reshape(T, -1)] = True
+        self._stats.requests += int(asked.sum())
         if layers[0] == self.layers[0]:
-            self.stats.tokens += N
+            self._stats.tokens += T * N
+
+    @property
+    def _counts(self) -> np.ndarray:
+        """Of each layer's experts, the tokens that were sent to it, earlier ones less."""
+        self._count()
+        return self._counted
 
     def collect(self) -> None:
         """Note which of the reads are done."""
@@ -197,18 +248,18 @@ class ExpertStore:
         """Ask for a record, or for its place in the queue; None where a guess finds no room."""
         if (ticket := self._coming.get((layer, expert))) is not None:
             if urgent:
-                self.stats.late += 1
+                self._stats.late += 1
                 self.reader.hurry(ticket)
             return ticket
         slot = self._room(keep, urgent)
         if slot is None:
             return None
-        record, size = self.records[layer][expert], self.stats.slot_bytes
+        record, size = self.records[layer][expert], self._stats.slot_bytes
         memory = self.memory[slot * size : slot * size + record.nbytes]
         self._owner[slot], self._slot_of[layer, expert] = (layer, expert), slot
         self.moved(layer, expert, memory)
-        self.stats.read += 1
-        self.stats.guessed += not urgent
+        self._stats.read += 1
+        self._stats.guessed += not urgent
         ticket = self._coming[layer, expert] = self.reader.ask(
             record.offset, byte_view(memory), urgent=urgent
         )

@@ -90,6 +90,7 @@ class Alike(NamedTuple):
     kind: str
     top_k: int
     layers: list[NativeLayer]
+    numbers: list[int]
 
 
 class NativeDecoder(Decoder):
@@ -121,12 +122,11 @@ class NativeDecoder(Decoder):
             return None
         if self._whole is None or self._whole[0] is not self._seen or self._whole[1] is not pool:
             layers = self._alike(0)
-            whole = len(layers) == len(self.layers)
-            self._whole = (
-                self._seen,
-                pool,
-                Alike(self._array(layers, pool), *first, layers) if whole else None,
-            )
+            found = None
+            if len(layers) == len(self.layers):
+                numbers = [layer.layer for layer in layers]
+                found = Alike(self._array(layers, pool), *first, layers, numbers)
+            self._whole = self._seen, pool, found
         return self._whole[2]
 
     def _routings(self) -> list[tuple[str, int] | None]:

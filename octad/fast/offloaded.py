@@ -71,10 +71,12 @@ class Offload:
         self._error: BaseException | None = None
         self._fetch = FETCH(self._bring)
         self._structs: dict[int, StoreStruct] = {}
+        self._blocks: list[BlockStruct] = []  # that ask
         store.moved = self._moved
         for layer in store.layers:
             self._weights[layer] = self._described(layer)
-            self._structs[layer] = StoreStruct(layer, store.here[layer].ctypes.data, self._fetch)
+            here, guessing = store.here[layer].ctypes.data, store.guessing.ctypes.data
+            self._structs[layer] = StoreStruct(layer, here, guessing, self._fetch)
 
     def experts(self, layer: int) -> OffloadedExperts | None:
         """The module of a layer; None for one that is dense."""
@@ -85,13 +87,18 @@ class Offload:
     def connect(self, block: BlockStruct, layer: int) -> None:
         """Have the kernel ask for the experts of this layer."""
         block.store = ctypes.addressof(self._structs[layer])
+        self._blocks.append(block)
 
     def after(self, layers: list[int], experts_LNA: torch.Tensor) -> None:
-        """Count what a step used. Raises what the store raised while the kernel ran."""
+        """Count what a step used; once all experts are in memory to stay, the kernel need not ask. Raises what the store
+        raised while the kernel ran."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
         self.store.note(layers, experts_LNA.numpy())
+        if self.store.settled:
+            while self._blocks:
+                self._blocks.pop().store = None
 
     def _described(self, layer: int) -> tuple[WeightArray, ...]:
         """Gate, up and down of a layer's experts, as if all lay in the first slot."""
@@ -128,7 +135,8 @@ class OffloadedExperts(NativeExperts):
     def forward(self, x_ND: torch.Tensor, weights_NA: torch.Tensor, experts_NA: torch.Tensor) -> torch.Tensor:
         """As Experts.forward."""
         store = self.offload.store
-        following = range(store.E) if experts_NA.numel() >= MANY * store.E else ()
-        store.demand(self.layer, torch.unique(experts_NA).tolist(), following)
+        if not store.settled:
+            following = range(store.E) if experts_NA.numel() >= MANY * store.E else ()
+            store.demand(self.layer, torch.unique(experts_NA).tolist(), following)
         store.note([self.layer], experts_NA.numpy()[None])
         return super().forward(x_ND, weights_NA, experts_NA)

@@ -12,6 +12,7 @@ without room it would only be copied through, and is passed by (O_DIRECT) where 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import heapq
 import itertools
@@ -62,6 +63,8 @@ class RecordReader:
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads)]
         for thread in self._threads:
             thread.start()
+        # a daemon thread that is in the middle of something while the interpreter goes down can take it along
+        atexit.register(self._leave)
 
     def ask(self, offset: int, memory: memoryview, *, urgent: bool) -> Ticket:
         """Begin to fill `memory` from byte `offset` on."""
@@ -88,16 +91,25 @@ class RecordReader:
 
     def end(self) -> None:
         """Let the threads end, and the file be closed behind them; for anywhere, since it does not wait."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        atexit.unregister(self._leave)  # which holds the reader
+        self._stop()
 
     def close(self) -> None:
         """End the threads and close the file."""
-        self.end()
+        atexit.unregister(self._leave)
+        self._leave()
+        self._shut()
+
+    def _leave(self) -> None:
+        """End the threads, each behind the piece that it reads."""
+        self._stop()
         for thread in self._threads:
             thread.join()
-        self._shut()
+
+    def _stop(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
     def _push(self, ticket: Ticket) -> None:
         rank = NOW if ticket.urgent else LATER

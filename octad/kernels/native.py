@@ -58,7 +58,7 @@ FETCH = ctypes.CFUNCTYPE(None, _I, ctypes.POINTER(_I), _I, ctypes.POINTER(_I), _
 class StoreStruct(ctypes.Structure):
     """native.c's Store: the experts of a layer, some of which are on the disk."""
 
-    _fields_ = [("layer", _I), ("here", _P), ("fetch", FETCH)]
+    _fields_ = [("layer", _I), ("here", _P), ("guessing", _P), ("fetch", FETCH)]
 
 
 class StepStruct(ctypes.Structure):

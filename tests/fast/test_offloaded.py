@@ -3,6 +3,8 @@
 import gc
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,20 @@ def test_the_answers_are_those_of_a_model_in_memory(saved: Any, family: str, cou
         assert int(found.here.sum()) <= slots
         assert (found.stats.hit_rate == 1.0) == (found.stats.misses == 0)
         assert found.stats.read >= found.stats.misses - found.stats.late
+
+
+def test_with_room_for_all_nobody_asks_any_more(saved: Any) -> None:
+    path = saved("mixtral", num_hidden_layers=4)
+    llm = LLM(path, memory=10**9)
+    store = llm.expert_store
+    assert store is not None
+    wanted, found, tokens = answers(LLM(path), 1), answers(llm, 1), store.stats.tokens
+    while not store.settled:
+        assert answers(llm, 1) == wanted
+    assert found == answers(llm, 1) == wanted
+    assert [layer._struct.store for layer in llm.model.model.layers] == [None] * 4
+    assert store.here[store.layers].all()
+    assert store.stats.tokens > tokens  # they are counted all the same
 
 
 def test_what_is_used_least_goes(saved: Any) -> None:
@@ -162,3 +178,36 @@ def test_guesses_are_read_as_long_as_they_are_right(saved: Any) -> None:
         store._guesses = {1: {2}}
         store._judge(1, {0, 2})
     assert store._worth_guessing()
+
+
+def test_steps_are_counted_together_as_one_after_the_other(saved: Any) -> None:
+    store = LLM(saved("mixtral", num_hidden_layers=4), memory=10**9).expert_store
+    assert store is not None
+    rng, counts, requests = np.random.RandomState(0), np.zeros((4, store.E)), 0
+    for step in range(100):
+        experts = np.stack([[rng.permutation(store.E)[:2] for _ in range(1 + step // 90)] for _ in range(4)])
+        store.note(range(4), experts)
+        for row in range(experts.shape[1]):  # by hand: what was before counts DECAY times as much
+            counts *= DECAY
+            for layer in range(4):
+                counts[layer, experts[layer, row]] += 1
+        requests += sum(len(np.unique(layer)) for layer in experts)
+    assert np.allclose(store._counts, counts)
+    assert (store.stats.requests, store.stats.tokens) == (requests, 110)
+
+
+def test_a_process_that_ends_while_records_are_read_ends_well(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(PIECE))
+    program = f"""
+import atexit, time
+import octad.fast.record_reader as room
+read = room.portable.read_into
+room.portable.read_into = lambda *given: (time.sleep(0.1), read(*given))[1]
+atexit.register(lambda: print(any(thread.is_alive() for thread in reader._threads)))  # the last to be called
+reader = room.RecordReader(room.Path({str(tmp_path / "file")!r}))
+memory = bytearray(room.PIECE)
+for _ in range(9):
+    reader.ask(0, memoryview(memory), urgent=False)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "False\n", "")

@@ -11,7 +11,8 @@
 
 typedef struct { /* a layer's experts where some are on the disk */
     int64_t layer;
-    const uint8_t *here; /* [E]: whether an expert is in memory */
+    const uint8_t *here;     /* [E]: whether an expert is in memory */
+    const uint8_t *guessing; /* whether to tell `fetch` what the next layer may want */
     /* brings `count` experts of the layer, all of which are there when it returns, and may begin with `more` of the next */
     void (*fetch)(int64_t layer, const int64_t *experts, int64_t count, const int64_t *next, int64_t more);
 } Store;
@@ -182,6 +183,13 @@ static void add_row(float *x, const float *y, int64_t dtype, int64_t n) {
         for (int64_t i = 0; i < n; i++) x[i] = from_bf16(to_bf16(x[i] + from_bf16(to_bf16(y[i]))));
 }
 
+/* Whether all of a layer's experts are in memory, so that there is nothing to guess. */
+static int whole(const Block *b) {
+    int64_t here = 0;
+    for (int64_t e = 0; e < b->E; e++) here += b->store->here[e];
+    return here == b->E;
+}
+
 static int all_here(const Store *store, const int64_t *experts, int64_t count) {
     for (int64_t i = 0; i < count; i++)
         if (!__atomic_load_n(&store->here[experts[i]], __ATOMIC_ACQUIRE)) return 0;
@@ -193,7 +201,7 @@ static int all_here(const Store *store, const int64_t *experts, int64_t count) {
 static void experts_here(const Block *b, const Step *s, const float *h, const int64_t *experts, int64_t A, const Block *next) {
     int64_t N = s->R, more = 0, guess[FEW * A];
     float row[b->D], weights[A];
-    if (!s->given && N <= FEW && next && next->store && next->router) {
+    if (!s->given && N <= FEW && *b->store->guessing && next && next->store && next->router && !whole(next)) {
         for (int64_t n = 0; n < N; n++) {
             norm_row(h + n * b->D, b->D, next->post_norm, s->dtype, b->norm_eps, row);
             route_row(row, b->D, next->router, next->E, A, 0, weights, guess + n * A);
