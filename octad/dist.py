@@ -40,6 +40,11 @@ def own_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As configs and people write it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def compute_dtype(device: torch.device | str = "cpu") -> torch.dtype:
     """bfloat16 where the hardware multiplies it faster than float32 (CUDA, AVX-512 BF16, AMX), float32 elsewhere."""
     if torch.device(device).type == "cuda":
@@ -65,7 +70,7 @@ def emulation(dtype: torch.dtype, device: torch.device | str = "cpu") -> str | N
     native = {torch.bfloat16: cpu_has_bfloat16(), torch.float16: _cpu_has("avx512_fp16", "amx_fp16")}
     if native.get(dtype, True):
         return None
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     return f"{name} is emulated on this CPU, which has no instructions for it: float32 is many times faster"
 
 

@@ -4,6 +4,9 @@ The command line turns every OctadError into one line on stderr and exit code 2;
 keeps its traceback.
 """
 
+import difflib
+from collections.abc import Iterable
+
 LONGEST = 1500  # characters of a message; files can hold names of any length
 
 
@@ -43,3 +46,14 @@ class RequestError(OctadError):
 
 class SandboxError(OctadError):
     """Programs that a model wrote cannot be confined on this machine."""
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """Of the known names, the one that comes nearest to a misspelt one; None where none is so alike (0 to 1)."""
+    return next(iter(difflib.get_close_matches(name, list(known), 1, cutoff)), None)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str | None:
+    """The end of a message on a name that there is not; None where no known name comes near."""
+    near = nearest(name, known)
+    return None if near is None else f"did you mean {near!r}?"

@@ -2,6 +2,7 @@
 
     read_object(directory / "config.json")              # a JSON object; CheckpointError in one line
     parse_json(text, "talk.json", DataError)            # any JSON value
+    read_text(Path("keys.txt"))                         # a text; DataError in one line
     parse_yaml(path.read_bytes())                       # plain data; yaml.YAMLError
     matches(pattern, name, "adapter_config.json")       # a regular expression of a file, which could run for ever
     json.dumps(jsonable(result))                        # the other way: what any parser reads
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import yaml
 
-from octad.errors import CheckpointError, OctadError
+from octad.errors import CheckpointError, DataError, OctadError
 
 if TYPE_CHECKING:
     import regex
@@ -98,6 +99,17 @@ def read_bytes(path: Path, error: type[OctadError] = CheckpointError, most: int 
     return data
 
 
+def read_text(path: Path, error: type[OctadError] = DataError, what: str = "") -> str:
+    """A file's text; a byte-order mark is no part of it. `what`: a word for it, with a blank before. Raises
+    `error` where it cannot be read or is no UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as reason:  # ValueError: no UTF-8, or a NUL in its name
+        raise error(
+            f"{path}:{what} cannot be read as UTF-8 text ({getattr(reason, 'strerror', None) or reason})"
+        ) from None
+
+
 def exists(path: Path) -> bool:
     """Whether there is such a file or directory; False too for a name that none can have (too long, with a NUL)."""
     try:
@@ -118,15 +130,6 @@ def check_plain(value: Any, unfit: re.Pattern[str] | None = _UNFIT) -> None:
         if unfit is not None:
             _check_strings(level, unfit)
         level = [inner for outer in level if isinstance(outer, (dict, list)) for inner in _inside(outer)]
-
-
-def fits_utf8(text: str) -> bool:
-    """Whether a text has no half of a surrogate pair, which is no character."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _inside(value: dict[Any, Any] | list[Any]) -> Iterable[Any]:

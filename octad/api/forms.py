@@ -16,8 +16,8 @@ from octad.api.bars import Progress, Report, Tell, bars, teller
 from octad.api.outcomes import Written
 from octad.api.verbs import WORTH_SAYING, Place, shard_bytes
 from octad.errors import RequestError
+from octad.figures import duration, human, share
 from octad.model import cost
-from octad.report.figures import duration, human
 
 if TYPE_CHECKING:
     from octad.checkpoint.source import TensorSource
@@ -246,6 +246,6 @@ def _hub(
         return []
     gone = f"; {rounding.gone:,} are too small for it, and 0 now" if rounding.gone else ""
     return [
-        f"rounding to {changes.dtype} changed {100 * rounding.changed / rounding.weights:.3g} % of the weights, by at"
-        f" most {100 * rounding.largest:.2g} % of each{gone}"
+        f"rounding to {changes.dtype} changed {share(rounding.changed / rounding.weights)} of the weights, by at"
+        f" most {share(rounding.largest)} of each{gone}"
     ]

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octad.errors import RequestError
+from octad.figures import duration
 from octad.guard import jsonable
-from octad.report.figures import duration
 from octad.report.page import quality
 from octad.report.table import Table
 

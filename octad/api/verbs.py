@@ -198,8 +198,8 @@ def branch(
     ['one', 'two']
     """
     from octad.dist import keep_freed_memory
+    from octad.figures import duration
     from octad.project.beside import write_beside
-    from octad.report.figures import duration
     from octad.train.branch import branch as in_turn
     from octad.train.branch import chosen
     from octad.train.fanout import fan_out
@@ -339,7 +339,7 @@ def _compare(
     from octad.evaluate.judge import must_spread
     from octad.evaluate.requirements import parse
     from octad.evaluate.results import Cache, default_directory
-    from octad.report.figures import duration
+    from octad.figures import duration
 
     wanted = parse(require) if require is not None else []
     domains = domains_of(data if isinstance(data, Mapping) else fspath(data))

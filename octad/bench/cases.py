@@ -22,7 +22,7 @@ from octad.bench.peers import Contestant, LlamaBench, Unmeasured, Worker, find_l
 from octad.bench.worker import answer_room
 from octad.checkpoint.quantized import QuantizedSource
 from octad.checkpoint.source import TensorSource
-from octad.dist import compute_dtype
+from octad.dist import compute_dtype, dtype_name
 from octad.errors import DataError, OctadError, RequestError
 from octad.fast.offloaded import memory_bytes
 from octad.machine import ALL, available_memory
@@ -186,7 +186,7 @@ def _octad(
     options: BenchOptions, place: str, source: TensorSource, threads: int, device: torch.device
 ) -> list[Entry]:
     config, held = source.config, held_name(source)
-    dtype = str(compute_dtype(device)).removeprefix("torch.")
+    dtype = dtype_name(compute_dtype(device))
     longest = max(*options.prompt_lengths, max(options.contexts) + room(options)) + 1
     settings = {"system": "octad", "model": place, "device": str(device), "longest": longest}
     settings |= {"users": max(1, *options.batch_sizes)}

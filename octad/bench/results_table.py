@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.text import Text
 
 from octad.bench.measures import nearest, ratio, speed
-from octad.report.figures import human, percent
+from octad.figures import human, percent
 from octad.report.table import Cell, Table
 from octad.report.terminal import life, table
 

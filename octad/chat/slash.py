@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from octad.chat.session import Session
-from octad.chat.speakers import nearest
+from octad.chat.speakers import hint
 from octad.errors import RequestError
 
 SETTINGS: dict[str, Callable[[str], Any]] = {
@@ -71,7 +71,7 @@ def run(session: Session, line: str) -> Reply:
     name, _, argument = line.partition(" ")
     command = COMMANDS.get(name)
     if command is None:
-        raise RequestError(f"{name}: no such command; {nearest(name, COMMANDS)}")
+        raise RequestError(f"{name}: no such command; {hint(name, COMMANDS)}")
     if argument.strip() and not command.argument:
         raise RequestError(f"{name} takes nothing after it, found {argument.strip()!r}")
     return command.run(session, argument.strip())
@@ -99,7 +99,7 @@ def _set(session: Session, argument: str) -> Reply:
     name, _, value = argument.replace("=", " ", 1).partition(" ")
     name = name.replace("-", "_")
     if name not in SETTINGS:
-        raise RequestError(f"/set {name}: no such setting; {nearest(name, SETTINGS)}")
+        raise RequestError(f"/set {name}: no such setting; {hint(name, SETTINGS)}")
     if value.strip():
         session.params = replace(session.params, **{name: _value(name, value.strip())})
     return Reply(f"{name} {_shown(session, name)}")

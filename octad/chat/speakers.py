@@ -12,7 +12,6 @@ two-coloured. Text can come later than its tokens (half a character, what may be
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +24,7 @@ from rich.segment import Segment, Segments
 from rich.style import Style
 from rich.text import Text
 
-from octad.errors import RequestError
+from octad.errors import RequestError, nearest
 from octad.report import terminal
 
 if TYPE_CHECKING:
@@ -144,15 +143,15 @@ def write_prompt(console: Console, text: str) -> None:
 def expert_number(llm: LLM, name: str) -> int:
     """The number of an expert by its name. Raises RequestError, with the nearest name, for one that is not there."""
     if llm.expert_names and name not in llm.expert_names:
-        raise RequestError(f"{name}: no such expert; {nearest(name, llm.expert_names)}")
+        raise RequestError(f"{name}: no such expert; {hint(name, llm.expert_names)}")
     return llm.expert_number(name)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint: the known name that comes nearest, or all of them."""
+def hint(name: str, known: Iterable[str]) -> str:
+    """The known name that comes nearest to one in any case, as it is typed, or all of them."""
     names = list(known)
-    near = difflib.get_close_matches(name.lower(), names, 1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+    near = nearest(name.lower(), names)
+    return f"did you mean {near}?" if near else f"there are {', '.join(names)}"
 
 
 def visible(text: str) -> str:

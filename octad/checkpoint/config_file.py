@@ -7,7 +7,6 @@ Recipe.from_dict(raw, path.parent, "recipe recipe.yaml")          # "unknown key
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Mapping, Sequence
 from glob import has_magic
@@ -26,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from octad.errors import RecipeError
+from octad.errors import RecipeError, nearest
 from octad.guard import YAML_BYTES, exists, parse_yaml
 
 _ORDER = {"extra_forbidden": 0, "missing": 2}  # which of several problems is told; the others are 1
@@ -183,10 +182,9 @@ def _section(kind: type[BaseModel], place: tuple[int | str, ...]) -> type[BaseMo
 
 def _unknown_key(where: Sequence[str], known: Sequence[str], old: Mapping[str, str]) -> str:
     """What to say of a key that there is not: the nearest one that exists, or all of them."""
-    near = difflib.get_close_matches(where[-1], [*known, *old], 1, cutoff=0.5)
-    hint = f"known keys: {', '.join(known)}"
-    if near:
-        hint = f"did you mean {near[0]!r}?"
-        if (new := old.get(near[0])) is not None:
-            hint = f"did you mean {near[0]!r}, which is called {new!r} here?"
+    near = nearest(where[-1], [*known, *old])
+    if near is None:
+        hint = f"known keys: {', '.join(known)}"
+    else:
+        hint = f"did you mean {near!r}{f', which is called {old[near]!r} here' if near in old else ''}?"
     return f"unknown key {'.'.join(where)!r}; {hint}"

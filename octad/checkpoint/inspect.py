@@ -25,6 +25,7 @@ from octad.checkpoint.names import router_name
 from octad.checkpoint.provenance import Provenance
 from octad.checkpoint.quantized import QuantizedSource
 from octad.checkpoint.source import TensorSource
+from octad.dist import dtype_name
 from octad.guard import jsonable
 from octad.model import cost
 
@@ -145,7 +146,7 @@ def bytes_by_dtype(source: TensorSource) -> dict[str, int]:
     sizes: Counter[str] = Counter()
     for name in content_names(source):
         info = source.info(name)
-        sizes[str(info.dtype).removeprefix("torch.")] += info.nbytes
+        sizes[dtype_name(info.dtype)] += info.nbytes
     return dict(sizes.most_common())
 
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import torch
 
+from octad.dist import dtype_name
 from octad.errors import CheckpointError
+from octad.figures import percent
 
 MOST_GONE = 0.1  # of the values that are not zero
 MOST_CHANGED = 0.01  # of a tensor's size, root mean square; rounding to bfloat16 changes it by 0.002
@@ -23,7 +25,7 @@ def narrowed(tensor: torch.Tensor, dtype: torch.dtype | None, name: str) -> torc
         return tensor
     found = tensor.to(dtype)
     if dtype in (torch.float16, torch.bfloat16) or tensor.dtype == torch.float64:
-        kind = str(dtype).removeprefix("torch.")
+        kind = dtype_name(dtype)
         if bool((found.isinf() & tensor.isfinite()).any()):
             most = float(tensor[tensor.isfinite()].abs().max())
             raise CheckpointError(
@@ -37,14 +39,14 @@ def narrowed(tensor: torch.Tensor, dtype: torch.dtype | None, name: str) -> torc
 def lost_below(before: torch.Tensor, after: torch.Tensor) -> str | None:
     """How a tensor is lost in the type of `after`, which is the same in fewer bits; None where it is held. What is
     infinite is not looked for."""
-    kind = str(after.dtype).removeprefix("torch.")
+    kind = dtype_name(after.dtype)
     gone, held = int(((after == 0) & (before != 0)).sum()), int(before.count_nonzero())
     if gone > MOST_GONE * held:
-        return f"{100 * gone / held:.0f} % of its weights are so small that {kind} has 0 for them"
+        return f"{percent(gone / held)} of its weights are so small that {kind} has 0 for them"
     wide = before if before.dtype == torch.float64 else before.float()
     changed, size = (float(torch.linalg.vector_norm(x)) for x in (after.to(wide.dtype) - wide, wide))
     if changed > MOST_CHANGED * size:
         return (
-            f"its weights are so small that {kind} changes them by {100 * changed / size:.1f} % of their size"
+            f"its weights are so small that {kind} changes them by {percent(changed / size, 1)} of their size"
         )
     return None

@@ -30,6 +30,7 @@ from octad.checkpoint.hf import SafetensorsSource, one_by_one, open_weights, rea
 from octad.checkpoint.names import HEAD, is_attention, is_linear, tensor_plan
 from octad.checkpoint.schemes import Scheme, Schemes
 from octad.checkpoint.source import TensorInfo
+from octad.dist import dtype_name
 from octad.errors import CheckpointError
 from octad.guard import read_object
 from octad.model.config import ModelConfig
@@ -155,7 +156,7 @@ class QuantizedSource(SafetensorsSource):
         sizes: Counter[str] = Counter()
         for name, extent in self._extents.items():
             scheme = self._packed.get(name.removesuffix("_packed"))
-            kind = f"int{scheme.bits}" if scheme else str(extent.info.dtype).removeprefix("torch.")
+            kind = f"int{scheme.bits}" if scheme else dtype_name(extent.info.dtype)
             sizes[kind] += extent.info.nbytes
         return dict(sizes.most_common())
 

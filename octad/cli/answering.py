@@ -17,7 +17,8 @@ import typer
 
 from octad.cli.options import Memory, MinP, Model, Only, Quantize, Seed, TopP, one_process
 from octad.engine.params import CHAT, own_sampling
-from octad.errors import DataError, RequestError
+from octad.errors import RequestError
+from octad.guard import read_text
 from octad.report import terminal
 
 if TYPE_CHECKING:
@@ -232,14 +233,5 @@ def _structured(schema: Path | None, regex: str | None, grammar: Path | None) ->
     found = {name: value for name, value in given.items() if value is not None}
     if len(found) > 1:
         raise RequestError("--schema, --regex and --grammar exclude each other; give one of them")
-    form: dict[str, Any] = {k: _text_of(v) if isinstance(v, Path) else v for k, v in found.items()}
+    form: dict[str, Any] = {k: read_text(v) if isinstance(v, Path) else v for k, v in found.items()}
     return StructuredOutput(**form) if form else None
-
-
-def _text_of(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{file}: cannot be read as UTF-8 text ({getattr(error, 'strerror', None) or error})"
-        ) from None

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from octad.figures import change, human, percent, sparkline
 from octad.model import cost
 from octad.report import terminal
-from octad.report.figures import human, percent, sparkline
 from octad.report.table import Table
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def show_plan(plan: Plan, seconds: float) -> None:
     total, active = cost.parameters(plan.config), cost.parameters(plan.config, active=True)
     terminal.out.print(
         f"\n{plan.config.model_type}, {plan.config.num_experts} experts, top-{plan.config.num_experts_per_tok}: "
-        f"{total / 1e6:,.1f} M parameters, {active / 1e6:,.1f} M active; "
+        f"{human(total)} parameters, {human(active)} active; "
         f"{human(plan.output_bytes, 'B')} on disk; about {seconds:.0f} s"
     )
 
@@ -66,7 +66,7 @@ def show_rounding(bits: Mapping[str, tuple[float, float]]) -> None:
     """Bits per byte of each domain before and after weights were rounded."""
     mean = [sum(pair[side] for pair in bits.values()) / len(bits) for side in (0, 1)]
     rows = [
-        [name, f"{before:.4f}", f"{after:.4f}", f"{100 * (after / before - 1):+.2f} %"]
+        [name, f"{before:.4f}", f"{after:.4f}", change(after / before - 1)]
         for name, (before, after) in {**bits, "mean": (mean[0], mean[1])}.items()
     ]
     titles = ["text", ">before", ">rounded", ">change"]

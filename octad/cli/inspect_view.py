@@ -17,8 +17,8 @@ from rich.text import Text
 
 from octad.checkpoint.distance import Comparison
 from octad.checkpoint.inspect import Inspection, RouterNorm
+from octad.figures import digits, human, sparkline
 from octad.report import terminal
-from octad.report.figures import digits, human, sparkline
 from octad.report.table import Table
 
 MATRIX_EXPERTS = 16  # above this a matrix is no longer readable, and the extremes are told instead

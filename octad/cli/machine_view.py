@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
+from octad.figures import human
 from octad.report import terminal
 
 
@@ -34,7 +35,7 @@ def render(found: dict[str, Any]) -> RenderableType:
     others = [name for name in kernels["run_here"] if name != kernels["used"]]
     lacks = [name for name in kernels["known"] if name not in kernels["run_here"]]
     facts = {
-        "processor": f"{found['cpu']}, {found['cores']} cores, {found['memory_bytes'] / 1e9:.1f} GB",
+        "processor": f"{found['cpu']}, {found['cores']} cores, {human(found['memory_bytes'], 'B')}",
         "has": ", ".join(found["instruction_sets"]) or "none of the instruction sets that the kernels know",
         "kernels": kernels["used"] or f"none: {kernels['reason']}",
         "also run here": ", ".join(others) + " (OCTAD_ISA=NAME)" if others else "",

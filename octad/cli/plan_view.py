@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from octad.report.figures import MISSING, human, percent
+from octad.figures import MISSING, human, percent
 from octad.report.table import Table
 from octad.report.terminal import table
 

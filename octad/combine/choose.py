@@ -37,6 +37,7 @@ from octad.combine.recipe import RefitSpec, SharedSpec
 from octad.combine.refit import HELD_OUT, fit_and_choose
 from octad.combine.regmean import Regression
 from octad.dist import compute_dtype
+from octad.figures import change
 from octad.model.rope import Rope
 from octad.model.transformer import DecoderLayer
 from octad.text.windows import Window
@@ -187,7 +188,7 @@ def per_token(nats: Nats) -> float:
 def in_words(best: str, nats: dict[str, Nats], members: Nats) -> str:
     """What was measured, and why this one is taken."""
     own = per_token(members)
-    behind = ", ".join(f"{name} {100 * (per_token(found) / own - 1):+.1f} %" for name, found in nats.items())
+    behind = ", ".join(f"{name} {change(per_token(found) / own - 1, 1)}" for name, found in nats.items())
     tokens = sum(int(n[:, 1].sum()) for n in members)
     least = min(nats, key=lambda name: per_token(nats[name]))
     if best != "base":

@@ -18,6 +18,7 @@ from pathlib import Path
 from octad.combine.preflight import Plan
 from octad.combine.recipe import Recipe
 from octad.errors import DataError, RecipeError
+from octad.guard import read_text
 from octad.text.rows import Document
 from octad.text.windows import Window, windows_of
 
@@ -101,9 +102,5 @@ def _lines(recipe: Recipe, name: str) -> list[str]:
     """One question a line; the bundled list by its name."""
     path = Path(str(files("octad.combine"))) / "questions.txt"
     path = path if name == BUNDLED else Path(recipe.resolve(name)).expanduser()
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"{path}: questions cannot be read as UTF-8 text ({reason})") from None
+    text = read_text(path, what=" questions")
     return [line.strip() for line in text.splitlines() if line.strip()]

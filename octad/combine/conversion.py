@@ -17,7 +17,9 @@ from octad.checkpoint.lora import AdapterSource
 from octad.checkpoint.names import EMBEDDING, dense_mlp_name
 from octad.checkpoint.narrow import lost_below
 from octad.checkpoint.source import TensorSource
+from octad.dist import dtype_name
 from octad.errors import RecipeError
+from octad.figures import percent
 
 WIDER = {  # what holds every value of a type
     torch.float32: (torch.float64,),
@@ -47,7 +49,7 @@ def converted(tensor: torch.Tensor, dtype: torch.dtype, what: str) -> torch.Tens
 
 def too_large(what: str, value: float, dtype: torch.dtype) -> RecipeError:
     """The error for a value that a type cannot hold."""
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     return RecipeError(
         f"{what}: a weight of {value:g} does not fit {name} (at most {torch.finfo(dtype).max:g});"
         " write dtype: bfloat16 or float32 in the recipe"
@@ -88,10 +90,10 @@ def _rounded(source: TensorSource, names: Sequence[str], dtype: torch.dtype, wha
         error, size = error + float((found - ours).square().sum()), size + float(ours.square().sum())
     if not changed:
         return None
-    kind = str(dtype).removeprefix("torch.")
+    kind = dtype_name(dtype)
     return (
-        f"{100 * changed / count:.1f} % of its weights change on the way to {kind}, by"
-        f" {100 * (error / size) ** 0.5:.2f} % of their size"
+        f"{percent(changed / count, 1)} of its weights change on the way to {kind}, by"
+        f" {percent((error / size) ** 0.5, 2)} of their size"
         " (root mean square): dtype: float32 keeps them"
     )
 
@@ -111,9 +113,9 @@ def _change_lost(
         change += float((ours - before).square().sum())
     if not change or (lost := (error / change) ** 0.5) < WORTH_SAYING:
         return None
-    kind = str(dtype).removeprefix("torch.")
+    kind = dtype_name(dtype)
     return (
-        f"what it adds to the base is so small that rounding to {kind} changes it by {100 * lost:.0f} % of its size:"
+        f"what it adds to the base is so small that rounding to {kind} changes it by {percent(lost)} of its size:"
         " dtype: float32 keeps it"
     )
 

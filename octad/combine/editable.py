@@ -6,7 +6,6 @@ old.place("french"), old.generalist, old.base_for(spec, None)
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from octad.combine.fit import Calibration
 from octad.combine.recipe import Recipe, check_name
 from octad.combine.sidecars import STATISTICS, load_statistics
 from octad.combine.statistics import Statistics
-from octad.errors import CheckpointError, OctadError, OutputError, RecipeError
+from octad.errors import CheckpointError, OctadError, OutputError, RecipeError, did_you_mean
 from octad.model.config import ModelConfig
 from octad.staging import tidy
 
@@ -90,8 +89,7 @@ class EditableMixture:
         """The number of an expert. Raises RecipeError naming the nearest one."""
         if name in self.names:
             return self.names.index(name)
-        near = difflib.get_close_matches(name, self.names, 1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(self.names)}"
+        hint = did_you_mean(name, self.names) or f"it has {', '.join(self.names)}"
         raise RecipeError(f"{self.directory}: has no expert {name!r}; {hint}")
 
     def refuse_name(self, name: str) -> None:

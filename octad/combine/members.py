@@ -28,6 +28,7 @@ from octad.checkpoint.views import View
 from octad.combine.distances import Distances
 from octad.combine.family import TARGETS
 from octad.errors import RecipeError
+from octad.figures import percent
 from octad.model.config import RopeConfig
 
 SHARED_GROUPS = ("attention", "norms", "embeddings", "head")
@@ -231,7 +232,7 @@ def sentence(report: MemberReport, found: Distances, shared: str) -> str:
             f"outside its feed-forward nets it differs from the base by no more than rounding does ({parts}, relative to"
             " the base): the base's is used"
         )
-    share = f"{100 * found.lost_share:.0f} % of its change"
+    share = f"{percent(found.lost_share)} of its change"
     cost = (
         "will be nearer to the base than to the member"
         if found.lost_share > 0.5

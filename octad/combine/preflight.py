@@ -35,6 +35,7 @@ from octad.combine.mixture import MixtureSource
 from octad.combine.recipe import Recipe, SharedSpec, check_name
 from octad.combine.remember import RememberLast
 from octad.combine.token_rows import Vocabulary, agree
+from octad.dist import dtype_name
 from octad.errors import CheckpointError, ConfigError, OutputError, RecipeError
 from octad.model.config import ModelConfig
 from octad.staging import StagedDirectory
@@ -213,4 +214,4 @@ def _open(recipe: Recipe, name: str, reference: str, base: TensorSource) -> Tens
 def _dtype_name(base: TensorSource) -> str:
     """The type of the mixture where the recipe names none: the base's own."""
     dtype = base.native_dtype if isinstance(base, GGUFSource) else base.info(EMBEDDING).dtype
-    return str(dtype).removeprefix("torch.") if dtype in DTYPES.values() else "bfloat16"
+    return dtype_name(dtype) if dtype in DTYPES.values() else "bfloat16"

@@ -15,8 +15,8 @@ from octad.checkpoint.provenance import PROVENANCE
 from octad.cli import answering
 from octad.cli import evaluation as commands_evaluate
 from octad.errors import OutputError
+from octad.figures import human, listed
 from octad.report import terminal
-from octad.report.figures import human, listed
 
 if TYPE_CHECKING:
     from octad.combine.preflight import Plan

@@ -26,6 +26,7 @@ from octad.demo.demo_record import begun_before, is_fresh, note
 from octad.demo.specialist_texts import Texts, shipped, texts_in
 from octad.dist import keep_freed_memory
 from octad.errors import OctadError, OutputError, RecipeError, RequestError
+from octad.figures import duration, human, listed
 from octad.guard import parse_yaml
 from octad.machine import available_memory
 from octad.model.config import ModelConfig
@@ -35,7 +36,6 @@ from octad.project.layout_text import DOMAINS, Expert, Project, branch_text, cou
 from octad.project.road import MIXTURE, REPORT, make
 from octad.project.stages import text_key
 from octad.report import terminal
-from octad.report.figures import duration, human, listed
 from octad.staging import space
 from octad.train.run_config import BranchConfig
 

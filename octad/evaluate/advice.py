@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from octad.evaluate.bootstrap import Interval
 from octad.evaluate.compare import Comparison
-from octad.report.figures import listed, percent, share
+from octad.figures import change, listed, percent, share
 
 LOSS = 0.005  # of a domain's bits per byte: a smaller loss to its best member is not worth a retraining
 NEAR_CHANCE = 0.25  # how far a best expert's share must be from an even one towards all that it can have
@@ -133,7 +133,7 @@ def _no_better_than_soup(found: Comparison) -> Iterator[str]:
     if difference.answer == "yes":
         return
     yield (
-        f"routing is not for certain better than averaging the weights ({100 * difference.relative:+.2f} % to the soup,"
+        f"routing is not for certain better than averaging the weights ({change(difference.relative)} to the soup,"
         " which is one dense model): fit the router anew, or use the soup"
     )
 
@@ -188,7 +188,7 @@ def _other_top_k(found: Comparison) -> Iterator[str]:
             continue
         difference, cost = found.difference(name, own), found.rows[name].price.flops_per_token
         price = "" if not cost or not mine else f" at {cost / mine:.2f} times the FLOPs"
-        apart = f"{100 * difference.relative:+.2f} %{price}"
+        apart = f"{change(difference.relative)}{price}"
         if difference.answer == "yes":
             yield f"{name} is better for certain ({apart}): set num_experts_per_tok to it"
         elif cost and mine and cost < mine and _at_most(difference.interval, CHEAPER * found.mean(own)):

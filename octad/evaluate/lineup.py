@@ -27,7 +27,7 @@ from octad.errors import OctadError, RequestError
 from octad.evaluate.contestants import Contestant, Member, Original, Soup, TopK, Whole
 from octad.evaluate.heldout import Texts
 from octad.evaluate.soup import AveragedSource
-from octad.report.figures import digits
+from octad.figures import digits
 
 MOST_JUDGED = 16  # experts judged one by one, and all at once
 FORCED = "every token through this one expert: what it was before is not known"

@@ -14,7 +14,7 @@ from typing import Any
 
 from octad.evaluate.advice import advise
 from octad.evaluate.compare import Comparison, Difference
-from octad.report.figures import human, listed, percent, share
+from octad.figures import human, listed, percent, share
 
 WHOM = {
     "oracle": "always knowing the right specialist",

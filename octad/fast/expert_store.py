@@ -29,6 +29,7 @@ from octad.checkpoint.extent import byte_view
 from octad.errors import RequestError
 from octad.fast.record_reader import RecordReader, Ticket
 from octad.fast.records import PlacedWeights
+from octad.figures import human, percent
 from octad.kernels.arena import fresh
 from octad.machine import available_memory
 
@@ -82,8 +83,8 @@ class StoreStats:
         """For people."""
         found = self.report()
         return (
-            f"experts: {100 * found['hit_rate']:.1f} % were in memory (routers that choose by chance:"
-            f" {100 * found['uniform_hit_rate']:.0f} %), {found['bytes_per_token'] / 1e6:.1f} MB read and"
+            f"experts: {percent(found['hit_rate'], 1)} were in memory (routers that choose by chance:"
+            f" {percent(found['uniform_hit_rate'])}), {human(found['bytes_per_token'], 'B')} read and"
             f" {found['stall_seconds_per_token'] * 1e3:.1f} ms waited a token"
         )
 
@@ -103,8 +104,8 @@ class ExpertStore:
         slots = min(budget // size, len(self.layers) * self.E)
         if slots < self.E:
             raise RequestError(
-                f"--memory: found {budget / 1e6:.0f} MB, but a prompt needs the {self.E} experts of a layer at once,"
-                f" which take {self.E * size / 1e6:.1f} MB; give that much or more"
+                f"--memory: found {human(budget, 'B')}, but a prompt needs the {self.E} experts of a layer at once,"
+                f" which take {human(self.E * size, 'B')}; give that much or more"
             )
         room, total = available_memory(), placed.file.layout.nbytes
         if cached is None:  # room for the file besides the slots: the system's cache is as good as memory

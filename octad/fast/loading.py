@@ -21,7 +21,7 @@ from octad.checkpoint.load import assign, empty_model, load_model
 from octad.checkpoint.names import EMBEDDING, HEAD, is_attention, is_linear, layer_of, parameter_sources
 from octad.checkpoint.quantized import QuantizedSource
 from octad.checkpoint.source import TensorSource
-from octad.dist import compute_dtype
+from octad.dist import compute_dtype, dtype_name
 from octad.errors import RequestError
 from octad.fast.beginning import Begun, source_name
 from octad.fast.held import load_quantized, packed_weight, place_linear
@@ -29,6 +29,7 @@ from octad.fast.native_modules import NarrowEmbedding, Weight, native_attention
 from octad.fast.optimize import ExpertWeights, Swapper, is_bfloat16, native_kernels, optimize, same_or_held
 from octad.fast.precision import Precision
 from octad.fast.records import FilledRecords, PlacedWeights, Records, open_records
+from octad.figures import human
 from octad.kernels.filling import Impossible, Rows
 from octad.kernels.native import NativeKernels
 from octad.kernels.packed import Packed, pack
@@ -84,8 +85,8 @@ def refuse_too_large(source: TensorSource, dtype: torch.dtype, device: torch.dev
     needed, there = cost.parameters(source.config) * dtype.itemsize, rank_memory(device)
     if needed > there:
         raise RequestError(
-            f"{source.label}: its weights take {needed / 1e9:.1f} GB, this GPU has {there / 1e9:.1f}; several GPUs answer"
-            " through vLLM (octad serve MODEL --engine vllm --tensor-parallel-size N) and judge text together"
+            f"{source.label}: its weights take {human(needed, 'B')}, this GPU has {human(there, 'B')}; several GPUs"
+            " answer through vLLM (octad serve MODEL --engine vllm --tensor-parallel-size N) and judge text together"
             " (torchrun --nproc-per-node N -m octad evaluate MODEL --data domains.yaml)"
         )
 
@@ -95,7 +96,7 @@ def dtype_note(source: TensorSource, dtype: torch.dtype) -> str | None:
     held = source.info(EMBEDDING).dtype
     if held == dtype:
         return None
-    ours, theirs = (str(kind).removeprefix("torch.") for kind in (dtype, held))
+    ours, theirs = (dtype_name(kind) for kind in (dtype, held))
     why = "which is what this machine multiplies fastest"
     if (held, dtype) == (torch.bfloat16, torch.float32):
         why = "since this CPU has no products of bfloat16; bfloat16 weights stay so in memory, and nothing is lost"

@@ -206,5 +206,4 @@ _TABLE = (
 )
 
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _TABLE}
-DENSE_FAMILIES = tuple(name for name, family in FAMILIES.items() if not family.is_moe)
 MOE_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.is_moe)

@@ -10,7 +10,6 @@ Rates are in FLOP/s, bytes and bytes a second here; the files say TFLOP/s, GB an
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import yaml
 from pydantic import BeforeValidator, Field
 
 from octad.checkpoint.config_file import Section, read_mapping
-from octad.errors import RecipeError
+from octad.errors import RecipeError, did_you_mean
 
 GIGA, TERA = 1e9, 1e12
 How = Literal["seen", "derived", "unseen", "given"]
@@ -166,6 +165,5 @@ def find_cluster(name: str, nodes: int = 1, own: Path | None = None) -> Cluster:
         return Cluster(wanted, devices[wanted], devices[wanted].node, nodes)
     if kind in devices and count.isdecimal() and 1 <= int(count[:5]) <= 4096:
         return Cluster(wanted, devices[kind], int(count), nodes)
-    near = difflib.get_close_matches(kind or wanted, devices, 1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else "give figures of your own with --hardware-file"
+    hint = did_you_mean(kind or wanted, devices) or "give figures of your own with --hardware-file"
     raise RecipeError(f"hardware {name!r} is not known; {hint} (known: {', '.join(devices)})")

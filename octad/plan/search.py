@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from octad.errors import RecipeError
+from octad.figures import percent
 from octad.model.config import ModelConfig
 from octad.plan.hardware import Cluster, reached
 from octad.plan.layouts import Layout, Shard
@@ -137,7 +138,7 @@ def _why(plan: Plan, best: Plan) -> str:
     if plan is best:
         worst = max((name for name in spent if name != "arithmetic"), key=lambda name: spent[name])
         share = spent[worst] / plan.time.total
-        lost = f"loses most to {worst}: {100 * share:.0f} %" if share >= 0.01 else "arithmetic alone counts"
+        lost = f"loses most to {worst}: {percent(share)}" if share >= 0.01 else "arithmetic alone counts"
         return f"quickest; {lost}" + (", recomputes" if plan.layout.recompute else "")
     slower = plan.pace / best.pace
     if slower < NEAR:
@@ -146,4 +147,4 @@ def _why(plan: Plan, best: Plan) -> str:
     more = {name: seconds - best.time.parts[name] * steps for name, seconds in spent.items()}
     worst = max(more, key=lambda name: more[name])
     named = "recomputed activations" if worst == "arithmetic" else worst
-    return f"{100 * (slower - 1):.0f} % slower: {named}"
+    return f"{percent(slower - 1)} slower: {named}"

@@ -8,7 +8,6 @@ side by side (nothing shared), or eight experts around one attention stack.
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from typing import Any
 import yaml
 
 from octad.checkpoint.config_file import read_mapping
-from octad.errors import CheckpointError, ConfigError, RecipeError
+from octad.errors import CheckpointError, ConfigError, RecipeError, nearest
 from octad.guard import exists, read_object
 from octad.model import cost
 from octad.model.config import ModelConfig, dense_config
@@ -119,10 +118,10 @@ def _read(target: str, opened: Opened | None) -> Reading:
         and path.suffix not in (".gguf", ".json")
     ):
         return Reading(target, _of_hub(target))
-    near = difflib.get_close_matches(target.lower(), _named(), 1, cutoff=0.6)
-    if opened is not None and not near:
+    near = nearest(target.lower(), _named(), cutoff=0.6)
+    if opened is not None and near is None:
         return Reading(target, opened(target))
-    hint = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(_named())}"
+    hint = f"did you mean {near!r}?" if near else f"known names: {', '.join(_named())}"
     raise RecipeError(f"{target}: is no file, no checkpoint and no model known by name; {hint}")
 
 

@@ -23,6 +23,7 @@ from octad.checkpoint.load import load_tokenizer, open_source
 from octad.checkpoint.source import TensorSource
 from octad.combine.recipe import MAX_EXPERTS, check_name
 from octad.errors import OutputError, RecipeError
+from octad.figures import human
 from octad.guard import exists
 from octad.project.beside import seen_from
 from octad.project.held_out import Choice, Split, choose, divide, first_document
@@ -39,7 +40,6 @@ from octad.project.layout_text import (
     recipe_text,
     tune_text,
 )
-from octad.report.figures import human
 from octad.staging import explained, replace_file
 from octad.text.documents import read_documents
 from octad.text.tokenizer import Tokenizer

@@ -27,10 +27,10 @@ from octad.dist import compute_dtype, product_rate
 from octad.errors import OctadError, RecipeError
 from octad.evaluate.card import may_write
 from octad.evaluate.domains import read_domains
+from octad.figures import duration
 from octad.model import cost
 from octad.project.layout_text import BRANCH, DOMAINS, RECIPE, TUNE
 from octad.project.stages import Record, domains_key, key_of, refuse_foreign, text_key
-from octad.report.figures import duration
 from octad.train.branch import train_specialist
 from octad.train.forecast import branch_seconds, check_text
 from octad.train.run_config import BranchConfig, SpecialistSpec, load_branch, load_config

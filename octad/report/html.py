@@ -15,8 +15,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from octad.figures import percent
 from octad.report import svg
-from octad.report.figures import percent
 from octad.report.page import parts as sections
 from octad.report.page import quality, routes
 from octad.report.table import Table

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from octad.report.figures import duration
+from octad.figures import duration
 
 FIRST = 4.0  # seconds of silence
 APART, MOST_APART = 2.5, 7.5  # times FIRST: between the first lines, and between any

@@ -17,7 +17,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from octad.report.figures import human, number
+from octad.figures import human, number
 
 ROW = 26  # pixels: height of a row of a forest plot
 MARK = 6.0  # pixels: half the width of a mark

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from octad.report.figures import percent
+from octad.figures import percent
 from octad.report.page import quality, routes
 from octad.report.table import Cell, Column, Table, busiest
 from octad.report.terminal import table

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 import httpx2
 
 from octad.errors import DataError, RequestError
+from octad.guard import read_text
 from octad.serve.foreign_routes import routes_in
 from octad.serve.lifecycle import ServerState
 from octad.serve.replies import ApiError
@@ -188,12 +189,7 @@ def key_of(path: Path | None) -> str | None:
     """The key in a file of one line. Raises DataError for a file without."""
     if path is None:
         return None
-    try:
-        key = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: the key cannot be read ({getattr(error, 'strerror', None) or error})"
-        ) from None
+    key = read_text(path, what=" the key").strip()
     if not key or not key.isprintable() or not key.isascii() or " " in key:
         raise DataError(f"{path}: should hold one key, in one line")
     return key

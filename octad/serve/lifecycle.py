@@ -27,6 +27,7 @@ import uvicorn
 
 from octad.engine.params import SamplingParams
 from octad.errors import OctadError, RequestError
+from octad.figures import percent
 from octad.serve.limits import Limits, patient_protocol
 from octad.serve.replies import ApiError
 
@@ -77,7 +78,7 @@ class ServerState:
             return f"the model could not be opened: {self.error}"
         if self.status == "unreachable":
             return f"the backend does not answer ({self.stage})"
-        return f"the model is being opened ({self.stage}, {100 * self.progress:.0f} %)"
+        return f"the model is being opened ({self.stage}, {percent(self.progress)})"
 
     def check(self) -> None:
         """Raises ApiError 503 unless the server is ready."""

@@ -24,6 +24,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octad.errors import DataError, RequestError
+from octad.guard import read_text
 from octad.serve.replies import ApiError, error_response
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -69,12 +70,7 @@ def _origin(text: str) -> str:
 
 
 def _keys(path: Path) -> tuple[bytes, ...]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: the keys cannot be read ({getattr(error, 'strerror', None) or error})"
-        ) from None
+    lines = read_text(path, what=" the keys").splitlines()
     keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not keys:
         raise DataError(f"{path}: holds no key; write one a line")

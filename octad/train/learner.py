@@ -11,7 +11,6 @@ weights take part in the forward pass only; their gradients are never computed.
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +28,7 @@ from octad.checkpoint.provenance import PROVENANCE, Provenance
 from octad.checkpoint.source import TensorSource
 from octad.checkpoint.writer import CheckpointWriter
 from octad.dist import World, compute_dtype, own_device
-from octad.errors import CheckpointError, RecipeError
+from octad.errors import CheckpointError, RecipeError, did_you_mean
 from octad.evaluate.card import without_verdict
 from octad.fast.grouped_experts import group_experts
 from octad.fast.pieces import Piece
@@ -188,8 +187,7 @@ def _strangers(config: TuneConfig, members: tuple[str, ...]) -> Iterator[str]:
     """A line for each source that names no expert: it is learnt from all the same."""
     for source in config.data.sources if members else ():
         if (expert := source.expert or source.name) not in members:
-            near = difflib.get_close_matches(expert, members, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(members)}"
+            hint = did_you_mean(expert, members) or f"there are {', '.join(members)}"
             yield f"data source {source.name!r} names no expert of the mixture ({hint}); it is learnt from all the same"
 
 

@@ -26,7 +26,7 @@ import torch
 from octad.checkpoint.load import load_tokenizer, open_source, state_tensors
 from octad.checkpoint.names import layer_of
 from octad.checkpoint.writer import CheckpointWriter
-from octad.dist import World
+from octad.dist import World, dtype_name
 from octad.errors import RecipeError
 from octad.fast.weights import bare_model, fill_drawn
 from octad.model.config import ModelConfig
@@ -89,7 +89,7 @@ def pretrain_learner(config: PretrainConfig) -> Learner:
         top1=config.routing.top1,
         expert_width=dense.width if dense else None,
     )
-    raw |= {"torch_dtype": str(dtype).removeprefix("torch."), "eos_token_id": list(tokenizer.eos_ids)}
+    raw |= {"torch_dtype": dtype_name(dtype), "eos_token_id": list(tokenizer.eos_ids)}
     model = bare_model(ModelConfig.from_dict(raw), dtype)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     if dense is not None:

@@ -25,10 +25,10 @@ from torch import nn
 from octad import portable
 from octad.dist import World
 from octad.errors import OutputError
+from octad.figures import duration, percent
 from octad.model import cost
 from octad.model.balance import LoadStatistics
 from octad.model.config import ModelConfig
-from octad.report.figures import duration, percent
 from octad.train.data import IGNORED, Batch
 
 LOG = "log.jsonl"

@@ -27,10 +27,10 @@ from octad.errors import CheckpointError, OctadError, OutputError, RecipeError
 from octad.evaluate.nats import bits_per_byte, window_nats
 from octad.fast.document_attention import DocumentAttention
 from octad.fast.training_blocks import quicken
+from octad.figures import duration, human
 from octad.kernels.passes import not_native
 from octad.model.balance import LoadStatistics
 from octad.model.cost import parameters
-from octad.report.figures import duration, human
 from octad.staging import explained
 from octad.text.windows import Window, read_windows
 from octad.train.compiled import compile_model

@@ -23,7 +23,7 @@ from octad.checkpoint.inspect import inspect
 from octad.checkpoint.names import router_name
 from octad.cli.inspect_view import render
 from octad.errors import CheckpointError
-from octad.report.figures import digits, human, sparkline
+from octad.figures import digits, human, sparkline
 
 E, L, D = 3, 2, 32
 

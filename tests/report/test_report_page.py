@@ -11,9 +11,9 @@ import pytest
 from sample_report import EVIL, StrictReader, numbers, read, routing, sample
 
 from octad.errors import OutputError
+from octad.figures import human, signed
 from octad.guard import jsonable
 from octad.report import svg
-from octad.report.figures import human, signed
 from octad.report.files import write_report
 from octad.report.html import page
 from octad.report.markdown import escaped, markdown

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from small import checkpoint, jsonl, texts, tune_file
 
 from octad.cli.main import main as cli
-from octad.report.figures import human
+from octad.figures import human
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

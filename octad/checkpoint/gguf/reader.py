@@ -26,6 +26,7 @@ from octad.checkpoint.gguf.header import GGUFHeader, GGUFTensor
 from octad.checkpoint.gguf.metadata import INTERLEAVED, ROPE_FACTORS, config_of
 from octad.checkpoint.names import EMBEDDING, FINAL_NORM, HEAD, expert_name, router_name, tensor_plan
 from octad.checkpoint.source import TensorInfo
+from octad.dist import dtype_name
 from octad.errors import CheckpointError
 from octad.fingerprint import fingerprint
 from octad.model.config import ModelConfig
@@ -164,7 +165,7 @@ class GGUFSource:
             factors = self._dequantised(
                 tensor, _Piece(ROPE_FACTORS, None, tensor.shape), torch.float32
             ).tolist()
-        return config_of(self.header, factors, str(self.native_dtype).removeprefix("torch."))
+        return config_of(self.header, factors, dtype_name(self.native_dtype))
 
     def _map_names(self) -> dict[str, _Piece]:
         pieces: dict[str, _Piece] = {}

@@ -7,13 +7,12 @@ octad's own are small and easy: they tell small models apart on a laptop and say
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
-from octad.errors import DataError
+from octad.errors import DataError, nearest
 from octad.evaluate.tasks.humaneval import read_humaneval
 from octad.evaluate.tasks.task import SUFFIXES, ContinuationTask, Passage, Task, read_task
 
@@ -63,6 +62,6 @@ def find_task(reference: str) -> Task:
     path = Path(reference).expanduser()
     if path.is_file() or reference.endswith(SUFFIXES):
         return read_task(path)
-    near = difflib.get_close_matches(reference, NAMED, 1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(NAMED)}, lm-eval:NAME, and files"
+    near = nearest(reference, NAMED)
+    hint = f"did you mean {near}?" if near else f"there are {', '.join(NAMED)}, lm-eval:NAME, and files"
     raise DataError(f"{reference}: no such task or file; {hint}")

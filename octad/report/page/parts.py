@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from octad.figures import change, interval, number, percent, signed
 from octad.report import svg
-from octad.report.figures import interval, number, percent, signed
 from octad.report.page.quality import ANSWERS, Report, answer, kind_of
 from octad.report.table import Cell, Column, Table, judged
 
@@ -146,7 +146,7 @@ def _forest(rows: Sequence[Mapping[str, Any]], by: str, caption: str) -> Table:
     for d in rows:
         mark = answer(d)
         relative = d.get("relative")
-        share = f"{signed(100 * relative, 1)} %" if relative is not None else ""
+        share = change(relative, 1) if relative is not None else ""
         told = Cell("as good" if mark == "same" else mark, relative, mark=f"chip {mark}", small=share)
         cells.append([Cell(str(d[by])), *_difference_cells(d, scale, mark, str(d[by])), told])
     marks = ["mean" if by == "domain" and d["domain"] == MEAN else "" for d in rows]

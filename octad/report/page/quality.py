@@ -13,8 +13,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from octad.figures import human, mean, number, share
 from octad.report import svg
-from octad.report.figures import human, mean, number, share
 from octad.report.table import Cell, Column, Table, judged
 
 Report = Mapping[str, Any]

@@ -14,8 +14,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from octad.figures import MISSING, human, mean, number, percent
 from octad.report import svg
-from octad.report.figures import MISSING, human, mean, number, percent
 from octad.report.table import Cell, Column, Table, busiest
 
 Routing = Mapping[str, Any]

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import octad
-from octad.report.figures import duration, percent
+from octad.figures import duration, percent
 
 
 def test_durations_have_the_unit_that_keeps_them_short() -> None:

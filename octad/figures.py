@@ -78,11 +78,18 @@ def percent(value: float | None, places: int = 0) -> str:
 
 
 def share(value: float | None) -> str:
-    """A share as a percentage in two figures or so: 0.32 %, 1.7 %, 12 %."""
+    """A share as a percentage in two figures or so: 0.0012 %, 0.32 %, 1.7 %, 12 %."""
     if value is None:
         return MISSING
     size = abs(100 * value)
+    if 0 < size < 0.095:
+        return f"{digits(100 * value)} %".replace("-", "−", 1)
     return percent(value, 2 if size < 0.995 else 1 if size < 9.95 else 0)
+
+
+def change(value: float | None, places: int = 2) -> str:
+    """How much something grew, as a percentage with its sign: +0.31 %, −2.40 %."""
+    return MISSING if value is None else f"{signed(100 * value, places)} %"
 
 
 def interval(low: float | None, high: float | None, places: int = 4) -> str:
