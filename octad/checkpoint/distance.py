@@ -22,6 +22,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Context
+from functools import partial
 from itertools import combinations
 from statistics import fmean
 
@@ -94,7 +95,8 @@ def compare(source: TensorSource, base: TensorSource, progress: Progress | None 
         progress("comparing", 1.0)
     experts = tuple(_expert_distance([row.expert(e) for row in rows]) for e in range(len(rows[0].own)))
     pairs = _mean_pairs(rows)
-    verdict = describe(base.label, experts, shared, mixture=source.config.is_moe)
+    kind = describe_mixtures if base.config.is_moe else partial(describe, mixture=source.config.is_moe)
+    verdict = kind(base.label, experts, shared)
     return Comparison(base.label, tuple(layers), experts, pairs, _near_copies(pairs), shared, verdict)
 
 
@@ -323,9 +325,9 @@ def describe(base: str, experts: Sequence[ExpertDistance], shared: dict[str, flo
     made = "upcycled" if mixture else "tuned"
     near = [mean for mean in means if mean <= RELATED]
     if not all(map(math.isfinite, means)):
-        return f"cannot be judged: it or {base} holds weights that are zero or not finite numbers"
+        return _unjudged(base)
     if max(means) == 0 and not mixture and not any(shared.values()):
-        return f"every weight equals {base}'s: a copy of it"
+        return _copy(base)
     if max(means) == 0:
         return f"{subject} {verb} equal to {base}: {'copied from it' if mixture else 'its feed-forward is the same'}"
     if len(near) == len(means):
@@ -334,7 +336,40 @@ def describe(base: str, experts: Sequence[ExpertDistance], shared: dict[str, flo
         far = min(mean for mean in means if mean > RELATED)
         share = f"{len(near)} of {len(means)} experts are within {_percent(max(near))} % of {base}"
         return f"{share}, the others at a distance of {far:.1f} or more: {made} from it only in part"
-    distance, cosine = fmean(means), fmean(expert.cosine for expert in experts)
+    return _far(base, experts)
+
+
+def describe_mixtures(base: str, experts: Sequence[ExpertDistance], shared: dict[str, float]) -> str:
+    """One sentence on a mixture beside another one, each expert beside the one at its place. Nothing says which of the
+    two was there first."""
+    means = [expert.mean for expert in experts]
+    near = [mean for mean in means if mean <= RELATED]
+    if not all(map(math.isfinite, means)):
+        return _unjudged(base)
+    if max(means) == 0:
+        other = [name for name, distance in shared.items() if distance]
+        same = f"every expert equals the one at its place in {base}; what differs: {', '.join(other)}"
+        return same if other else _copy(base)
+    if not near:
+        return _far(base, experts)
+    beside = f"within {_percent(max(near))} % of the one at its place in {base}"
+    if len(near) == len(means):
+        return f"every expert is {beside}: both of one origin"
+    far = min(mean for mean in means if mean > RELATED)
+    return f"{len(near)} of {len(means)} experts are {beside}, the others at a distance of {far:.1f} or more"
+
+
+def _unjudged(base: str) -> str:
+    return f"cannot be judged: it or {base} holds weights that are zero or not finite numbers"
+
+
+def _copy(base: str) -> str:
+    return f"every weight equals {base}'s: a copy of it"
+
+
+def _far(base: str, experts: Sequence[ExpertDistance]) -> str:
+    """Of models whose nets are apart: whether their directions have something in common."""
+    distance, cosine = (fmean(getattr(e, of) for e in experts) for of in ("mean", "cosine"))
     if cosine >= COMMON_ORIGIN:
         return f"far from {base} (distance about {distance:.1f}), but of one origin (cosine {cosine:.2f})"
     return f"unrelated to {base} (distance about {distance:.1f})"

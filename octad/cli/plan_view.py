@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from octad.figures import MISSING, human, percent
+from octad.figures import human, percent
 from octad.report.table import Table
 from octad.report.terminal import table
 
@@ -146,7 +146,7 @@ def _option(option: Answer) -> list[str]:
     memory = _gb(option["memory"]["total"])
     if option.get("host_bytes"):
         memory += f" + {_gb(option['host_bytes'])}"
-    speed = MISSING if option["tokens_per_second"] is None else f"{option['tokens_per_second']:,.3g}"
+    speed = human(option["tokens_per_second"])
     fits = "yes" if option["fits"] else f"lacks {_gb(lacking)}"
     return [option["precision"], option["place"], memory, fits, speed, option["engine"]]
 

@@ -96,9 +96,10 @@ def divide(references: Sequence[str], field: str, choice: Choice, *, train: Path
 
 
 def _choose(sizes: dict[bytes, int], share: float) -> set[bytes]:
-    """Which documents are held out: in the order of their digests, until there is enough of them."""
+    """Which documents are held out: in the order of their digests, until there is enough of them. One that is longer
+    than all that is wanted comes last, the shortest of such first: it would take much of the text with it."""
     wanted, total, chosen = min(MOST, share * sum(sizes.values())), 0, set[bytes]()
-    for digest in sorted(sizes):
+    for digest in sorted(sizes, key=lambda digest: (max(sizes[digest], wanted), digest)):
         if total >= wanted and len(chosen) >= FEWEST_HELD_OUT:
             break
         if len(chosen) >= len(sizes) // 2:

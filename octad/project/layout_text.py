@@ -88,7 +88,7 @@ def recipe_text(project: Project) -> str:
         "experts:                 # model: base is the base itself, the generalist; data: text the router learns from",
         *experts,
         f"router: {{method: logistic, {project.router}}}   # or ridge, prompts, random; tokens: of each expert's text",
-        "shared: base             # attention, norms and embeddings; or mean, linear, ties, dare (docs/choices.md)",
+        "shared: base             # attention and the like; or mean, linear, ties, dare, regmean, auto (docs/choices.md)",
         "",
     ])  # fmt: skip
 

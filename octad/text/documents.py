@@ -36,6 +36,14 @@ NO_TEXT = (
     ".xlsx", ".xz", ".zip",
 )  # fmt: skip
 LINE_BYTES = 1 << 28  # of one line, or one row
+PACKED = {  # how a compressed file begins, whatever it is called: what packed it, and the suffix that says so
+    b"\x1f\x8b": ("gzip", ".gz"),
+    b"\x28\xb5\x2f\xfd": ("Zstandard", ".zst"),
+    b"BZh91AY": ("bzip2", ""),
+    b"\xfd7zXZ\0": ("xz", ""),
+    b"PK\x03\x04": ("zip", ""),
+    b"PAR1\x15": ("Parquet", ".parquet"),
+}
 CHUNK = 1 << 16  # characters of a list of objects taken at a time
 _BLANK = re.compile(r"[\s,]*")
 
@@ -52,6 +60,7 @@ def read_documents(path: Path, field: str = "text", most: int | None = None) -> 
         return
     try:
         with _open(path, packed) as stream:
+            _check_unpacked(stream, path)
             if kind not in ROWS:
                 yield _text(stream, path, most)
                 return
@@ -91,6 +100,15 @@ def _open(path: Path, packed: str) -> io.BufferedIOBase:
         reader: io.BufferedIOBase = io.BufferedReader(_ZstdErrors(zstandard, path))
         return reader
     return path.open("rb")
+
+
+def _check_unpacked(stream: Any, path: Path) -> None:
+    """Raises DataError where what is read as text is packed, which its name does not say."""
+    head = stream.peek(16)
+    for magic, (tool, suffix) in PACKED.items():
+        if head.startswith(magic):
+            fix = f"give it a name that ends in {suffix}" if suffix else "unpack it first"
+            raise DataError(f"{path}: is no text but packed ({tool}), which its name does not say; {fix}")
 
 
 class _ZstdErrors(io.RawIOBase):

@@ -176,6 +176,24 @@ def test_render(upcycle: Upcycle) -> None:
     assert ["2", "code", "0.020", "0.020", "·"] in rows
 
 
+def test_a_mixture_beside_a_mixture_is_not_upcycled_from_it(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    """Experts are compared with those at their places, and nothing says which mixture was there first."""
+    found = {}
+    for name, noise in (("one", [0.0, 0.0, 0.02]), ("other", [0.0, 0.0, 0.04]), ("third", [0.0, 0.0, 3.0])):
+        (tmp_path / name).mkdir()
+        found[name], _ = upcycled(tiny_checkpoint, tmp_path / name, noise)
+    said = {name: inspect(found["one"], other).comparison.verdict for name, other in found.items()}
+    assert said["one"] == "every weight equals mixture's: a copy of it"
+    assert (
+        said["other"] == "every expert is within 2 % of the one at its place in mixture: both of one origin"
+    )
+    assert said["third"].startswith(
+        "2 of 3 experts are within 0 % of the one at its place in mixture, the others at"
+    )
+
+
 def test_render_of_dense_and_of_many_experts(tiny_checkpoint: TinyCheckpoint, upcycle: Upcycle) -> None:
     dense = SafetensorsSource(tiny_checkpoint("qwen2"))
     assert "qwen2, dense" in shown(inspect(dense))

@@ -41,6 +41,15 @@ def test_documents_go_whole_to_one_side(tmp_path: Path) -> None:
     assert split(tmp_path, list(reversed(texts)))[1] == [t for t in reversed(texts) if t in set(held_out)]
 
 
+def test_one_huge_document_among_small_ones_is_learnt_from(tmp_path: Path) -> None:
+    """Wherever its digest stands: held out, it took most of the text with it."""
+    for n in range(6):
+        small = [f"{n} {part} " + "word " * 50 for part in range(20)]
+        train, held_out = split(tmp_path, [f"huge {n} " + "word " * 50_000, *small])
+        assert len(held_out) >= 5
+        assert max(map(len, train)) > 200_000 > 10 * sum(map(len, held_out))
+
+
 def test_one_long_text_is_cut_at_blank_lines(tmp_path: Path) -> None:
     text = "\n\n".join(f"paragraph {n} " + "word " * 100 for n in range(60))
     train, held_out = split(tmp_path, [text])

@@ -1,9 +1,11 @@
 """One reader for every command: each kind of file gives the documents that were put into it, or one line."""
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -283,3 +285,31 @@ def test_a_recipe_names_the_column(tmp_path: Path) -> None:
         check_files(
             Recipe.from_dict({"base": "b", "experts": [e | {"field": "text"} for e in experts]}, tmp_path)
         )
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt", "a"])
+@pytest.mark.parametrize(
+    ("pack", "said"),
+    [
+        (gzip.compress, "gzip.*ends in .gz"),
+        (zstandard.compress, "Zstandard.*ends in .zst"),
+        (bz2.compress, "bzip2.*unpack it first"),
+        (lzma.compress, "xz.*unpack it first"),
+    ],
+    ids=["gzip", "zstd", "bzip2", "xz"],
+)
+def test_what_is_packed_under_another_name_is_called_so(
+    tmp_path: Path, name: str, pack: Callable[[bytes], bytes], said: str
+) -> None:
+    """It was "not UTF-8 text; convert it first", which it is not for want of an encoding."""
+    (tmp_path / name).write_bytes(pack(lines(OBJECTS)))
+    with pytest.raises(DataError, match=f"{name}: is no text but packed .{said}"):
+        list(read_documents(tmp_path / name))
+
+
+def test_a_table_of_parquet_under_another_name_and_what_is_packed_twice(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(saved_as_parquet())
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(gzip.compress(lines(OBJECTS))))
+    for name, said in (("a.jsonl", "Parquet"), ("a.jsonl.gz", "gzip")):
+        with pytest.raises(DataError, match=said):
+            list(read_documents(tmp_path / name))
