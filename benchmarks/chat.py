@@ -8,7 +8,8 @@ rounding, where it is asked for, is the same for all. Each answers `octad-chat` 
 asks it (likeliest answer, the chat's penalty). Judged by language of the question: in that language, right, no loop, with
 the mixture's difference to the base on the same questions. Then each reads the base's answers behind their questions:
 nats a token, and how far above the base's own, by language too: what the base answers to a French question is hardly
-French, and nobody who knows the language would say it.
+French, and nobody who knows the language would say it. So the answers that are in the language of their question come
+once more by themselves, and the answers that cost the mixture most are named.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,29 +98,36 @@ def table(found: dict[str, list[dict[str, Any]]], questions: Sequence[Any], base
     return rows
 
 
-def own_answers(
-    llm: Any, questions: Sequence[Any], texts: Sequence[str]
-) -> tuple[list[Any], list[int], list[str]]:
-    """The questions with these answers as windows, how many tokens each answer has, and the questions' languages; empty
-    answers are left out."""
+@dataclass(frozen=True)
+class Answer:
+    """What the base said to a question: as a window behind it, of which the last `tokens` are the answer."""
+
+    asked: Any
+    text: str
+    window: Any
+    tokens: int
+
+
+def own_answers(llm: Any, questions: Sequence[Any], texts: Sequence[str]) -> list[Answer]:
+    """The questions with these answers; empty ones are left out."""
     from octad.text.windows import Window
 
-    windows, lengths, languages = [], [], []
+    found = list[Answer]()
     for asked, text in zip(questions, texts, strict=True):
         answer = llm.tokenizer.encode(text, parse_special=False)
         prompt = llm.tokenizer.encode_chat([{"role": "user", "content": asked.question}])
         if answer:
-            windows.append(Window((*prompt, *answer), 0, len(windows)))
-            lengths.append(len(answer))
-            languages.append(asked.language)
-    return windows, lengths, languages
+            window = Window((*prompt, *answer), 0, len(found))
+            found.append(Answer(asked, text, window, len(answer)))
+    return found
 
 
-def nats_of(llm: Any, windows: Sequence[Any], lengths: Sequence[int]) -> list[float]:
+def nats_of(llm: Any, answers: Sequence[Answer]) -> list[float]:
     """Nats a token of each answer."""
     from octad.evaluate.nats import token_nats
 
-    return [float(n[-k:].mean()) for n, k in zip(token_nats(llm.model, windows), lengths, strict=True)]
+    read = token_nats(llm.model, [answer.window for answer in answers])
+    return [float(nats[-answer.tokens :].mean()) for nats, answer in zip(read, answers, strict=True)]
 
 
 def above(nats: Sequence[float], base: Sequence[float], lengths: Sequence[int]) -> dict[str, float]:
@@ -132,20 +141,37 @@ def above(nats: Sequence[float], base: Sequence[float], lengths: Sequence[int]) 
     return {"nats": mine.score().value} | share
 
 
-def read_back(
-    nats: dict[str, list[float]], base: str, lengths: Sequence[int], languages: Sequence[str]
-) -> dict[str, Any]:
-    """The base's answers as everybody reads them, by the language that was asked in."""
+def read_back(nats: dict[str, list[float]], base: str, answers: Sequence[Answer]) -> dict[str, Any]:
+    """The base's answers as everybody reads them, by the language that was asked in, and of each language those that are
+    in it by themselves."""
+    from octad.evaluate.tasks.asking import in_language
+
+    kept = [in_language(answer.text, answer.asked) for answer in answers]
     rows: dict[str, Any] = {}
-    for of in ("all", *dict.fromkeys(languages)):
-        some = [n for n, language in enumerate(languages) if of in ("all", language)]
-        sizes = [lengths[n] for n in some]
-        rows[of] = {"answers": len(some), "tokens": sum(sizes)}
-        rows[of] |= {
-            name: above([each[n] for n in some], [nats[base][n] for n in some], sizes)
-            for name, each in nats.items()
-        }
+    for of in ("all", *dict.fromkeys(answer.asked.language for answer in answers)):
+        asked = [n for n, answer in enumerate(answers) if of in ("all", answer.asked.language)]
+        rows[of] = group(nats, base, answers, asked)
+        rows[f"{of}, in that language"] = group(nats, base, answers, [n for n in asked if kept[n]])
     return rows
+
+
+def group(
+    nats: dict[str, list[float]], base: str, answers: Sequence[Answer], some: Sequence[int]
+) -> dict[str, Any]:
+    """Some of the answers: everybody's nats on them, and which of them cost the mixture most, in nats."""
+    sizes = [answers[n].tokens for n in some]
+    lost = {n: (nats[MIXTURE][n] - nats[base][n]) * answers[n].tokens for n in some}
+    row: dict[str, Any] = {"answers": len(some), "tokens": sum(sizes), "lost": sum(lost.values())}
+    row["most lost"] = [
+        {"question": answers[n].asked.question, "base": answers[n].text[:120], "nats": lost[n]}
+        for n in sorted(some, key=lambda n: -lost[n])[:5]
+    ]
+    everyone = {
+        name: above([each[n] for n in some], [nats[base][n] for n in some], sizes)
+        for name, each in nats.items()
+        if some
+    }
+    return row | everyone
 
 
 def benchmark(options: argparse.Namespace) -> dict[str, Any]:
@@ -161,12 +187,13 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     questions = task.examples
     llm = LLM(options.mixture, quantize=options.quantize)
     number = base_of(options.mixture)
-    base, texts, nats = llm.expert_names[number], dict[str, list[str]](), dict[str, list[float]]()
+    base, answers = llm.expert_names[number], list[Answer]()
+    texts, nats = dict[str, list[str]](), dict[str, list[float]]()
     for name in contestants(llm, number, options.members):
         texts[name] = answers_of(llm, task, Work())
-        windows, lengths, languages = own_answers(llm, questions, texts[base])
-        nats[name] = nats_of(llm, windows, lengths)
-        tell(f"{name}: {len(questions)} questions answered, {sum(lengths)} tokens of the base's answers read")
+        answers = own_answers(llm, questions, texts[base])
+        nats[name] = nats_of(llm, answers)
+        tell(f"{name}: {len(questions)} questions answered, {len(answers)} of the base's answers read")
     found = {
         name: [judged(text, asked) for text, asked in zip(answers, questions, strict=True)]
         for name, answers in texts.items()
@@ -178,19 +205,27 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
         "max_tokens": task.max_tokens,
         "repetition_penalty": task.repetition_penalty,
         "languages": table(found, questions, base),
-        "the base's own answers": read_back(nats, base, lengths, languages),
-        "strayed": strayed(found, texts, questions, base),
+        "the base's own answers": read_back(nats, base, answers),
+        "strayed": lost_to_base(found, texts, questions, base, "language"),
+        "wrong where the base is right": lost_to_base(found, texts, questions, base, "right"),
+        "right where the base is wrong": lost_to_base(found, texts, questions, base, "right", won=True),
     }
 
 
-def strayed(
-    found: dict[str, list[dict[str, Any]]], texts: dict[str, list[str]], questions: Sequence[Any], base: str
+def lost_to_base(
+    found: dict[str, list[dict[str, Any]]],
+    texts: dict[str, list[str]],
+    questions: Sequence[Any],
+    base: str,
+    measure: str,
+    won: bool = False,
 ) -> list[dict[str, str]]:
-    """The questions that the mixture did not answer in their language, where the base did."""
+    """The questions where the base does what is measured and the mixture does not; the other way round for `won`."""
+    better, worse = (MIXTURE, base) if won else (base, MIXTURE)
     return [
         {"question": asked.question, "base": texts[base][n][:120], MIXTURE: texts[MIXTURE][n][:120]}
         for n, asked in enumerate(questions)
-        if found[base][n]["language"] > found[MIXTURE][n]["language"]
+        if found[better][n].get(measure, 0) > found[worse][n].get(measure, 0)
     ]
 
 
