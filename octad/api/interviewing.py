@@ -5,7 +5,7 @@ interview(plan, progress)      # the recipe's `questions:` and `writes:` become 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -24,26 +24,31 @@ def interview(plan: Plan, progress: Callable[[str, float], None]) -> None:
 
     for number, questions in asked(plan.recipe):
         tell = partial(progress, f"{plan.recipe.experts[number].name} answers")
-        join(plan, number, questions, _answers(plan, number, questions, tell))
+        seed = plan.recipe.router.seed
+        join(plan, number, questions, answers(_expert(plan, number), questions, tell, seed=seed))
     for number, tokens in writing(plan.recipe):
         tell = partial(progress, f"{plan.recipe.experts[number].name} writes")
         begun = beginnings(plan, number, tokens)
         add(plan, number, begun, _texts(plan, number, begun, tell))
 
 
-def _answers(plan: Plan, number: int, questions: list[str], tell: Callable[[float], None]) -> list[str]:
+def answers(
+    llm: LLM,
+    questions: Sequence[str],
+    tell: Callable[[float], None] = lambda done: None,
+    *,
+    longest: int = LONGEST_ANSWER,
+    seed: int = 0,
+) -> list[str]:
+    """What a model answers to each question through its chat template, `longest` tokens at most."""
     from octad.engine.params import CHAT_PENALTY, SamplingParams
     from octad.evaluate.tasks.answers import write
 
-    prompts = [plan.tokenizer.encode_chat([{"role": "user", "content": q}]) for q in questions]
+    prompts = [llm.tokenizer.encode_chat([{"role": "user", "content": q}]) for q in questions]
     params = SamplingParams(
-        max_tokens=LONGEST_ANSWER,
-        temperature=0.3,
-        top_p=0.9,
-        repetition_penalty=CHAT_PENALTY,
-        seed=plan.recipe.router.seed,
+        max_tokens=longest, temperature=0.3, top_p=0.9, repetition_penalty=CHAT_PENALTY, seed=seed
     )
-    return [text for (text,) in write(_expert(plan, number), prompts, params, tell)]
+    return [text for (text,) in write(llm, prompts, params, tell)]
 
 
 def _texts(plan: Plan, number: int, begun: list[list[int]], tell: Callable[[float], None]) -> list[str]:

@@ -98,9 +98,16 @@ def _first(windows: Sequence[Window], tokens: int) -> Iterator[Window]:
         yield window
 
 
+def bundled_questions() -> list[str]:
+    """Those that come with octad: English, of places and languages, programs, numbers, letters to write."""
+    return _lines_of(Path(str(files("octad.combine"))) / "questions.txt")
+
+
 def _lines(recipe: Recipe, name: str) -> list[str]:
     """One question a line; the bundled list by its name."""
-    path = Path(str(files("octad.combine"))) / "questions.txt"
-    path = path if name == BUNDLED else Path(recipe.resolve(name)).expanduser()
+    return bundled_questions() if name == BUNDLED else _lines_of(Path(recipe.resolve(name)).expanduser())
+
+
+def _lines_of(path: Path) -> list[str]:
     text = read_text(path, what=" questions")
     return [line.strip() for line in text.splitlines() if line.strip()]

@@ -1,6 +1,6 @@
 """What a demonstration of one's own base takes: seconds by a step that is measured, bytes by the model's shape.
 
-pace = step_seconds(config); costs_of(project, base.config, mixture, pace, tokens=(2048, 320))
+pace = step_seconds(config); costs_of(project, base.config, mixture, pace, tokens=(3072, 320, 0))
 rank_within(base.config, specialists=7)     # the rank at which all adapters stay small
 """
 
@@ -28,16 +28,18 @@ STATES = 2 * 3  # states that are kept, each with a master and two moments
 ROUNDED = 1.07  # bytes of a weight in int8, with its scales
 # times the first model's memory, what one after another takes: freed blocks do not all fit the next
 AGAIN = 1.4
+DECODING = 1.5  # times a prompt's time, what a token of an answer takes where many are written at once
 TOKEN = 3.5  # bytes of a token in a file of text, about
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of a step, of a specialist, of combining, of judging and of all; the mixture's parameters and bytes; bytes
-    of all adapters, on the disk and in memory."""
+    """Seconds of a step, of a specialist, of the base's answers, of combining, of judging and of all; the mixture's
+    parameters and bytes; bytes of all adapters, on the disk and in memory."""
 
     step: float
     specialist: float
+    talking: float
     combining: float
     judging: float
     total: float
@@ -73,25 +75,27 @@ def step_seconds(config: BranchConfig) -> float:
 
 
 def costs_of(
-    project: Project, config: ModelConfig, mixture: ModelConfig, pace: float, tokens: tuple[int, int]
+    project: Project, config: ModelConfig, mixture: ModelConfig, pace: float, tokens: tuple[int, int, int]
 ) -> Costs:
     """All of it, after a step was measured in this process, whose peak memory is what training takes; the
     mixture in int8 comes on top, since what is freed stays with the process. `tokens`: of each
-    expert's text that routers are fitted on, and of each kind that is judged on."""
-    routed, judged = tokens
+    expert's text that routers are fitted on, of each kind that is judged on, and at most of the base's answers."""
+    routed, judged, talk = tokens
     count, specialists = len(project.experts), len(project.specialists)
     total = cost.parameters(mixture)
     rate = USUAL * product_rate(compute_dtype(), seconds=0.1)
     training = project.steps * pace
     combining = 2 * cost.body_parameters(config) * routed * count / rate + 2 * total / 0.5e9
     judging = judging_seconds(mixture, judged * count) if judged else 0.0
+    talking = DECODING * 2 * cost.parameters(config) * talk / rate
     adapters = project.rank * factor_bytes(config) * specialists
     return Costs(
         step=pace,
         specialist=training,
+        talking=talking,
         combining=combining,
         judging=judging,
-        total=training * specialists + combining + judging,
+        total=training * specialists + talking + combining + judging,
         parameters=total,
         mixture_bytes=2 * total,
         adapter_bytes=adapters,

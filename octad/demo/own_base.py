@@ -19,10 +19,12 @@ from typing import Any
 
 from octad.checkpoint.load import load_tokenizer, open_source
 from octad.cli import evaluation as commands_evaluate
+from octad.combine.conversations import bundled_questions
 from octad.combine.family import mixture_config
 from octad.demo.demo import heading, tell, write
 from octad.demo.demo_cost import Costs, costs_of, rank_within, step_seconds, times_read
 from octad.demo.demo_record import begun_before, is_fresh, note
+from octad.demo.own_answers import LONGEST, answered
 from octad.demo.specialist_texts import Texts, shipped, texts_in
 from octad.dist import keep_freed_memory
 from octad.errors import OctadError, OutputError, RecipeError, RequestError
@@ -30,18 +32,21 @@ from octad.figures import duration, human, listed
 from octad.guard import parse_yaml
 from octad.machine import available_memory
 from octad.model.config import ModelConfig
-from octad.project.begin import init
+from octad.project.begin import GENERAL, init
 from octad.project.beside import seen_from
 from octad.project.layout_text import DOMAINS, Expert, Project, branch_text, counted
 from octad.project.road import MIXTURE, REPORT, make
 from octad.project.stages import text_key
 from octad.report import terminal
 from octad.staging import space
+from octad.text.documents import read_documents
+from octad.text.tokenizer import Tokenizer
+from octad.text.windows import encode_document
 from octad.train.run_config import BranchConfig
 
 MINUTES = 10.0
 WINDOW = 256  # tokens of a step, in one window: short, so that a few minutes are some tens of steps
-ROUTER_TOKENS, CONVERSATIONS = 2048, "generalist: 8"  # the base speaks in its conversations
+ROUTER_TOKENS, CONVERSATIONS = 3072, "generalist: 8"  # the base speaks in its conversations
 JUDGED = {"quick": (320, 64), "full": (4096, 512), "none": (0, 0)}  # tokens of each kind of text, window
 ROUNDED = "int8"  # the mixture is judged and asked so: half the memory, nearly as exact
 
@@ -116,7 +121,8 @@ def prepare(wish: Wish, output: Path, judged: int) -> dict[str, Any]:
         raise RecipeError(f"{source.label}: is a mixture; give a dense model as --base")
     fresh, kept = is_fresh(output), output.exists()
     try:
-        plain = load_tokenizer(source).chat_template is None
+        tokenizer = load_tokenizer(source)
+        plain = tokenizer.chat_template is None
         texts = (
             shipped(output, plain=plain) if wish.text is None else texts_in(wish.text, output, plain=plain)
         )
@@ -128,7 +134,7 @@ def prepare(wish: Wish, output: Path, judged: int) -> dict[str, Any]:
         shape = ModelConfig.from_dict(
             mixture_config(source.config, len(texts.learnt), 2, "bfloat16", source.config.vocab_size)
         )
-        measured = _measured(wish, output, (source.config, shape), texts, judged, found, plain=plain)
+        measured = _measured(wish, output, (source.config, shape), texts, judged, found, tokenizer)
         init(output, texts.learnt, base=wish.base, overwrite=True, tell=terminal.tell, adjust=measured)
         note(output, found)
     except OctadError:
@@ -147,12 +153,12 @@ def _measured(
     texts: Texts,
     judged: int,
     found: dict[str, Any],
-    *,
-    plain: bool,
+    tokenizer: Tokenizer,
 ) -> Callable[[Project], Project]:
     """What the demonstration makes of a layout: small adapters, and as many steps as fit. `shapes`: the base's and
     the mixture's; `found` gets what is noted."""
     config, mixture = shapes
+    plain = tokenizer.chat_template is None
 
     def adjust(project: Project) -> Project:
         experts = [replace(e, held_out=_seen(output, texts, e)) for e in project.experts]
@@ -169,7 +175,8 @@ def _measured(
             pace = step_seconds(BranchConfig.from_dict(parse_yaml(branch_text(project)), output, "demo"))
         minutes = wish.minutes or MINUTES
         project = replace(project, steps=wish.steps or max(1, round(minutes * 60 / pace)))
-        costs = costs_of(project, config, mixture, pace, (ROUTER_TOKENS, judged))
+        talk = 0 if plain else LONGEST * len(bundled_questions())
+        costs = costs_of(project, config, mixture, pace, (ROUTER_TOKENS, judged, talk))
         if costs.disk > shutil.disk_usage(output).free:
             raise OutputError(
                 f"{output}: too little room: {space(output, costs.disk)}; choose another --output"
@@ -184,9 +191,18 @@ def _measured(
                 f"{name}: its text is read about {times:.0f} times over; more of it makes a better specialist (--text)"
             )
         found.update(pace=pace, steps=project.steps)
-        return project
+        talks = None if plain else answered(wish.base, output, quantize=ROUNDED)
+        return project if talks is None else with_answers(project, talks, tokenizer)
 
     return adjust
+
+
+def with_answers(project: Project, file: Path, tokenizer: Tokenizer) -> Project:
+    """The same where the generalist's text is also what the base says in conversation, and nobody unlearns that, if it
+    makes a window at least."""
+    experts = [replace(e, data=[file.name, *e.data]) if e.name == GENERAL else e for e in project.experts]
+    tokens = sum(len(encode_document(document, tokenizer)) for document in read_documents(file))
+    return replace(project, experts=experts, kept=file.name if tokens > project.window else "")
 
 
 def _seen(output: Path, texts: Texts, expert: Expert) -> str:
@@ -198,10 +214,13 @@ def _seen(output: Path, texts: Texts, expert: Expert) -> str:
 def announce(project: Project, costs: Costs) -> None:
     """What will happen, how long it takes, and what room it needs."""
     names = [expert.name for expert in project.specialists]
+    talking = (
+        f" Before them the base answers questions, about {duration(costs.talking)}." if costs.talking else ""
+    )
     tell(
         f"{listed(names)}: a specialist each, {counted(project.steps, 'step')} of {project.window * project.windows}"
         f" tokens, about {duration(costs.specialist)} each by a step that was measured ({duration(costs.step)})."
-        f" Combining takes about {duration(costs.combining)}, judging {duration(costs.judging)}: about"
+        f"{talking} Combining takes about {duration(costs.combining)}, judging {duration(costs.judging)}: about"
         f" {duration(costs.total)} in all."
     )
     tell(

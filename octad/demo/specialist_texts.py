@@ -3,8 +3,8 @@
     texts_in(Path("texts"))                     # texts/law.jsonl.gz, texts/sea/*.txt -> law, sea
     shipped(Path("demo-base"), plain=False)     # the seven kinds of octad/demo/data
 
-Either has `general` among the names, whom the base itself answers for: octad's own conversations and English, unless
-the folder has a `general` of its own.
+Either has `general` among the names, whom the base itself answers for: octad's own English and Python, unless the folder
+has a `general` of its own. What the base says in conversation joins it (own_answers.py).
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from octad.staging import explained, replace_file
 from octad.text.documents import kind_of
 
 DATA = Path(__file__).parent / "data"
-KINDS = ("python", "c", "french", "german", "spanish", "maths", "literature")
-LEARNT = {GENERAL: ("chats.jsonl", "calibrate.jsonl")}  # of each kind, the files to learn from
+KINDS = ("c", "sql", "french", "german", "spanish", "maths", "literature")
+# of each kind, the files to learn from. Python is the base's own: what it can do of it, some minutes of plain text cost
+GENERALS = ("general/calibrate.jsonl", "python/calibrate.jsonl")
+CHATS = "general/chats.jsonl"  # for a base that cannot be asked
 USUAL = ("calibrate.jsonl", "written.jsonl", "bible.jsonl", "more.jsonl.gz")
 
 
@@ -76,10 +78,12 @@ def shipped(place: Path, *, plain: bool) -> Texts:
 def _bundled(names: Iterable[str], place: Path, *, plain: bool) -> Texts:
     learnt, held_out = {}, {}
     for name in names:
-        parts = [DATA / name / part for part in LEARNT.get(name, USUAL)]
-        files, judged = [part for part in parts if part.is_file()], DATA / name / "heldout.jsonl"
+        usual = [f"{name}/{part}" for part in USUAL]
+        parts = usual if name != GENERAL else [*([CHATS] if plain else []), *GENERALS]
+        files, judged = [p for part in parts if (p := DATA / part).is_file()], DATA / name / "heldout.jsonl"
         if plain:
-            files = [_flat(file, place / "shipped" / name / file.name.removesuffix(".gz")) for file in files]
+            copies = place / "shipped"
+            files = [_flat(f, copies / f.parent.name / f.name.removesuffix(".gz")) for f in files]
             judged = _flat(judged, place / "shipped" / name / judged.name)
         learnt[name], held_out[name] = [str(file) for file in files], str(judged)
     return Texts(learnt, held_out)

@@ -30,8 +30,9 @@ class Expert:
 
 @dataclass(frozen=True)
 class Project:
-    """Everything that the files say. `steps`, `window`, `windows` a step, `rank`: of training one specialist; `watched`:
-    whether it is judged on held-out text meanwhile; `router`: further keys of the recipe's router."""
+    """Everything that the files say. `steps`, `window`, `windows` a step, `rank`: of training one specialist;
+    `kept`: text of what none is to unlearn; `watched`: whether it is judged on held-out text meanwhile; `router`: further
+    keys of the recipe's router."""
 
     base: str
     experts: Sequence[Expert]
@@ -40,6 +41,7 @@ class Project:
     window: int = 512
     windows: int = 8
     rank: int = 16
+    kept: str = ""
     watched: bool = True
     router: str = "tokens: 16384"
     mixture: str = "mixture"
@@ -124,6 +126,7 @@ def branch_text(project: Project) -> str:
         f"batch: {{windows: {project.windows}, micro: {min(4, project.windows)}}}",
         f"data: {{window: {project.window}}}      # tokens that are seen at once",
         "optimizer: {lr: 1.0e-3}",
+        *([f"keep: {{data: {scalar(project.kept)}}}   # what none is to unlearn"] if project.kept else []),
         f"low_rank: {{rank: {project.rank}, alpha: {2 * project.rank}}}",
         *judged,
         "experts:",

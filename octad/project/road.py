@@ -178,12 +178,15 @@ def _about(seconds: float) -> str:
 def _specialist_keys(road: Road, config: BranchConfig) -> dict[str, dict[str, Any]]:
     """What each depends on: text, settings, and the steps apart, since more of them go on from what there is."""
     settings = config.model_dump(
-        mode="json", exclude={"experts", "steps", "save", "log_every", "retries", "ray"}
+        mode="json", exclude={"experts", "steps", "save", "log_every", "retries", "ray", "keep"}
     )
+    keep = config.keep
+    settings |= {"keep": keep.model_dump(exclude={"data"})} if keep is not None else {}
     base = open_source(config.resolve(config.base)).provenance().get("files")
     found = {}
     for s in config.experts:
-        texts = [text_key([config.resolve(r) for r in part]) for part in (s.data, s.held_out)]
+        read = (s.data, s.held_out, *([keep.data] if keep is not None else []))
+        texts = [text_key([config.resolve(r) for r in part]) for part in read]
         own = s.model_dump(mode="json", exclude={"steps", "data", "held_out"})
         found[s.name] = {"rest": key_of(base, settings, texts, own), "steps": s.steps or config.steps}
     return found

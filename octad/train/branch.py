@@ -121,6 +121,7 @@ def branch_learner(config: BranchConfig, specialist: SpecialistSpec) -> Learner:
         return _write_full(run, source, changes_of(model, values), world)
 
     steps = specialist.steps or config.steps
+    text = [file for source in config.data_of(specialist).sources for file in source.data]
     return Learner(
         model=model,
         tokenizer=load_tokenizer(source),
@@ -129,7 +130,7 @@ def branch_learner(config: BranchConfig, specialist: SpecialistSpec) -> Learner:
         evaluate=config.evaluation_of(specialist),
         write=write,
         trainable=choose(model, LEARNING[config.mode]),
-        identity={"files": source.provenance().get("files"), "text": list(specialist.data)} | started,
+        identity={"files": source.provenance().get("files"), "text": text} | started,
         result="adapter_config.json" if adapter else "config.json",
         fill=fill_from(source),
     )

@@ -29,6 +29,8 @@ def check_text(config: BranchConfig, specialists: Iterable[SpecialistSpec]) -> N
         start = specialist.start
         if start is not None and start.startswith(("/", ".")) and not exists(config.directory / start):
             raise RecipeError(f"{specialist.name}: start: {start}: no such directory")
+    if config.keep is not None:
+        _open("keep", config, config.keep.data, config.keep.field)
     for name, domain in config.evaluate.domains.items():
         _open(f"evaluate.domains.{name}", config, domain.data, None)
 

@@ -123,14 +123,24 @@ class RaySpec(Section):
     gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
 
 
+class KeepSpec(Section):
+    """Text of what no specialist is to unlearn, such as the base's own answers: this `share` of all windows is of it."""
+
+    data: StringList = Field(min_length=1)
+    field: str = "text"
+    share: float = Field(default=0.25, gt=0, lt=1)
+
+
 class BranchConfig(RunSpec):
-    """One base, N specialists. `retries`: of a specialist that stopped itself, or whose worker was lost."""
+    """One base, N specialists. `keep`: what each of them reads besides its own text. `retries`: of a specialist that
+    stopped itself, or whose worker was lost."""
 
     old_names: ClassVar[Mapping[str, str]] = {"specialists": "experts"}
     base: str = Field(min_length=1)
     mode: BranchMode = "ffn-adapter"
     experts: tuple[SpecialistSpec, ...] = Field(min_length=1)
     data: BranchDataSpec = BranchDataSpec()
+    keep: KeepSpec | None = None
     low_rank: LowRankSpec = LowRankSpec()
     ray: RaySpec = RaySpec()
     retries: int = Field(default=1, ge=0)
@@ -156,9 +166,18 @@ class BranchConfig(RunSpec):
             yield f"low_rank (mode {self.mode!r} has no low-rank changes)"
 
     def data_of(self, specialist: SpecialistSpec) -> DataSpec:
-        """The one source that a specialist learns from."""
-        source = SourceSpec(name=specialist.name, data=specialist.data, field=specialist.field)
-        return DataSpec(sources=(source,), **self.data.model_dump())
+        """What a specialist learns from: its own text, and what all of them keep."""
+        own = SourceSpec(name=specialist.name, data=specialist.data, field=specialist.field)
+        if self.keep is None:
+            return DataSpec(sources=(own,), **self.data.model_dump())
+        kept = SourceSpec(
+            name=f"{specialist.name}: kept",
+            data=self.keep.data,
+            field=self.keep.field,
+            weight=self.keep.share,
+        )
+        own = own.model_copy(update={"weight": 1 - self.keep.share})
+        return DataSpec(sources=(own, kept), **self.data.model_dump())
 
     def evaluation_of(self, specialist: SpecialistSpec) -> EvaluateSpec:
         """The common held-out domains and the specialist's own."""

@@ -215,7 +215,7 @@ def rows(name: str, file: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-@pytest.mark.parametrize("name", ["python", "french", "german", "spanish", "literature"])
+@pytest.mark.parametrize("name", ["python", "sql", "french", "german", "spanish", "literature"])
 def test_what_specialists_read_besides_is_of_the_listed_works_and_not_judged_on(name: str) -> None:
     kinds = [*KINDS, "general"]
     judged = {row["source"].partition("/")[2] for kind in kinds for row in rows(kind, "heldout.jsonl")}
@@ -233,6 +233,22 @@ def test_what_specialists_read_besides_is_of_the_listed_works_and_not_judged_on(
             not {document, document.replace("_gut_f", "_gut"), document.replace("_gut/", "_gut_f/")} & judged
         )
         assert "copyright" not in row["text"].lower()
+
+
+def test_sql_is_licensed_and_judged_on_other_works() -> None:
+    listed = (DATA / "LICENCES.md").read_text("utf-8")
+    fitted, judged = rows("sql", "calibrate.jsonl"), rows("sql", "heldout.jsonl")
+    for row in fitted + judged:
+        assert f"`{row['source'].split('/', 1)[1]}`" in listed
+    dialects = {row["source"].rsplit("/", 1)[0] for row in fitted}
+    assert not dialects & {row["source"].rsplit("/", 1)[0] for row in judged}
+
+
+def test_python_is_the_bases_own(tmp_path: Path) -> None:
+    """Nobody learns it, and the routers know whose it is."""
+    found = shipped(tmp_path, plain=False)
+    assert "python" not in found.specialists
+    assert str(DATA / "python" / "calibrate.jsonl") in found.learnt["general"]
 
 
 def test_a_folder_may_bring_its_own_generalist(own: Path, tmp_path: Path) -> None:

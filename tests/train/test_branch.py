@@ -11,10 +11,12 @@ from safetensors.torch import load_file
 from small import checkpoint, jsonl, texts
 
 from octad.checkpoint.load import load_model, open_member, open_source
-from octad.errors import RecipeError
+from octad.dist import World
+from octad.errors import DataError, RecipeError
 from octad.train.branch import branch, branch_learner
+from octad.train.forecast import check_text
 from octad.train.run_config import BranchConfig, load_branch
-from octad.train.trainer import Outcome, Trainer, TrainingStopped
+from octad.train.trainer import Outcome, Trainer, TrainingStopped, open_stream
 
 
 @pytest.fixture
@@ -131,3 +133,14 @@ def test_a_start_that_changes_more_than_learns_here(base, tmp_path) -> None:
     spec = config(tmp_path, base, experts=[start])
     with pytest.raises(RecipeError, match=r"self_attn.* which this mode does not train"):
         branch_learner(spec, spec.experts[0])
+
+
+def test_what_is_kept_is_every_fourth_window(base, tmp_path) -> None:
+    jsonl(tmp_path / "kept.jsonl", texts(60, 7))
+    spec = config(tmp_path, base, keep={"data": "kept.jsonl"})
+    stream = open_stream(branch_learner(spec, spec.experts[1]), World.join())
+    names = [name for name, _ in stream.next(40).windows]
+    assert {name: names.count(name) for name in names} == {"two": 30, "two: kept": 10}
+    (tmp_path / "kept.jsonl").unlink()
+    with pytest.raises(DataError, match=r"keep: .*kept\.jsonl"):
+        check_text(spec, spec.experts)
