@@ -65,7 +65,7 @@ def test_the_answers_join_the_text(base: Path, tmp_path: Path) -> None:
 def test_conversations_take_half_of_the_budget_at_most(base: Path, tmp_path: Path) -> None:
     plan = preflight(recipe_with(base, tmp_path, "octad", tokens=120, window=60), measure=False)
     questions = next(iter(asked(plan.recipe)))[1]
-    assert len(questions) == len(set(questions)) == 60
+    assert len(questions) == len(set(questions)) == 96
     interview(plan, lambda stage, done: None)
     chats = [w for w in plan.calibrations[0].windows if plan.tokenizer.decode(w.ids).startswith("<user>")]
     assert 0 < sum(len(w.ids) for w in chats) <= 60
