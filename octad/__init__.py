@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from octad.api.forms import export, quantize
     from octad.api.outcomes import Verdict, Written
-    from octad.api.verbs import branch, check, combine, edit_expert, evaluate, inspect, train
+    from octad.api.verbs import branch, check, combine, edit_expert, inspect, train
+    from octad.api.verdicts import evaluate
     from octad.engine.llm import LLM
     from octad.engine.params import SamplingParams, StructuredOutput
     from octad.errors import OctadError
@@ -61,12 +62,13 @@ _PLACES = {
     "OctadError": "errors",
     "Verdict": "api.outcomes",
     "Written": "api.outcomes",
+    "evaluate": "api.verdicts",
     "export": "api.forms",
     "quantize": "api.forms",
     "init": "project.begin",
     "make": "project.road",
     "schema": "project.schemas",
-} | dict.fromkeys(("branch", "check", "combine", "edit_expert", "evaluate", "inspect", "train"), "api.verbs")
+} | dict.fromkeys(("branch", "check", "combine", "edit_expert", "inspect", "train"), "api.verbs")
 _ROOMS = ("combine", "evaluate", "export", "train")  # which are packages, too
 
 

@@ -105,9 +105,7 @@ def read_text(path: Path, error: type[OctadError] = DataError, what: str = "") -
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as reason:  # ValueError: no UTF-8, or a NUL in its name
-        raise error(
-            f"{path}:{what} cannot be read as UTF-8 text ({getattr(reason, 'strerror', None) or reason})"
-        ) from None
+        raise error(f"{path}:{what} cannot be read ({getattr(reason, 'strerror', None) or reason})") from None
 
 
 def exists(path: Path) -> bool:

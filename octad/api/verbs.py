@@ -1,10 +1,9 @@
-"""Combining, training, judging, looking: the functions behind `octad.NAME`, one a verb of the command line.
+"""Combining, training, looking: the functions behind `octad.NAME`, one a verb of the command line (judging: verdicts.py).
 
     octad.combine("recipe.yaml", "mixture")
     octad.train({"task": "tune", "model": "mixture", ...}, "tuned")
-    octad.evaluate("tuned", {"french": "french/heldout.jsonl"})
 
-What was written comes back as Written, which is a path; what was found as Verdict or Inspection. Paths in a dict are
+What was written comes back as Written, which is a path; what was found as Inspection. Paths in a dict are
 relative to the current directory, those in a file to the file. `progress`: True for bars where somebody can see them, a
 function that takes a stage and the share done, or False. `tell`: a function that takes lines for the user. A mistake of
 the user's is an OctadError, whose text is one line.
@@ -13,26 +12,21 @@ the user's is an OctadError, whose text is one line.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from octad.api.bars import Progress, Tell, bars, teller
-from octad.api.outcomes import Verdict, Written
+from octad.api.outcomes import Written
 from octad.errors import OutputError, RequestError
 from octad.report.terminal import life
 
 if TYPE_CHECKING:
     from octad.checkpoint.inspect import Inspection
-    from octad.checkpoint.source import TensorSource
     from octad.combine.preflight import Plan
     from octad.combine.recipe import Recipe
-    from octad.evaluate.compare import Comparison
-    from octad.evaluate.heldout import Texts
-    from octad.evaluate.lineup import LineUp
-    from octad.evaluate.results import Cache
 
 Place = str | PathLike[str]
 WORTH_SAYING = 5.0  # seconds: what takes longer is announced
@@ -240,157 +234,3 @@ def inspect(model: Place, against: Place | None = None) -> Inspection:
 
     source = open_source(fspath(model), quantised=True)
     return look(source, open_source(fspath(against), quantised=True) if against is not None else None)
-
-
-def evaluate(
-    model: Place,
-    data: Place | Mapping[str, Any] | None = None,
-    *,
-    tokens: int = 4096,
-    window: int = 512,
-    dense: Sequence[str] = (),
-    require: str | None = None,
-    seed: int = 0,
-    smallest: float = 0.002,
-    quantize: str | None = None,
-    other_k: bool = True,
-    routing: bool = False,
-    tasks: str | Sequence[str] | None = None,
-    members: bool = False,
-    limit: int | None = None,
-    samples: int | None = None,
-    weak_sandbox: bool = False,
-    cache: Place | None = None,
-    shard: bool | None = None,
-    command: str | None = None,
-    progress: Progress = True,
-    tell: Tell = None,
-) -> Verdict:
-    """Judge a mixture beside everything it is made of on held-out text, on tasks, or both. `data`: a file of domains, or
-    {name: files}; `quantize`: all with weights rounded so; `other_k`: the mixture with other numbers of experts a token,
-    too; `routing`: look at the routers, for the report's page; `shard`: weights lie over all processes of torchrun (None:
-    where one cannot hold them). Raises OctadError.
-
-    >>> verdict = octad.evaluate("mixture", {"one": "one.jsonl"}, tokens=200, window=32, require="mean<=member*9")
-    >>> verdict.holds, list(verdict.to_pandas().columns)
-    (True, ['one', 'mean'])
-    """
-    from octad.checkpoint.load import open_source
-    from octad.dist import keep_freed_memory
-    from octad.evaluate.compare import Settings
-    from octad.evaluate.judge import one_for_tasks
-    from octad.evaluate.record import make_report
-    from octad.evaluate.tasks.run_tasks import run_tasks
-
-    if data is None and tasks is None:
-        raise RequestError("nothing to judge on; give --data domains.yaml, --tasks octad-code, or both")
-    if data is None and (require or dense or quantize):
-        option = "--require" if require else "--dense" if dense else "--quantize"
-        raise RequestError(f"{option} speaks of held-out text, of which there is none; give --data, too")
-    keep_freed_memory()
-    model = fspath(model)
-    parts = tasks.split(",") if isinstance(tasks, str) else tasks or ()
-    names = [name.strip() for name in parts if name.strip()]
-    options: dict[str, Any] = {
-        "members": members,
-        "limit": limit,
-        "samples": samples,
-        "weak_sandbox": weak_sandbox,
-    }
-
-    def rows() -> list[dict[str, Any]]:
-        if tasks is None:
-            return []
-        with bars(progress) as bar:
-            return run_tasks(model, names, progress=bar, **options)
-
-    source = open_source(model, quantised=True)
-    if tasks is not None:
-        one_for_tasks(source, shard, alone=data is None)
-    if data is None:
-        return Verdict({"tasks": rows()}, source)
-    settings = Settings(
-        tokens=tokens, window=window, seed=seed, smallest=smallest, quantize=quantize, other_k=other_k
-    )
-    found, checked, routed = _compare(
-        source, data, settings, dense, require, cache, progress, teller(tell), routing=routing, shard=shard
-    )
-    return Verdict(make_report(found, checked, routing=routed, tasks=rows(), command=command), source)
-
-
-def _compare(
-    source: TensorSource,
-    data: Place | Mapping[str, Any],
-    settings: Any,
-    dense: Sequence[str],
-    require: str | None,
-    cache: Place | None,
-    progress: Progress,
-    say: Callable[[str], None],
-    *,
-    routing: bool,
-    shard: bool | None,
-) -> tuple[Comparison, list[dict[str, Any]], dict[str, Any] | None]:
-    """The comparison, the requirements, and what the routers do; of several processes only the first comes back."""
-    from octad.dist import World
-    from octad.evaluate.compare import compare
-    from octad.evaluate.domains import domains_of
-    from octad.evaluate.estimate import judging_seconds
-    from octad.evaluate.judge import must_spread
-    from octad.evaluate.requirements import parse
-    from octad.evaluate.results import Cache, default_directory
-    from octad.figures import duration
-
-    wanted = parse(require) if require is not None else []
-    domains = domains_of(data if isinstance(data, Mapping) else fspath(data))
-    kept = Cache(Path(cache) if cache is not None else default_directory())
-
-    def ready(texts: Texts, lineup: LineUp) -> None:
-        for requirement in wanted:
-            requirement.check_names(list(texts.domains), lineup)
-        if (seconds := judging_seconds(source.config, texts.total)) > WORTH_SAYING:
-            known = "less where results are known already"
-            say(
-                f"judging on {texts.total:,} tokens of {len(texts.domains)} domains: about {duration(seconds)}, {known}"
-            )
-
-    world = World.join()
-    if spread := must_spread(source, world, shard):
-        say(f"every model's weights lie over {world.size} processes")
-    options: dict[str, Any] = {"dense": dense, "cache": kept, "world": world, "spread": spread}
-    with bars(progress if world.leads else False) as bar, world.watched():
-        found = compare(source, domains, settings, progress=bar, ready=ready, **options)
-        if not world.leads:
-            raise SystemExit(0)
-        if routing and spread:
-            say("the report's page has no routing: no process holds the whole model")
-        routed = _routing(source, found, kept, bar) if routing and not spread else None
-    return found, [requirement.check(found) for requirement in wanted], routed
-
-
-def _routing(source: TensorSource, found: Comparison, cache: Cache, progress: Any) -> dict[str, Any] | None:
-    """What the routers do, from the cache where it is known; None for a dense model."""
-    if not source.config.is_moe:
-        return None
-    from octad.checkpoint.load import load_tokenizer
-    from octad.evaluate.contestants import fast_model
-    from octad.evaluate.results import Content, key_of
-    from octad.evaluate.routing import collect_routing
-
-    texts, names = found.texts, found.lineup.experts
-    quantize = found.settings.quantize
-    about = ["routing", Content(source).everything(), texts.digest, list(texts.domains), names, found.dtype]
-    key = key_of(*about, *([quantize] if quantize else []))
-    if (known := cache.get_plain(key)) is not None:
-        return known
-    total, done = sum(len(w.ids) for w in texts.windows), 0
-
-    def tick(tokens: int) -> None:
-        nonlocal done
-        done += tokens
-        progress("routing", min(1.0, done / total))
-
-    model, tokenizer = fast_model(source, quantize=quantize), load_tokenizer(source)
-    routing: dict[str, Any] | None = collect_routing(model, tokenizer, texts.domains, names, progress=tick)
-    cache.put_plain(key, routing)
-    return routing

@@ -216,6 +216,10 @@ class CheckpointWriter:
         """A side file such as config.json, in UTF-8."""
         self.add_bytes(file, text.encode("utf-8"))
 
+    def add_json(self, file: str, value: Any) -> None:
+        """A side file of JSON."""
+        self.add_text(file, json.dumps(value, indent=2) + "\n")
+
     def copy_in(self, path: str | os.PathLike[str]) -> None:
         """A copy of an existing file (tokenizer, generation config) under its own name; links are followed."""
         with self.explained():
@@ -287,7 +291,7 @@ class CheckpointWriter:
                 os.fsync(fd)  # the data before the header that makes it loadable
                 portable.write_at(fd, shard.header, 0)
         if len(self._shards) > 1:
-            self.add_text(INDEX, json.dumps(self._index(), indent=2) + "\n")
+            self.add_json(INDEX, self._index())
         self._finished = True
         return self._stage.path
 

@@ -28,7 +28,7 @@ class Outputs:
 def evaluate(model: str, data: Path | None, outputs: Outputs, **options: Any) -> dict[str, Any]:
     """The comparison (`options` as in octad.evaluate) and all that follows from it; ends with exit code 1 where a
     requirement does not hold."""
-    from octad.api.verbs import evaluate as judge
+    from octad.api.verdicts import evaluate as judge
     from octad.evaluate.card import may_write
     from octad.report.verdict_blocks import render
     from octad.staging import refuse_unwritable

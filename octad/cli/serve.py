@@ -17,12 +17,21 @@ if TYPE_CHECKING:
 
 Names = list[str] | None
 MODEL = "A checkpoint, .gguf file, hub id or bundled base; with --backend, the mixture that it serves."
-OWN = ("max_queue", "quantize", "memory", "dtype", "device", "max_num_seqs", "max_model_len", "kv_cache_gb")
-SAME = {
+OF_LLM = (
+    "quantize",
+    "memory",
+    "dtype",
+    "device",
+    "max_num_seqs",
+    "max_model_len",
+    "kv_cache_gb",
+)  # LLM's arguments
+OWN = ("max_queue", *OF_LLM)
+SAME = {  # what vLLM calls those that it has
     "dtype": "--dtype",
     "max_num_seqs": "--max-num-seqs",
     "max_model_len": "--max-model-len",
-}  # vLLM has them
+}
 _ADDRESS = typer.Option(help="Address to listen at.")
 _PORT = typer.Option(min=0, max=65535, metavar="N", help="0: any that is free.")
 _NAME = typer.Option(help="What clients call the model; may be repeated.")
@@ -81,11 +90,10 @@ def serve(
     _check_installed()
     _check_options(ctx, model, backend, engine)
     from octad.cli.quick_start import quick_start
-    from octad.fast.beginning import begin
+    from octad.fast.beginning import begin, may_begin
 
     own = backend is None and engine == "octad" and memory is None
-    plain = device in ("auto", "cpu") and dtype != "float16"
-    begun = begin(str(model), quantize) if own and plain else None
+    begun = begin(str(model), quantize) if own and may_begin(dtype, device) else None
     quick_start()
     from octad.serve.lifecycle import bind
     from octad.serve.running import Door, log_to_stderr, run
@@ -95,25 +103,22 @@ def serve(
     access = Access.of(host, allowed_host or (), cors or (), api_key_file)
     door = Door(access, timeout or None, find_report(model or "", report))
     if backend is not None:
-        from octad.serve.backend import key_of
-        from octad.serve.running import in_front_of
-
-        served = in_front_of(backend, door, model=model, key=key_of(backend_key_file))
+        served = _backend(backend, backend_key_file, model, door)
     elif engine == "vllm":
         served = _vllm(ctx, str(model), served_model_name, vllm_python, door)
     else:
-        options: dict[str, Any] = {
-            "dtype": dtype,
-            "device": device,
-            "quantize": quantize,
-            "kv_cache_gb": kv_cache_gb,
-        }
-        options |= {"max_num_seqs": max_num_seqs, "max_model_len": max_model_len, "memory": memory}
-        options["begun"] = begun
+        options: dict[str, Any] = {name: ctx.params[name] for name in OF_LLM} | {"begun": begun}
         served = _octad(str(model), served_model_name, door, max_queue, options)
     opened = bind(host, port)
     log_to_stderr(requests=log_requests)
     run(served, opened)
+
+
+def _backend(url: str, key_file: Path | None, model: str | None, door: Door) -> Served:
+    from octad.serve.backend import key_of
+    from octad.serve.running import in_front_of
+
+    return in_front_of(url, door, model=model, key=key_of(key_file))
 
 
 def _octad(model: str, names: Names, door: Door, max_queue: int, options: dict[str, Any]) -> Served:

@@ -11,7 +11,6 @@ of one member and the calibration states.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -229,7 +228,7 @@ def write_sidecars(
 
     config = ModelConfig.from_dict(config_dict)
     card = model_card(provenance, config_dict, cost.parameters(config), cost.parameters(config, active=True))
-    writer.add_text("config.json", json.dumps(config_dict, indent=2) + "\n")
+    writer.add_json("config.json", config_dict)
     tokenizer.save(writer)
     writer.add_text(PROVENANCE, provenance.to_json())
     writer.add_file(STATISTICS, lambda path: save_statistics(path, calibrations, fit.statistics))

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -110,56 +110,94 @@ def gate_inputs(
     first = 0 if passage is None else passage.first
     if not runs or first == source.config.num_hidden_layers:
         return
-    config, rope = source.config, Rope(source.config)
     texts = [list(batches(run.windows, BATCH_TOKENS)) for run in runs]
     tokens = sum(batch.tokens.numel() for text in texts for batch in text)
-    with States(tokens * config.hidden_size * dtype.itemsize) as states, one_thread_each() as pool:
-        embed = embedded(source, [batch for text in texts for batch in text], dtype, write)
-        numbered = [[(states.append(embed(batch)), batch) for batch in text] for text in texts]
-        del embed
+    with (
+        States(tokens * source.config.hidden_size * dtype.itemsize) as states,
+        one_thread_each() as pool,
+    ):
+        work = _Pass(source, runs, texts, states, pool, dtype, write)
         if passage is not None and first:
             passage.restore(states)
-
-        def texts_of(number: int) -> Iterator[tuple[torch.Tensor, Batch]]:
-            return ((states[i], batch) for i, batch in numbered[number])
-
-        for layer in range(first, config.num_hidden_layers):
+        for layer in range(first, source.config.num_hidden_layers):
             if settle is not None:
-                settle(layer, rope, texts_of)
-            block = shared_block(config, layer, read_all(source, shared_names(config, layer), dtype, write))
-            last = layer == config.num_hidden_layers - 1
-            singly = not last and expert_bytes(config, dtype) > SINGLY
-            later: list[tuple[int, list[int]]] = []
-            running = deque[_Running]()
-            for path in sorted({run.path for run in runs}):
-                own = [n for n, run in enumerate(runs) if run.path == path]
-                if refit is not None:
-                    while running:  # states must not change meanwhile
-                        yield running.popleft().seen(layer)
-                    refit(layer, path, block, rope, texts_of)
-                mlp = None
-                if not last and not singly:
-                    mlp = dense_mlp(config, read_all(source, expert_names(config, layer, path), dtype, write))
-                while running:  # of the expert before, while which this one was read
-                    yield running.popleft().seen(layer)
-                advance = partial(_advance, block, mlp, rope, states)
-                for number in own:
-                    jobs = [pool.submit(advance, i, batch) for i, batch in numbered[number]]
-                    running.append(_Running(number, path, jobs))
-                    if expert_bytes(config, dtype) > READ_AHEAD:
-                        yield running.popleft().seen(layer)
-                later.append((path, [i for number in own for i, _ in numbered[number]]))
-            while running:
-                yield running.popleft().seen(layer)
-            if singly:
-                norm = block.post_attention_layernorm
-                del block, advance  # attention is done with, and large too
-                for path, places in later:
-                    names = expert_names(config, layer, path)
-                    _through_singly(source, norm, names, states, places, dtype, write)
+                settle(layer, work.rope, work.texts_of)
+            yield from work.through(layer, refit)
             if passage is not None:
                 passage.passed(layer + 1, states)
                 yield layer, BETWEEN, torch.empty(0)
+
+
+class _Pass:
+    """All runs on their way through the layers, one layer after the other. Of each batch the number of its states."""
+
+    def __init__(
+        self,
+        source: TensorSource,
+        runs: Sequence[Run],
+        texts: Sequence[Sequence[Batch]],
+        states: States,
+        pool: Executor,
+        dtype: torch.dtype,
+        write: Write,
+    ) -> None:
+        self.source, self.states, self.pool, self.dtype, self.write = source, states, pool, dtype, write
+        self.config, self.rope = source.config, Rope(source.config)
+        embed = embedded(source, [batch for text in texts for batch in text], dtype, write)
+        self.numbered = [[(states.append(embed(batch)), batch) for batch in text] for text in texts]
+        self.paths = {
+            path: [n for n, run in enumerate(runs) if run.path == path]
+            for path in sorted({run.path for run in runs})
+        }  # an expert -> the numbers of its runs
+
+    def texts_of(self, number: int) -> Iterator[tuple[torch.Tensor, Batch]]:
+        """A run's states as they are now, batch by batch."""
+        return ((self.states[place], batch) for place, batch in self.numbered[number])
+
+    def through(self, layer: int, refit: Refit | None) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Take all runs through one layer; yields what gate_inputs does of each."""
+        block = shared_block(self.config, layer, self._read(shared_names(self.config, layer)))
+        last, size = layer == self.config.num_hidden_layers - 1, expert_bytes(self.config, self.dtype)
+        singly = not last and size > SINGLY
+        running = deque[_Running]()
+        for path, numbers in self.paths.items():
+            if refit is not None:
+                yield from _seen(running, layer)  # states must not change meanwhile
+                refit(layer, path, block, self.rope, self.texts_of)
+            mlp = None
+            if not last and not singly:
+                mlp = dense_mlp(self.config, self._read(expert_names(self.config, layer, path)))
+            yield from _seen(running, layer)  # of the expert before, while which this one was read
+            for number in numbers:
+                running.append(
+                    self._begun(number, path, partial(_advance, block, mlp, self.rope, self.states))
+                )
+                if size > READ_AHEAD:
+                    yield from _seen(running, layer)
+        yield from _seen(running, layer)
+        if singly:
+            norm = block.post_attention_layernorm
+            del block  # attention is done with, and large too
+            for path in self.paths:
+                self._singly(layer, path, norm)
+
+    def _begun(self, number: int, path: int, advance: Callable[[int, Batch], torch.Tensor]) -> _Running:
+        jobs = [self.pool.submit(advance, place, batch) for place, batch in self.numbered[number]]
+        return _Running(number, path, jobs)
+
+    def _singly(self, layer: int, path: int, norm: RMSNorm) -> None:
+        names = expert_names(self.config, layer, path)
+        places = [place for number in self.paths[path] for place, _ in self.numbered[number]]
+        _through_singly(self.source, norm, names, self.states, places, self.dtype, self.write)
+
+    def _read(self, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+        return read_all(self.source, names, self.dtype, self.write)
+
+
+def _seen(running: deque[_Running], layer: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """What is on its way, in the order in which it began, each as soon as all of it is through."""
+    while running:
+        yield running.popleft().seen(layer)
 
 
 @dataclass(frozen=True)
@@ -209,10 +247,6 @@ def _through_singly(
     def rows(part: str) -> Iterator[torch.Tensor]:
         return _blocks_of_rows(source, names[f"{part}_proj.weight"], dtype, write)
 
-    def read_by_router(place: int) -> torch.Tensor:
-        x_BSD: torch.Tensor = norm(states[place])
-        return x_BSD
-
     down = source.info(names["down_proj.weight"]).shape
     tokens = sum(states[place].shape[:2].numel() for place in places)
     with (
@@ -222,7 +256,9 @@ def _through_singly(
         parts: dict[int, list[int]] = {place: [] for place in places}  # of F, one from every block
         for gate_fD, up_fD in zip(rows("gate"), rows("up"), strict=True):
             for place in places:
-                x_BSD = read_by_router(place)
+                x_BSD = norm(
+                    states[place]
+                )  # anew for each block of rows: kept, it would take as much as the states
                 y_BSf = F.silu(F.linear(x_BSD, gate_fD)) * F.linear(x_BSD, up_fD)
                 parts[place].append(between.append(y_BSf))
         added: dict[int, list[int]] = {place: [] for place in places}  # of D

@@ -27,7 +27,7 @@ from octad.engine.loop import EngineLoop, Stream, Submission
 from octad.engine.outputs import Delta, RequestOutput
 from octad.engine.params import SamplingParams, own_sampling
 from octad.errors import CheckpointError, RequestError
-from octad.fast.beginning import Begun, begin
+from octad.fast.beginning import Begun, begin, may_begin
 from octad.fast.loading import dtype_note, open_fast
 from octad.fast.optimize import optimize
 from octad.guard import read_object
@@ -79,37 +79,32 @@ class LLM:
     ) -> None:
         keep_freed_memory()
         settings = replace(engine or EngineConfig(), **engine_options)
+        how: dict[str, Any] = {"quantize": quantize, "native": native}
         directory = None
         if isinstance(model, tuple):
-            transformer, self.tokenizer = model
-            attention = optimize(transformer, quantize=quantize, native=native)
+            self.model, self.tokenizer = model
+            self.label = "(a model in memory)"
+            attention = optimize(self.model, **how)
             if memory is not None:
                 raise RequestError("memory: a model that is loaded is in memory; give its directory")
         else:
-            if (
-                begun is None
-                and memory is None
-                and native
-                and device in ("auto", "cpu")
-                and dtype != "float16"
-            ):
+            self.label = os.fspath(model)
+            if begun is None and memory is None and native and may_begin(dtype, device):
                 begun = begin(model, quantize)
             try:
-                source, kind, place = _open(os.fspath(model), dtype, device)
+                source, kind, place = _open(self.label, dtype, device)
                 self.tokenizer, directory = load_tokenizer(source), source.directory
                 self.dtype_note = dtype_note(source, kind) if dtype == "auto" else None
-                budget = None if memory is None else _budget(memory)
-                options: Any = {"quantize": quantize, "native": native, "memory": budget, "begun": begun}
-                transformer, attention = open_fast(source, kind, place, **options)
+                how |= {"memory": None if memory is None else _budget(memory), "begun": begun}
+                self.model, attention = open_fast(source, kind, place, **how)
             finally:
                 if begun is not None:
                     begun.stop()
-        self.config, self.model = transformer.config, transformer
+        self.config = self.model.config
         self.expert_names = expert_names(directory, self.config.num_experts)
         self.own_sampling = own_sampling(self.tokenizer.generation)
-        self.engine = Engine(transformer, self.tokenizer, settings, attention)
+        self.engine = Engine(self.model, self.tokenizer, settings, attention)
         self.loop = EngineLoop(self.engine)
-        self.label = "(a model in memory)" if isinstance(model, tuple) else os.fspath(model)
         self._only: int | None = None
 
     @property

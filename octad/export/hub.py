@@ -9,7 +9,6 @@ What a conversion would destroy is refused; what it merely rounds is measured, a
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from octad.checkpoint.writer import CheckpointWriter
 from octad.errors import CheckpointError, RequestError
 from octad.model.config import ModelConfig
 from octad.staging import refuse_inputs
+from octad.text.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CARD = "README.md"
@@ -102,12 +102,7 @@ def export_hub(
     OutputError as CheckpointWriter."""
     raw = changes.config(source)
     refuse_inputs(directory, [source.directory])
-    tokenizer = load_tokenizer(source)
-    if tokenizer.vocab_size > source.config.vocab_size:
-        raise CheckpointError(
-            f"{source.label}: its tokenizer has the id {tokenizer.vocab_size - 1}, its embeddings"
-            f" {source.config.vocab_size} rows; give it the tokenizer that it was trained with"
-        )
+    tokenizer = _fitting_tokenizer(source)
     dtype = DTYPES[changes.dtype] if changes.dtype else None
     origins = {name: name for name in content_names(source)}
     if changes.untie and HEAD not in origins:
@@ -124,7 +119,7 @@ def export_hub(
             else:
                 writer.write(name, _converted(source.read(origin), plan[name].dtype, origin, rounding))
             progress("writing", done / len(origins))
-        writer.add_text("config.json", json.dumps(raw, indent=2) + "\n")
+        writer.add_json("config.json", raw)
         tokenizer.save(writer)
         if isinstance(source, Member):  # what lies beside the mixture speaks of the mixture
             writer.add_text(CARD, member_card(source))
@@ -134,6 +129,17 @@ def export_hub(
                     writer.copy_in(source.directory / file)
         writer.commit()
     return rounding
+
+
+def _fitting_tokenizer(source: TensorSource) -> Tokenizer:
+    """The model's tokenizer. Raises CheckpointError where it has ids without a row in the embeddings."""
+    tokenizer = load_tokenizer(source)
+    if tokenizer.vocab_size > source.config.vocab_size:
+        raise CheckpointError(
+            f"{source.label}: its tokenizer has the id {tokenizer.vocab_size - 1}, its embeddings"
+            f" {source.config.vocab_size} rows; give it the tokenizer that it was trained with"
+        )
+    return tokenizer
 
 
 def _converted(values: torch.Tensor, dtype: torch.dtype, name: str, rounding: Rounding) -> torch.Tensor:

@@ -58,6 +58,11 @@ class Begun:
         return ours == theirs and dict(self.filling.rows) == dict(places) and self.filling.unchanged()
 
 
+def may_begin(dtype: str, device: str) -> bool:
+    """Whether a model that is asked for so ("auto", "float16"; "auto", "cuda") may run on weights that are packed."""
+    return device in ("auto", "cpu") and dtype != "float16"
+
+
 def begin(model: str | os.PathLike[str], quantize: str | None = None) -> Begun | None:
     """The weights of the model in this directory, begun to be read; None where that is not possible, which says nothing
     about the model."""

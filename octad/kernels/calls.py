@@ -1,6 +1,6 @@
 """How the compiled library is called: argument types, numbers' types, and what a failure becomes.
 
-linear = library.function("linear", [POINTER, INT, FLOAT])      # a Library of build.py
+linear = library.function("linear", [POINTER, INT, FLOAT])      # a Library of compile.py
 check(linear(x.data_ptr(), DTYPES[x.dtype], 0.5))
 """
 

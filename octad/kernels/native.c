@@ -6,7 +6,7 @@
    weight, sum over experts) happens in registers and cache. Integer products take activations that are rounded to 8 bits
    per group of inputs. packed.py holds the formats and the slow twin.
 
-   build.py compiles this file once for each instruction set, with its flags and -DISA=name, which all functions carry:
+   compile.py compiles this file once for each instruction set, with its flags and -DISA=name, which all functions carry:
    octad_avx2_linear; and once without, for the function that says what the processor runs. `#ifdef __AVX...` chooses
    the code inside.
 

@@ -86,11 +86,7 @@ def init(
     _check(place, wanted, bundled=bundled, share=share, overwrite=overwrite)
     source = _open_base(base)
     tokenizer = load_tokenizer(source)
-    for name, files in wanted.items():
-        try:
-            encode_document(first_document(files, field), tokenizer)  # a chat needs a template
-        except octad.OctadError as error:
-            raise type(error)(f"{name}: {error}") from None
+    _check_text(wanted, field, tokenizer)
     choices = {name: choose(files, field, share) for name, files in wanted.items()}
     with _nothing_left(place):
         splits = dict(_divide(place, wanted, field, choices, say))
@@ -98,19 +94,12 @@ def init(
             _copy_general(place, plain=tokenizer.chat_template is None)
     names = [GENERAL] * bundled + list(wanted)
     project = adjust(_project(place, base, names, mode, steps, splits, source, tokenizer))
-    texts = {
-        BRANCH: branch_text(project),
-        RECIPE: recipe_text(project),
-        DOMAINS: domains_text(project.held_out),
-        TUNE: tune_text(project),
-    }
-    for name, text in texts.items():
-        replace_file(place / name, text)
+    files = _write(place, project)
     say(
         f"{counted(project.steps, 'step')} a specialist, {counted(project.windows, 'window')} of {project.window} tokens"
         f" each; edit {BRANCH} to change it"
     )
-    return Written(place, time.monotonic() - started, experts=names, steps=project.steps, files=list(texts))
+    return Written(place, time.monotonic() - started, experts=names, steps=project.steps, files=files)
 
 
 @contextmanager
@@ -149,6 +138,28 @@ def _check(
             raise RecipeError(
                 f"expert {name!r}: the name is that of a directory, too: give one without slashes"
             )
+
+
+def _check_text(wanted: Mapping[str, list[str]], field: str, tokenizer: Tokenizer) -> None:
+    """Raises OctadError for text that the base cannot read: a conversation needs a chat template."""
+    for name, files in wanted.items():
+        try:
+            encode_document(first_document(files, field), tokenizer)
+        except octad.OctadError as error:
+            raise type(error)(f"{name}: {error}") from None
+
+
+def _write(place: Path, project: Project) -> list[str]:
+    """The files of the road; returns their names."""
+    texts = {
+        BRANCH: branch_text(project),
+        RECIPE: recipe_text(project),
+        DOMAINS: domains_text(project.held_out),
+        TUNE: tune_text(project),
+    }
+    for name, text in texts.items():
+        replace_file(place / name, text)
+    return list(texts)
 
 
 def _open_base(base: Place) -> TensorSource:

@@ -17,7 +17,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from octad.api import verbs
+from octad.api import verbs, verdicts
 from octad.api.bars import Progress, Report, Tell, bars, teller
 from octad.api.outcomes import Verdict, Written
 from octad.checkpoint.load import open_member, open_source
@@ -275,7 +275,7 @@ def _evaluate(road: Road, model: str, report: str, model_key: str) -> str:
     if road.record.is_done(report, key, page):
         return str((road.record.begun(report) or {}).get("headline", ""))
     stage = "evaluate"
-    verdict: Verdict = verbs.evaluate(
+    verdict: Verdict = verdicts.evaluate(
         road.place / model,
         road.place / DOMAINS,
         tokens=road.tokens,

@@ -151,23 +151,12 @@ class _Answer:
 
     def response(self, error: dict[str, Any] | None = None) -> dict[str, Any]:
         """The object that clients read."""
-        cut = self.reason == "length"
-        status = (
-            "failed"
-            if error
-            else "in_progress"
-            if self.reason is None
-            else "incomplete"
-            if cut
-            else "completed"
-        )
-        usage = self.job.usage
-        asked = self.asked
+        cut, asked = self.reason == "length", self.asked
         return {
             "id": self.id,
             "object": "response",
             "created_at": self.created,
-            "status": status,
+            "status": "failed" if error else self._status(),
             "error": error,
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
             "instructions": asked.instructions,
@@ -186,15 +175,22 @@ class _Answer:
             "truncation": "disabled",
             "user": None,
             "metadata": asked.metadata or {},
-            "usage": None
-            if self.reason is None
-            else {
-                "input_tokens": usage.prompt,
-                "input_tokens_details": {"cached_tokens": usage.cached},
-                "output_tokens": usage.answered,
-                "output_tokens_details": {"reasoning_tokens": 0},
-                "total_tokens": usage.prompt + usage.answered,
-            },
+            "usage": None if self.reason is None else self._usage(),
+        }
+
+    def _status(self) -> str:
+        if self.reason is None:
+            return "in_progress"
+        return "incomplete" if self.reason == "length" else "completed"
+
+    def _usage(self) -> dict[str, Any]:
+        usage = self.job.usage
+        return {
+            "input_tokens": usage.prompt,
+            "input_tokens_details": {"cached_tokens": usage.cached},
+            "output_tokens": usage.answered,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": usage.prompt + usage.answered,
         }
 
     # ---- events: (type, fields) ----------------------------------------------------------------------------

@@ -137,7 +137,7 @@ def _write_adapter(
 
 def common_files(writer: CheckpointWriter, config: Mapping[str, object], tokenizer: Tokenizer) -> None:
     """config.json and the tokenizer's files."""
-    writer.add_text("config.json", json.dumps(dict(config), indent=2) + "\n")
+    writer.add_json("config.json", dict(config))
     tokenizer.save(writer)
 
 

@@ -11,7 +11,6 @@ weights take part in the forward pass only; their gradients are never computed.
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -213,7 +212,7 @@ def _write_tuned(
         common_files(writer, source.config.raw, load_tokenizer(source))
         writer.add_text(CARD, tuned_card(source, config))
         record = config.to_dict() | {"trained": source.label}
-        writer.add_text(TRAINING, json.dumps([*earlier, record], indent=2) + "\n")
+        writer.add_json(TRAINING, [*earlier, record])
         if provenance is not None:
             provenance.edits.append(f"trained ({config.mode}, {config.steps} steps)")
             writer.add_text(PROVENANCE, provenance.to_json())

@@ -14,7 +14,6 @@ Shapes: E experts, F feed-forward hidden, D model.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -99,7 +98,7 @@ def pretrain_learner(config: PretrainConfig) -> Learner:
 
     def side_files(writer: CheckpointWriter) -> None:
         common_files(writer, raw, tokenizer)
-        writer.add_text(TRAINING, json.dumps([config.to_dict()], indent=2) + "\n")
+        writer.add_json(TRAINING, [config.to_dict()])
 
     def write(run: Path, values: Mapping[str, torch.Tensor], world: World) -> Path:
         return write_new(run, model.config, values, dtype, side_files, world)

@@ -174,7 +174,7 @@ def test_a_report_that_cannot_be_written_is_known_before_judging(
     def judged(*arguments: Any, **options: Any) -> None:
         raise AssertionError("judged first")
 
-    monkeypatch.setattr("octad.api.verbs.evaluate", judged)
+    monkeypatch.setattr("octad.api.verdicts.evaluate", judged)
     code, _, err = evaluate(mixture, "--report", tmp_path / "file" / "report")
     assert (code, err) == (
         2,

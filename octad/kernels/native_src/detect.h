@@ -1,4 +1,4 @@
-/* Which of the instruction sets that build.py knows this processor and its system run. Part of native.c, compiled for any
+/* Which of the instruction sets that compile.py knows this processor and its system run. Part of native.c, compiled for any
    processor of the kind.
 
    x86 says it by CPUID, and by XGETBV whether the system keeps the registers; ARM systems tell programs. */

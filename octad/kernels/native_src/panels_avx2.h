@@ -13,17 +13,7 @@
 #define AT_ONCE 3
 #define FITS 32 /* inputs whose products with 4-bit weights are summed up in 16 bits */
 
-INLINE __m256 scales8(const uint16_t *s) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)s)), 16));
-}
-
-INLINE __m256i all4(const void *p) { /* the same four bytes eight times */
-    int32_t v;
-    memcpy(&v, p, 4);
-    return _mm256_set1_epi32(v);
-}
-
-INLINE __m256i half_of(const uint8_t *w, int h) { return _mm256_loadu_si256((const __m256i *)(w + 32 * h)); }
+#include "panels_256.h"
 
 /* sum += the products of the signed weights w, whose magnitudes are m, and x. */
 INLINE __m256i add8(__m256i sum, __m256i m, __m256i w, __m256i x) {

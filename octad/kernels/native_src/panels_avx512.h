@@ -4,6 +4,7 @@
 
 #define VECTOR_INT 1
 #define TWO_PANELS 1
+
 static inline __m512 scales16(const uint16_t *s) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)s)), 16));
 }
@@ -25,12 +26,11 @@ static inline __m512i dot4(__m512i sum, __m512i w, __m512i x) {
 #endif
 }
 
-/* One or two panels (P) at once: with two, each broadcast of x serves twice, and the loads no longer outnumber the
+/* One or two panels (P) at once: with two, each broadcast of x serves twice, so that there are no more loads than
    products. Where that leaves fewer than four sums in flight, two take turns (b), so that they do not wait for the
    instruction's latency. */
-static inline __attribute__((always_inline)) void panel_int(const uint8_t *const *data, const int P, const int bits,
-                                                            int64_t groups, int64_t group, int64_t ahead,
-                                                            const Row *x, const int n, float *out) {
+INLINE void panel_int(const uint8_t *const *data, const int P, const int bits, int64_t groups, int64_t group,
+                      int64_t ahead, const Row *x, const int n, float *out) {
     const __m512i low = _mm512_set1_epi8(15);
     const uint8_t *w[2] = {data[0], data[P - 1]}, *scales[2] = {w[0], w[1]};
     __m512 f[2][VECTOR_ROWS];
@@ -96,8 +96,8 @@ INLINE __m512 odds(__m512i x) { return _mm512_castsi512_ps(_mm512_and_si512(x, _
 
 #if BF16_DOT && !TILES
 
-static inline __attribute__((always_inline)) void panel_p16(const uint8_t *const *data, const int P, int64_t K,
-                                                            int64_t ahead, const Row *x, const int n, float *out) {
+INLINE void panel_p16(const uint8_t *const *data, const int P, int64_t K, int64_t ahead, const Row *x, const int n,
+                      float *out) {
     const uint8_t *w[2] = {data[0], data[P - 1]};
     __m512 a[2][VECTOR_ROWS], b[2][VECTOR_ROWS];
     for (int p = 0; p < P; p++)

@@ -3,19 +3,11 @@
 #define VECTOR_INT 1
 #define TWO_PANELS 0
 
+#include "panels_256.h"
+
 /* sum += the products of w (unsigned) and x (signed), four by four. */
 INLINE __m256i dot4(__m256i sum, __m256i w, __m256i x) {
     return _mm256_dpbusd_avx_epi32(sum, w, x);
-}
-
-INLINE __m256 scales8(const uint16_t *s) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)s)), 16));
-}
-
-INLINE __m256i four(const int8_t *q) { /* the same four bytes eight times */
-    int32_t v;
-    memcpy(&v, q, 4);
-    return _mm256_set1_epi32(v);
 }
 
 INLINE void panel_int(const uint8_t *const *data, const int P, const int bits, int64_t groups, int64_t group,
@@ -31,13 +23,13 @@ INLINE void panel_int(const uint8_t *const *data, const int P, const int bits, i
         for (int64_t k = g * group; k < (g + 1) * group; k += 32 / bits, w += 64) {
             __builtin_prefetch(w + ahead, 0, 2);
             for (int h = 0; h < 2; h++) {
-                __m256i b = _mm256_loadu_si256((const __m256i *)(w + 32 * h));
+                __m256i b = half_of(w, h);
                 __m256i low = bits == 8 ? b : _mm256_and_si256(b, nibble);
                 __m256i high = _mm256_and_si256(_mm256_srli_epi16(b, 4), nibble);
                 for (int r = 0; r < n; r++) {
                     const int8_t *q = (const int8_t *)x[r].x + k;
-                    total[h][r] = dot4(total[h][r], low, four(q));
-                    if (bits == 4) total[h][r] = dot4(total[h][r], high, four(q + 4));
+                    total[h][r] = dot4(total[h][r], low, all4(q));
+                    if (bits == 4) total[h][r] = dot4(total[h][r], high, all4(q + 4));
                 }
             }
         }
