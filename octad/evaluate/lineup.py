@@ -56,11 +56,6 @@ class LineUp:
     missing: list[str] = field(default_factory=list)
 
     @property
-    def inexact(self) -> list[str]:
-        """Members of which the mixture does not hold everything."""
-        return list(self.lost)
-
-    @property
     def members(self) -> list[str]:
         """The members that are judged."""
         return [name for name, entry in self.entries.items() if entry.kind == "member"]

@@ -2,8 +2,6 @@
 
     with watching(model, hear):                       # hear(layer, gate, x_ND, weights_NA, experts_NA)
         model.model(tokens_1N, cache)
-    with recording(model) as record:                  # the same, kept
-        model.model(tokens_1N, cache)
     experts_NLA, weights_NLA = stack(record, tokens=N)
     said(experts_NLA, weights_NLA)                    # speakers and their shares
 
@@ -59,20 +57,6 @@ def watching(model: Transformer, hear: Hear) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def recording(model: Transformer) -> Iterator[list[Routing | None]]:
-    """What each layer's router answers inside the block: one entry a layer, None where there is no router."""
-    record: list[Routing | None] = [None] * len(model.model.layers)
-
-    def keep(
-        number: int, gate: Any, x_ND: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor
-    ) -> None:
-        record[number] = weights, experts
-
-    with watching(model, keep):
-        yield record
 
 
 class Watch:

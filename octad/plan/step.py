@@ -40,12 +40,6 @@ def training_flops(config: ModelConfig, window: int) -> float:
     return 3.0 * cost.flops_per_token(config, window // 2)
 
 
-def arithmetic_hours(active: float, tokens: float, cluster: Cluster, share: str) -> float:
-    """Device hours of a run of a model that is known by its active parameters alone: 6 FLOPs a parameter and token at the
-    assumed share of peak, no attention scores, nothing exchanged."""
-    return 6 * active * tokens / (need(cluster, "tflops") * reached(share)) / 3600
-
-
 def kind_of_products(config: ModelConfig, cluster: Cluster) -> str:
     """Which of the assumptions on training holds for a model."""
     if cluster.device.unified:

@@ -1,6 +1,6 @@
 """Text as token ids in memory-mapped files: tokenised once, read at any place for nothing.
 
-    shard = open_shard(["french.jsonl.gz"], tokenizer, cache=token_cache(None))
+    shard = open_shard(world, ["french.jsonl.gz"], tokenizer, cache=token_cache(None))    # shares.py: who makes it
     shard.tokens[shard.starts[3] : shard.starts[4]]            # the fourth document, end-of-text included
 
 A shard is a directory named by a digest of everything that decides its contents: the files' bytes, the tokenizer, the
@@ -29,7 +29,7 @@ from octad.errors import DataError, OutputError
 from octad.fingerprint import digest_of
 from octad.kernels.compile import cache_directory
 from octad.staging import StagedDirectory, explained
-from octad.text.corpus import Documents, open_documents
+from octad.text.corpus import Documents
 from octad.text.rows import Document
 from octad.text.tokenizer import Tokenizer
 
@@ -51,25 +51,6 @@ class Shard:
 def token_cache(chosen: str | None) -> Path:
     """Where the tokens lie: where data.cache says, else ~/.cache/octad/tokens or OCTAD_CACHE's own."""
     return cache_directory() / "tokens" if chosen is None else Path(chosen)
-
-
-def open_shard(
-    files: Sequence[str | Path],
-    tokenizer: Tokenizer,
-    *,
-    cache: Path,
-    field: str = "text",
-    append_eos: bool = True,
-) -> Shard:
-    """The tokens of some files, from the cache or made now. Raises DataError for unusable files."""
-    opened = [open_documents(file) for file in files]
-    directory = cache.expanduser() / key_of(opened, tokenizer, field, append_eos)
-
-    def made() -> Iterator[Encoded]:
-        documents = (document for part in opened for document in part.read(field, None))
-        return encoded(documents, tokenizer, append_eos)
-
-    return found_shard(directory, ", ".join(str(f) for f in files), made)
 
 
 def found_shard(directory: Path, label: str, made: Callable[[], Iterator[Encoded]]) -> Shard:

@@ -1,6 +1,6 @@
 """Tokens made by all processes of a run, each its share of the documents: the shard that one process makes, to the byte.
 
-    shard = open_shard_together(world, files, tokenizer, cache=cache)         # every rank calls it; see shards.py
+    shard = open_shard(world, files, tokenizer, cache=cache)         # every rank calls it; World() alone: one process
 
 BATCH documents at a time are a rank's in turn. Each rank reads all of the text, which is quick, tokenises what is its
 own and streams that into files beside the cache; the first one strings them together. Where not all ranks see the
@@ -28,7 +28,7 @@ from octad.train.shards import BATCH, Encoded, Shard, build, encoded, found_shar
 KINDS = {"tokens": np.uint32, "learn": np.bool_, "lengths": np.int64, "batches": np.int64}
 
 
-def open_shard_together(
+def open_shard(
     world: World,
     files: Sequence[str | Path],
     tokenizer: Tokenizer,
@@ -37,7 +37,8 @@ def open_shard_together(
     field: str = "text",
     append_eos: bool = True,
 ) -> Shard:
-    """What open_shard gives; on every rank, which all have to call it. Raises DataError on all for unusable files."""
+    """The tokens of some files, out of the cache or made anew; on every rank, which all have to call it. Raises DataError
+    on all of them for unusable files."""
     opened = world.leader_first(lambda: [open_documents(file) for file in files])
     key = world.by_leader(lambda: key_of(opened, tokenizer, field, append_eos))
     directory, label = cache.expanduser() / key, ", ".join(str(f) for f in files)

@@ -45,7 +45,7 @@ from octad.train.optim import Optimizer, learning_rate
 from octad.train.recompute import checkpoint_activations
 from octad.train.reducer import Reducer
 from octad.train.shards import token_cache
-from octad.train.shares import open_shard_together
+from octad.train.shares import open_shard
 from octad.train.signals import StopRequest
 from octad.train.state import Saver, check_resumable, latest_state, load_facts, load_tensors, saved_names
 from octad.train.telemetry import Telemetry, training_flops
@@ -328,7 +328,7 @@ def open_stream(learner: Learner, world: World) -> Stream:
     sources = [
         Source(
             source.name,
-            open_shard_together(
+            open_shard(
                 world,
                 [config.resolve(file) for file in source.data],
                 learner.tokenizer,

@@ -84,7 +84,7 @@ def test_members_named_like_the_contestants_are_kept_apart(
     (mixture / "octad.json").write_text(json.dumps(record))
     found = compare(open_source(mixture), world.domains, SETTINGS)
     assert found.members == ["member oracle", "member soup", "twice", "twice (2)"]
-    assert found.lineup.inexact == ["twice (2)"]
+    assert list(found.lineup.lost) == ["twice (2)"]
     assert found.lineup.bases == ["member oracle"]
     assert len(found.bits) == len(result.bits)
     for ours, theirs_was in zip(found.bits, result.bits, strict=True):
@@ -97,7 +97,7 @@ def test_who_takes_part(result: Comparison) -> None:
     assert result.mixtures == ["mixture top-1", "mixture top-2", "mixture top-4"]
     rows = [*members, "soup", "ensemble", "oracle", *result.mixtures]
     assert list(result.bits) == rows == list(result.nats)
-    assert result.lineup.inexact == ["far"]
+    assert list(result.lineup.lost) == ["far"]
     assert all(100 < count <= TOKENS for count in result.texts.tokens.values())
 
 
@@ -160,7 +160,7 @@ def test_an_original_that_is_gone(
     found = compare(open_source(mixture), world.domains, SETTINGS)
     agree(found, "far", copied_ffn(theirs(world.base), theirs(world.models["far"])), world)
     assert found.nats["far"]["one"] != pytest.approx(result.nats["far"]["one"], rel=1e-4)
-    assert list(found.lineup.as_held) == found.lineup.inexact == ["far"]
+    assert list(found.lineup.as_held) == list(found.lineup.lost) == ["far"]
     assert reason in found.lineup.as_held["far"]
     touched = ("far", "oracle", "ensemble", "soup")  # all that the original has a part in
     assert {n: row for n, row in found.bits.items() if n not in touched} == {
@@ -177,7 +177,7 @@ def test_originals_of_averaged_attention(world: World, tmp_path: Path) -> None:
     recipe = make_recipe(world.base, entries, shared="mean", router={"method": "random"})
     mixture = build.combine(preflight(recipe), tmp_path / "mean")
     found = compare(open_source(mixture), world.domains, SETTINGS)
-    assert (found.lineup.inexact, found.lineup.as_held) == (list(world.models), {})
+    assert (list(found.lineup.lost), found.lineup.as_held) == (list(world.models), {})
     for name in ("general", "full", "far"):
         agree(found, name, theirs(world.models[name]), world)
     agree(found, "lora", PeftModel.from_pretrained(theirs(world.base), world.models["lora"]).eval(), world)

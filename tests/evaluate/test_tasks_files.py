@@ -12,10 +12,10 @@ import yaml
 from octad.errors import DataError, RequestError, SandboxError
 from octad.evaluate.tasks import catalogue, humaneval
 from octad.evaluate.tasks.catalogue import find_task
-from octad.evaluate.tasks.humaneval import check_solutions, compose
+from octad.evaluate.tasks.humaneval import compose
 from octad.evaluate.tasks.run_tasks import read_tasks
 from octad.evaluate.tasks.task import ChoiceTask, CodeTask, ContinuationTask, GenerateTask, Problem, read_task
-from octad.sandbox.run import Sandbox
+from octad.sandbox.run import Outcome, Sandbox
 
 CODE = {"task_id": "t/0", "prompt": "def f():\n", "test": "def check(f):\n    assert f()", "entry_point": "f"}
 CHOICE = {"question": "1 + 1 =", "choices": ["2", "3"], "answer": 0}
@@ -163,6 +163,18 @@ def test_a_wrong_program_fails_and_a_right_one_passes() -> None:
     statements = Problem(**(CODE | {"test": "assert f() == 1"}))
     assert "check(" not in compose(statements, "\n    return 1")
     assert sandbox.run(compose(statements, "\n    return 1")).passed
+
+
+def check_solutions(task: CodeTask, sandbox: Sandbox) -> dict[str, Outcome]:
+    """How the solutions that come with a task fare, by task_id: all of them should pass."""
+    with_blank = [_before_solution(problem) + problem.canonical_solution for problem in task.examples]
+    programs = [compose(problem, text) for problem, text in zip(task.examples, with_blank, strict=True)]
+    return dict(zip([p.task_id for p in task.examples], sandbox.run_all(programs), strict=True))
+
+
+def _before_solution(problem: Problem) -> str:
+    """The blanks between prompt and solution, which `compose` took off."""
+    return problem.prompt[len(problem.prompt.rstrip()) :]
 
 
 def test_our_own_solutions_pass_our_own_tests_and_nothing_does_not() -> None:

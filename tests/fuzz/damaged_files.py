@@ -231,12 +231,13 @@ def text(name: str) -> Callable[[Path], object]:
 
 def shard(d: Path) -> None:
     """The token cache: damaged, it is made again, to the same tokens."""
+    from octad.dist import World
     from octad.text.tokenizer import Tokenizer
-    from octad.train.shards import open_shard
+    from octad.train.shares import open_shard
 
     files = [d / "text-0.jsonl"]
-    found = open_shard(files, Tokenizer.from_directory(d / "base"), cache=d / "tokens")
-    again = open_shard(files, Tokenizer.from_directory(d / "base"), cache=d / "other-tokens")
+    found = open_shard(World(), files, Tokenizer.from_directory(d / "base"), cache=d / "tokens")
+    again = open_shard(World(), files, Tokenizer.from_directory(d / "base"), cache=d / "other-tokens")
     assert found.tokens.tolist() == again.tokens.tolist()
     assert found.starts.tolist() == again.starts.tolist()
 

@@ -10,7 +10,7 @@ from tiny import GREEDY, finish, load, make_engine, prompts, run
 from tiny_models import MOE, TinyCheckpoint
 
 from octad.engine.outputs import RequestOutput
-from octad.model.observe import Trace, recording, speakers
+from octad.model.observe import Trace, speakers, watching
 from octad.model.transformer import Transformer
 
 TRACED = replace(GREEDY, routed_experts=True, max_tokens=12)
@@ -127,7 +127,7 @@ def test_hooks_are_there_only_while_somebody_asks(tiny_checkpoint: TinyCheckpoin
     def hooks(model: Transformer) -> int:
         return sum(len(module._forward_hooks) for module in model.modules())
 
-    with recording(model):
+    with watching(model, lambda *heard: None):
         assert hooks(model) == 2
     assert hooks(model) == 0
     engine.add_request("a", [1, 2], TRACED)

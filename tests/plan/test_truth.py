@@ -15,7 +15,7 @@ from octad.plan.hardware import Cluster, Device, find_cluster, reached
 from octad.plan.layouts import Layout
 from octad.plan.memory import PRECISIONS, serving_memory
 from octad.plan.shapes import readings
-from octad.plan.step import arithmetic_hours, decode_time, offloaded_time, step_time
+from octad.plan.step import decode_time, need, offloaded_time, step_time
 
 DOCS = (Path(__file__).parents[2] / "docs" / "planning.md").read_text(encoding="utf-8")
 
@@ -106,6 +106,12 @@ def test_bfloat16_does_not_fit_one_a100() -> None:
     config, cluster = readings("8x7b")[0].config, find_cluster("a100x1")
     assert serving_memory(config, PRECISIONS["bf16"], 256, 1).total > cluster.device.bytes * reached("usable")
     assert serving_memory(config, PRECISIONS["int8"], 256, 1).total < cluster.device.bytes * reached("usable")
+
+
+def arithmetic_hours(active: float, tokens: float, cluster: Cluster, share: str) -> float:
+    """Device hours of a run of a model that is known by its active parameters alone: 6 FLOPs a parameter and token at the
+    assumed share of peak, no attention scores, nothing exchanged."""
+    return 6 * active * tokens / (need(cluster, "tflops") * reached(share)) / 3600
 
 
 def test_whole_runs_by_their_arithmetic() -> None:

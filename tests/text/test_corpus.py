@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 from small import character_tokenizer, texts
 
+from octad.dist import World
 from octad.errors import DataError
 from octad.text.corpus import hub_parts, open_documents
 from octad.text.tokenizer import Tokenizer
-from octad.train.shards import encode_answers, open_shard
+from octad.train.shards import encode_answers
+from octad.train.shares import open_shard
 
 datasets = pytest.importorskip("datasets")
 ROWS = texts(6)
@@ -57,11 +59,11 @@ def test_tokens_are_made_once_and_anew_for_other_rows(tmp_path: Path) -> None:
     for name, rows in (("a", ROWS), ("b", ROWS[:-1])):
         datasets.Dataset.from_dict({"text": rows}).save_to_disk(tmp_path / name)
     cache, tokenizer = tmp_path / "cache", character_tokenizer()
-    first = open_shard([tmp_path / "a"], tokenizer, cache=cache)
-    again = open_shard([tmp_path / "a"], tokenizer, cache=cache)
+    first = open_shard(World(), [tmp_path / "a"], tokenizer, cache=cache)
+    again = open_shard(World(), [tmp_path / "a"], tokenizer, cache=cache)
     assert first.tokens.tolist() == again.tokens.tolist()
     assert len(list(cache.iterdir())) == 1
-    assert len(open_shard([tmp_path / "b"], tokenizer, cache=cache).starts) == len(first.starts) - 1
+    assert len(open_shard(World(), [tmp_path / "b"], tokenizer, cache=cache).starts) == len(first.starts) - 1
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,13 @@ from small import character_tokenizer, texts
 
 from octad.combine.calibration import check_files
 from octad.combine.recipe import Recipe
+from octad.dist import World
 from octad.errors import DataError
 from octad.evaluate.domains import read_domains
 from octad.text.corpus import TextFiles, open_all, open_documents
 from octad.text.documents import read_documents
 from octad.text.windows import read_windows
-from octad.train.shards import open_shard
+from octad.train.shares import open_shard
 
 ROWS = ["plain", 'with "quotes", commas\tand tabs', "two\nlines", "", "\u00e9t\u00e9 \U0001f600"]
 TOKENIZER = character_tokenizer()
@@ -190,9 +191,11 @@ def test_names_of_nothing(tmp_path: Path, name: str) -> None:
 
 def test_tokens_are_made_anew_when_a_file_joins(tmp_path: Path) -> None:
     place = folder(tmp_path)
-    first = open_shard([place], TOKENIZER, cache=tmp_path / "cache")
+    first = open_shard(World(), [place], TOKENIZER, cache=tmp_path / "cache")
     (place / "z.jsonl").write_bytes(lines([{"text": "more"}]))
-    assert len(open_shard([place], TOKENIZER, cache=tmp_path / "cache").starts) == len(first.starts) + 1
+    assert (
+        len(open_shard(World(), [place], TOKENIZER, cache=tmp_path / "cache").starts) == len(first.starts) + 1
+    )
 
 
 # ---- reading no more than is needed --------------------------------------------------------------------------

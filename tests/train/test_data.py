@@ -10,18 +10,22 @@ import pytest
 import torch
 from small import character_tokenizer, jsonl, texts
 
+from octad.dist import World
 from octad.errors import DataError
 from octad.fast.document_attention import DocumentAttention
 from octad.model.config import ModelConfig
 from octad.text.documents import read_documents
 from octad.train.data import IGNORED, Source, Stream
-from octad.train.shards import Shard, encode_answers, open_shard, token_cache
+from octad.train.shards import Shard, encode_answers, token_cache
+from octad.train.shares import open_shard
 
 TOKENIZER = character_tokenizer()
 
 
 def shard(path: Path, name: str = "a", **options: object) -> Shard:
-    return open_shard([jsonl(path / f"{name}.jsonl", texts(40, len(name)))], TOKENIZER, cache=path, **options)
+    return open_shard(
+        World(), [jsonl(path / f"{name}.jsonl", texts(40, len(name)))], TOKENIZER, cache=path, **options
+    )
 
 
 # ---- documents and shards ----------------------------------------------------------------------------------
@@ -56,7 +60,7 @@ def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
 def test_unusable_data_is_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
-        open_shard([tmp_path / name], TOKENIZER, cache=tmp_path / "cache")
+        open_shard(World(), [tmp_path / name], TOKENIZER, cache=tmp_path / "cache")
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("cache/*"))
 
@@ -131,7 +135,7 @@ def test_targets_follow_tokens_and_stop_at_documents(tmp_path: Path) -> None:
 
 def test_chat_targets_are_masked(tmp_path: Path) -> None:
     chat = {"messages": [{"role": "user", "content": "q" * 9}, {"role": "assistant", "content": "w" * 9}]}
-    data = open_shard([jsonl(tmp_path / "c.jsonl", [chat] * 9)], TOKENIZER, cache=tmp_path)
+    data = open_shard(World(), [jsonl(tmp_path / "c.jsonl", [chat] * 9)], TOKENIZER, cache=tmp_path)
     targets = Stream([Source("a", data)], window=20).next(4).targets
     asked, answered = TOKENIZER.encode("q")[0], TOKENIZER.encode("w")[0]
     assert (targets == answered).any()
@@ -165,7 +169,7 @@ def test_position_restores_exactly(tmp_path: Path) -> None:
 
 
 def test_too_little_text_is_one_line(tmp_path: Path) -> None:
-    data = open_shard([jsonl(tmp_path / "s.jsonl", ["short"])], TOKENIZER, cache=tmp_path)
+    data = open_shard(World(), [jsonl(tmp_path / "s.jsonl", ["short"])], TOKENIZER, cache=tmp_path)
     with pytest.raises(DataError, match="has 6 tokens, one window needs 17"):
         Stream([Source("s", data)], window=16)
 

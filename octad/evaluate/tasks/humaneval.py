@@ -1,7 +1,6 @@
 """Programs: does the function that the model writes do what its docstring says?
 
     measure_code(llm, task)                     # [Measured("pass@1", ...), Measured("pass@10", ...)]
-    check_solutions(task, sandbox)              # the task's own solutions, through the same gate
 
 The measure is HumanEval's (Chen et al. 2021, arXiv 2107.03374): the model goes on from signature and docstring until it
 begins something else at the left margin, and the tests run over the result in a process of its own (sandbox.py). One
@@ -25,7 +24,6 @@ from octad.evaluate.tasks.answers import write
 from octad.evaluate.tasks.scores import Measured
 from octad.evaluate.tasks.task import CodeTask, Problem, Task, read_task
 from octad.evaluate.tasks.work import Work
-from octad.sandbox.run import Outcome, Sandbox
 
 PASS_AT = (1, 10, 100)  # the k of the paper's tables
 
@@ -75,18 +73,6 @@ def compose(problem: Problem, answer: str) -> str:
 def _checks_itself(problem: Problem) -> bool:
     """Whether the tests are plain statements, not a `check` to be called."""
     return re.search(r"^def check\(", problem.test, re.MULTILINE) is None
-
-
-def check_solutions(task: CodeTask, sandbox: Sandbox) -> dict[str, Outcome]:
-    """How the solutions that come with a task fare, by task_id: all of them should pass."""
-    with_blank = [_before_solution(problem) + problem.canonical_solution for problem in task.examples]
-    programs = [compose(problem, text) for problem, text in zip(task.examples, with_blank, strict=True)]
-    return dict(zip([p.task_id for p in task.examples], sandbox.run_all(programs), strict=True))
-
-
-def _before_solution(problem: Problem) -> str:
-    """The blanks between prompt and solution, which `compose` took off."""
-    return problem.prompt[len(problem.prompt.rstrip()) :]
 
 
 def read_humaneval() -> Task:
