@@ -5,14 +5,15 @@ with bars(True) as progress: progress("calibrating", 0.5)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
+from octad import telling
 from octad.report import terminal
 
-Report = Callable[[str, float], None]
+Report = telling.Progress
 Progress = bool | Report
-Tell = Callable[[str], None] | None
+Tell = telling.Tell | None
 
 
 @contextmanager
@@ -27,6 +28,6 @@ def bars(progress: Progress) -> Iterator[Report]:
         yield bar
 
 
-def teller(tell: Tell) -> Callable[[str], None]:
+def teller(tell: Tell) -> telling.Tell:
     """Where lines for the user go; None: nowhere."""
-    return tell if tell is not None else lambda line: None
+    return tell if tell is not None else telling.silent

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
@@ -44,11 +44,10 @@ from octad.errors import OctadError
 from octad.kernels.compile import isa
 from octad.machine import Limits, hardware
 from octad.model import cost
+from octad.telling import Progress, quiet
 
-Tell = Callable[[str, float], None]
 
-
-def run(options: BenchOptions, tell: Tell | None = None, command: str | None = None) -> dict[str, Any]:
+def run(options: BenchOptions, tell: Progress | None = None, command: str | None = None) -> dict[str, Any]:
     """Measure everything. `tell(what is running, share done)` is called all along; `command` goes into the results.
 
     Raises OctadError where the options do not fit the model, or nothing of octad's could be measured."""
@@ -59,7 +58,7 @@ def run(options: BenchOptions, tell: Tell | None = None, command: str | None = N
     texts = file_texts(options.text, tokenizer) if options.text else packaged_texts(tokenizer)
     entries, notes = line_up(options, source, device)
     turns = groups(entries, source.config, device)
-    rounds = Rounds(options, texts, Limits(device), tell or (lambda what, share: None), entries)
+    rounds = Rounds(options, texts, Limits(device), tell or quiet, entries)
     for group in turns:
         rounds.measure(group)
     if not any(entry.found for entry in entries if entry.role == "model"):
@@ -90,7 +89,7 @@ class Rounds:
     """Cell by cell, contestant by contestant, turn by turn; counts what is done."""
 
     def __init__(
-        self, options: BenchOptions, texts: Texts, limits: Limits, tell: Tell, entries: Sequence[Entry]
+        self, options: BenchOptions, texts: Texts, limits: Limits, tell: Progress, entries: Sequence[Entry]
     ) -> None:
         self.options, self.texts, self.limits, self._tell = options, texts, limits, tell
         self.total, self.done = sum(map(self._work, entries)), 0.0

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Context
 from functools import partial
@@ -33,8 +33,7 @@ from octad.checkpoint.source import TensorSource
 from octad.errors import CheckpointError
 from octad.model.config import ModelConfig
 from octad.model.families import Part
-
-Progress = Callable[[str, float], None]
+from octad.telling import Progress
 
 NEAR_COPY = 1e-3  # two experts closer than this do the same work
 RELATED = 0.5  # farther than this, a net is no fine-tune of the other

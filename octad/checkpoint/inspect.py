@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from octad.checkpoint.distance import Comparison, Progress, check_comparable, compare, compared_layers
+from octad.checkpoint.distance import Comparison, check_comparable, compare, compared_layers
 from octad.checkpoint.load import content_names
 from octad.checkpoint.names import router_name
 from octad.checkpoint.provenance import Provenance
@@ -28,6 +28,7 @@ from octad.checkpoint.source import TensorSource
 from octad.dist import dtype_name
 from octad.guard import jsonable
 from octad.model import cost
+from octad.telling import Progress
 
 if TYPE_CHECKING:
     from octad.checkpoint.gguf.reader import GGUFSource

@@ -37,6 +37,7 @@ from octad.checkpoint.shard_plan import shard_layout
 from octad.checkpoint.source import TensorInfo, TensorSource
 from octad.errors import CheckpointError, OutputError
 from octad.staging import StagedDirectory, abandoned, bytes_in, explained, space
+from octad.telling import Share
 
 PIECE_BYTES = 256 << 20  # of a tensor that is copied by several threads
 
@@ -156,7 +157,7 @@ class CheckpointWriter:
         self,
         names: Sequence[str],
         source: TensorSource,
-        progress: Callable[[float], None] = lambda done: None,
+        progress: Share = lambda done: None,
     ) -> None:
         """copy(name, source) for each name, several shards side by side; `progress` gets the share done, in this thread.
 

@@ -11,7 +11,7 @@ of one member and the calibration states.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from octad.checkpoint.names import router_name
 from octad.checkpoint.provenance import PROVENANCE, Provenance, found_at
 from octad.checkpoint.writer import CheckpointWriter
 from octad.combine.calibrate import BETWEEN, Settle, Texts, Write, forget, gate_inputs
-from octad.combine.fit import Calibration, Fitter, Progress, RouterFit, fitter_of, quiet
+from octad.combine.fit import Calibration, Fitter, RouterFit, fitter_of
 from octad.combine.journal import Journal, identity_of
 from octad.combine.members import MemberReport
 from octad.combine.mixture import MixtureSource
@@ -36,6 +36,7 @@ from octad.dist import World, compute_dtype, product_rate
 from octad.model import cost
 from octad.model.config import ModelConfig, dense_config
 from octad.model.rope import Rope
+from octad.telling import Progress, Tell, quiet, silent
 from octad.text.tokenizer import Tokenizer
 from octad.text.windows import Window
 
@@ -49,7 +50,7 @@ def combine(
     overwrite: bool = False,
     max_shard_bytes: float = DEFAULT_SHARD_BYTES,
     progress: Progress = quiet,
-    tell: Callable[[str], None] = lambda line: None,
+    tell: Tell = silent,
 ) -> Path:
     """Write the mixture of a plan to `output` (atomically) and return its path; by all processes of torchrun where there
     are several (together.py). A long run that was cut short is gone on with (journal.py). Raises OutputError,

@@ -13,7 +13,7 @@ fitted again from the calibration tokens that the mixture carries. And where mor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from octad.combine.calibration import calibration
 from octad.combine.conversion import conversions
 from octad.combine.distances import measure
 from octad.combine.editable import EditableMixture, RecordedBase, generalist_of
-from octad.combine.fit import Additive, Calibration, Fitter, Progress, fitter_of, quiet, runs_of
+from octad.combine.fit import Additive, Calibration, Fitter, fitter_of, runs_of
 from octad.combine.members import MemberReport, measured, member_report
 from octad.combine.mixture import MixtureSource
 from octad.combine.recipe import ExpertSpec, Recipe, SharedSpec
@@ -42,14 +42,10 @@ from octad.dist import compute_dtype
 from octad.errors import CheckpointError, RecipeError
 from octad.model.config import ModelConfig
 from octad.staging import StagedDirectory, alone
+from octad.telling import Progress, Tell, quiet, silent
 
 Slots = Sequence[int | None]
-Tell = Callable[[str], None]
 EXPERT_COUNTS = ("num_local_experts", "num_experts")
-
-
-def silent(line: str) -> None:
-    """Words that nobody listens to."""
 
 
 def add_expert(

@@ -26,7 +26,6 @@ from octad.combine.statistics import Statistics
 from octad.model.config import ModelConfig
 from octad.text.windows import Window
 
-Progress = Callable[[str, float], None]
 LOGISTIC_TOKENS = 65536  # of all runs together, that the logistic fit looks at in each layer
 LOGISTIC_BYTES = 256 << 20  # and at most this much of them in memory
 GENERALIST_WEIGHT = 3.0
@@ -54,10 +53,6 @@ class RouterFit:
 
     weights: list[torch.Tensor]
     statistics: Statistics | None = None
-
-
-def quiet(stage: str, done: float) -> None:
-    """A Progress that says nothing."""
 
 
 class Fitter(Protocol):

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +33,7 @@ from octad.combine.states import States
 from octad.fingerprint import digest_of
 from octad.portable import sync
 from octad.staging import bytes_in, explained, replace_file
+from octad.telling import Tell, silent
 
 if TYPE_CHECKING:
     from octad.combine.preflight import Plan
@@ -56,7 +57,7 @@ class Journal:
     """Of one run; each of several processes (`rank`) has states of its own, the first writes the rest. `tell` gets a line
     where a run goes on. `first`: the layer to begin with."""
 
-    def __init__(self, identity: str, tell: Callable[[str], None] = lambda line: None, rank: int = 0) -> None:
+    def __init__(self, identity: str, tell: Tell = silent, rank: int = 0) -> None:
         self.identity, self.tell, self.rank = identity, tell, rank
         self.first = 0
         self.place = Path()

@@ -19,11 +19,12 @@ from octad.checkpoint.originals import check_digests, original, original_base, r
 from octad.checkpoint.writer import CheckpointWriter
 from octad.combine.build import plan_provenance, recipe_record, write_and_fit, write_sidecars
 from octad.combine.editable import EditableMixture
-from octad.combine.fit import Progress, fitter_of
+from octad.combine.fit import fitter_of
 from octad.combine.preflight import Plan, inspected, opened
 from octad.combine.recipe import ExpertSpec, Recipe
 from octad.dist import compute_dtype
 from octad.errors import CheckpointError, ConfigError, RecipeError
+from octad.telling import Progress
 
 
 def recombine(

@@ -29,13 +29,14 @@ from octad.checkpoint.row_writer import RowWriter
 from octad.checkpoint.writer import CheckpointWriter
 from octad.combine.build import plan_provenance, write_sidecars
 from octad.combine.calibrate import Run, gate_inputs
-from octad.combine.fit import Fitter, Progress, RouterFit, fitter_of
+from octad.combine.fit import Fitter, RouterFit, fitter_of
 from octad.combine.journal import PLACE, Journal, identity_of
 from octad.combine.mixture import MixtureSource
 from octad.combine.preflight import Plan
 from octad.combine.states import States
 from octad.dist import World, compute_dtype
 from octad.errors import OctadError, RecipeError
+from octad.telling import Progress, Tell, silent
 
 OK, FAILED = 0, 1
 
@@ -48,7 +49,7 @@ def combine_together(
     overwrite: bool,
     max_shard_bytes: float,
     progress: Progress,
-    tell: Callable[[str], None] = lambda line: None,
+    tell: Tell = silent,
 ) -> Path:
     """Write the mixture of a plan, all ranks together. Raises as `combine` does, and RecipeError for a way to share that
     needs the text of all members in one place."""

@@ -33,10 +33,11 @@ from octad.evaluate.bootstrap import Draws, Interval
 from octad.evaluate.domains import Domains, read_domains
 from octad.evaluate.ensemble import ensemble_nats
 from octad.evaluate.heldout import Texts, read_texts
-from octad.evaluate.judge import Judge, Progress, quiet, shape_of
+from octad.evaluate.judge import Judge, shape_of
 from octad.evaluate.lineup import Entry, LineUp, line_up
 from octad.evaluate.price import Price, bytes_per_parameter, ensemble_price, model_price, oracle_price
 from octad.evaluate.results import Cache, Record
+from octad.telling import Progress, quiet
 
 __all__ = ["Comparison", "Difference", "Row", "Settings", "compare", "read_domains"]
 

@@ -45,16 +45,12 @@ from octad.machine import hardware
 from octad.model import cost
 from octad.model.config import ModelConfig, dense_config
 from octad.model.transformer import Transformer
+from octad.telling import Progress, quiet
 from octad.text.windows import Batch, batches
 
 T = TypeVar("T")
-Progress = Callable[[str, float], None]
 Within = Callable[[Callable[[], Any]], Any]
 CUDA_TOKENS_PER_BATCH = 32768
-
-
-def quiet(stage: str, done: float) -> None:
-    """Progress that nobody looks at."""
 
 
 def must_spread(source: TensorSource, world: World, asked: bool | None = None) -> bool:

@@ -8,7 +8,7 @@ Before: the source's weights in the machine's usual precision. After: what was w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,14 @@ from octad.fast.precision import Precision
 from octad.fast.saved import save_quantized
 from octad.model.transformer import Transformer
 from octad.staging import StagedDirectory
+from octad.telling import Progress, Share, quiet
 from octad.text.windows import Window
 
 Texts = Mapping[str, list[Window]]
 Bits = dict[str, tuple[float, float]]
-Progress = Callable[[str, float], None]
 
 
-def domain_bits(
-    model: Transformer, texts: Texts, progress: Callable[[float], None] = lambda done: None
-) -> dict[str, float]:
+def domain_bits(model: Transformer, texts: Texts, progress: Share = lambda done: None) -> dict[str, float]:
     """Bits per byte by domain; `progress` gets the share done."""
     bits: dict[str, float] = {}
     for done, (name, windows) in enumerate(texts.items(), 1):
@@ -45,7 +43,7 @@ def quantize_and_judge(
     name: str,
     texts: Texts,
     *,
-    progress: Progress = lambda stage, done: None,
+    progress: Progress = quiet,
     **options: Any,
 ) -> tuple[Path, Bits]:
     """save_quantized (with its `options` and errors), and where there are texts, before and after in bits per byte,

@@ -33,6 +33,7 @@ from octad.export.gguf_metadata import Form, add_metadata, gguf_form, rope_facto
 from octad.export.gguf_vocabulary import add_vocabulary, vocabulary_values
 from octad.model.families import Part
 from octad.staging import explained, refuse_inputs, space, staged_file
+from octad.telling import Progress, quiet
 
 # what the user asks for -> the types of most weights, and of embeddings and head
 TYPES: Mapping[str, tuple[str, str]] = {
@@ -69,7 +70,7 @@ def write_gguf(
     kind: str = "bf16",
     *,
     overwrite: bool = False,
-    progress: Callable[[str, float], None] = lambda stage, done: None,
+    progress: Progress = quiet,
 ) -> Path:
     """Write the source's model; returns the file, which appears whole or not at all.
 

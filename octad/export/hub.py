@@ -10,7 +10,6 @@ What a conversion would destroy is refused; what it merely rounds is measured, a
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from octad.checkpoint.writer import CheckpointWriter
 from octad.errors import CheckpointError, RequestError
 from octad.model.config import ModelConfig
 from octad.staging import refuse_inputs
+from octad.telling import Progress, quiet
 from octad.text.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -94,7 +94,7 @@ def export_hub(
     *,
     overwrite: bool = False,
     max_shard_bytes: float = 5e9,
-    progress: Callable[[str, float], None] = lambda stage, done: None,
+    progress: Progress = quiet,
 ) -> Rounding:
     """Write the model with the changes; the directory appears whole or not at all. Returns what converting changed.
 

@@ -15,7 +15,7 @@ Shapes: N tokens, R of them of one expert, D model, F feed-forward hidden, K inp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -31,6 +31,7 @@ from octad.kernels.packed import dequantize
 from octad.kernels.packing import quick_quantize
 from octad.model.moe import MLP, Experts, MoE
 from octad.model.transformer import DecoderLayer
+from octad.telling import Share
 from octad.text.windows import Window, batches
 
 Rounded = tuple[str, torch.Tensor, torch.Tensor]  # name, unsigned integers [O, K], scales [O, G]
@@ -42,7 +43,7 @@ def calibrated(
     source: TensorSource,
     schemes: Schemes,
     windows: Sequence[Window],
-    progress: Callable[[float], None] = lambda done: None,
+    progress: Share = lambda done: None,
 ) -> Iterator[Rounded]:
     """Every weight of the feed-forward nets, rounded; `progress` gets the share done."""
     model = empty_model(source.config)

@@ -43,6 +43,7 @@ from octad.kernels.packing import quick_pack, quick_pack_raw, quick_quantize
 from octad.kernels.panels import GROUPS
 from octad.model.config import ModelConfig
 from octad.staging import refuse_inputs
+from octad.telling import Progress, quiet
 from octad.text.windows import Window
 
 CARD, COPIED = "README.md", (PROVENANCE, "generation_config.json")
@@ -60,7 +61,7 @@ def save_quantized(
     *,
     overwrite: bool = False,
     max_shard_bytes: float = 5e9,
-    progress: Callable[[str, float], None] = lambda stage, done: None,
+    progress: Progress = quiet,
     judge: Callable[[Path], Bits] | None = None,
     records: bool = True,
     windows: Sequence[Window] = (),

@@ -8,7 +8,7 @@ Layer by layer, as probe.py says; each is forgotten before the next one comes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple, cast
 
 import torch
@@ -26,6 +26,7 @@ from octad.kernels.packed import Packed
 from octad.kernels.packing import quick_pack
 from octad.model.moe import MLP, Experts, MoE
 from octad.model.transformer import DecoderLayer, Transformer
+from octad.telling import Share
 
 
 class _Net(NamedTuple):
@@ -38,7 +39,7 @@ class _Net(NamedTuple):
 
 @torch.no_grad()
 def uncalibrated(
-    source: TensorSource, schemes: Schemes, progress: Callable[[float], None] = lambda done: None
+    source: TensorSource, schemes: Schemes, progress: Share = lambda done: None
 ) -> Iterator[Rounded]:
     """Every weight of the feed-forward nets, rounded; `progress` gets the share done."""
     model = empty_model(source.config)

@@ -31,6 +31,7 @@ from octad.figures import duration
 from octad.model import cost
 from octad.project.layout_text import BRANCH, DOMAINS, RECIPE, TUNE
 from octad.project.stages import Record, domains_key, key_of, refuse_foreign, text_key
+from octad.telling import quiet
 from octad.train.branch import train_specialist
 from octad.train.forecast import branch_seconds, check_text
 from octad.train.run_config import BranchConfig, SpecialistSpec, load_branch, load_config
@@ -47,7 +48,7 @@ class Road:
     tokens: int
     record: Record
     say: Callable[[str], None]
-    bar: Report = lambda stage, done: None
+    bar: Report = quiet
     judge: bool = True
     pace: float | None = None
     expected: dict[str, float] = field(default_factory=dict)

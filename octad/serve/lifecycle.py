@@ -30,6 +30,7 @@ from octad.errors import OctadError, RequestError
 from octad.figures import percent
 from octad.serve.limits import Limits, patient_protocol
 from octad.serve.replies import ApiError
+from octad.telling import Progress
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from octad.engine.llm import LLM
 
 DRAIN_SECONDS = 60.0
-Tell = Callable[[str, float], None]  # the stage, and the share of the work that is done
 log = logging.getLogger("octad.serve")
 
 
@@ -87,7 +87,7 @@ class ServerState:
 
 
 def start_loading(
-    state: ServerState, load: Callable[[Tell], LLM], ready: Callable[[LLM], None]
+    state: ServerState, load: Callable[[Progress], LLM], ready: Callable[[LLM], None]
 ) -> threading.Thread:
     """Open the model on a thread of its own, make a first token, then call `ready` and say so."""
 

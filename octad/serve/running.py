@@ -36,7 +36,7 @@ from octad.serve.served_report import PATH, ServedReport
 if TYPE_CHECKING:
     from octad.checkpoint.source import TensorSource
     from octad.engine.llm import LLM
-    from octad.serve.lifecycle import Tell
+    from octad.telling import Progress
 
 log = logging.getLogger("octad.serve")
 TURN = 0.001  # seconds after which the engine's thread lets the event loop have Python; a fifth of what it would be
@@ -81,7 +81,7 @@ def own_engine(
     source = _opened(model)
     app = Application(ModelNames.now(names), door.access, max_queue=max_queue, timeout=door.seconds)
 
-    def work(tell: Tell) -> LLM:
+    def work(tell: Progress) -> LLM:
         """Opened on the loading thread."""
         tell("reading the weights", 0.1)
         return load()

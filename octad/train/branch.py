@@ -27,6 +27,7 @@ from octad.dist import World
 from octad.errors import OctadError, RecipeError
 from octad.fast.weights import bare_model, fill_from
 from octad.model.transformer import Transformer
+from octad.telling import Progress, quiet
 from octad.train.export import Changes, common_files, write_adapter, write_trained
 from octad.train.learner import Learner, changes_of, choose, compute_settings
 from octad.train.lowrank import add_low_rank, low_rank_deltas, start_from
@@ -35,7 +36,6 @@ from octad.train.trainer import Outcome, Trainer, TrainingStopped
 
 FFN_TARGETS = tuple(f"{part}_proj" for part in PARTS)
 ALL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", *FFN_TARGETS)
-Progress = Callable[[str, float], None]
 LEARNING = {"ffn-adapter": "lora_", "adapter": "lora_", "ffn": r"\.mlp\.", "full": ""}
 
 
@@ -44,7 +44,7 @@ def branch(
     output: Path,
     *,
     echo: Callable[[str], None],
-    progress: Progress = lambda name, done: None,
+    progress: Progress = quiet,
     only: str | None = None,
 ) -> Outcome:
     """Train all specialists that are not finished yet, or `only` one. `progress` gets a name and the share done, 0 to 1.

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from octad.errors import OctadError, RecipeError
+from octad.telling import Progress, quiet
 from octad.text.documents import optional
-from octad.train.branch import Progress, chosen, raise_failed, train_specialist
+from octad.train.branch import chosen, raise_failed, train_specialist
 from octad.train.run_config import BranchConfig, RaySpec, SpecialistSpec
 from octad.train.signals import StopRequest, Throttle
 from octad.train.trainer import Outcome, TrainingStopped
@@ -73,7 +74,7 @@ def fan_out(
     output: Path,
     *,
     echo: Callable[[str], None],
-    progress: Progress = lambda name, done: None,
+    progress: Progress = quiet,
     only: str | None = None,
 ) -> Outcome:
     """What branch.branch does, in parallel. Raises TrainingStopped naming those that failed, RecipeError, DataError."""

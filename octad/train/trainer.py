@@ -32,6 +32,7 @@ from octad.kernels.passes import not_native
 from octad.model.balance import LoadStatistics
 from octad.model.cost import parameters
 from octad.staging import explained
+from octad.telling import Share, Tell, silent
 from octad.text.windows import Window, read_windows
 from octad.train.compiled import compile_model
 from octad.train.data import Batch, Source, Stream
@@ -71,10 +72,10 @@ class Trainer:
 
     Raises OutputError where the run is finished already, CheckpointError where its state belongs to another config."""
 
-    def __init__(self, learner: Learner, run: Path, echo: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(self, learner: Learner, run: Path, echo: Tell = silent) -> None:
         self.learner, self.config, self.run, self.world = learner, learner.config, run, World.join()
-        self.echo = echo if self.world.leads else lambda line: None
-        self.progress: Callable[[float], None] = lambda done: None  # gets the share of the steps done
+        self.echo = echo if self.world.leads else silent
+        self.progress: Share = lambda done: None  # gets the share of the steps done
         self.stops: Callable[[], bool] = lambda: False  # asked before each step, beside the signals
         self.model = learner.model.train()
         self.dtype, self.device = compute_settings(self.config)

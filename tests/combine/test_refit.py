@@ -18,7 +18,6 @@ from octad.checkpoint.views import ExpertView
 from octad.combine import build
 from octad.combine.build import combine
 from octad.combine.calibrate import gate_inputs
-from octad.combine.fit import quiet
 from octad.combine.mixture import MixtureSource
 from octad.combine.preflight import preflight
 from octad.combine.recipe import Recipe, SharedSpec
@@ -26,6 +25,7 @@ from octad.combine.refit import Refit, Sums, fit_and_choose, ridge
 from octad.combine.together import combine_together
 from octad.dist import World as Processes
 from octad.errors import DataError, RecipeError
+from octad.telling import quiet
 from octad.text.windows import Window
 
 PLAIN = {"method": "ridge", "tokens": 600}

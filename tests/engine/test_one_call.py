@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from recording import recording
 from tiny import GREEDY, byte_tokenizer, ids, load, make_engine, prompts, run
 from tiny_models import TinyCheckpoint
 
@@ -14,7 +15,7 @@ from octad.engine.params import SamplingParams
 from octad.fast.native_modules import native_attention
 from octad.fast.optimize import native_kernels, optimize
 from octad.model.moe import FixedRouter
-from octad.model.observe import recording, said
+from octad.model.observe import said
 from octad.model.transformer import Transformer
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

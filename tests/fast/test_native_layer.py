@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernel_builds import emulations, kernels_of
+from recording import recording
 from tiny import load
 from tiny_models import FAMILIES, TinyCheckpoint
 from torch import nn
@@ -23,7 +24,6 @@ from octad.kernels.native import NativeKernels
 from octad.kernels.packed import linear_reference
 from octad.kernels.paged import PagedBatch, paged_attention_reference
 from octad.model.moe import FixedRouter, MoE, Router
-from octad.model.observe import recording
 from octad.model.paged_cache import BlockPool, PagedCache
 from octad.model.transformer import Transformer
 

@@ -141,13 +141,13 @@ def form(name: str, field: str) -> Read:
     def read(d: Path) -> None:
         import torch
 
-        from octad.cli.answering import _text_of
         from octad.engine.params import StructuredOutput
         from octad.engine.structured import GrammarCompiler
+        from octad.guard import read_text
         from octad.text.tokenizer import Tokenizer
 
         tokenizer = Tokenizer.from_directory(d / "base")
-        spec = StructuredOutput(**{field: _text_of(d / name)})
+        spec = StructuredOutput(**{field: read_text(d / name)})
         matcher = GrammarCompiler(tokenizer, tokenizer.eos_ids).compile(spec)
         for _ in range(8):
             logits = torch.arange(float(tokenizer.vocab_size))
@@ -166,10 +166,10 @@ def keys(d: Path) -> None:
 
 def requirements(d: Path) -> None:
     """What --require says."""
-    from octad.cli.answering import _text_of
     from octad.evaluate.requirements import parse
+    from octad.guard import read_text
 
-    parse(_text_of(d / "require.txt"))
+    parse(read_text(d / "require.txt"))
 
 
 # ---- over HTTP -------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from octad.engine.llm import LLM
@@ -21,6 +21,7 @@ from octad.evaluate.tasks.scores import Measured
 from octad.evaluate.tasks.task import GenerateTask, Prompt
 from octad.evaluate.tasks.work import Work
 from octad.guard import matches
+from octad.telling import Share
 
 PUNCTUATION = " \t\n.,;:!?…\"'`’‘“”«»()[]{}*_"
 
@@ -29,7 +30,7 @@ def write(
     llm: LLM,
     prompts: Sequence[str | Sequence[int]],
     params: SamplingParams | Sequence[SamplingParams],
-    progress: Callable[[float], None] = lambda done: None,
+    progress: Share = lambda done: None,
 ) -> list[list[str]]:
     """The answers to each prompt (a text, or its ids), in order. Prompts lose their beginning where the context is too
     short for both; a seed is mixed with the prompt's number, so that no two share their draws."""

@@ -13,7 +13,7 @@ Shapes: B pairs, S positions, P positions of continuations, D model, V vocabular
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ import torch
 from octad.errors import DataError
 from octad.evaluate.nats import head_rows
 from octad.model.transformer import Transformer
+from octad.telling import Share
 from octad.text.tokenizer import Tokenizer
 from octad.text.windows import Window, batches
 
@@ -56,7 +57,7 @@ def log_likelihoods(
     pairs: Sequence[Pair],
     *,
     tokens_per_batch: int = 4096,
-    progress: Callable[[float], None] = lambda done: None,
+    progress: Share = lambda done: None,
 ) -> list[Likelihood]:
     """One for each pair, in their order. What is longer than the model's context loses its beginning.
 

@@ -34,9 +34,9 @@ from octad.evaluate.tasks.writing import (
     measure_continuation,
 )
 from octad.sandbox.run import Sandbox
+from octad.telling import Progress, quiet
 
 HUMAN = "human text"
-Progress = Callable[[str, float], None]
 
 
 @dataclass
@@ -87,7 +87,7 @@ def run_tasks(
     samples: int | None = None,
     weak_sandbox: bool = False,
     dtype: str = "auto",
-    progress: Progress = lambda stage, done: None,
+    progress: Progress = quiet,
 ) -> list[dict[str, Any]]:
     """The rows of all tasks. `limit`: the first so many examples of each; `samples`: answers to each programming problem.
 

@@ -6,17 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from octad.sandbox.run import Sandbox
-
-
-def _nobody(done: float) -> None:
-    pass
+from octad.telling import Share
 
 
 @dataclass(frozen=True)
 class Work:
     """`progress` gets the share done, 0 to 1; `make_sandbox` is called by tasks that run programs."""
 
-    progress: Callable[[float], None] = _nobody
+    progress: Share = lambda done: None
     make_sandbox: Callable[[], Sandbox] = field(default=Sandbox)
 
     def part(self, start: float, end: float) -> Work:
