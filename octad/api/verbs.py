@@ -209,7 +209,8 @@ def branch(
     carry_out, asked = fan_out if ray else in_turn, chosen(loaded, only)
     check_text(loaded, asked)
     if not ray and (seconds := branch_seconds(loaded, asked)) > WORTH_SAYING:
-        say(f"{len(asked)} specialists of {loaded.base}: about {duration(seconds)} for all their steps")
+        many = f"{len(asked)} specialist{'s' * (len(asked) != 1)}"
+        say(f"{many} of {loaded.base}: about {duration(seconds)} for all steps")
     with bars(progress) as bar:
         outcome = carry_out(loaded, run, echo=say, progress=bar, only=only)
     finished = outcome is Outcome.FINISHED

@@ -46,7 +46,7 @@ from octad.train.run_config import BranchConfig
 
 MINUTES = 10.0
 WINDOW = 256  # tokens of a step, in one window: short, so that a few minutes are some tens of steps
-ROUTER_TOKENS, CONVERSATIONS = 3072, "generalist: 8"  # the base speaks in its conversations
+ROUTER_TOKENS, CONVERSATIONS = 2048, "generalist: 8"  # the base speaks in its conversations
 JUDGED = {"quick": (320, 64), "full": (4096, 512), "none": (0, 0)}  # tokens of each kind of text, window
 ROUNDED = "int8"  # the mixture is judged and asked so: half the memory, nearly as exact
 
@@ -214,13 +214,14 @@ def _seen(output: Path, texts: Texts, expert: Expert) -> str:
 def announce(project: Project, costs: Costs) -> None:
     """What will happen, how long it takes, and what room it needs."""
     names = [expert.name for expert in project.specialists]
+    judging = f", judging {duration(costs.judging)}" if costs.judging else ""
     talking = (
         f" Before them the base answers questions, about {duration(costs.talking)}." if costs.talking else ""
     )
     tell(
         f"{listed(names)}: a specialist each, {counted(project.steps, 'step')} of {project.window * project.windows}"
         f" tokens, about {duration(costs.specialist)} each by a step that was measured ({duration(costs.step)})."
-        f"{talking} Combining takes about {duration(costs.combining)}, judging {duration(costs.judging)}: about"
+        f"{talking} Combining takes about {duration(costs.combining)}{judging}: about"
         f" {duration(costs.total)} in all."
     )
     tell(

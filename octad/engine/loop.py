@@ -299,6 +299,13 @@ class Stream(Iterator["Delta"], AsyncIterator["Delta"]):
                 self._wakers.append(waker)
             return self._over
 
+    def ends_within(self, seconds: float) -> bool:
+        """Whether it has ended, after so long at most."""
+        woken = threading.Event()
+        if not self._over and seconds and not self._ended(woken.set):
+            woken.wait(seconds)
+        return self._over
+
     def output(self) -> RequestOutput:
         """Everything, once it is finished; blocks until then. Raises what the engine's step raised."""
         self._wait(self._ended)

@@ -5,6 +5,8 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ from members import make_base
 from peft import PeftModel
 
 from octad.engine.llm import LLM
+from octad.engine.loop import Stream
 from octad.engine.params import SamplingParams
 from octad.errors import DataError, RequestError, SandboxError
 from octad.evaluate.tasks import humaneval, writing
-from octad.evaluate.tasks.answers import is_right, normalise, write
+from octad.evaluate.tasks.answers import _share, is_right, normalise, write
 from octad.evaluate.tasks.choice import measure_choice
 from octad.evaluate.tasks.entrants import lineup
 from octad.evaluate.tasks.humaneval import measure_code
@@ -140,6 +143,20 @@ def test_write_is_the_engines_answer_in_order(llm: LLM) -> None:
     assert write(llm, prompts, params, told.append) == [[text] for text in alone]
     assert told[-1] == 1.0
     assert not llm.engine.requests
+
+
+def test_how_far_all_are_is_told_by_tokens(llm: LLM) -> None:
+    """They run side by side: one that has ended says nothing of how far the others are."""
+    short = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    long = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    with closing(llm.submit("one", short)) as ended:
+        text = ended.output().outputs[0].text
+        with closing(llm.submit("one", replace(short, stop=(text[2:4],)))) as stopped:
+            said = len(stopped.output().outputs[0].token_ids)
+            going_on = Stream(llm.loop, "another", 1, keep=False)
+            assert 0 < said < 8
+            assert _share([ended, stopped], [short, short], 8 + said) == 1.0
+            assert _share([stopped, going_on], [short, long], said + 12) == 20 / 32
 
 
 def test_write_shortens_what_does_not_fit_and_forgets_what_it_began(llm: LLM) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from octad.engine.llm import LLM
+from octad.engine.loop import Stream
 from octad.engine.params import SamplingParams, mix_seed
 from octad.errors import DataError
 from octad.evaluate.tasks.scores import Measured
@@ -23,6 +24,7 @@ from octad.evaluate.tasks.work import Work
 from octad.guard import matches
 from octad.telling import Share
 
+PULSE = 1.0  # seconds between two looks at how far all of them are
 PUNCTUATION = " \t\n.,;:!?…\"'`’‘“”«»()[]{}*_"
 
 
@@ -35,23 +37,35 @@ def write(
     """The answers to each prompt (a text, or its ids), in order. Prompts lose their beginning where the context is too
     short for both; a seed is mixed with the prompt's number, so that no two share their draws."""
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-    streams, texts, done, total = [], list[list[str]](), 0, sum(own.n for own in each)
+    streams, texts = list[Stream](), list[list[str]]()
+    begun = llm.engine.stats.generated_tokens
     try:
         for number, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
             room = max(1, llm.engine.max_model_len - (own.max_tokens or 1))
             seeded = own if own.seed is None else replace(own, seed=mix_seed(own.seed, number))
             tokens = llm.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
             streams.append(llm.submit(tokens[-room:], seeded, deltas=False))
-        for stream, own in zip(streams, each, strict=True):
+        for stream in streams:
+            while not stream.ends_within(PULSE):
+                progress(_share(streams, each, llm.engine.stats.generated_tokens - begun))
             output = stream.output()
             output.check()
             texts.append([answer.text for answer in output.outputs])
-            done += own.n
-            progress(done / total)
+        progress(1.0)
         return texts
     finally:
         for stream in streams:
             stream.close()
+
+
+def _share(streams: Sequence[Stream], each: Sequence[SamplingParams], written: int) -> float:
+    """How much is done of the most that may be written, `written` tokens by now: all run side by side, so that those that
+    have ended say little of those that go on."""
+    most = sum(own.n * (own.max_tokens or 1) for own in each)
+    ended = [(s, own) for s, own in zip(streams, each, strict=True) if s.ends_within(0)]
+    saved = sum(own.n * (own.max_tokens or 1) for _, own in ended)
+    saved -= sum(len(answer.token_ids) for s, _ in ended for answer in s.output().outputs)
+    return min(1.0, (written + saved) / most)
 
 
 def measure_answers(llm: LLM, task: GenerateTask, work: Work | None = None) -> list[Measured]:
