@@ -237,7 +237,7 @@ def explained(directory: Path, needed: int | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        parent = directory.parent
+        parent = next((path for path in directory.parents if os.path.exists(path)), directory)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(f"{directory}: the disk is full: {space(parent, needed)}") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -246,6 +246,10 @@ def explained(directory: Path, needed: int | None = None) -> Iterator[None]:
             raise OutputError(
                 f"{directory}: another process has written it meanwhile; choose another -o or remove it"
             ) from error
+        if (
+            error.errno is None
+        ):  # of a library that found less written than it gave, as NumPy does, but not why
+            raise OutputError(f"{directory}: cannot be written ({error}): {space(parent, needed)}") from error
         raise OutputError(f"{directory}: cannot be written: {error.strerror or error}") from error
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from octad import staging
 from octad.errors import OutputError
-from octad.staging import StagedDirectory, recover, refuse_inputs, replace_file
+from octad.staging import StagedDirectory, explained, recover, refuse_inputs, replace_file
 
 
 class Killed(BaseException):
@@ -169,6 +169,16 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: Any,
             replace_file(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_what_numpy_says_of_a_short_write_is_said_with_the_space_that_there_is(tmp_path: Path) -> None:
+    """It has no number of the system's, so a full disk was "16448 requested and 14592 written"."""
+    short = r"a\.gguf: cannot be written \(9 requested and 4 written\): .* bytes are free"
+    with pytest.raises(OutputError, match=short), explained(tmp_path / "none" / "a.gguf"):
+        raise OSError("9 requested and 4 written")
+    there = f"no permission to write in {tmp_path}$"  # and not in what is not
+    with pytest.raises(OutputError, match=there), explained(tmp_path / "none" / "a.gguf"):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------

@@ -107,7 +107,11 @@ def _listed(given: Any, key: str) -> list[Any]:
 def _checked(tool: Any, place: int) -> Mapping[str, Any]:
     function = tool.get("function") if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or tool.get("type", "function") != "function":
-        raise ApiError(400, f"tools[{place}]: should be an object of type 'function'", param="tools")
+        raise ApiError(
+            400,
+            f"tools[{place}]: should be an object of type 'function', with an object under 'function'",
+            param="tools",
+        )
     name, parameters = function.get("name"), function.get("parameters")
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.:-]{1,128}", name):
         raise ApiError(

@@ -44,6 +44,10 @@ PACKED = {  # how a compressed file begins, whatever it is called: what packed i
     b"PK\x03\x04": ("zip", ""),
     b"PAR1\x15": ("Parquet", ".parquet"),
 }
+WIDE = {  # byte-order marks, the longer ones first, which begin like the others
+    (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE): "UTF-32",
+    (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE): "UTF-16",
+}
 CHUNK = 1 << 16  # characters of a list of objects taken at a time
 _BLANK = re.compile(r"[\s,]*")
 
@@ -138,8 +142,9 @@ class _ZstdErrors(io.RawIOBase):
 
 def _decoded(raw: bytes, where: str, *, whole: bool = True) -> str:
     """UTF-8 as text; where that is not the whole, its last character may be cut."""
-    if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        raise DataError(f"{where}: not UTF-8 text but UTF-16; convert it first")
+    for marks, name in WIDE.items():
+        if raw.startswith(marks):
+            raise DataError(f"{where}: not UTF-8 text but {name}; convert it first")
     try:
         return codecs.getincrementaldecoder("utf-8-sig")().decode(raw, final=whole)
     except UnicodeDecodeError as error:
@@ -175,7 +180,7 @@ def _lines(stream: io.BufferedIOBase, path: Path) -> Iterator[tuple[str, Any]]:
     number, line = 1, _line(stream, f"{path} line 1").removeprefix(codecs.BOM_UTF8)
     while line:
         if line.strip():
-            yield f"{path} line {number}", _parsed(line, f"{path} line {number}")
+            yield f"{path} line {number}", _parsed_line(line, f"{path} line {number}")
         number += 1
         line = _line(stream, f"{path} line {number}")
 
@@ -190,6 +195,15 @@ def _line(stream: io.BufferedIOBase, where: str, *, whole: bool = False) -> byte
 def _parsed(text: bytes | str, where: str) -> Any:
     text = _decoded(text.strip(), where) if isinstance(text, bytes) else text
     return parse_json(text, where, DataError, complaint="not JSON", prose=True)
+
+
+def _parsed_line(line: bytes, where: str) -> Any:
+    try:
+        return _parsed(line, where)
+    except DataError as error:
+        if "(char " not in str(error):  # what is wrong has no place in the line: it is not the form
+            raise
+        raise DataError(f"{error}; give one object a line, or all of a list in a file .json") from None
 
 
 def _listed(stream: io.BufferedIOBase, path: Path) -> Iterator[tuple[str, Any]]:

@@ -53,7 +53,8 @@ def from_row(value: Any, where: str, field: str) -> Document:
             f"{where}: {field!r} should be a text, found {_kind(row[field])}; leave such rows out"
         )
     wanted = f"an object with {field!r} or 'messages' ('conversations', 'instruction' and 'output')"
-    raise DataError(f"{where}: expected {wanted}, found {found[:200]}; set field:")
+    fix = "set field: to the column that has the text" if row else "give each row as such an object"
+    raise DataError(f"{where}: expected {wanted}, found {found[:200]}; {fix}")
 
 
 def _kind(value: Any) -> str:

@@ -316,3 +316,24 @@ def test_a_table_of_parquet_under_another_name_and_what_is_packed_twice(tmp_path
     for name, said in (("a.jsonl", "Parquet"), ("a.jsonl.gz", "gzip")):
         with pytest.raises(DataError, match=said):
             list(read_documents(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [json.dumps(OBJECTS, indent=1), "".join(map(json.dumps, OBJECTS)), ",\n".join(map(json.dumps, OBJECTS))],
+    ids=["a list over lines", "without line ends", "parted by commas"],
+)
+def test_what_is_json_but_not_by_lines_is_told_how(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(DataError, match=r"a.jsonl line 1: not JSON: .*give one object a line, or .* \.json$"):
+        list(read_documents(tmp_path / "a.jsonl"))
+    (tmp_path / "a.jsonl").write_text(json.dumps(OBJECTS))
+    with pytest.raises(DataError, match="found list; give each row as such an object"):
+        list(read_documents(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_a_wide_encoding_is_called_by_its_name(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.txt").write_text("sea", encoding=encoding)
+    with pytest.raises(DataError, match=f"not UTF-8 text but {encoding.upper()}; convert"):
+        list(read_documents(tmp_path / "a.txt"))
