@@ -60,13 +60,8 @@ def export(
     from octad.dist import keep_freed_memory
     from octad.export.hub import Changes, member_source
 
-    if to not in FORMS:
-        raise RequestError(f"--to: found {to!r}, allowed: {', '.join(FORMS)}")
-    if engine is not None and engine not in ENGINES:
-        raise RequestError(f"--for: found {engine!r}, known: {', '.join(ENGINES)}")
-    _refuse_unused(
-        to, quantize=quantize, dtype=dtype, untie=untie, top_k=top_k, engine=engine, shard_size=shard_size
-    )
+    given: dict[str, Any] = {"quantize": quantize, "dtype": dtype, "untie": untie, "top_k": top_k}
+    _refuse(to, given | {"engine": engine, "shard_size": shard_size})
     untie = untie or engine == "sglang"
     limit = shard_bytes(5.0 if shard_size is None else shard_size)
     keep_freed_memory()
@@ -176,8 +171,12 @@ def _text_to_round_for(
     return chosen
 
 
-def _refuse_unused(to: str, **given: object) -> None:
-    """What this form has no use for is refused. Raises RequestError."""
+def _refuse(to: str, given: Mapping[str, Any]) -> None:
+    """Raises RequestError for a form or an engine that there is not, and for an option that the form has no use for."""
+    if to not in FORMS:
+        raise RequestError(f"--to: found {to!r}, allowed: {', '.join(FORMS)}")
+    if (engine := given["engine"]) is not None and engine not in ENGINES:
+        raise RequestError(f"--for: found {engine!r}, known: {', '.join(ENGINES)}")
     used = {
         "hf": ("dtype", "untie", "top_k", "engine", "shard_size"),
         "gguf": ("quantize",),

@@ -22,9 +22,10 @@ from octad.checkpoint.hub_card import hub_facts
 from octad.checkpoint.names import router_name
 from octad.checkpoint.provenance import PROVENANCE, Provenance, found_at
 from octad.checkpoint.writer import CheckpointWriter
-from octad.combine.calibrate import BETWEEN, Settle, Texts, Write, forget, gate_inputs
+from octad.combine.calibrate import BETWEEN, Settle, Texts, gate_inputs
 from octad.combine.fit import Calibration, Fitter, RouterFit, fitter_of
 from octad.combine.journal import Journal, identity_of
+from octad.combine.layer_parts import Write, forget
 from octad.combine.members import MemberReport
 from octad.combine.mixture import MixtureSource
 from octad.combine.preflight import Plan

@@ -28,12 +28,22 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from octad.checkpoint.names import EMBEDDING, PARTS, expert_name, is_ffn, tensor_plan
 from octad.checkpoint.source import TensorSource
+from octad.combine.layer_parts import (
+    Write,
+    blocks_of_rows,
+    dense_mlp,
+    embedded,
+    expert_bytes,
+    expert_names,
+    forget,
+    read_all,
+    shared_block,
+    shared_names,
+)
 from octad.combine.states import States
 from octad.dist import one_thread_each
 from octad.errors import CheckpointError
-from octad.model.config import ModelConfig, dense_config
 from octad.model.moe import MLP
 from octad.model.rope import Rope
 from octad.model.transformer import DecoderLayer, RMSNorm
@@ -46,16 +56,8 @@ Settle = Callable[[int, Rope, Texts], None]
 Refit = Callable[[int, int, DecoderLayer, Rope, Texts], None]
 BETWEEN = -1  # in the place of a run's number: all runs have passed the layer
 SINGLY = 2 << 30  # bytes of an expert in memory, beyond which its matrices are read one after the other
-BLOCK_BYTES = 128 << 20  # of the rows of such a matrix that are in memory at a time
 READ_AHEAD = 64 << 20  # bytes of an expert up to which the next one is read while one is at work
 BATCH_TOKENS = 512  # more are no faster; fewer windows differ less in length: less padding
-
-
-class Write(Protocol):
-    """Who gets what was read: a tensor, or its rows from number `first` on."""
-
-    def __call__(self, name: str, tensor: torch.Tensor, first: int = 0, /) -> None:
-        """Rows of one tensor come in order."""
 
 
 class Passage(Protocol):
@@ -82,10 +84,6 @@ class Run:
     def mass(self) -> float:
         """The sum of its tokens' weights."""
         return self.weight * sum(len(w.ids) for w in self.windows)
-
-
-def forget(name: str, tensor: torch.Tensor, first: int = 0) -> None:
-    """A Write that does nothing with what was read."""
 
 
 @torch.no_grad()
@@ -213,11 +211,6 @@ class _Running:
         return layer, self.number, _finite(torch.cat([job.result() for job in self.jobs]), layer, self.path)
 
 
-def expert_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """One expert of one layer in memory."""
-    return 3 * config.hidden_size * config.moe_intermediate_size * dtype.itemsize
-
-
 @torch.no_grad()  # threads have to be told each
 def _advance(
     block: DecoderLayer, mlp: MLP | None, rope: Rope, states: States, number: int, batch: Batch
@@ -245,7 +238,7 @@ def _through_singly(
     What lies between its products is kept for all of them, in a file where it is much. The operations are MLP's."""
 
     def rows(part: str) -> Iterator[torch.Tensor]:
-        return _blocks_of_rows(source, names[f"{part}_proj.weight"], dtype, write)
+        return blocks_of_rows(source, names[f"{part}_proj.weight"], dtype, write)
 
     down = source.info(names["down_proj.weight"]).shape
     tokens = sum(states[place].shape[:2].numel() for place in places)
@@ -256,9 +249,7 @@ def _through_singly(
         parts: dict[int, list[int]] = {place: [] for place in places}  # of F, one from every block
         for gate_fD, up_fD in zip(rows("gate"), rows("up"), strict=True):
             for place in places:
-                x_BSD = norm(
-                    states[place]
-                )  # anew for each block of rows: kept, it would take as much as the states
+                x_BSD = norm(states[place])  # each time: kept, it would take as much room as the states
                 y_BSf = F.silu(F.linear(x_BSD, gate_fD)) * F.linear(x_BSD, up_fD)
                 parts[place].append(between.append(y_BSf))
         added: dict[int, list[int]] = {place: [] for place in places}  # of D
@@ -274,23 +265,6 @@ def _joined(states: States, numbers: Sequence[int]) -> torch.Tensor:
     return states[numbers[0]] if len(numbers) == 1 else torch.cat([states[n] for n in numbers], -1)
 
 
-def _blocks_of_rows(
-    source: TensorSource, name: str, dtype: torch.dtype, write: Write
-) -> Iterator[torch.Tensor]:
-    """A matrix in `dtype`, some rows at a time (until the next are asked for), cut alike for all of one shape: where it
-    lies on the disk as it is these alone are read, else it is made whole. What is read goes to `write` first."""
-    height, width = source.info(name).shape
-    extent, most = source.extent(name), max(1, BLOCK_BYTES // (width * dtype.itemsize))
-    if extent is None or height <= most:
-        yield from torch.split(read_all(source, {name: name}, dtype, write)[name], most)
-        return
-    held = torch.empty(most, width, dtype=dtype)  # once: fresh memory costs more than what is done with it
-    for first in range(0, height, most):
-        block = extent.part(first * width, (min(most, height - first), width)).read(past=True)
-        write(name, block, first)
-        yield held[: len(block)].copy_(block)
-
-
 def _finite(x_ND: torch.Tensor, layer: int, path: int) -> torch.Tensor:
     """The same. Raises CheckpointError where it holds what is no number: nothing can be fitted on that."""
     if not x_ND.sum(dtype=torch.float32).isfinite():
@@ -299,63 +273,3 @@ def _finite(x_ND: torch.Tensor, layer: int, path: int) -> torch.Tensor:
             " its weights or the base's are damaged, or too large for this precision"
         )
     return x_ND
-
-
-def embedded(
-    source: TensorSource, texts: Sequence[Batch], dtype: torch.dtype, write: Write = forget
-) -> Callable[[Batch], torch.Tensor]:
-    """The function from a batch of these texts to its embeddings, h_BSD. Of a table on disk only their rows are read."""
-    ids = torch.tensor(sorted({i for batch in texts for i in batch.tokens.flatten().tolist()}))
-    if len(ids) and int(ids[-1]) >= source.config.vocab_size:
-        raise CheckpointError(
-            f"{source.label}: token {int(ids[-1])} has no row: the embeddings have {source.config.vocab_size}"
-        )
-    if (extent := source.extent(EMBEDDING)) is not None:
-        width = source.config.hidden_size
-        rows = extent.blocks((ids * width).tolist(), width).to(dtype)
-    else:
-        table = source.read(EMBEDDING)
-        write(EMBEDDING, table)
-        rows = table[ids].to(dtype)
-    return lambda batch: rows[torch.searchsorted(ids, batch.tokens)]
-
-
-def read_all(
-    source: TensorSource, names: Mapping[str, str], dtype: torch.dtype, write: Write
-) -> dict[str, torch.Tensor]:
-    """Read the named tensors, hand each on to be written, and give them in `dtype` under their keys."""
-    found = {}
-    for key, name in names.items():
-        tensor = source.read(name)
-        write(name, tensor)
-        found[key] = tensor.to(dtype)
-    return found
-
-
-def shared_names(config: ModelConfig, layer: int) -> dict[str, str]:
-    """The tensors of a layer that all experts share, by their names inside it: norms and attention."""
-    prefix = f"model.layers.{layer}."
-    names = tensor_plan(dense_config(config))
-    return {n.removeprefix(prefix): n for n in names if n.startswith(prefix) and not is_ffn(n)}
-
-
-def expert_names(config: ModelConfig, layer: int, expert: int) -> dict[str, str]:
-    """The tensors of one expert, by their names in a dense feed-forward network."""
-    return {f"{part}_proj.weight": expert_name(config.model_type, layer, expert, part) for part in PARTS}
-
-
-def shared_block(config: ModelConfig, layer: int, tensors: Mapping[str, torch.Tensor]) -> DecoderLayer:
-    """The shared part of one layer, or all of a dense model's but its feed-forward network, which stays on the meta
-    device."""
-    with torch.device("meta"):
-        block = DecoderLayer(dense_config(config) if config.is_moe else config, layer)
-    block.load_state_dict(tensors, strict=False, assign=True)
-    return block
-
-
-def dense_mlp(config: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> MLP:
-    """One expert as a dense feed-forward network."""
-    with torch.device("meta"):
-        mlp = MLP(config.hidden_size, config.moe_intermediate_size)
-    mlp.load_state_dict(tensors, assign=True)
-    return mlp

@@ -21,17 +21,10 @@ import torch.nn.functional as F
 
 from octad.checkpoint.names import EMBEDDING, FINAL_NORM, HEAD
 from octad.checkpoint.source import TensorSource
-from octad.combine.calibrate import (
-    Run,
-    Texts,
-    dense_mlp,
-    expert_names,
-    forget,
-    gate_inputs,
-    read_all,
-)
+from octad.combine.calibrate import Run, Texts, gate_inputs
 from octad.combine.calibration import text_windows
 from octad.combine.distances import Distances
+from octad.combine.layer_parts import dense_mlp, expert_names, forget, read_all
 from octad.combine.mixture import MixtureSource
 from octad.combine.recipe import RefitSpec, SharedSpec
 from octad.combine.refit import HELD_OUT, fit_and_choose

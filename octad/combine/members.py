@@ -196,15 +196,10 @@ def measured(report: MemberReport, found: Distances, shared: str, *, repaired: b
 def sentence(report: MemberReport, found: Distances, shared: str) -> str:
     """What the mixture will not hold of a member: how much it is, what that is likely to cost, and what to do."""
     if report.kind == "base":
-        return (
-            "held exactly"
-            if report.exact
-            else f"it is the base; the shared part is made of all (shared: {shared})"
-        )
-    parts = (
-        ", ".join(f"{group} {value:.2g}" for group, value in report.lost.items())
-        or "less than a sample shows"
-    )
+        made_of_all = f"it is the base; the shared part is made of all (shared: {shared})"
+        return "held exactly" if report.exact else made_of_all
+    parts = ", ".join(f"{group} {value:.2g}" for group, value in report.lost.items())
+    parts = parts or "less than a sample shows"
     if found.same_ffn and not report.lost and found.same_shared_part:
         return "it does not differ from the base at all: as an expert it adds nothing"
     if shared != "base":
@@ -218,6 +213,11 @@ def sentence(report: MemberReport, found: Distances, shared: str) -> str:
         return (
             "its attention, norms and embeddings were not measured in every layer: what is lost is not known"
         )
+    return _lost(report, found, parts)
+
+
+def _lost(report: MemberReport, found: Distances, parts: str) -> str:
+    """Of a member that goes on the base's attention, norms and embeddings: what becomes of its own."""
     lost = f"what it changed outside its feed-forward nets is lost ({parts}, relative to the base)"
     fix = "train it on gate_proj, up_proj and down_proj alone, as `octad branch` does, or merge: shared: mean was"
     fix += " 1.9 % better than base for full members (docs/results.md), shared: auto measures it for yours"

@@ -26,10 +26,8 @@ import torch
 from torch import nn
 
 from octad.checkpoint.names import PARTS, dense_mlp_name
-from octad.combine.calibrate import (
-    BATCH_TOKENS,
-    Run,
-    Texts,
+from octad.combine.calibrate import BATCH_TOKENS, Run, Texts
+from octad.combine.layer_parts import (
     dense_mlp,
     embedded,
     expert_names,

@@ -19,7 +19,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from octad.combine.calibrate import Run, Texts, forget, read_all, shared_block, shared_names
+from octad.combine.calibrate import Run, Texts
+from octad.combine.layer_parts import forget, read_all, shared_block, shared_names
 from octad.combine.mixture import MixtureSource
 from octad.combine.statistics import add_gram
 from octad.model.rope import Rope

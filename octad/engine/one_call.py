@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
+from operator import is_
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -83,6 +84,11 @@ class Decoded(NamedTuple):
         return made.experts_LRA.transpose(0, 1).to(torch.int16), made.weights_LRA.transpose(0, 1).clone()
 
 
+def _ends_weights(model: Transformer) -> tuple[Any, Any, Any]:
+    """What the call is given by its address, beside the layers': embeddings, the last norm and the head."""
+    return model.model.embed_tokens.weight, model.model.norm.weight, cast(NativeLinear, model.lm_head).weight
+
+
 class _Arrays:
     """What the call reads and writes, for R sequences."""
 
@@ -108,6 +114,7 @@ class _Arrays:
             slots=ctypes.addressof(self.slots),
             lengths=ctypes.addressof(self.lengths),
         )
+        self._held = _ends_weights(model)
         self._ends = self._ends_of(model)
         self._step_at, self._ends_at = ctypes.addressof(self._step), ctypes.addressof(self._ends)
         self._turn: tuple[torch.Tensor, ...] = ()  # cosines and sines
@@ -115,8 +122,10 @@ class _Arrays:
         self._widen(16)
 
     def serves(self, rows: int, alike: Alike) -> bool:
-        """Whether these arrays are those of such a step."""
-        return rows == self.rows and alike[:3] == self.alike[:3]
+        """Whether these arrays are those of such a step, and of the weights that stand at the model's ends."""
+        if rows != self.rows or alike[:3] != self.alike[:3]:
+            return False
+        return all(map(is_, _ends_weights(self.model), self._held))
 
     def fill(self, pieces: Sequence[Piece]) -> None:
         """Say where the step's tokens stand."""

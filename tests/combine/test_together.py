@@ -12,7 +12,7 @@ from members import adapter, full_member, make_base, make_recipe, text_file
 from safetensors.torch import load_file, save_file
 
 from octad.checkpoint.writer import CheckpointWriter
-from octad.combine import calibrate, statistics
+from octad.combine import calibrate, layer_parts, statistics
 from octad.combine.build import combine
 from octad.combine.calibrate import Run, gate_inputs
 from octad.combine.preflight import preflight
@@ -127,7 +127,7 @@ def test_blocks_of_an_expert_whose_adapter_changes_some_of_its_matrices(tmp_path
 
     want = seen()
     monkeypatch.setattr(calibrate, "SINGLY", 0)
-    monkeypatch.setattr(calibrate, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(layer_parts, "BLOCK_BYTES", 1000)
     for got, expected in zip(seen(), want, strict=True):
         torch.testing.assert_close(got, expected)
 
@@ -137,7 +137,7 @@ def test_by_blocks_of_rows_a_large_expert_makes_the_same_mixture(tmp_path: Path,
     file = recipe(tmp_path)
     whole = load_all(alone(file, tmp_path / "whole"))
     monkeypatch.setattr(calibrate, "SINGLY", 0)
-    monkeypatch.setattr(calibrate, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(layer_parts, "BLOCK_BYTES", 1000)
     seen: Counter[str] = Counter()
     real = CheckpointWriter.write_rows
 

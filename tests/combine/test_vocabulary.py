@@ -174,7 +174,7 @@ def test_a_member_whose_new_tokens_have_no_rows(base: Path, tmp_path: Path) -> N
 
 
 def test_an_id_past_the_rows_is_never_read(base: Path, tmp_path: Path) -> None:
-    from octad.combine.calibrate import embedded
+    from octad.combine.layer_parts import embedded
     from octad.text.windows import Window, batches
 
     windows = [Window((1, 2, VOCABULARY), 0, 0)]

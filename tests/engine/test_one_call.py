@@ -92,6 +92,20 @@ def test_one_call_is_the_modules_to_the_bit(
                     assert found == (wanted[0], pytest.approx(wanted[1], rel=1e-12))
 
 
+def test_weights_put_in_place_of_others_are_noticed(tiny_checkpoint: TinyCheckpoint) -> None:
+    """The call gets embeddings, norm and head by their addresses."""
+    engine = engine_of(load(tiny_checkpoint("mixtral")))
+    steps = twice(engine)
+    run(engine, prompts(1), GREEDY)
+    count = len(steps)
+    norm = engine.model.model.norm
+    norm.weight = torch.nn.Parameter(norm.weight.detach() * torch.linspace(0.5, 2.0, len(norm.weight)))
+    engine.reset_prefix_cache()
+    run(engine, prompts(1), GREEDY)
+    assert len(steps) > count > 10
+    assert all(torch.equal(ran.logits, plain.logits) for ran, plain, _, _ in steps)
+
+
 def bars(engine: Engine) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, only_experts=(1,))
 
