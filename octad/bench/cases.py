@@ -298,7 +298,8 @@ def memory_needed(entry: Entry) -> float:
     plain = 4 if entry.dtype == "float32" else 2
     each = float(plain)
     if entry.quantize in ("int8", "int4"):
-        each = 1.1 / 8 * cost.per_parameter(entry.shape, BITS[entry.quantize], BITS["int8"])
+        bits = 6.0 if entry.quantize == "int4" else BITS["int8"]  # as much as it can be: Precision.of("int4")
+        each = 1.1 / 8 * cost.per_parameter(entry.shape, bits, BITS["int8"])
     embeddings = plain * cost.embedding_parameters(entry.shape)
     return each * cost.parameters(entry.shape) + embeddings + WORKER_BYTES
 

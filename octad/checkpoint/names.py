@@ -22,6 +22,7 @@ from octad.model.config import ModelConfig
 from octad.model.families import FAMILIES, Part
 
 PARTS: tuple[Part, ...] = ("gate", "up", "down")
+DOWN = tuple({".down_proj.weight"} | {f".{f.expert_parts[2]}.weight" for f in FAMILIES.values()})
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
@@ -68,6 +69,11 @@ def is_linear(name: str) -> bool:
 def is_attention(name: str) -> bool:
     """True for the weights of attention's projections."""
     return ".self_attn." in name and name.endswith("_proj.weight")
+
+
+def is_down(name: str) -> bool:
+    """True for the weights of down projections, the second half of a feed-forward net."""
+    return is_ffn(name) and name.endswith(DOWN)
 
 
 def dense_mlp_name(layer: int, part: Part) -> str:

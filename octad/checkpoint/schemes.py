@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from octad.checkpoint.names import HEAD, is_attention, is_linear
+from octad.checkpoint.names import HEAD, is_attention, is_down, is_linear, layer_of
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,29 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Schemes:
-    """Those of a checkpoint. `head` None: tied to the embeddings, and not on disk."""
+    """Those of a model. `head` None: tied to the embeddings, and not on disk. `spared`: of the nets in the first `first`
+    layers, and of all down projections, where they have one of their own."""
 
     ffn: Scheme  # and experts
     attention: Scheme
     head: Scheme | None
+    spared: Scheme | None = None
+    first: int = 0
+
+    def net_bytes(self, layers: int) -> float:
+        """Of a mean weight of the feed-forward nets of a model of so many layers."""
+        if self.spared is None:
+            return self.ffn.bytes
+        spared = (self.first + (layers - self.first) / 3) / layers
+        return self.ffn.bytes + spared * (self.spared.bytes - self.ffn.bytes)
 
     def of(self, name: str) -> Scheme | None:
         """A tensor's; None for what is not rounded."""
         if name == HEAD:
             return self.head
-        return (self.attention if is_attention(name) else self.ffn) if is_linear(name) else None
+        if not is_linear(name):
+            return None
+        if is_attention(name):
+            return self.attention
+        early = (layer_of(name) or 0) < self.first
+        return self.spared if self.spared is not None and (early or is_down(name)) else self.ffn

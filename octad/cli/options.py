@@ -29,7 +29,9 @@ TopP = Annotated[
 ]
 MinP = Annotated[float, typer.Option(help="Leave out tokens this many times less likely than the likeliest.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same answer.")]
-Quantize = Annotated[str | None, typer.Option(help="Weights in int8 or int4.")]
+Quantize = Annotated[
+    str | None, typer.Option(help="Weights in int8, or int4: 4 bits, 8 where they cost most.")
+]
 Memory = Annotated[
     str | None,
     typer.Option(

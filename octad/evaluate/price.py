@@ -21,10 +21,8 @@ from typing import Any
 import torch
 
 from octad.checkpoint.quantized import QuantizedSource
-from octad.checkpoint.schemes import Scheme
 from octad.checkpoint.source import TensorSource
 from octad.fast.precision import Precision
-from octad.kernels.panels import GROUPS
 from octad.machine import memory_of
 from octad.model import cost
 from octad.model.config import ModelConfig
@@ -101,12 +99,12 @@ def bytes_per_parameter(
     this shape."""
     if config is None or (quantize is None and not isinstance(source, QuantizedSource)):
         return float(dtype.itemsize)
-    if isinstance(source, QuantizedSource):
-        ffn, attention = source.schemes.ffn, source.schemes.attention
-    else:
-        bits = Precision.of(quantize or "")
-        ffn, attention = (Scheme(b, GROUPS[b]) for b in (bits.ffn, bits.attention))
-    return cost.per_parameter(config, ffn.bytes, attention.bytes)
+    schemes = (
+        source.schemes
+        if isinstance(source, QuantizedSource)
+        else Precision.of(quantize or "").schemes(config.num_hidden_layers)
+    )
+    return cost.per_parameter(config, schemes.net_bytes(config.num_hidden_layers), schemes.attention.bytes)
 
 
 @contextmanager

@@ -17,19 +17,18 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from octad.checkpoint.names import EMBEDDING, HEAD, is_ffn
+from octad.checkpoint.names import EMBEDDING, HEAD
 from octad.checkpoint.record_layout import RecordLayout
-from octad.checkpoint.schemes import Scheme, Schemes
+from octad.checkpoint.schemes import Schemes
 from octad.errors import OctadError
 from octad.fast.precision import Precision
 from octad.fast.record_plan import product_shapes, record_layout, scheme_of
 from octad.guard import read_object
 from octad.kernels.filling import Filling, Impossible, Rows
-from octad.kernels.panels import GROUPS
 from octad.model.config import ModelConfig
 from octad.portable import may_have_gpu, read_ahead
 
@@ -54,7 +53,7 @@ class Begun:
 
     def fits(self, precision: Precision, places: Mapping[str, Rows]) -> bool:
         """Whether this is what loading would make at this precision of weights that lie at these places."""
-        ours, theirs = (((p.ffn, p.attention, p.head)) for p in (self.precision, precision))
+        ours, theirs = (replace(p, wide=False) for p in (self.precision, precision))
         return ours == theirs and dict(self.filling.rows) == dict(places) and self.filling.unchanged()
 
 
@@ -98,13 +97,9 @@ def source_name(name: str, config: ModelConfig) -> str:
 
 def _planned(path: Path, config: ModelConfig, precision: Precision) -> Begun:
     """Everything but the threads. Raises Impossible, KeyError and what a damaged header raises."""
-    schemes = Schemes(*(Scheme(b, GROUPS[b]) for b in (precision.ffn, precision.attention, precision.head)))
+    schemes = precision.schemes(config.num_hidden_layers)
     layout, shapes = record_layout(config, schemes), product_shapes(config)
     found = dict(_tensors(path))
-    if precision.ffn == 4:
-        layout = _unprobed(layout)
-        for file in {rows.path for rows in found.values()}:
-            _ask_for(file)
     filling = Filling(layout.nbytes)
     try:
         for name, (record, part) in layout.places.items():
@@ -117,12 +112,6 @@ def _planned(path: Path, config: ModelConfig, precision: Precision) -> Begun:
         filling.stop()
         raise
     return Begun(config, precision, schemes, layout, filling)
-
-
-def _unprobed(layout: RecordLayout) -> RecordLayout:
-    """Without feed-forward nets: what rounds these to 4 bits is a pass through the layers before (probe.py)."""
-    records = layout.records.items()
-    return RecordLayout({name: r.parts for name, r in records if not any(is_ffn(p.name) for p in r.parts)})
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, Rows]]:

@@ -18,7 +18,7 @@ from typing import Self
 import torch
 
 from octad.checkpoint.load import assign, empty_model, load_model
-from octad.checkpoint.names import EMBEDDING, HEAD, is_attention, is_linear, layer_of, parameter_sources
+from octad.checkpoint.names import EMBEDDING, HEAD, is_linear, layer_of, parameter_sources
 from octad.checkpoint.quantized import QuantizedSource
 from octad.checkpoint.source import TensorSource
 from octad.dist import compute_dtype, dtype_name
@@ -28,6 +28,7 @@ from octad.fast.held import load_quantized, packed_weight, place_linear
 from octad.fast.native_modules import NarrowEmbedding, Weight, native_attention
 from octad.fast.optimize import ExpertWeights, Swapper, is_bfloat16, native_kernels, optimize, same_or_held
 from octad.fast.precision import Precision
+from octad.fast.record_plan import scheme_of
 from octad.fast.records import FilledRecords, PlacedWeights, Records, open_records
 from octad.figures import human
 from octad.kernels.filling import Impossible, Rows
@@ -162,8 +163,7 @@ class _Reader:
         self.source, self.dtype, self.precision, self.placed = source, dtype, precision, placed
         if isinstance(source, QuantizedSource):
             self.placed = open_records(source)
-        # feed-forward nets are rounded one after the other then
-        self.probed = precision.ffn == 4 and not isinstance(source, QuantizedSource)
+        self.schemes = precision.schemes(source.config.num_hidden_layers)
         self.model = empty_model(source.config)
         self.parameters = parameter_sources(source.config)
         self.layers: list[list[str]] = [[] for _ in self.model.model.layers]
@@ -187,7 +187,7 @@ class _Reader:
             if layer_of(parameter) is None and parameter not in (HEAD, EMBEDDING):
                 self._fill(parameter)
         self._embed()
-        swapper = Swapper(self.model, kernels, self.precision, held=not self.probed)
+        swapper = Swapper(self.model, kernels, self.precision)
         with self._ahead() as take:
             for number, parameters in enumerate(self.layers):
                 for parameter in parameters:
@@ -252,11 +252,10 @@ class _Reader:
         return ((take(gate), take(up)) for gate, up in pairs), map(take, downs)
 
     def _packed(self, name: str) -> Weight:
-        """Packed, but for what is to be probed first."""
         weight = self._weight(name)
-        if isinstance(weight, Packed) or (self.probed and not is_attention(name)):
+        if isinstance(weight, Packed):
             return weight
-        bits = self.precision.attention if is_attention(name) else self.precision.ffn
+        bits = scheme_of(name, self.schemes).bits
         return quick_pack(weight, bits, wide=self.precision.wide and bits == 16)
 
     def _weight(self, name: str) -> Weight:

@@ -13,7 +13,6 @@ The layers are swapped one after the other and each frees what it replaces, so m
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -31,18 +30,15 @@ from octad.fast.native_modules import (
     NativeNorm,
     NativeRouter,
     Weight,
-    as_it_is,
     native_attention,
 )
 from octad.fast.precision import Precision
-from octad.fast.probe import Probe
 from octad.fast.quantize import (
     PackedExperts,
     PackedLinear,
     head_weight,
     held_precision,
     quantize_modules,
-    swap_linears,
 )
 from octad.kernels.arena import Arena
 from octad.kernels.compile import BuildError, load
@@ -69,8 +65,7 @@ def optimize(model: Transformer, *, quantize: str | None = None, native: bool = 
         if line := slow_path(model, precision) if native else None:
             LOG.warning(line)
         if precision is not None:
-            new = precision.ffn == 4 and held_precision(model) is None
-            quantize_modules(model, precision, Probe(model, _kernels_for(model)) if new else None)
+            quantize_modules(model, precision)
         elif model.model.norm.weight.device.type == "cuda":
             from octad.fast.grouped_experts import group_experts
 
@@ -79,11 +74,6 @@ def optimize(model: Transformer, *, quantize: str | None = None, native: bool = 
     with torch.no_grad():
         swap(model, kernels, precision or exact_precision(model))
     return native_attention(kernels)
-
-
-def _kernels_for(model: Transformer) -> NativeKernels | None:
-    """Those that may work beside a model without them."""
-    return native_kernels() if model.model.norm.weight.device.type == "cpu" else None
 
 
 def paged_on_gpu(
@@ -209,57 +199,8 @@ class Packer:
             return _moved(weight, panels.copy_(weight.panels))
         return self._packed(weight, lambda shape: panels)
 
-    def apart(self, gate: nn.Linear, up: nn.Linear) -> tuple[Packed, Packed]:
-        """Gate and up projections that have biases, each alone."""
-        return self.one(gate.weight), self.one(up.weight)
-
-    def last(self, down: nn.Linear) -> Packed:
-        """The down projection behind them."""
-        return self.one(down.weight)
-
     def _packed(self, weight: torch.Tensor, empty: Empty) -> Packed:
         return quick_pack(weight.detach(), self.bits, empty=empty, wide=self.wide)
-
-
-class ProbedPacker(Packer):
-    """Rounds feed-forward weights to 4 bits by what an error in each input costs. Of a layer's nets the gates and ups
-    come first, then the downs (`one`) in the same order."""
-
-    def __init__(self, bits: int, probe: Probe) -> None:
-        super().__init__(bits)
-        self.probe, self._downs = probe, deque[torch.Tensor]()  # the costs of those to come
-
-    def one(self, weight: torch.Tensor | Packed) -> Packed:
-        """A down projection."""
-        return self._down(weight, None)
-
-    def pair(self, gate_FD: torch.Tensor | Packed, up_FD: torch.Tensor | Packed) -> tuple[Packed, Packed]:
-        """See Packer."""
-        gate, up = super().pair(gate_FD, up_FD)
-        self._downs.append(self.probe.hidden(gate, up))
-        return gate, up
-
-    def apart(self, gate: nn.Linear, up: nn.Linear) -> tuple[Packed, Packed]:
-        """See Packer."""
-        packed = tuple(self._packed(layer.weight, self._empty) for layer in (gate, up))
-        self._downs.append(self.probe.hidden(packed[0], packed[1], (gate.bias, up.bias)))
-        return packed[0], packed[1]
-
-    def last(self, down: nn.Linear) -> Packed:
-        """See Packer."""
-        return self._down(down.weight, down.bias)
-
-    def _down(self, weight: torch.Tensor | Packed, bias: torch.Tensor | None) -> Packed:
-        packed = self._rounded(weight, self._downs.popleft(), self._empty)
-        self.probe.through(packed, bias)
-        return packed
-
-    def _packed(self, weight: torch.Tensor, empty: Empty) -> Packed:
-        return self._rounded(weight, self.probe.cost_D, empty)
-
-    def _rounded(self, weight: torch.Tensor | Packed, cost_K: torch.Tensor, empty: Empty) -> Packed:
-        assert not isinstance(weight, Packed)  # what is rounded is not rounded again
-        return quick_pack(weight.detach(), self.bits, empty=empty, cost_K=cost_K)
 
 
 def _moved(weight: Packed, panels: torch.Tensor) -> Packed:
@@ -269,38 +210,25 @@ def _moved(weight: Packed, panels: torch.Tensor) -> Packed:
 class Swapper:
     """Puts native modules in the place of one model's own, layer by layer, from weights in memory or still on disk."""
 
-    def __init__(
-        self,
-        model: Transformer,
-        kernels: NativeKernels,
-        precision: Precision,
-        *,
-        held: bool = False,
-    ) -> None:
-        """`held`: the weights are rounded already; else feed-forward nets become 4 bits by what a probe finds, for which
-        the model has its embeddings."""
+    def __init__(self, model: Transformer, kernels: NativeKernels, precision: Precision) -> None:
         self.model, self.kernels, self.precision = model, kernels, precision
-        self.attention = Packer(precision.attention, wide=precision.wide)
-        self.ffn = Packer(precision.ffn, wide=precision.wide)
-        self.probe = Probe(model, kernels) if precision.ffn == 4 and not held else None
-        if self.probe is not None:
-            self.ffn = ProbedPacker(precision.ffn, self.probe)
+        self._packers: dict[int, Packer] = {}
 
     def layer(self, number: int, experts: ExpertWeights | NativeExperts | None = None) -> None:
         """Swap one layer; `experts` are the weights of its experts where the layer does not hold them itself, or a module
         that has them."""
         layer = self.model.model.layers[number]
         assert isinstance(layer, DecoderLayer)
-        if self.probe is not None:
-            swap_linears(layer.self_attn, self.precision.attention)
-            self.probe.enter(layer)
+        pair, down = (self._packer(bits) for bits in self.precision.net(number, len(self.model.model.layers)))
         for name in ("input_layernorm", "post_attention_layernorm"):
             setattr(layer, name, NativeNorm(self.kernels, getattr(layer, name)))
-        layer.self_attn = NativeAttention(self.kernels, layer.self_attn, self.attention.one)
+        layer.self_attn = NativeAttention(
+            self.kernels, layer.self_attn, self._packer(self.precision.attention).one
+        )
         if isinstance(layer.mlp, MoE):
-            self._mixture(layer.mlp, experts or expert_weights(layer.mlp.experts))
+            self._mixture(layer.mlp, experts or expert_weights(layer.mlp.experts), pair, down)
         elif isinstance(layer.mlp, MLP):
-            layer.mlp = self._mlp(layer.mlp)
+            layer.mlp = self._mlp(layer.mlp, pair, down)
         self.model.model.layers[number] = NativeLayer(layer, self.model.config)
 
     def ends(self, head: torch.Tensor | Packed) -> None:
@@ -310,30 +238,34 @@ class Swapper:
         self.model.model = NativeDecoder(self.kernels, decoder)
         self.model.lm_head = NativeLinear(self.kernels, head, None, one)
 
-    def _mixture(self, moe: MoE, experts: ExpertWeights | NativeExperts) -> None:
+    def _packer(self, bits: int) -> Packer:
+        if bits not in self._packers:
+            self._packers[bits] = Packer(bits, wide=self.precision.wide)
+        return self._packers[bits]
+
+    def _mixture(self, moe: MoE, experts: ExpertWeights | NativeExperts, pair: Packer, down: Packer) -> None:
         if not isinstance(experts, NativeExperts):
-            experts = NativeExperts(self.kernels, *experts, self.ffn.pair, self.ffn.one)
+            experts = NativeExperts(self.kernels, *experts, pair.pair, down.one)
         moe.experts = experts
         if isinstance(moe.gate, Router):
             moe.gate = NativeRouter(self.kernels, moe.gate)
         if moe.shared_expert is not None:
-            moe.shared_expert = self._mlp(moe.shared_expert)  # type: ignore[assignment]
+            moe.shared_expert = self._mlp(moe.shared_expert, pair, down)  # type: ignore[assignment]
 
-    def _mlp(self, mlp: MLP) -> nn.Module:
+    def _mlp(self, mlp: MLP, pair: Packer, down: Packer) -> nn.Module:
         """In one call; with biases, which that call does not know, its three products."""
         bias: torch.Tensor | None = mlp.gate_proj.bias
         if bias is None:
-            return NativeMLP(self.kernels, mlp, self.ffn.pair, self.ffn.one)
-        gate_up = self.ffn.apart(mlp.gate_proj, mlp.up_proj)
-        packed = (*gate_up, self.ffn.last(mlp.down_proj))
-        for (name, child), weight in zip(list(mlp.named_children()), packed, strict=True):
-            setattr(mlp, name, NativeLinear(self.kernels, weight, child.bias, as_it_is))  # type: ignore[arg-type]
+            return NativeMLP(self.kernels, mlp, pair.pair, down.one)
+        for name, packer in (("gate_proj", pair), ("up_proj", pair), ("down_proj", down)):
+            child = getattr(mlp, name)
+            setattr(mlp, name, NativeLinear(self.kernels, child.weight, child.bias, packer.one))
         return mlp
 
 
 def swap(model: Transformer, kernels: NativeKernels, precision: Precision) -> None:
     """Put the native modules in the place of a model's own, each layer freeing what it replaces."""
-    swapper = Swapper(model, kernels, precision, held=held_precision(model) is not None)
+    swapper = Swapper(model, kernels, precision)
     for number in range(len(model.model.layers)):
         swapper.layer(number)
     swapper.ends(model.lm_head.weight if isinstance(model.lm_head, PackedLinear) else head_weight(model))

@@ -12,7 +12,7 @@ it layer by layer, while it is rounded: attention, and the layers before, are as
 of them, so that one that routers would not ask has its costs too.
 
 The ids depend on the vocabulary's size alone, and all arithmetic is the kernels', in float32, whatever the model runs on:
-it is rounded to the same integers whenever it is loaded or saved.
+it is rounded to the same integers whenever it is saved.
 
 Shapes: S ids, R of them of one net, D model, F feed-forward hidden.
 """

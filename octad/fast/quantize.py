@@ -1,12 +1,11 @@
 """Weight-only quantisation by module swap: linear layers, experts and head in 8 or 4 bits, everything else as it was.
 
-    precision = Precision.of("int4")           # 4 bits, but 8 for attention and head
+    precision = Precision.of("int4")           # precision.py says what has 4 bits, and what 8
     quantize_modules(model, precision)          # PyTorch modules that unpack on the fly: any device, less memory
 
 The embeddings stay as they are (a token reads one row of them) and give the head its quantised twin where the two are
-tied. Routers and norms are small and stay too: a router's choice is worth more than its bytes. "int4" has 4 bits in
-feed-forward nets and experts. Attention, which all experts share, and the head keep 8: of a mixture's bytes they are a
-small part, of what rounding costs a large one.
+tied. Routers and norms are small and stay too: a router's choice is worth more than its bytes. Attention, which all
+experts share, and the head keep 8: of a mixture's bytes they are a small part, of what rounding costs a large one.
 
 A checkpoint that was saved quantised (saved.py) comes with these modules in place.
 """
@@ -21,7 +20,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from octad.fast.precision import Precision
-from octad.fast.probe import Probe
 from octad.kernels.packed import Packed, linear
 from octad.kernels.packing import quick_pack
 from octad.model.moe import MLP, Experts, MoE
@@ -36,9 +34,9 @@ class PackedLinear(nn.Module):
         self.weight, self.bias = weight, bias
 
     @classmethod
-    def of(cls, layer: nn.Linear, bits: int, cost_K: torch.Tensor | None = None) -> PackedLinear:
-        """A layer with its weight rounded; `cost_K` as in packed.pack."""
-        return cls(quick_pack(layer.weight.detach(), bits, cost_K=cost_K), layer.bias)
+    def of(cls, layer: nn.Linear, bits: int) -> PackedLinear:
+        """A layer with its weight rounded."""
+        return cls(quick_pack(layer.weight.detach(), bits), layer.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y [..., O] of x [..., K]."""
@@ -56,17 +54,15 @@ class PackedExperts(nn.Module):
         self.gate, self.up, self.down = list(gate), list(up), list(down)
 
     @classmethod
-    def of(cls, experts: Experts, bits: int, probe: Probe | None = None) -> PackedExperts:
-        """Experts with their weights rounded, by what a probe that stands before them finds."""
-        made: list[tuple[Packed, Packed, Packed]] = []
+    def of(cls, experts: Experts, bits: tuple[int, int]) -> PackedExperts:
+        """Experts with their weights rounded, gate and up to the one number of bits, down to the other."""
+        gates, ups, downs = [], [], []
         for gate_up, down in zip(experts.gate_up_proj.detach(), experts.down_proj.detach(), strict=True):
-            read = None if probe is None else probe.cost_D
-            gate, up = (quick_pack(half, bits, cost_K=read) for half in gate_up.chunk(2))
-            hidden = None if probe is None else probe.hidden(gate, up)
-            made.append((gate, up, quick_pack(down, bits, cost_K=hidden)))
-            if probe is not None:
-                probe.through(made[-1][2])
-        return cls(*zip(*made, strict=True))
+            gate, up = gate_up.chunk(2)
+            gates.append(quick_pack(gate, bits[0]))
+            ups.append(quick_pack(up, bits[0]))
+            downs.append(quick_pack(down, bits[1]))
+        return cls(gates, ups, downs)
 
     def expert(self, e: int, x_ND: torch.Tensor) -> torch.Tensor:
         """One expert's output y_ND."""
@@ -77,37 +73,30 @@ class PackedExperts(nn.Module):
         return Experts.forward(cast(Experts, self), x_ND, weights_NA, experts_NA)
 
 
-def quantize_modules(model: Transformer, precision: Precision, probe: Probe | None = None) -> None:
-    """Swap every linear layer, every stack of experts and the head in place, but for those that are packed already.
-    Feed-forward nets are rounded by what a probe finds, where there is one, which none of them is then."""
-    for layer in model.model.layers:
+def quantize_modules(model: Transformer, precision: Precision) -> None:
+    """Swap every linear layer, every stack of experts and the head in place, but for those that are packed already."""
+    layers = model.model.layers
+    for number, layer in enumerate(layers):
         assert isinstance(layer, DecoderLayer)
         swap_linears(layer.self_attn, precision.attention)
-        if probe is not None:
-            probe.enter(layer)
-        _swap_nets(layer.mlp, precision.ffn, probe)
+        _swap_nets(layer.mlp, precision.net(number, len(layers)))
     if not isinstance(model.lm_head, PackedLinear):
         model.lm_head = PackedLinear(quick_pack(head_weight(model).detach(), precision.head))
 
 
-def _swap_nets(mlp: nn.Module, bits: int, probe: Probe | None) -> None:
+def _swap_nets(mlp: nn.Module, bits: tuple[int, int]) -> None:
     if isinstance(mlp, MLP):
-        _swap_net(mlp, bits, probe)
+        _swap_net(mlp, bits)
     if isinstance(mlp, MoE) and isinstance(mlp.experts, Experts):
-        mlp.experts = PackedExperts.of(mlp.experts, bits, probe)
+        mlp.experts = PackedExperts.of(mlp.experts, bits)
     if isinstance(mlp, MoE) and mlp.shared_expert is not None:
-        _swap_net(mlp.shared_expert, bits, probe)
+        _swap_net(mlp.shared_expert, bits)
 
 
-def _swap_net(mlp: MLP, bits: int, probe: Probe | None) -> None:
-    if probe is None:
-        swap_linears(mlp, bits)
-        return
-    gate, up = (PackedLinear.of(layer, bits, probe.cost_D) for layer in (mlp.gate_proj, mlp.up_proj))
-    down = PackedLinear.of(mlp.down_proj, bits, probe.hidden(gate.weight, up.weight, (gate.bias, up.bias)))
-    probe.through(down.weight, down.bias)
-    for name, layer in (("gate", gate), ("up", up), ("down", down)):
-        setattr(mlp, f"{name}_proj", layer)
+def _swap_net(mlp: MLP, bits: tuple[int, int]) -> None:
+    for name, own in (("gate_proj", bits[0]), ("up_proj", bits[0]), ("down_proj", bits[1])):
+        if isinstance(child := getattr(mlp, name), nn.Linear):
+            setattr(mlp, name, PackedLinear.of(child, own))
 
 
 def swap_linears(module: nn.Module, bits: int) -> None:
@@ -132,5 +121,5 @@ def held_precision(model: Transformer) -> Precision | None:
         if isinstance(module, PackedLinear):
             (attention if ".self_attn." in name else ffn).add(module.weight.bits)
         if isinstance(module, PackedExperts):
-            ffn |= {weight.bits for weight in module.gate}
-    return Precision(min(ffn), min(attention), 8) if ffn and attention else None
+            ffn |= {weight.bits for weight in (*module.gate, *module.down)}
+    return Precision(min(ffn), min(attention), 8, spare=len(ffn) > 1) if ffn and attention else None

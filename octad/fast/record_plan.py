@@ -25,7 +25,7 @@ def record_layout(config: ModelConfig, schemes: Schemes) -> RecordLayout:
     """Which records a checkpoint has, in the order in which a token needs them."""
     shapes = product_shapes(config)
     groups = {name: [_alone(name, shapes[name], scheme)] for name, scheme in _single(config, schemes)}
-    nets = {name: _net(parts, shapes, schemes.ffn) for name, parts in _nets(config)}
+    nets = {name: _net(parts, shapes, schemes) for name, parts in _nets(config)}
     ordered = sorted((groups | nets).items(), key=lambda item: _place(item[0], config.num_hidden_layers))
     return RecordLayout(dict(ordered))
 
@@ -82,12 +82,12 @@ def _alone(name: str, shape: tuple[int, ...], scheme: Scheme, start: int = 0) ->
     return Part(name, -(-shape[0] // PANEL), size, start, size)
 
 
-def _net(names: tuple[str, str, str], shapes: dict[str, tuple[int, ...]], scheme: Scheme) -> list[Part]:
+def _net(names: tuple[str, str, str], shapes: dict[str, tuple[int, ...]], schemes: Schemes) -> list[Part]:
     """Gate and up alternately, then down."""
     gate, up, down = names
-    one = _alone(gate, shapes[gate], scheme)
+    one = _alone(gate, shapes[gate], scheme_of(gate, schemes))
     pair = [
         Part(name, one.panels, one.size, start, 2 * one.size) for name, start in ((gate, 0), (up, one.size))
     ]
     behind = -(-2 * one.panels * one.size // ALIGN) * ALIGN
-    return [*pair, _alone(down, shapes[down], scheme, behind)]
+    return [*pair, _alone(down, shapes[down], scheme_of(down, schemes), behind)]

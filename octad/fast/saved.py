@@ -66,10 +66,11 @@ def save_quantized(
     records: bool = True,
     windows: Sequence[Window] = (),
 ) -> Path:
-    """Write the model with weights rounded to `name` ("int8", "int4"); returns the directory, which appears whole or not
-    at all. Feed-forward nets are rounded for the text of `windows`, where there are any (calibrated.py); else at 4 bits
-    as loading would (uncalibrated.py). `judge` gets the directory before that, complete but for the card, and says what
-    rounding costs. `records`: write weights as the kernels read them, too (records.py).
+    """Write the model with weights rounded to `name` ("int8", "int4": all of a feed-forward net); returns the directory,
+    which appears whole or not at all. Feed-forward nets are rounded for the text of `windows`, where there are any
+    (calibrated.py); else at 4 bits by what random ids make of their inputs (uncalibrated.py). `judge` gets the directory
+    before that, complete but for the card, and says what rounding costs. `records`: write weights as the kernels read
+    them, too (records.py).
 
     Raises RequestError for an unknown name or sizes that no group divides, OutputError as CheckpointWriter, and where the
     source would be replaced."""

@@ -1,4 +1,4 @@
-"""Feed-forward nets and experts rounded to 4 bits without text: to the integers that loading would round them to.
+"""Feed-forward nets and experts rounded to 4 bits without text, by what errors in their inputs cost.
 
     for name, raw, scales in uncalibrated(source, schemes):
         ...                                                 # every weight of the feed-forward nets once

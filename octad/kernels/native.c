@@ -201,7 +201,7 @@ int NAME(layers)(const Block *const *blocks, int64_t L, const Step *s, const voi
     for (int64_t l = 0; s->given && l < L; l++)
         if (!slots_valid(experts + l * pairs, pairs, blocks[l]->E)) return 2;
     Work work = {0};
-    int failed = work_alloc(&work, blocks[0], s, ends ? ends->head : 0, A, threads);
+    int failed = work_alloc(&work, blocks, L, s, ends ? ends->head : 0, A, threads);
     if (!failed) {
         Meeting meeting = {0, 0};
 #pragma omp parallel num_threads(threads)

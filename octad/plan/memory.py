@@ -226,6 +226,7 @@ class Precision:
 
 
 # octad's int8 has a 16-bit scale for 64 weights, its int4 for 32; attention and head keep 8 bits, embeddings 16.
+# That is what `octad quantize` writes; rounded on loading, a model has down projections and its first layers in 8 bits.
 # llama.cpp's blocks of 32 weights have a 16-bit scale each.
 PRECISIONS = {
     p.name: p

@@ -38,13 +38,15 @@ def unpacked(model: Transformer, precision: Precision) -> Transformer:
         model.lm_head = nn.Linear(1, 1, bias=False)
         model.lm_head.weight = model.model.embed_tokens.weight
     for name, module in model.named_modules():
+        pair, down = precision.net(int((name.split(".") + ["0"] * 3)[2]), len(model.model.layers))
         if isinstance(module, nn.Linear) and not name.endswith("shared_expert_gate"):
-            own = precision.attention if ".self_attn." in name else precision.ffn
+            net = down if name.endswith("down_proj") else pair
+            own = precision.attention if ".self_attn." in name else net
             module.weight = rounded(module.weight, precision.head if name == "lm_head" else own)
         if isinstance(module, Experts):
-            for stack in (module.gate_up_proj, module.down_proj):
+            for stack, bits in ((module.gate_up_proj, pair), (module.down_proj, down)):
                 for weight in stack.data:
-                    weight.copy_(rounded(weight, precision.ffn))
+                    weight.copy_(rounded(weight, bits))
     return model
 
 
@@ -64,8 +66,8 @@ def test_unpacking_on_the_fly_is_the_unpacked_model(
     assert all(n.endswith("shared_expert_gate") for n in left)
 
 
-def test_head_and_attention_keep_8_bits_and_embeddings_stay(tiny_checkpoint: TinyCheckpoint) -> None:
-    model = load(tiny_checkpoint("qwen3"))
+def test_what_costs_most_keeps_8_bits_and_embeddings_stay(tiny_checkpoint: TinyCheckpoint) -> None:
+    model = load(tiny_checkpoint("qwen3", num_hidden_layers=6))
     before = model.model.embed_tokens.weight.clone()
     quantize_modules(model, Precision.of("int4"))
     assert isinstance(model.lm_head, PackedLinear)
@@ -73,8 +75,19 @@ def test_head_and_attention_keep_8_bits_and_embeddings_stay(tiny_checkpoint: Tin
     assert torch.equal(model.model.embed_tokens.weight, before)
     bits = {n: m.weight.bits for n, m in model.model.named_modules() if isinstance(m, PackedLinear)}
     parts = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), 8)
-    parts |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), 4)
-    assert {name.rpartition(".")[2]: own for name, own in bits.items()} == parts
+    parts |= {"gate_proj": 4, "up_proj": 4, "down_proj": 8}
+    first = {name: own for name, own in bits.items() if name.startswith("layers.0.")}
+    assert set(first.values()) == {8}  # of six layers the first
+    assert {name.rpartition(".")[2]: own for name, own in bits.items() if name not in first} == parts
+    assert [Precision.of("int4").first(layers) for layers in (1, 4, 5, 24, 30, 32, 80)] == [
+        0,
+        0,
+        1,
+        2,
+        3,
+        3,
+        8,
+    ]
 
 
 @pytest.mark.parametrize("native", [True, False])

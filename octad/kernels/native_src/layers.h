@@ -52,7 +52,7 @@ typedef struct { /* one thread's */
     float *h, *row, *scores;       /* h [R, D]: what runs through the layers */
     float *weights;                /* [R, A], how the rows are routed; and experts */
     int64_t *experts;
-    Rows in, mixed, post, last;    /* prepared for qkv, o, the experts, and the head */
+    Rows in, mixed, post[2], last; /* prepared for qkv, o, the experts, and the head */
     Slots slots;
     float *most;                   /* [R]: the largest logit of this thread's part of the vocabulary, */
     int64_t *place;                /* [R]: and where it stands; -1 where one of them is not a number */
@@ -61,12 +61,24 @@ typedef struct { /* one thread's */
 typedef struct { /* what the threads make together */
     float *memory, *parts, *part, *sum, *q, *k, *v, *hidden;
     int64_t *chunks; /* [R + 1]: where each sequence's parts of attention begin */
-    Rows mid;                /* prepared for the experts' second half */
+    Rows mid[2];             /* prepared for the experts' second half */
+    const Block *first;      /* whose weights have the first kind of each two */
     Own *own;
     const Weight *head; /* or null: the layers alone */
 } Work;
 
-static int work_alloc(Work *w, const Block *b, const Step *s, const Weight *head, int64_t A, int64_t threads) {
+/* Layers may have their experts' weights in two forms, which want their rows in two. */
+static int kind_of(const Weight *w, const Weight *first) { return w->format != first->format || w->group != first->group; }
+
+static const Block *other_kind(const Block *const *blocks, int64_t L, int down) {
+    for (int64_t l = 1; l < L; l++)
+        if (down ? kind_of(blocks[l]->down, blocks[0]->down) : kind_of(blocks[l]->gate, blocks[0]->gate)) return blocks[l];
+    return 0;
+}
+
+static int work_alloc(Work *w, const Block *const *blocks, int64_t L, const Step *s, const Weight *head, int64_t A,
+                      int64_t threads) {
+    const Block *b = blocks[0], *gates = other_kind(blocks, L, 0), *downs = other_kind(blocks, L, 1);
     int64_t N = s->R, D = b->D, HK = b->H * b->K, GK = b->G * b->K, F = b->gate->outputs, pairs = N * A;
     Pages pages = {0, 0, s->dtype, s->block_size, b->G, b->K, 0}; /* a layer with a window has no more chunks */
     w->chunks = malloc((N + 1) * sizeof(int64_t));
@@ -75,7 +87,7 @@ static int work_alloc(Work *w, const Block *b, const Step *s, const Weight *head
     for (int64_t r = 0; r < N; r++) w->chunks[r + 1] = w->chunks[r] + chunk_count(&pages, s->lengths[r]);
     int64_t parts = w->chunks[N] * part_size(b->H, b->K);
     int64_t each = N * D + D + part_size(b->H, b->K) + attention_scratch(b->H) + pairs + N + 64;
-    w->head = head;
+    w->head = head, w->first = b;
     w->own = calloc(threads, sizeof(Own));
     w->memory = malloc((N * (2 * (D + GK) + HK) + parts + pairs * F + threads * each + 64) * sizeof(float));
     if (!w->own || !w->memory) return 1;
@@ -93,20 +105,21 @@ static int work_alloc(Work *w, const Block *b, const Step *s, const Weight *head
         for (int64_t n = 0; n < N; n++) own->most[n] = -INFINITY, own->place[n] = 0; /* there may be fewer threads */
         if (slots_alloc(&own->slots, pairs, b->E)) return 1;
         if (t > 0 && N > FEW) continue; /* the first one's rows are everybody's */
-        if (rows_alloc(&own->in, N, b->qkv) || rows_alloc(&own->mixed, N, b->o) || rows_alloc(&own->post, N, b->gate))
+        if (rows_alloc(&own->in, N, b->qkv) || rows_alloc(&own->mixed, N, b->o) || rows_alloc(&own->post[0], N, b->gate))
             return 1;
+        if (gates && rows_alloc(&own->post[1], N, gates->gate)) return 1;
         if (head && rows_alloc(&own->last, N, head)) return 1;
     }
-    return rows_alloc(&w->mid, pairs, b->down);
+    return rows_alloc(&w->mid[0], pairs, b->down) || (downs && rows_alloc(&w->mid[1], pairs, downs->down));
 }
 
 static void work_free(Work *w, int64_t threads) {
     for (int64_t t = 0; w->own && t < threads; t++) {
         Own *own = &w->own[t];
-        rows_free(&own->in), rows_free(&own->mixed), rows_free(&own->post), rows_free(&own->last);
+        rows_free(&own->in), rows_free(&own->mixed), rows_free(&own->post[0]), rows_free(&own->post[1]), rows_free(&own->last);
         slots_free(&own->slots), free(own->experts);
     }
-    rows_free(&w->mid), free(w->own), free(w->memory), free(w->chunks);
+    rows_free(&w->mid[0]), rows_free(&w->mid[1]), free(w->own), free(w->memory), free(w->chunks);
 }
 
 /* ---- a layer --------------------------------------------------------------------------------------------------- */
@@ -219,6 +232,7 @@ static void layer_part(const Block *b, const Step *s, const Team *t, Work *w, Ow
     const float *biases[3] = {b->q_bias, b->k_bias, b->v_bias}, *o_bias[1] = {b->o_bias};
     void *qkv[3] = {w->q, w->k, w->v}, *to_part[1] = {w->part};
     Pages pages = {keys, values, s->dtype, s->block_size, b->G, b->K, b->window};
+    Rows *post = &own->post[kind_of(b->gate, w->first->gate)], *mid = &w->mid[kind_of(b->down, w->first->down)];
     float *row = mine->row;
     for (int64_t n = t->first; n < N; n += t->step) {
         norm_row(own->h + n * D, D, b->input_norm, s->dtype, b->norm_eps, row);
@@ -240,7 +254,7 @@ static void layer_part(const Block *b, const Step *s, const Team *t, Work *w, Ow
         add_row(own->h + n * D, w->part + n * D, s->dtype, D);
         norm_row(own->h + n * D, D, b->post_norm, s->dtype, b->norm_eps, row);
         round_row(row, s->dtype, D);
-        rows_set(&own->post, n, row);
+        rows_set(post, n, row);
         if (s->given) continue;
         route_row(row, D, b->router, b->E, A, b->normalise, own->weights + n * A, own->experts + n * A);
     }
@@ -254,7 +268,7 @@ static void layer_part(const Block *b, const Step *s, const Team *t, Work *w, Ow
         meet(t);
     }
     slots_fill(&mine->slots, s->given ? experts : own->experts, s->given ? weights : own->weights, N, A, b->E);
-    experts_part(t, b->gate, b->up, b->down, &own->post, 0, &mine->slots, N * A, w->hidden, &w->mid, w->sum);
+    experts_part(t, b->gate, b->up, b->down, post, 0, &mine->slots, N * A, w->hidden, mid, w->sum);
     if (N <= SHARED && next) fetch_part(t, next->qkv, 3);
     else if (N <= SHARED && w->head) fetch_part(t, w->head, 1);
     meet(t);
