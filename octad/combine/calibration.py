@@ -16,6 +16,8 @@ from octad.text.corpus import open_documents
 from octad.text.tokenizer import Tokenizer
 from octad.text.windows import Window, read_windows
 
+CONVERSATION = 128  # tokens of one, at the least, however short the windows of other text are
+
 
 class Budget(Protocol):
     """How many tokens of a text, and how many at one place of it."""
@@ -66,7 +68,13 @@ def text_windows(
     """The calibration windows of one expert's files."""
     try:
         return read_windows(
-            files, tokenizer, tokens=budget.tokens, window=budget.window, field=spec.field, anywhere=True
+            files,
+            tokenizer,
+            tokens=budget.tokens,
+            window=budget.window,
+            field=spec.field,
+            anywhere=True,
+            conversation=CONVERSATION,
         )
     except DataError as error:
         raise DataError(f"expert {spec.name!r}: {error}") from None

@@ -56,15 +56,18 @@ def read_windows(
     window: int,
     field: str = "text",
     anywhere: bool = False,
+    conversation: int = 0,
 ) -> list[Window]:
     """At most `tokens` tokens of the files, in windows of at most `window`. Raises DataError when there is none.
 
     A document's windows are taken from its beginning on, or from `anywhere` in it: the first from its beginning in every
     other document, from further on in the rest, and those after it far from those before. Conversations are then taken
-    from their beginnings, CONVERSATION windows at a time: an answer means little without its question."""
+    from their beginnings, CONVERSATION windows at a time, or `conversation` tokens where these are more: an answer means
+    little without its question."""
     label = ", ".join(str(f) for f in files)
     documents = read_some(files, field, tokens)
-    return windows_of(documents, tokenizer, tokens=tokens, window=window, label=label, anywhere=anywhere)
+    sizes = Sizes(window, max(CONVERSATION * window, conversation) if anywhere else window)
+    return _windows(documents, tokenizer, tokens, sizes, label, anywhere)
 
 
 def read_some(files: Sequence[str | Path], field: str, tokens: int) -> list[Document]:
@@ -97,10 +100,35 @@ def windows_of(
     anywhere: bool = False,
 ) -> list[Window]:
     """The same of documents that were read before; `label` says where from."""
+    sizes = Sizes(window, CONVERSATION * window if anywhere else window)
+    return _windows(documents, tokenizer, tokens, sizes, label, anywhere)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many tokens are taken at one place of a text, and of a conversation."""
+
+    text: int
+    conversation: int
+
+    def of(self, document: Document) -> int:
+        """Of this document."""
+        return self.text if isinstance(document, str) else self.conversation
+
+
+def _windows(
+    documents: list[Document],
+    tokenizer: Tokenizer,
+    tokens: int,
+    sizes: Sizes,
+    label: str,
+    anywhere: bool,
+) -> list[Window]:
+    """The documents' windows in turn, until there are so many tokens. Raises DataError when there is none."""
     lengths = tokenizer.byte_lengths
     queues = [
-        _cut(tokenizer, lengths, document, window, number, limit=tokens, anywhere=anywhere)
-        for number, document in enumerate(_spread(documents, tokens, window))
+        _cut(tokenizer, lengths, document, sizes.of(document), number, limit=tokens, anywhere=anywhere)
+        for number, document in enumerate(_spread(documents, tokens, sizes))
     ]
     chosen, total = [], 0
     while queues and total < tokens:
@@ -146,13 +174,13 @@ def encode_document(document: Document, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode_chat(document, add_generation_prompt=False)
 
 
-def _spread(documents: list[Document], tokens: int, window: int) -> list[Document]:
+def _spread(documents: list[Document], tokens: int, sizes: Sizes) -> list[Document]:
     """As many documents as the budget can look into, evenly over the whole list. Where it does not reach a window of
     each, in an order whose every beginning is even, too: files often go source by source."""
     most = tokens // SHORTEST_WINDOW + 1
     if len(documents) > most:
         documents = [documents[i * len(documents) // most] for i in range(most)]
-    if len(documents) * window <= tokens:
+    if sum(map(sizes.of, documents)) <= tokens:
         return documents
     return [documents[i] for i in scattered(len(documents))]
 
@@ -176,7 +204,6 @@ def _cut(
         document = document[: LONGEST_TOKEN * limit]
     ids = encode_document(document, tokenizer)
     talk = not isinstance(document, str)
-    window *= CONVERSATION if anywhere and talk else 1
     starts = range(0, len(ids), window)
     first = 0.25 + 0.5 * (number * GOLDEN % 1) if number % 2 else 0.0
     order = scattered(len(starts), first) if anywhere and not talk else range(len(starts))

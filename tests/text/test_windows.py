@@ -154,6 +154,20 @@ def test_conversations_from_their_beginnings(bytewise: Tokenizer, tmp_path: Path
     ]
 
 
+def test_conversations_beside_short_windows(bytewise: Tokenizer, tmp_path: Path) -> None:
+    """They may be longer than two windows, and crowd out no text that comes behind them."""
+    chat = [{"role": "user", "content": "?" * 9}, {"role": "assistant", "content": "." * 90}]
+    rows = [{"messages": chat}] * 8 + [{"text": "t" * 99}] * 8
+    file = tmp_path / "both.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_windows([file], bytewise, tokens=600, window=32, anywhere=True, conversation=100)
+    texts = [bytewise.decode(w.ids) for w in found]
+    talks = [text for text in texts if text.startswith("<user>")]
+    assert {len(text) for text in talks[:-1]} == {100}
+    assert 3 <= len(talks) <= 5
+    assert 3 <= sum(set(text) == {"t"} for text in texts) <= 8  # none, if all were counted alike
+
+
 def test_windows_are_the_text_in_order(bytewise: Tokenizer, tmp_path: Path) -> None:
     text = " ".join(MULTILINGUAL) * 3
     file = tmp_path / "plain.txt"
