@@ -15,6 +15,7 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
+from octad.combine.calibration import CONVERSATION
 from octad.combine.preflight import Plan
 from octad.combine.recipe import Recipe
 from octad.errors import DataError, RecipeError
@@ -72,6 +73,7 @@ def join(plan: Plan, number: int, questions: Sequence[str], answers: Sequence[st
         window=router.window,
         label=f"expert {name!r}: questions",
         anywhere=True,
+        conversation=CONVERSATION,
     )
     put(plan, number, windows)
 

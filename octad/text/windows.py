@@ -48,6 +48,18 @@ class Batch:
     windows: tuple[Window, ...]
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """How many tokens are taken at one place of a text, and of a conversation."""
+
+    text: int
+    conversation: int
+
+    def of(self, document: Document) -> int:
+        """Of this document."""
+        return self.text if isinstance(document, str) else self.conversation
+
+
 def read_windows(
     files: Sequence[str | Path],
     tokenizer: Tokenizer,
@@ -64,10 +76,15 @@ def read_windows(
     other document, from further on in the rest, and those after it far from those before. Conversations are then taken
     from their beginnings, CONVERSATION windows at a time, or `conversation` tokens where these are more: an answer means
     little without its question."""
-    label = ", ".join(str(f) for f in files)
-    documents = read_some(files, field, tokens)
-    sizes = Sizes(window, max(CONVERSATION * window, conversation) if anywhere else window)
-    return _windows(documents, tokenizer, tokens, sizes, label, anywhere)
+    return windows_of(
+        read_some(files, field, tokens),
+        tokenizer,
+        tokens=tokens,
+        window=window,
+        label=", ".join(str(f) for f in files),
+        anywhere=anywhere,
+        conversation=conversation,
+    )
 
 
 def read_some(files: Sequence[str | Path], field: str, tokens: int) -> list[Document]:
@@ -98,33 +115,10 @@ def windows_of(
     window: int,
     label: str,
     anywhere: bool = False,
+    conversation: int = 0,
 ) -> list[Window]:
     """The same of documents that were read before; `label` says where from."""
-    sizes = Sizes(window, CONVERSATION * window if anywhere else window)
-    return _windows(documents, tokenizer, tokens, sizes, label, anywhere)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How many tokens are taken at one place of a text, and of a conversation."""
-
-    text: int
-    conversation: int
-
-    def of(self, document: Document) -> int:
-        """Of this document."""
-        return self.text if isinstance(document, str) else self.conversation
-
-
-def _windows(
-    documents: list[Document],
-    tokenizer: Tokenizer,
-    tokens: int,
-    sizes: Sizes,
-    label: str,
-    anywhere: bool,
-) -> list[Window]:
-    """The documents' windows in turn, until there are so many tokens. Raises DataError when there is none."""
+    sizes = Sizes(window, max(CONVERSATION * window, conversation) if anywhere else window)
     lengths = tokenizer.byte_lengths
     queues = [
         _cut(tokenizer, lengths, document, sizes.of(document), number, limit=tokens, anywhere=anywhere)
