@@ -207,7 +207,7 @@ class _Reader:
             yield self._weight
             return
         with _Ahead(self._packed, missing) as ahead:
-            yield lambda name: self._weight(name) if self._is_placed(name) else ahead.take(name)
+            yield lambda name: ahead.take(name) if (placed := self._in_place(name)) is None else placed
 
     def _is_placed(self, name: str) -> bool:
         return self.placed is not None and name in self.placed.layout.places
@@ -258,9 +258,14 @@ class _Reader:
         bits = scheme_of(name, self.schemes).bits
         return quick_pack(weight, bits, wide=self.precision.wide and bits == 16)
 
+    def _in_place(self, name: str) -> Weight | None:
+        """The weight where the records have it; None for one that is to be made."""
+        placed = self.placed
+        return placed.weight(name) if placed is not None and name in placed.layout.places else None
+
     def _weight(self, name: str) -> Weight:
-        if self.placed is not None and name in self.placed.layout.places:
-            return self.placed.weight(name)
+        if (placed := self._in_place(name)) is not None:
+            return placed
         if isinstance(self.source, QuantizedSource) and self.source.scheme(name):
             return packed_weight(self.source, name)
         return self.source.read(name)

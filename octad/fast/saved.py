@@ -8,7 +8,6 @@ quantize.py gives it; embeddings, routers, norms and biases are copied.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,21 +81,9 @@ def save_quantized(
         beside = (
             RecordWriter(writer, FILE, record_layout(source.config, schemes), LAYOUT) if records else None
         )
-        into, done = _Rounded(writer, beside), set[str]()
-        fitted: Iterable[Rounded] = ()
-        if windows:
-            fitted = calibrated(source, schemes, windows, partial(progress, "rounding"))
-        elif schemes.ffn.bits == 4:
-            fitted = uncalibrated(source, schemes, partial(progress, "rounding"))
-        for tensor, raw, scales in fitted:
-            into.put(tensor, raw, scales, schemes.ffn)
-            done.add(tensor)
-        names = [tensor for tensor in tensor_plan(source.config) if tensor not in done]
-        for number, tensor in enumerate(names, 1):
-            into.write(source, tensor, schemes.of(tensor))
-            progress("quantising", number / len(names))
+        _write_weights(source, schemes, windows, _Rounded(writer, beside), progress)
         said = {"quantization_config": quantization_config(schemes)}
-        writer.add_text("config.json", json.dumps({**source.config.raw, **said}, indent=2) + "\n")
+        writer.add_json("config.json", {**source.config.raw, **said})
         tokenizer.save(writer)
         for file in COPIED:
             if source.directory is not None and (source.directory / file).is_file():
@@ -107,6 +94,25 @@ def save_quantized(
         bits = judge(made) if judge is not None else None
         writer.add_text(CARD, card(source, name, schemes, bits, tokens=sum(len(w.ids) for w in windows)))
         return writer.commit()
+
+
+def _write_weights(
+    source: TensorSource, schemes: Schemes, windows: Sequence[Window], into: _Rounded, progress: Progress
+) -> None:
+    """Every tensor, those that are fitted to their inputs first."""
+    fitted: Iterable[Rounded] = ()
+    if windows:
+        fitted = calibrated(source, schemes, windows, partial(progress, "rounding"))
+    elif schemes.ffn.bits == 4:
+        fitted = uncalibrated(source, schemes, partial(progress, "rounding"))
+    done = set[str]()
+    for tensor, raw, scales in fitted:
+        into.put(tensor, raw, scales, schemes.ffn)
+        done.add(tensor)
+    names = [tensor for tensor in tensor_plan(source.config) if tensor not in done]
+    for number, tensor in enumerate(names, 1):
+        into.write(source, tensor, schemes.of(tensor))
+        progress("quantising", number / len(names))
 
 
 def plan_schemes(config: ModelConfig, precision: Precision, label: str) -> Schemes:
