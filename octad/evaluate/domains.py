@@ -19,6 +19,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from octad.checkpoint.config_file import ConfigFile, Section, StringList, read_mapping
 from octad.errors import DataError, RecipeError
 from octad.text.corpus import TextFiles, resolved
+from octad.text.documents import ROWS, TEXTS, kind_of
 
 Domains = Mapping[str, Sequence[Path] | TextFiles]
 RESERVED = ("mean", "every")
@@ -71,6 +72,11 @@ class DomainsFile(ConfigFile):
 
 def read_domains(path: Path) -> Domains:
     """The domains of a YAML file; paths are relative to it. Raises DataError with one line."""
+    kind = kind_of(path)[0]
+    if kind in {*ROWS, *TEXTS} - {".json"} and path.is_file():
+        raise DataError(
+            f"{path}: is text; give a .yaml file that names it, such as  domains: {{law: {path.name}}}"
+        )
     try:
         raw = read_mapping(path, f"{path}", "domains")
         if not raw.get("domains"):

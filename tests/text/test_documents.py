@@ -337,3 +337,11 @@ def test_a_wide_encoding_is_called_by_its_name(tmp_path: Path, encoding: str) ->
     (tmp_path / "a.txt").write_text("sea", encoding=encoding)
     with pytest.raises(DataError, match=f"not UTF-8 text but {encoding.upper()}; convert"):
         list(read_documents(tmp_path / "a.txt"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.csv.gz"])
+def test_text_in_the_place_of_a_list_of_texts_is_called_so(tmp_path: Path, name: str) -> None:
+    """As `octad evaluate --data a.jsonl` has it, which was "not valid YAML"."""
+    (tmp_path / name).write_bytes(lines(OBJECTS))
+    with pytest.raises(DataError, match=rf"{name}: is text; give a .yaml file .* domains: {{law: {name}}}"):
+        read_domains(tmp_path / name)
