@@ -132,7 +132,10 @@ def _compare(
     from octad.evaluate.judge import must_spread
     from octad.evaluate.requirements import parse
     from octad.evaluate.results import Cache, default_directory
+    from octad.staging import refuse_unwritable
 
+    if wanted.cache is not None:  # the usual place is only used where it can be
+        refuse_unwritable(Path(wanted.cache))
     requirements = parse(wanted.require) if wanted.require is not None else []
     domains = domains_of(data if isinstance(data, Mapping) else fspath(data))
     kept = Cache(Path(wanted.cache) if wanted.cache is not None else default_directory())

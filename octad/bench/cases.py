@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from octad.bench.peers import Contestant, LlamaBench, Unmeasured, Worker, find_llama_bench
 from octad.bench.worker import answer_room
@@ -337,8 +338,10 @@ class Texts:
 
 def packaged_texts(tokenizer: Tokenizer) -> Texts:
     """octad/demo/data: general, python, c, french, german, spanish, maths, literature."""
-    with as_file(files("octad") / "demo" / "data") as folder:
-        found = {file.parent.name: _ids([file], tokenizer) for file in sorted(folder.glob("*/heldout.jsonl"))}
+    with as_file(files("octad") / "demo") as folder:
+        listed = folder / "domains.yaml"
+        domains = yaml.safe_load(listed.read_text(encoding="utf-8"))["domains"] if listed.is_file() else {}
+        found = {name: _ids([folder / place], tokenizer) for name, place in sorted(domains.items())}
     if not found:
         raise DataError("octad/demo/data: holds no text; install octad again, or give --text FILE")
     return Texts(found, f"held-out text of {len(found)} domains that comes with octad: {', '.join(found)}")

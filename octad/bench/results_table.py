@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.text import Text
 
 from octad.bench.measures import nearest, ratio, speed
-from octad.figures import human, percent
+from octad.figures import duration, human, percent
 from octad.report.table import Cell, Table
 from octad.report.terminal import life, table
 
@@ -79,7 +79,7 @@ def live(console: Console) -> Iterator[Callable[[str, float], None]]:
     def left(done: float) -> str:
         """How far it is and how long it still takes, once that can be told."""
         seconds = (time.monotonic() - begun) * (1 - done) / max(done, 1e-9)
-        return f" ({percent(done)} done, about {seconds:.0f} s left)" if done > SOON else ""
+        return f" ({percent(done)} done, about {duration(seconds)} left)" if done > SOON else ""
 
     now = ("", 0.0)
 

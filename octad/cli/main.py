@@ -51,6 +51,7 @@ KEPT = {
     "branch": "saved states are kept, and the same command goes on",
     "evaluate": "results that were complete are kept, and the same command goes on",
     "init": "the text that was split so far is left; begin again with --overwrite",
+    "serve": "it was not listening yet",
     "demo": "what was complete is kept, and with --base the same command goes on",
 }
 

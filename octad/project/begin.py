@@ -125,6 +125,8 @@ def _check(
     """Raises OutputError or RecipeError for what can be refused without opening anything."""
     if not overwrite and (there := [name for name in (*FILES, "text") if (place / name).exists()]):
         raise OutputError(f"{place / there[0]}: exists; choose another directory, or add --overwrite")
+    if (place / "config.json").exists():
+        raise OutputError(f"{place}: holds a model; give another directory (a model is named by --base)")
     if not 0 < share < 1:
         raise RecipeError(f"--held-out {share:g}: the share of text to hold out lies between 0 and 1")
     count = len(wanted) + bundled

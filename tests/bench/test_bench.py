@@ -439,13 +439,17 @@ def test_octad_runner_counts_what_was_generated(mixture: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("quantize", "bits", "group"), [("int8", 8, 64), ("int4", 4, 32)])
-def test_weight_bytes_of_the_quantised_engine(mixture: Path, quantize: str, bits: int, group: int) -> None:
+@pytest.mark.parametrize(("quantize", "bits"), [("int8", 8), ("int4", 4)])
+def test_weight_bytes_of_the_quantised_engine(mixture: Path, quantize: str, bits: int) -> None:
     runner = OctadRunner(str(mixture), variant="as made", quantize=quantize, device="cpu", longest=9, users=1)
     parts = runner.facts()["weight_bytes_by_use"]
+
     # D 32, F 48: outputs are multiples of 16; inputs are padded to whole groups, scales to pairs of them, two bytes each
-    columns = {inputs: -(-inputs // group) * group * bits // 8 + 2 * 2 for inputs in (32, 48)}
-    assert parts["experts"] == 2 * 3 * (2 * 48 * columns[32] + 32 * columns[48])
+    def row(inputs: int, bits: int) -> int:
+        group = {8: 64, 4: 32}[bits]
+        return -(-inputs // group) * group * bits // 8 + 2 * 2
+
+    assert parts["experts"] == 2 * 3 * (2 * 48 * row(32, bits) + 32 * row(48, 8))  # down has 8 bits in both
     embeddings = 96 * 32 * runner.model.model.embed_tokens.weight.element_size()
     assert parts["idle"] == embeddings  # the head has packed weights of its own
     tokens = runner.decode([[1, 2, 3]] * 1, 4, warm=True)

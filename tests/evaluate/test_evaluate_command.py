@@ -185,6 +185,13 @@ def test_a_report_that_cannot_be_written_is_known_before_judging(
     assert (code, err) == (2, f"octad: {tmp_path}/report: no permission to write in {tmp_path}\n")
 
 
+def test_a_cache_that_was_named_is_used_or_refused(evaluate: Octad, mixture: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, _, err = evaluate(mixture, "--cache", tmp_path / "file" / "cache")
+    assert code == 2
+    assert err.splitlines()[-1].endswith(f"{tmp_path}/file is no directory; choose another one")
+
+
 @pytest.mark.parametrize(
     "option",
     [["--require", "mean<=oracle"], ["--dense", "x"], ["--report", "r"], ["--card"], ["--quantize", "int8"]],

@@ -88,7 +88,7 @@ def test_two_different_experts_are_no_twins() -> None:
 def test_quantised_experts_are_read_and_unknown_ones_left_out() -> None:
     experts = make(3, spread=0.5)
     copy(experts, 0, 1)
-    packed = PackedExperts.of(experts, 8)
+    packed = PackedExperts.of(experts, (8, 8))
     found, exact = cosines_of(packed), cosines_of(experts)
     assert found is not None
     assert exact is not None

@@ -102,6 +102,10 @@ def test_the_files_belong_together(own: Path, monkeypatch: pytest.MonkeyPatch) -
     assert Path(recipe.resolve(recipe.base)).resolve() == own / "base"
     with pytest.raises(OutputError, match="exists; choose another directory, or add --overwrite"):
         octad.init("files", texts, base="base")
+    before = sorted(path.name for path in (own / "base").iterdir())
+    with pytest.raises(OutputError, match="base: holds a model; give another directory"):
+        octad.init("base", texts, base="base")
+    assert sorted(path.name for path in (own / "base").iterdir()) == before
 
 
 def test_mistakes_leave_nothing_behind(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
