@@ -22,6 +22,7 @@ from octad.api.bars import Progress, Tell, bars, teller
 from octad.api.outcomes import Written
 from octad.errors import OutputError, RequestError
 from octad.report.terminal import life
+from octad.staging import refuse_unwritable
 
 if TYPE_CHECKING:
     from octad.checkpoint.inspect import Inspection
@@ -158,6 +159,7 @@ def train(
 
     keep_freed_memory(any_size=True)
     started, run, say = time.monotonic(), Path(output), teller(tell)
+    refuse_unwritable(run)  # before anything is opened
     loaded = config_of(config if isinstance(config, Mapping) else fspath(config))
     for key in loaded.unused_keys():
         say(f"{_label(config)}: no effect: {key}")
@@ -203,6 +205,7 @@ def branch(
 
     keep_freed_memory(any_size=True)
     started, run, say = time.monotonic(), Path(output), teller(tell)
+    refuse_unwritable(run)  # before anything is opened
     loaded = branch_of(config if isinstance(config, Mapping) else fspath(config))
     for key in loaded.unused_keys(ray=ray):
         say(f"{_label(config)}: no effect: {key}")

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from octad.bench.peers import Contestant, LlamaBench, Unmeasured, Worker, find_llama_bench
 from octad.bench.worker import answer_room
@@ -26,6 +25,7 @@ from octad.checkpoint.source import TensorSource
 from octad.dist import compute_dtype, dtype_name
 from octad.errors import DataError, OctadError, RequestError
 from octad.fast.offloaded import memory_bytes
+from octad.guard import parse_yaml
 from octad.machine import ALL, available_memory
 from octad.model import cost
 from octad.model.config import ModelConfig, dense_config
@@ -340,7 +340,7 @@ def packaged_texts(tokenizer: Tokenizer) -> Texts:
     """octad/demo/data: general, python, c, french, german, spanish, maths, literature."""
     with as_file(files("octad") / "demo") as folder:
         listed = folder / "domains.yaml"
-        domains = yaml.safe_load(listed.read_text(encoding="utf-8"))["domains"] if listed.is_file() else {}
+        domains = parse_yaml(listed.read_bytes())["domains"] if listed.is_file() else {}
         found = {name: _ids([folder / place], tokenizer) for name, place in sorted(domains.items())}
     if not found:
         raise DataError("octad/demo/data: holds no text; install octad again, or give --text FILE")

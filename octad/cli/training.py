@@ -10,7 +10,6 @@ import typer
 from octad.cli.options import LastLine, Output, wrote
 from octad.errors import OutputError
 from octad.report import terminal
-from octad.staging import refuse_unwritable
 
 if TYPE_CHECKING:
     from octad.api.outcomes import Written
@@ -22,11 +21,10 @@ def train(
     as_json: LastLine = False,
 ) -> None:
     """Tune a mixture (router, repair or all), or pre-train a model. The same command resumes."""
-    place = _given(config, output)
     with terminal.waiting("getting PyTorch ready"):
         from octad.api import verbs
 
-    _conclude(verbs.train(config, place, tell=terminal.tell), as_json=as_json)
+    _conclude(verbs.train(config, _given(config, output), tell=terminal.tell), as_json=as_json)
 
 
 def branch(
@@ -37,19 +35,17 @@ def branch(
     as_json: LastLine = False,
 ) -> None:
     """Train specialists of one base, one after another or over a cluster. The same command resumes."""
-    place = _given(config, output)
     with terminal.waiting("getting PyTorch ready"):
         from octad.api import verbs
 
-    made = verbs.branch(config, place, only=only, ray=ray, tell=terminal.tell)
+    made = verbs.branch(config, _given(config, output), only=only, ray=ray, tell=terminal.tell)
     _conclude(made, as_json=as_json)
 
 
 def _given(config: Path, output: Path | None) -> Path:
-    """Where a run goes. Raises OutputError where nothing is given, or what is cannot be written into."""
+    """Where a run goes. Raises OutputError where nothing is given."""
     if output is None:
         raise OutputError(f"{config}: no output given; add -o DIRECTORY")
-    refuse_unwritable(output)  # before models are opened
     return output
 
 

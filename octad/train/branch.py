@@ -121,12 +121,13 @@ def branch_learner(config: BranchConfig, specialist: SpecialistSpec) -> Learner:
         return _write_full(run, source, changes_of(model, values), world)
 
     steps = specialist.steps or config.steps
-    text = [file for source in config.data_of(specialist).sources for file in source.data]
+    data = config.data_of(specialist)
+    text = [file for part in data.sources for file in part.data]
     return Learner(
         model=model,
         tokenizer=load_tokenizer(source),
         config=config.model_copy(update={"steps": steps}),
-        data=config.data_of(specialist),
+        data=data,
         evaluate=config.evaluation_of(specialist),
         write=write,
         trainable=choose(model, LEARNING[config.mode]),

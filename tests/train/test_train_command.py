@@ -54,6 +54,23 @@ def test_train_tells_writes_and_is_done_once(mixture, tmp_path, monkeypatch, cap
     assert run(monkeypatch, "inspect", tmp_path / "out") == 0
 
 
+def test_an_output_that_cannot_be_written_is_known_before_models_are_opened(
+    mixture, tmp_path, monkeypatch, capsys
+) -> None:
+    def opened(*arguments: object, **options: object) -> None:
+        raise AssertionError("opened first")
+
+    monkeypatch.setattr("octad.train.learner.tune_learner", opened)
+    monkeypatch.setattr("octad.train.branch.branch", opened)
+    (tmp_path / "file").write_text("")
+    specialist = {"name": "one", "data": str(jsonl(tmp_path / "one.jsonl", texts(6)))}
+    branch = tmp_path / "branch.yaml"
+    branch.write_text(yaml.safe_dump({"base": str(mixture), "steps": 1, "experts": [specialist]}))
+    for verb, config in (("train", tune_file(tmp_path, mixture)), ("branch", branch)):
+        assert run(monkeypatch, verb, config, "-o", tmp_path / "file" / "out") == 2
+        assert f"{tmp_path}/file is no directory; choose another one" in capsys.readouterr().err
+
+
 def test_an_interrupted_run_says_how_to_go_on(mixture, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("octad.train.trainer.Trainer._one_step", lambda self, telemetry: raise_signal())
     file = tune_file(tmp_path, mixture, mode="router")
