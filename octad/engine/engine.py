@@ -327,6 +327,16 @@ class Engine:
 
     # ---- checks --------------------------------------------------------------------------------------------
 
+    def _outside(self, prompt: Sequence[int], vocabulary: int) -> str:
+        """Whose fault it is that a prompt holds ids for which the model has no row: the tokenizer's, or the caller's."""
+        token = next(i for i in prompt if not 0 <= i < vocabulary)
+        if (text := self.tokenizer.texts.get(token)) is None:
+            return f"the prompt holds ids outside 0..{vocabulary - 1}; encode it with this model's tokenizer"
+        return (
+            f"{self.tokenizer.label}: its tokenizer reads {text!r} as id {token}, for which the model has no row"
+            f" (it has {vocabulary}); the tokenizer is another model's, or was added to without resizing the embeddings"
+        )
+
     def _check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         vocabulary = self.model.config.vocab_size
         if not prompt:
@@ -337,9 +347,7 @@ class Engine:
                 f"{self._why_so_short()}; shorten it"
             )
         if not 0 <= min(prompt) <= max(prompt) < vocabulary:
-            raise RequestError(
-                f"the prompt holds ids outside 0..{vocabulary - 1}; encode it with this model's tokenizer"
-            )
+            raise RequestError(self._outside(prompt, vocabulary))
         params.check_vocabulary(vocabulary)
         experts = self.model.config.num_experts
         if params.only_experts and not experts:

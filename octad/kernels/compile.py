@@ -245,13 +245,15 @@ def compile_object(
     """Compile the source for an instruction set ("runs": what tells them apart). Returns the compiler's first words if it
     refuses, else nothing."""
     chosen = [] if isa == "runs" else [f"-DISA={isa}", *flags]
-    return _reason(_run([*command, *chosen, *extra, "-c", "-o", str(to), str(source)]))
+    return _reason(_run([*command, *chosen, *extra, "-c", "-o", str(to), str(source)], to.parent))
 
 
 def link(command: Sequence[str], parts: Sequence[Path], to: Path) -> str:
     """Link objects. No OpenMP runtime is named on Linux, see above; elsewhere the compiler adds its own."""
     extra = [] if sys.platform.startswith("linux") else [OPENMP]
-    return _reason(_run([*command, "-shared", "-o", str(to), *map(str, parts), *extra, "-lm"]))
+    return _reason(
+        _run([*command, "-shared", "-o", str(to), *map(str, parts), *extra, "-lm"], parts[0].parent)
+    )
 
 
 def compile_all(to: Path, flags: Sequence[str] = ()) -> dict[str, str]:
@@ -290,8 +292,12 @@ def _headers(source: Path) -> Iterator[Path]:
     return source.with_name("native_src").glob("*.h")
 
 
-def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+def _run(command: Sequence[str], scratch: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the compiler. Its temporary files lie in `scratch`, and go with it where the compiler is killed."""
+    environment = None if scratch is None else os.environ | {"TMPDIR": str(scratch.absolute())}
+    return subprocess.run(
+        command, capture_output=True, text=True, errors="replace", check=False, env=environment
+    )
 
 
 def _reason(done: subprocess.CompletedProcess[str]) -> str:

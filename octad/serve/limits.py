@@ -241,6 +241,9 @@ class PatientProtocol(H11Protocol):
         if begun and self._late is None and not self.transport.is_closing():
             self._arm()
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing: the request is answered as any other; uvicorn's advice to install a library would not help."""
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Nobody is waited for."""
         self._disarm()

@@ -73,6 +73,7 @@ def as_api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, OctadError):
         text = TOO_LONG.sub(_too_long, " ".join(str(error).split()))
+        text = re.sub(r", or None$", ", or null", text)  # the engine speaks to Python, this to JSON
         code = "context_length_exceeded" if "context length" in text else None
         named = re.match(r"([a-z_]+)[.:]", text)
         return ApiError(400, text, code=code, param=named[1] if named else None)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from plain_generation import generate
-from tiny import GREEDY, finish, ids, load, make_engine, prompts, run
+from tiny import GREEDY, byte_tokenizer, finish, ids, load, make_engine, prompts, run
 from tiny_models import FAMILIES, TinyCheckpoint
 
 from octad.engine.engine import Engine, EngineConfig
@@ -425,6 +425,15 @@ def test_a_step_that_was_interrupted_is_repeated(model: Transformer) -> None:
             engine.step()
     assert next(calls) > 30
     assert ids([engine.output(str(i)) for i in range(3)]) == ids(run(make_engine(model), batch))
+
+
+def test_whose_fault_an_id_outside_is(model: Transformer) -> None:
+    """A tokenizer with more tokens than the model has rows is named; an id that it lacks is the caller's."""
+    engine = Engine(model, byte_tokenizer(98), EngineConfig(block_size=4, num_blocks=16))
+    with pytest.raises(RequestError, match=r"^tokenizer: its tokenizer reads '.' as id 96, .* \(it has 96\)"):
+        engine.add_request("a", [3, 96], GREEDY)
+    with pytest.raises(RequestError, match=r"ids outside 0\.\.95"):
+        engine.add_request("b", [3, 98], GREEDY)
 
 
 def test_requests_that_cannot_be(model: Transformer) -> None:

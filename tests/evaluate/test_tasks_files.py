@@ -111,6 +111,9 @@ def test_files_that_are_no_tasks(tmp_path: Path) -> None:
     bad.write_text("kind: [")
     with pytest.raises(DataError, match="cannot be read as YAML"):
         read_task(bad)
+    bad.write_text("kind: choice\nshots: !!int abc}\n")
+    with pytest.raises(DataError, match=r"'abc}' is no int .*, line 2, column 8\)$"):
+        read_task(bad)
     damaged = tmp_path / "t.jsonl.gz"
     damaged.write_bytes(b"no gzip")
     with pytest.raises(DataError, match="cannot be read as UTF-8 text"):

@@ -207,3 +207,18 @@ def test_what_a_killed_build_left_is_removed(tmp_path: Path) -> None:
     (left / "native.o").write_bytes(b"x")
     load(tmp_path, QUICK, isa="portable")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_the_compilers_own_files_lie_in_the_builds_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler that is killed leaves its temporary files; they go with the build's directory."""
+    told = tmp_path / "told"
+    monkeypatch.setenv("TMPDIR", "/elsewhere")
+    monkeypatch.setenv("CC", str(script(tmp_path / "cc", f'echo "$TMPDIR" >> {told}; exit 1')))
+    with pytest.raises(BuildError):
+        load(tmp_path / "cache")
+    version, *compiling = told.read_text().split()
+    assert version == "/elsewhere"
+    assert compiling
+    assert all(Path(place).parent == tmp_path / "cache" and not Path(place).exists() for place in compiling)

@@ -76,6 +76,11 @@ def test_what_is_refused_names_its_field(
     assert error["message"].startswith(param)
 
 
+def test_a_limit_is_told_in_json_words(running: Running) -> None:
+    error = running.post("/v1/completions", TEXT | {"max_tokens": -1}).json()["error"]
+    assert error["message"] == "max_tokens: found -1, allowed: an integer from 1, or null"
+
+
 def test_names_that_tokenize_has_too(running: Running) -> None:
     found = running.post("/tokenize", {"messages": HI, "chat_template_kwargs": {"messages": []}})
     assert found.json()["error"]["param"] == "chat_template_kwargs"

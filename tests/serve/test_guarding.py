@@ -253,3 +253,14 @@ def test_requests_have_ids(running: Running) -> None:
         made = running.get("/health", headers={"X-Request-Id": odd}).headers["x-request-id"]
         assert made.startswith("req_")
     assert running.get("/v1/nothing").headers["x-request-id"]
+
+
+def test_a_websocket_is_refused_without_advice(running: Running, caplog: pytest.LogCaptureFixture) -> None:
+    """uvicorn would say twice in the log that a library should be installed, which would not help."""
+    upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    answer = running.raw(
+        b"GET /v1/ws HTTP/1.1\r\nHost: localhost\r\n" + upgrade + b"Sec-WebSocket-Key: YQ==\r\n\r\n"
+    )
+    assert b" 404 " in answer.split(b"\r\n")[0]
+    assert "ebSocket" not in caplog.text
+    assert "upgrade" not in caplog.text

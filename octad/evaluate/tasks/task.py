@@ -35,7 +35,7 @@ from pydantic import (
     model_validator,
 )
 
-from octad.checkpoint.config_file import Section, one_line
+from octad.checkpoint.config_file import Section, one_line, yaml_reason
 from octad.engine.params import CHAT_PENALTY
 from octad.errors import DataError
 from octad.guard import JSON_BYTES, parse_json, parse_yaml
@@ -235,7 +235,7 @@ def _from_yaml(file: Path, name: str | None) -> Task:
     try:
         raw = parse_yaml(_text(file))
     except yaml.YAMLError as error:
-        raise DataError(f"{file}: cannot be read as YAML ({' '.join(str(error).split())})") from None
+        raise DataError(f"{file}: cannot be read as YAML ({yaml_reason(error)})") from None
     if not isinstance(raw, dict):
         raise DataError(f"{file}: expected 'kind', 'examples' and settings, found {type(raw).__name__}")
     settings: dict[str, Any] = {"name": name or file.stem} | raw
