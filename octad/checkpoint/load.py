@@ -219,10 +219,12 @@ def empty_model(config: ModelConfig) -> Transformer:
 
 def load_tokenizer(source: TensorSource) -> Tokenizer:
     """The tokenizer beside the weights (or inside the GGUF); an adapter without one has its base's. Ends of answers that
-    the model has no row for are left out, with a warning: it cannot say them."""
+    the model has no row for are left out, with a warning: it cannot say them. Raises CheckpointError."""
     from octad.text.tokenizer import Tokenizer
+    from octad.text.tokenizer_file import check_rows
 
     found, rows = _tokenizer_of(source), source.config.vocab_size
+    check_rows(found, rows)
     if not (lost := [i for i in found.eos_ids if i >= rows]):
         return found
     kept = [i for i in found.eos_ids if i < rows]

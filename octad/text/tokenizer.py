@@ -24,6 +24,7 @@ import tokenizers
 
 from octad.errors import CheckpointError, DataError
 from octad.guard import read_bytes, read_object
+from octad.text.tokenizer_file import check_ids, read_core
 
 Message = Mapping[str, Any]
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -70,12 +71,7 @@ class Tokenizer:
         if not file.is_file():
             fix = "save it with transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)"
             raise CheckpointError(f"{directory}: tokenizer.json is missing; {fix}")
-        try:
-            core = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-        except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{file}: damaged: {error}") from error
-        core.no_truncation()
-        core.no_padding()
+        core = read_core(file)
         config = _optional(directory / "tokenizer_config.json")
         config |= {"chat_template": _chat_template(directory, config)}
         generation = _optional(directory / "generation_config.json")
@@ -90,6 +86,7 @@ class Tokenizer:
             raise CheckpointError(
                 f"{file}: damaged: gives a token the id {made.vocab_size - 1:,}; ids below {MOST_IDS:,} are read"
             )
+        check_ids(made.texts, made.core, str(file))
         return made
 
     # ---- text and ids --------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from octad.checkpoint.gguf.header import GGUFHeader
 from octad.errors import CheckpointError
 from octad.text import tokenizer as text
+from octad.text.tokenizer_file import check_pieces
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type; 5 is unused, 6 a byte
 NO_TOKEN = 2**32 - 1  # how some files say that there is none
@@ -156,6 +157,7 @@ def build_tokenizer(vocabulary: GGUFVocabulary) -> Tokenizer:
             f"{vocabulary.path}: tokenizer {kind!r} is not supported (supported: {supported})"
         )
     tokenizer, add_bos = builders[kind](vocabulary)
+    check_pieces(tokenizer, str(vocabulary.path))
     tokenizer.add_tokens([token for token in vocabulary.added() if not token.special])
     tokenizer.add_special_tokens([token for token in vocabulary.added() if token.special])
     _set_template(tokenizer, vocabulary, add_bos)
