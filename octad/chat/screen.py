@@ -33,6 +33,7 @@ from octad.chat import speakers
 from octad.chat.growing_markdown import GrowingMarkdown
 from octad.chat.session import Session
 from octad.errors import OctadError
+from octad.report import terminal
 
 if TYPE_CHECKING:
     from octad.engine.outputs import Delta
@@ -58,10 +59,8 @@ class Screen:
 
     def run(self) -> None:
         """Until Ctrl-D or /quit."""
-        self._note(f"{self.session.label}, {self.session.context:,} tokens of context")
-        if self.names:
-            self.console.print(speakers.legend(self.names))
-        self._note(HINT)
+        if not terminal.err.quiet:
+            self._introduce()
         going = True
         while going:
             try:
@@ -141,6 +140,12 @@ class Screen:
     def _legend(self) -> None:
         said = self.session.last.speakers if self.session.last else None
         self.console.print(speakers.legend(self.names, said))
+
+    def _introduce(self) -> None:
+        self._note(f"{self.session.label}, {self.session.context:,} tokens of context")
+        if self.names:
+            self.console.print(speakers.legend(self.names))
+        self._note(HINT)
 
     def _note(self, text: str) -> None:
         self.console.print(Text(text, style="dim"))

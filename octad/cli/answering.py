@@ -201,7 +201,7 @@ def open_llm(
         llm = LLM(model, quantize=quantize, memory=memory, begun=begun)
     spare_the_collector()
     if llm.dtype_note and terminal.err.is_terminal:
-        print(f"octad: {llm.dtype_note}", file=sys.stderr)
+        terminal.tell(f"octad: {llm.dtype_note}")
     if only is not None:
         llm.only(expert_number(llm, only))
     return llm
@@ -221,7 +221,7 @@ def _no_collection() -> Iterator[None]:
 def _tell_store(llm: LLM) -> None:
     """With --memory, how often an expert was there, and what it cost where it was not."""
     if (store := llm.expert_store) is not None and store.stats.tokens:
-        print(f"octad: {store.stats.line()}", file=sys.stderr)
+        terminal.tell(f"octad: {store.stats.line()}")
 
 
 def _structured(schema: Path | None, regex: str | None, grammar: Path | None) -> StructuredOutput | None:

@@ -51,12 +51,12 @@ def evaluate(model: str, data: Path | None, outputs: Outputs, **options: Any) ->
         for part in render(made, brief=outputs.brief):
             terminal.out.print(part)
         commands_tasks.show(made["tasks"])
-    tell = terminal.err.print if outputs.as_json else terminal.out.print
+    tell = terminal.tell if outputs.as_json else terminal.remark
     if outputs.report is not None:
-        tell(f"wrote {verdict.save(outputs.report)}", soft_wrap=True, markup=False)
+        tell(f"wrote {verdict.save(outputs.report)}")
     tokens = sum(domain["tokens"] for domain in made["domains"])
     if outputs.card or (outputs.card is None and may_write(verdict.source, tokens)):
-        tell(f"wrote the verdict into {verdict.write_card()}", soft_wrap=True, markup=False)
+        tell(f"wrote the verdict into {verdict.write_card()}")
     if not verdict.holds:
         raise SystemExit(1)
     return made

@@ -186,5 +186,5 @@ def _show_warning(
     """octad's own remarks are a line like others; a library's look as Python shows them."""
     if category.__module__.startswith("octad."):
         terminal.tell(f"octad: {message}")
-    else:
+    elif not terminal.err.quiet:
         sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))

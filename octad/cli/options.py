@@ -53,6 +53,6 @@ def one_process(verb: str) -> None:
 
 def wrote(written: Written, *, as_json: bool, timed: bool = True) -> None:
     """The last line, or the last two: where it is and how long it took, and the same as JSON."""
-    terminal.say(f"wrote {written.path}" + (f" in {written.seconds:.1f} s" if timed else ""))
+    terminal.remark(f"wrote {written.path}" + (f" in {written.seconds:.1f} s" if timed else ""))
     if as_json:
         print(json.dumps(written.to_dict(), ensure_ascii=False))

@@ -63,7 +63,7 @@ def init(
             overwrite=overwrite,
             tell=terminal.say,
         )
-    terminal.say(f"wrote {', '.join(made.facts['files'])} in {directory}; next: octad make {directory}")
+    terminal.remark(f"wrote {', '.join(made.facts['files'])} in {directory}; next: octad make {directory}")
     if as_json:
         print(json.dumps(made.to_dict(), ensure_ascii=False))
 
@@ -113,8 +113,8 @@ def make(
         raise SystemExit(130)
     if not dry_run:
         terminal.out.print(made.facts["headline"], markup=False)
-        terminal.say(f"the verdict with pictures: {made.facts['report']}")
-        terminal.say(f"talk to it: octad serve {made.facts['mixture']}")
+        terminal.remark(f"the verdict with pictures: {made.facts['report']}")
+        terminal.remark(f"talk to it: octad serve {made.facts['mixture']}")
     if as_json:
         print(json.dumps(made.to_dict(), ensure_ascii=False))
 

@@ -52,15 +52,13 @@ def run(output: Path) -> None:
     commands_evaluate.evaluate(str(output), HERE / "domains.yaml", outputs, **options)
     write(output)
     heading(f"Done in {time.monotonic() - started:.0f} s. Three things to try")
-    terminal.out.print(
+    terminal.remark(
         f"  octad serve {output}\n"
         "      a chat page at http://127.0.0.1:8000, which shows who answers\n"
         f"  octad evaluate {output} --data {HERE / 'domains.yaml'}\n"
         "      judge it on 4,096 tokens of each kind of text\n"
         f"  octad combine {HERE / 'recipe.yaml'} -o mine\n"
-        "      this demo's recipe: copy it, and put your own eight models in",
-        markup=False,
-        soft_wrap=True,
+        "      this demo's recipe: copy it, and put your own eight models in"
     )
 
 
@@ -100,7 +98,7 @@ def make(plan: Plan, output: Path) -> None:
     started = time.monotonic()
     with terminal.progress_bar() as progress:
         path = combine(plan, output, overwrite=True, progress=progress)
-    terminal.say(f"wrote {path} in {time.monotonic() - started:.0f} s")
+    terminal.remark(f"wrote {path} in {time.monotonic() - started:.0f} s")
 
 
 def write(output: Path, quantize: str | None = None) -> None:
@@ -122,11 +120,13 @@ def write(output: Path, quantize: str | None = None) -> None:
 
 
 def heading(text: str) -> None:
-    """A line across the screen, apart from what came before."""
-    terminal.out.print()
-    terminal.out.rule(text, align="left")
+    """A line across the screen, apart from what came before; none under -q."""
+    if not terminal.err.quiet:
+        terminal.out.print()
+        terminal.out.rule(text, align="left")
 
 
 def tell(text: str) -> None:
-    """A paragraph."""
-    terminal.out.print(text, markup=False)
+    """A paragraph, cut at words where the terminal ends; none under -q."""
+    if not terminal.err.quiet:
+        terminal.out.print(text, markup=False)

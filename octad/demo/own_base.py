@@ -88,15 +88,13 @@ def demonstrate(wish: Wish, output: Path, *, judge: str) -> bool:
         verdict(mixture, output, *JUDGED[judge])
     write(mixture, ROUNDED)
     heading(f"Done in {duration(time.monotonic() - started)}. Three things to try")
-    terminal.out.print(
+    terminal.remark(
         f"  octad serve {mixture} --quantize {ROUNDED}\n"
         "      a chat page at http://127.0.0.1:8000, which shows who answers\n"
         f"  octad evaluate {mixture} --tasks octad-chat,octad-writing --members\n"
         "      beside the base and every specialist; humaneval, too, where its package is installed\n"
         f"  octad demo --base {wish.base} --text FOLDER -o mine\n"
-        "      the same of text of your own: a file or folder for each specialist",
-        markup=False,
-        soft_wrap=True,
+        "      the same of text of your own: a file or folder for each specialist"
     )
     return True
 

@@ -181,6 +181,12 @@ def say(line: str) -> None:
     out.print(line, markup=False, soft_wrap=True)
 
 
+def remark(line: str) -> None:
+    """Prose beside the results, on stdout: headings, what was written, what to do next. Nothing under -q."""
+    if not err.quiet:
+        say(line)
+
+
 def tell(line: str) -> None:
     """One line of a run's report on stderr, as it is; of torchrun's processes only the first speaks."""
     if leads():

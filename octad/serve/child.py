@@ -30,6 +30,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from octad.errors import RequestError
+from octad.report import terminal
 from octad.serve.lifecycle import ServerState
 
 ROUTED = "--enable-return-routed-experts"
@@ -113,7 +114,7 @@ class Child:
             for line in process.stdout:
                 if text := " ".join(COLOURS.sub("", line).split()):
                     self._latest = text[:200]
-                    print(f"vllm: {text}", file=sys.stderr, flush=True)
+                    terminal.tell(f"vllm: {text}")
             code = process.wait()
             if self._stopping:
                 return

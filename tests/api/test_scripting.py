@@ -67,6 +67,8 @@ def test_quiet_and_loud(place: Path, octad: Octad, monkeypatch: pytest.MonkeyPat
     code, _, err = octad(*arguments)
     assert (code, err) == (0, "octad: old.yaml: 'files' is called 'data' here\n")
     assert octad(*arguments, "-q")[2] == ""
+    code, out, err = octad("-q", "combine", "recipe.yaml", "-o", "silent")
+    assert (code, err, "members beside base" in out, "wrote" in out) == (0, "", True, False)
     assert octad("--quiet", "inspect", "nowhere")[2].startswith("octad: nowhere: no such file")
     level = logging.getLogger("octad").level
     try:

@@ -72,6 +72,20 @@ ORDER = [
 ]
 
 
+def test_quiet_leaves_prose_out(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for quiet in (False, True):
+        monkeypatch.setattr(terminal.err, "quiet", quiet)
+        demo.heading("1. One mixture")
+        demo.tell("Each model becomes an expert.")
+        terminal.remark("wrote demo-output")
+        terminal.say("a result")
+        out = capsys.readouterr().out
+        assert [text in out for text in ("One mixture", "becomes", "wrote", "a result")] == [
+            *[not quiet] * 3,
+            True,
+        ]
+
+
 def test_what_octad_did_not_make_is_left_alone(place: Path, octad: Octad) -> None:
     (place / "mine").mkdir()
     (place / "mine" / "diary.txt").write_text("dear diary")
