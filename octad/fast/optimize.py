@@ -58,7 +58,13 @@ LOG = logging.getLogger("octad")
 
 def optimize(model: Transformer, *, quantize: str | None = None, native: bool = True) -> PagedAttention:
     """Swaps modules of the model in place and returns the attention over pages to run it with. Raises RequestError
-    for an unknown `quantize`, or one of another name than the model was saved in; what was saved is run as it is."""
+    for an unknown `quantize`, or one of another name than the model was saved in (what was saved is run as it is), and
+    for a model that was given before: its weights are no longer there."""
+    if isinstance(model.model, NativeDecoder):
+        raise RequestError(
+            "this model runs on octad's kernels already, in the place of the weights that it had; give the checkpoint's"
+            " directory, or load the model anew (octad.checkpoint.load.load_model)"
+        )
     precision = _precision(model, quantize)
     kernels = native_kernels() if native and suits_native(model) else None
     if kernels is None:

@@ -100,6 +100,10 @@ def make(
     """
     started, place = time.monotonic(), Path(directory)
     if not (place / RECIPE).is_file() and not (place / BRANCH).is_file():
+        if not place.exists():
+            raise RecipeError(f"{place}: no such directory; `octad init {place}` begins one")
+        if not place.is_dir():
+            raise RecipeError(f"{place}: is no directory; give one that `octad init` began")
         raise RecipeError(f"{place}: holds no {BRANCH} and no {RECIPE}; `octad init {place}` writes them")
     road = Road(place, tokens, Record(place), teller(tell), judge=judge, pace=pace)
     config = load_branch(place / BRANCH) if (place / BRANCH).is_file() else None

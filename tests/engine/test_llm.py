@@ -17,6 +17,7 @@ from octad import LLM, SamplingParams
 from octad.engine.llm import DTYPES
 from octad.errors import CheckpointError, DataError, OctadError, RequestError
 from octad.evaluate.contestants import Member, contestant
+from octad.fast.optimize import native_kernels
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{% endfor %}{% if loud %}LOUD{% endif %}a:"
@@ -166,6 +167,17 @@ def test_experts_that_cannot_be(llm: LLM, tiny_checkpoint: TinyCheckpoint) -> No
     assert dense.expert_names == []
     with pytest.raises(RequestError, match="is dense"):
         dense.only(0)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_model_is_given_once(quantize: str | None, tiny_checkpoint: TinyCheckpoint) -> None:
+    """Its weights are gone where the kernels have them; the first one goes on."""
+    first = LLM((load(tiny_checkpoint("mixtral")), byte_tokenizer()), num_blocks=20)
+    before = first.generate("abc", GREEDY)[0].outputs[0].token_ids
+    if native_kernels() is not None:
+        with pytest.raises(RequestError, match="runs on octad's kernels already"):
+            LLM((first.model, first.tokenizer), quantize=quantize, num_blocks=20)
+    assert first.generate("abc", GREEDY)[0].outputs[0].token_ids == before
 
 
 def test_names_of_experts(directory: Path, tmp_path: Path) -> None:

@@ -190,6 +190,20 @@ def test_the_road_is_gone_once(own: Path, octad: Octad, monkeypatch: pytest.Monk
     assert json.loads(out.splitlines()[-1])["done"] == ["branch law", "branch sky", "combine", "evaluate"]
 
 
+def test_make_where_nothing_was_begun(tmp_path: Path, octad: Octad) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    for name, said in (
+        ("nowhere", "no such directory"),
+        ("file", "is no directory"),
+        ("empty", "holds no branch.yaml"),
+    ):
+        code, out, err = octad("make", tmp_path / name)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert f"{name}: {said}" in err
+        assert "`octad init" in err
+
+
 def test_the_reference_is_current_and_whole() -> None:
     page = Path(__file__).parents[2] / "docs" / "reference.md"
     assert page.read_text(encoding="utf-8") == reference.reference(), "make reference"

@@ -187,6 +187,18 @@ def test_answers_follow_the_interval() -> None:
     assert sections.status(report) == ("better", "yes to 1 of 1 questions")
 
 
+def test_unclear_says_to_which_side() -> None:
+    def told(relative: float) -> str:
+        cell = quality.is_better({"relative": relative, "low": -1.0, "high": 1.0, "answer": "unclear"})
+        return f"{cell.text} {cell.small}"
+
+    assert [told(0.0019), told(-0.012), told(0.0)] == [
+        "unclear (0.19 % worse)",
+        "unclear (1.2 % better)",
+        "unclear ",
+    ]
+
+
 def test_tasks_say_which_way_is_better() -> None:
     scores = {"a": {"value": 0.5, "low": 0.4, "high": 0.6}, "b": {"value": 0.75}, "c": {"value": None}}
     differences = [{"of": "a", "against": "b", "difference": -0.25, "low": -0.3, "high": -0.2}]

@@ -173,12 +173,13 @@ def answer(d: Mapping[str, Any]) -> str:
 
 
 def is_better(d: Mapping[str, Any] | None) -> Cell:
-    """8.6 % better, as good, unclear +0.3 %."""
+    """8.6 % better, as good, unclear (0.3 % worse)."""
     if d is None or d.get("relative") is None:
         return Cell("")
     mark, size = answer(d), share(abs(d["relative"]))
     if mark == "unclear":
-        return Cell(mark, d["relative"], "chip unclear", small=f"{'+' if d['relative'] > 0 else '−'}{size}")
+        side = "worse" if d["relative"] > 0 else "better"
+        return Cell(mark, d["relative"], "chip unclear", small=f"({size} {side})" if d["relative"] else "")
     return Cell("as good" if mark == "same" else f"{size} {mark}", d["relative"], f"chip {mark}")
 
 
