@@ -109,8 +109,7 @@ def entrants(mixture: str) -> Iterator[Callable[[str], LLM]]:
 def _soup(mixture: str) -> LLM:
     """The experts' average, rounded as the others are."""
     source = open_source(mixture)
-    blended = soup(source, Soup(tuple(range(source.config.num_experts))), compute_dtype())
-    return LLM((blended.model, blended.tokenizer), quantize="int8")
+    return soup(source, Soup(tuple(range(source.config.num_experts))), compute_dtype(), quantize="int8")
 
 
 def sampled(spec: str) -> Task:

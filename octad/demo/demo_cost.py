@@ -1,6 +1,6 @@
 """What a demonstration of one's own base takes: seconds by a step that is measured, bytes by the model's shape.
 
-pace = step_seconds(config); costs_of(project, base.config, mixture, pace, tokens=(2048, 320, 0))
+pace = step_seconds(config); costs_of(project, base.config, mixture, pace, tokens=(4096, 320, 0))
 rank_within(base.config, specialists=7)     # the rank at which all adapters stay small
 """
 

@@ -46,7 +46,7 @@ from octad.train.run_config import BranchConfig
 
 MINUTES = 10.0
 WINDOW = 256  # tokens of a step, in one window: short, so that a few minutes are some tens of steps
-ROUTER_TOKENS, CONVERSATIONS = 2048, "generalist: 8"  # the base speaks in its conversations
+ROUTER_TOKENS, CONVERSATIONS = 4096, "generalist: 8"  # the base speaks in its conversations
 JUDGED = {"quick": (320, 64), "full": (4096, 512), "none": (0, 0)}  # tokens of each kind of text, window
 ROUNDED = "int8"  # the mixture is judged and asked so: half the memory, nearly as exact
 

@@ -21,8 +21,9 @@ from octad.text.documents import kind_of
 
 DATA = Path(__file__).parent / "data"
 KINDS = ("c", "sql", "french", "german", "spanish", "maths", "literature")
-# of each kind, the files to learn from. Python is the base's own: what it can do of it, some minutes of plain text cost
-GENERALS = ("general/calibrate.jsonl", "python/calibrate.jsonl")
+# of each kind, the files to learn from. Python is the base's own: what it can do of it, some minutes of plain text cost.
+# Functions with examples in their docstring are among it, or routers take such for maths, whose text has the same form
+GENERALS = ("general/calibrate.jsonl", "python/calibrate.jsonl", "python/functions.jsonl.gz")
 CHATS = "general/chats.jsonl"  # for a base that cannot be asked
 USUAL = ("calibrate.jsonl", "written.jsonl", "bible.jsonl", "more.jsonl.gz")
 

@@ -1,5 +1,6 @@
 """octad demo --base on a tiny model: the whole road, an interruption, and what is refused."""
 
+import ast
 import gc
 import gzip
 import json
@@ -16,11 +17,13 @@ from members import make_base
 from own_text import folders
 from safetensors.torch import load_file
 from tiny_models import Octad
+from vocabularies import smollm2
 
-from octad.combine.recipe import Recipe
+from octad.combine.calibration import text_windows
+from octad.combine.recipe import ExpertSpec, Recipe, RouterSpec
 from octad.demo import own_base
 from octad.demo.demo_cost import factor_bytes, rank_within
-from octad.demo.specialist_texts import DATA, KINDS, shipped, texts_in
+from octad.demo.specialist_texts import CHATS, DATA, KINDS, shipped, texts_in
 from octad.model.config import ModelConfig
 from octad.text.corpus import open_all
 from octad.text.documents import read_documents
@@ -215,7 +218,7 @@ def rows(name: str, file: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-@pytest.mark.parametrize("name", ["python", "sql", "french", "german", "spanish", "literature"])
+@pytest.mark.parametrize("name", ["sql", "french", "german", "spanish", "literature"])
 def test_what_specialists_read_besides_is_of_the_listed_works_and_not_judged_on(name: str) -> None:
     kinds = [*KINDS, "general"]
     judged = {row["source"].partition("/")[2] for kind in kinds for row in rows(kind, "heldout.jsonl")}
@@ -249,6 +252,37 @@ def test_python_is_the_bases_own(tmp_path: Path) -> None:
     found = shipped(tmp_path, plain=False)
     assert "python" not in found.specialists
     assert str(DATA / "python" / "calibrate.jsonl") in found.learnt["general"]
+
+
+def test_much_of_what_shows_the_generalist_is_python_as_it_is_asked_for(tmp_path: Path) -> None:
+    """Beside conversations, which are longer. Where no function with examples was among it, routers took HumanEval's for
+    maths, whose text has examples of that form (docs/demo.md)."""
+    tokenizer, budget = smollm2(), RouterSpec(tokens=own_base.ROUTER_TOKENS)
+    files = [str(DATA / CHATS), *shipped(tmp_path, plain=False).learnt["general"]]
+    windows = text_windows(ExpertSpec(name="general", model="base"), files, budget, tokenizer)
+    functions = [row["text"] for row in rows("python", "functions.jsonl.gz")]
+    python = functions + [row["text"] for row in rows("python", "calibrate.jsonl")]
+    total = sum(len(window.ids) for window in windows)
+    for documents, share in ((python, 0.4), (functions, 0.2)):
+        shown = [len(w.ids) for w in windows if any(tokenizer.decode(w.ids) in text for text in documents)]
+        assert sum(shown) > share * total
+
+
+def test_functions_with_examples_are_of_the_listed_works_and_not_judged_on() -> None:
+    judged = {row["source"].partition("/")[2] for row in rows("python", "heldout.jsonl")}
+    licences = {
+        (row["source"].partition("/")[0], row["licence"]) for row in rows("python", "calibrate.jsonl")
+    }
+    listed = (DATA / "LICENCES.md").read_text("utf-8")
+    for row in rows("python", "functions.jsonl.gz"):
+        work, _, document = row["source"].partition("/")
+        assert (work, row["licence"]) in licences
+        assert document not in judged
+        assert f"`{document}`" in listed
+        assert not {"copyright", "licen"} & set(row["text"].lower().split())
+        (function,) = ast.parse(row["text"]).body
+        assert isinstance(function, ast.FunctionDef)
+        assert ">>>" in (ast.get_docstring(function) or "")
 
 
 def test_a_folder_may_bring_its_own_generalist(own: Path, tmp_path: Path) -> None:

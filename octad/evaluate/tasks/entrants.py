@@ -72,9 +72,9 @@ def alone(llm: LLM, expert: int) -> Iterator[LLM]:
     llm.loop.call(llm.engine.reset_prefix_cache)
 
 
-def soup(source: TensorSource, who: Soup, dtype: torch.dtype) -> LLM:
-    """The experts' weights averaged: a dense model of the mixture's attention."""
+def soup(source: TensorSource, who: Soup, dtype: torch.dtype, quantize: str | None = None) -> LLM:
+    """The experts' weights averaged: a dense model of the mixture's attention, rounded to `quantize` once it is whole."""
     model = load_model(source, dtype)
     for layer, moe in moe_layers(model):
         layer.mlp = soup_mlp(moe.experts, who.experts, dtype)
-    return LLM((model, load_tokenizer(source)))
+    return LLM((model, load_tokenizer(source)), quantize=quantize)
