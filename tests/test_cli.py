@@ -1,5 +1,6 @@
 """The command line end to end on tiny models, and every mistake of a user: one line, exit code 2, nothing left behind."""
 
+import inspect
 import json
 import os
 import shutil
@@ -19,6 +20,8 @@ from members import adapter, edit_config, full_member, make_base, save_tokenizer
 from safetensors.torch import load_file, save_file
 from tiny_models import Octad, Outcome
 
+from octad.cli.combining import expert_app
+from octad.cli.main import app
 from octad.kernels.compile import runnable
 from octad.report import terminal
 
@@ -207,6 +210,16 @@ def test_generate(world: World, mixture: Path, octad: Octad) -> None:
         assert (first[0], first[2]) == (0, "")
         assert len(first[1]) > 1
         assert "Once [upon]" not in first[1]  # in a pipe the answer alone
+
+
+def test_help_is_a_line_of_source() -> None:
+    """A line's end in a docstring is one in --help, in the middle of a sentence."""
+    commands = [*app.registered_commands, *expert_app.registered_commands]
+    assert len(commands) > 15
+    for command in commands:
+        assert command.callback is not None
+        first = inspect.getdoc(command.callback) or ""
+        assert first.partition("\n\n")[0].count("\n") == 0, command.callback.__name__
 
 
 def test_version_and_help(octad: Octad) -> None:

@@ -133,8 +133,7 @@ def quantize(
     ] = None,
     as_json: LastLine = False,
 ) -> None:
-    """Write a checkpoint with its weights rounded to 8 or 4 bits: smaller, quick to load, fast to run. With --data it
-    tells what that costs, here and in the output's model card."""
+    """Write a checkpoint with its weights rounded to 8 or 4 bits, smaller and faster; --data: tell what that costs."""
     from octad.api.forms import quantize as carry_out
     from octad.cli.combine_view import show_rounding
 

@@ -35,8 +35,7 @@ def export(
     ] = None,
     as_json: LastLine = False,
 ) -> None:
-    """Write a model for other engines: GGUF for llama.cpp, Ollama and LM Studio; Hugging Face's layout in another shape;
-    rounded weights for vLLM and SGLang; or one expert as a dense model."""
+    """Write a model for other engines: GGUF (llama.cpp, Ollama), rounded weights (vLLM), the hub's layout, one expert."""
     from octad.api.forms import export as carry_out
 
     if output is None:

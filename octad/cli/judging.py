@@ -34,7 +34,7 @@ def evaluate(
         str | None, typer.Option(help="Judge all with weights in int8: sooner, nearly as exact.")
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Tasks by name or file, with commas: octad-code,humaneval,my.yaml.")
+        str | None, typer.Option(help="Tasks by name or file, with commas: octad-code,my.yaml.")
     ] = None,
     members: Annotated[
         bool, typer.Option("--members", help="Tasks for each member and the soup too.")
