@@ -62,18 +62,20 @@ def read_core(file: Path) -> tokenizers.Tokenizer:
 
 
 def check_ids(texts: Mapping[int, str], core: tokenizers.Tokenizer, label: str) -> None:
-    """Each id below the largest has one piece. `texts` is the same vocabulary by id. Raises CheckpointError."""
+    """Each id below those of added tokens has one piece; added tokens may leave some out, as o200k's do. `texts` is the
+    same vocabulary by id. Raises CheckpointError."""
     pieces = core.get_vocab_size(with_added_tokens=True)
     if pieces > len(texts):
         by_piece = core.get_vocab(with_added_tokens=True)
         one, i = next((piece, i) for piece, i in by_piece.items() if texts[i] != piece)
         raise CheckpointError(f"{label}: damaged: {one!r} and {texts[i]!r} have one id, {i}; {AGAIN}")
-    if texts and len(texts) <= (last := max(texts)):
-        hole = next(i for i in range(last) if i not in texts)
-        raise CheckpointError(
-            f"{label}: damaged: no piece has the id {hole} (ids reach {last}); {AGAIN}, or give that id a piece of its"
-            f" own, such as '<unused{hole}>'"
-        )
+    if texts and len(texts) <= max(texts):
+        last = max(texts.keys() - core.get_added_tokens_decoder().keys(), default=0)
+        if (hole := next((i for i in range(last) if i not in texts), None)) is not None:
+            raise CheckpointError(
+                f"{label}: damaged: no piece has the id {hole} (ids of pieces reach {last}); {AGAIN}, or give that id a"
+                f" piece of its own, such as '<unused{hole}>'"
+            )
 
 
 def check_added(core: tokenizers.Tokenizer, text: str, label: str) -> None:

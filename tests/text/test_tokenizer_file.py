@@ -58,6 +58,18 @@ def test_undamaged_it_is_read(tmp_path: Path, learnt: str) -> None:
     )
     assert (read.vocab_size, read.decode(read.encode(text))) == (1025, text)
     check_rows(read, 1025)
+
+
+def test_added_tokens_may_leave_ids_out(tmp_path: Path, learnt: str) -> None:
+    """As tokenizers made of o200k_base do between <|endoftext|> and <|endofprompt|>."""
+
+    def far(file: dict[str, Any]) -> None:
+        vocab(file).update({LATER: 1024, "<|far|>": 1040})
+        file["added_tokens"].append({**file["added_tokens"][-1], "content": "<|far|>", "id": 1040})
+
+    read = Tokenizer.from_directory(written(tmp_path, learnt, far))
+    assert (read.vocab_size, read.encode("a<|far|>")[-1]) == (1041, 1040)
+    assert read.decode([1030]) == ""
     check_rows(read, 1024)  # a token that was added without a row is told where it is used
     check_rows(read, 1100)  # padded
 
