@@ -73,6 +73,11 @@ def test_another_type_is_measured_and_never_overflows(mixture: Path, tmp_path: P
 
 def test_a_tokenizer_with_ids_that_have_no_row(mixture: Path, tmp_path: Path) -> None:
     byte_tokenizer(120).save(mixture)
+    with pytest.raises(CheckpointError, match="has 120 ids, the model 96 rows: it is another model's"):
+        export_hub(open_source(mixture), tmp_path / "out", Changes())
+    later = byte_tokenizer(96)
+    later.core.add_tokens([f"<later {i}>" for i in range(24)])
+    later.save(mixture)
     with pytest.raises(CheckpointError, match="has the id 119, its embeddings 96 rows"):
         export_hub(open_source(mixture), tmp_path / "out", Changes())
     assert not (tmp_path / "out").exists()
