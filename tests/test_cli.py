@@ -222,6 +222,14 @@ def test_help_is_a_line_of_source() -> None:
         assert first.partition("\n\n")[0].count("\n") == 0, command.callback.__name__
 
 
+@pytest.mark.parametrize("flag", ["-q", "--verbose"])
+def test_flags_alone_are_no_command(octad: Octad, flag: str) -> None:
+    """As without any: the help, and exit code 2."""
+    code, out, err = octad(flag)
+    assert (code, "".join((out, err)).strip()) == (2, "".join(octad()[1:]).strip())
+    assert "Usage:" in out
+
+
 def test_version_and_help(octad: Octad) -> None:
     assert set(json.loads(octad("version")[1])) == {"octad", "torch", "safetensors", "tokenizers"}
     for arguments in (["--help"], [], ["expert"], ["combine", "--help"]):

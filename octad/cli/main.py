@@ -104,6 +104,9 @@ def options(
 
         print(f"octad {version('octad')}")
         raise typer.Exit
+    if ctx.invoked_subcommand is None:  # flags alone
+        print(ctx.get_help(), end="")
+        raise typer.Exit(2)
 
 
 def main() -> None:
