@@ -279,7 +279,7 @@ def test_functions_with_examples_are_of_the_listed_works_and_not_judged_on() -> 
         assert (work, row["licence"]) in licences
         assert document not in judged
         assert f"`{document}`" in listed
-        assert not {"copyright", "licen"} & set(row["text"].lower().split())
+        assert not [word for word in ("copyright", "licen") if word in row["text"].lower()]
         (function,) = ast.parse(row["text"]).body
         assert isinstance(function, ast.FunctionDef)
         assert ">>>" in (ast.get_docstring(function) or "")
