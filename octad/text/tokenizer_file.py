@@ -15,32 +15,20 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
 from octad.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from octad.text.tokenizer import Tokenizer
 
 AGAIN = "copy the file again from the model that it belongs to"
 PROBED, FEWEST = 256, 64  # pieces tried, evenly over the vocabulary; of fewer nothing is concluded
 LACKING = 256, 10  # rows without a token: so many, or a tenth of the rows; padding never reaches either
 _ADDED = re.compile(r'"added_tokens"\s*:\s*(?=\[)')
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-
-
-class Vocabulary(Protocol):
-    """What `check_rows` asks of a Tokenizer."""
-
-    core: tokenizers.Tokenizer
-    label: str
-
-    @property
-    def texts(self) -> Mapping[int, str]:
-        """Id to piece."""
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id."""
 
 
 def read_core(file: Path) -> tokenizers.Tokenizer:
@@ -137,7 +125,7 @@ def check_pieces(core: tokenizers.Tokenizer, label: str) -> None:
         )
 
 
-def check_rows(tokenizer: Vocabulary, rows: int) -> None:
+def check_rows(tokenizer: Tokenizer, rows: int) -> None:
     """The vocabulary is one of a model with so many rows: none of its pieces lies beyond, but for tokens added later,
     and rows without a piece are no more than padding. Raises CheckpointError."""
     size = tokenizer.vocab_size
