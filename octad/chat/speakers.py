@@ -29,13 +29,14 @@ from octad.report import terminal
 
 if TYPE_CHECKING:
     from octad.engine.llm import LLM
+    from octad.engine.opened import Opened
     from octad.engine.outputs import Delta, RequestOutput
     from octad.engine.params import SamplingParams
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-def encode(llm: LLM, text: str, *, chat: bool = False) -> list[int]:
+def encode(llm: LLM | Opened, text: str, *, chat: bool = False) -> list[int]:
     """Ids of a prompt: the text itself, control tokens' spellings as plain text, or through the chat template."""
     if chat:
         return llm.tokenizer.encode_chat([{"role": "user", "content": text}])
@@ -140,7 +141,7 @@ def write_prompt(console: Console, text: str) -> None:
     console.print(Segments([Segment(visible(text), Style(dim=True))]), end="", crop=False)
 
 
-def expert_number(llm: LLM, name: str) -> int:
+def expert_number(llm: LLM | Opened, name: str) -> int:
     """The number of an expert by its name. Raises RequestError, with the nearest name, for one that is not there."""
     if llm.expert_names and name not in llm.expert_names:
         raise RequestError(f"{name}: no such expert; {hint(name, llm.expert_names)}")

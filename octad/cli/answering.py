@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from octad.cli.options import Memory, MinP, Model, Only, Quantize, Seed, TopP, one_process
-from octad.engine.params import CHAT, own_sampling
+from octad.engine.params import CHAT, SamplingParams, own_sampling
 from octad.errors import RequestError
 from octad.guard import read_text
 from octad.report import terminal
 
 if TYPE_CHECKING:
     from octad.engine.llm import LLM
+    from octad.engine.opened import Opened
     from octad.engine.outputs import RequestOutput
-    from octad.engine.params import SamplingParams, StructuredOutput
+    from octad.engine.params import StructuredOutput
     from octad.fast.beginning import Begun
 
 
@@ -53,11 +54,6 @@ def generate(
     memory: Memory = None,
 ) -> None:
     """Continue a text: in colour, each word in that of its main expert, at a terminal; the bare answer in a pipe."""
-    begun = _begin(model, quantize, memory)
-    with _no_collection():
-        from octad.chat import pipe, speakers
-        from octad.engine.params import SamplingParams
-
     params = SamplingParams(
         n=n,
         max_tokens=max_tokens,
@@ -70,15 +66,21 @@ def generate(
         logprobs=logprobs,
         structured=_structured(schema, regex, grammar),
     )
-    with terminal.life.doing("", shown=True):  # somebody may be typing
-        text = pipe.read_prompt(prompt)
     if n > 1 and params.greedy:
         raise RequestError(f"n: found {n}, allowed: 1 at temperature 0, where all answers would be the same")
-    llm = open_llm(model, quantize, only, memory, begun)
-    if routes and not llm.expert_names:
+    begun = _begin(model, quantize, memory)
+    with _no_collection():
+        from octad.chat import pipe, speakers
+
+    opened = open_model(model, quantize, only, memory)
+    if routes and not opened.expert_names:
         raise RequestError(f"{model}: is dense, there are no routes to show; leave out --routes")
-    ids = speakers.encode(llm, text, chat=chat)
-    params = replace(params, routed_experts=bool(llm.expert_names))
+    with terminal.life.doing("", shown=True):  # somebody may be typing
+        text = pipe.read_prompt(prompt)
+    ids = speakers.encode(opened, text, chat=chat)
+    params = replace(params, routed_experts=bool(opened.expert_names))
+    opened.check(ids, params)
+    llm = load_llm(opened, only, begun)
     shown = text if terminal.out.is_terminal and not chat else ""
     output = (_as_json if as_json else _spoken)(llm, ids, params, shown, routes)
     output.check()
@@ -134,26 +136,27 @@ def chat(
     ] = True,
 ) -> None:
     """Talk with a model. In a pipe: each line is a turn, only the answers are printed."""
-    begun = _begin(model, quantize, memory)
-    with _no_collection():
-        from octad.chat import pipe
-        from octad.chat.session import Session, require_chat_template
-        from octad.checkpoint.load import load_tokenizer, open_source
-        from octad.engine.params import SamplingParams
-
     options = {"temperature": temperature, "top_p": top_p, "min_p": min_p, "seed": seed}
     options |= {"repetition_penalty": repetition_penalty}
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     SamplingParams(**given)  # what cannot be is said before anything is opened
+    begun = _begin(model, quantize, memory)
+    with _no_collection():
+        from octad.chat import pipe, transcript
+        from octad.chat.session import Session, require_chat_template
+
     at_terminal = pipe.is_terminal() and terminal.out.is_terminal
     if at_terminal and find_spec("prompt_toolkit") is None:
         raise RequestError(
             "chat: at a terminal it needs the library prompt_toolkit: pip install 'octad[chat]'; or pipe the lines in"
         )
-    tokenizer = load_tokenizer(open_source(model, quantised=True))
-    require_chat_template(tokenizer, model)  # before the weights are read
-    params = SamplingParams(max_tokens=max_tokens, **CHAT | own_sampling(tokenizer.generation) | given)
-    session = Session(open_llm(model, quantize, only, memory, begun), params, label=model, speaker=only)
+    opened = open_model(model, quantize, only, memory)
+    require_chat_template(opened.tokenizer, model)
+    if load is not None:
+        transcript.read(load)  # a file that is none is said before the weights are read
+    own = own_sampling(opened.tokenizer.generation)
+    params = SamplingParams(max_tokens=max_tokens, **CHAT | own | given)
+    session = Session(load_llm(opened, only, begun), params, label=model, speaker=only)
     terminal.life.rest()
     if load is not None:
         session.load(load)
@@ -180,30 +183,37 @@ def _begin(model: str, quantize: str | None, memory: str | None) -> Begun | None
     return begun
 
 
-def open_llm(
-    model: str,
-    quantize: str | None = None,
-    only: str | None = None,
-    memory: str | None = None,
-    begun: Begun | None = None,
-) -> LLM:
-    """The model behind an engine, with a sign of life on stderr while it is read."""
+def open_model(
+    model: str, quantize: str | None = None, only: str | None = None, memory: str | None = None
+) -> Opened:
+    """The model that answers, before its weights are read. Raises OctadError for what is asked of it and cannot be."""
     one_process("generate and chat")
     with _no_collection():
         from octad.chat.speakers import expert_number
+        from octad.engine.opened import Opened
+
+    opened = Opened.of(model, quantize=quantize, memory=memory)
+    if only is not None:
+        expert_number(opened, only)
+    return opened
+
+
+def load_llm(opened: Opened, only: str | None = None, begun: Begun | None = None) -> LLM:
+    """The same behind an engine, with a sign of life on stderr while it is read."""
+    with _no_collection():
         from octad.dist import keep_freed_memory, spare_the_collector
         from octad.engine.llm import LLM
 
     keep_freed_memory()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model can say what this terminal's encoding cannot
-    with terminal.waiting(f"loading {model}"), _no_collection():
-        llm = LLM(model, quantize=quantize, memory=memory, begun=begun)
+    with terminal.waiting(f"loading {opened.source.label}"), _no_collection():
+        llm = LLM.of(opened, begun)
     spare_the_collector()
     if llm.dtype_note and terminal.err.is_terminal:
         terminal.tell(f"octad: {llm.dtype_note}")
     if only is not None:
-        llm.only(expert_number(llm, only))
+        llm.only(only)
     return llm
 
 

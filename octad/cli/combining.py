@@ -15,6 +15,7 @@ from octad.cli.options import (
     Overwrite,
     ShardSize,
     Tokens,
+    Verb,
     Window,
     wrote,
 )
@@ -69,7 +70,7 @@ def _edit(change: str, *place: Any, as_json: bool, **options: Any) -> None:
     wrote(verbs.edit_expert(change, *place, tell=terminal.tell, **options), as_json=as_json)  # type: ignore[arg-type]
 
 
-@expert_app.command()
+@expert_app.command(cls=Verb)
 def add(
     mixture: Mixture,
     name: Annotated[str, typer.Option(help="The new expert's name.")],
@@ -83,7 +84,7 @@ def add(
     _edit("add", mixture, name, model, data or (), output, base=base, as_json=as_json)
 
 
-@expert_app.command()
+@expert_app.command(cls=Verb)
 def replace(
     mixture: Mixture,
     name: Annotated[str, typer.Option(help="The expert to replace.")],
@@ -97,7 +98,7 @@ def replace(
     _edit("replace", mixture, name, model, data or (), output, base=base, as_json=as_json)
 
 
-@expert_app.command()
+@expert_app.command(cls=Verb)
 def remove(
     mixture: Mixture,
     name: Annotated[str, typer.Option(help="The expert to remove.")],

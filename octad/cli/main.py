@@ -35,6 +35,7 @@ from octad.cli import (
     training,
 )
 from octad.cli.endings import check_arguments, complain, ended_by_signals, never_refuse, of_the_system
+from octad.cli.options import Verb
 from octad.errors import OctadError
 from octad.kernels.compile import IsaError
 from octad.report import terminal
@@ -61,26 +62,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(starting.init)
-app.command()(starting.make)
-app.command()(combining.combine)
+app.command(cls=Verb)(starting.init)
+app.command(cls=Verb)(starting.make)
+app.command(cls=Verb)(combining.combine)
 app.add_typer(combining.expert_app, name="expert")
-app.command()(inspecting.inspect)
-app.command()(judging.evaluate)
-app.command()(combining.quantize)
-app.command()(exporting.export)
-app.command()(answering.generate)
-app.command()(answering.chat)
+app.command(cls=Verb)(inspecting.inspect)
+app.command(cls=Verb)(judging.evaluate)
+app.command(cls=Verb)(combining.quantize)
+app.command(cls=Verb)(exporting.export)
+app.command(cls=Verb)(answering.generate)
+app.command(cls=Verb)(answering.chat)
 app.command(cls=serve.EngineCommand)(serve.serve)
-app.command()(inspecting.bench)
-app.command()(training.train)
-app.command()(training.branch)
-app.command()(plan.plan)
+app.command(cls=Verb)(inspecting.bench)
+app.command(cls=Verb)(training.train)
+app.command(cls=Verb)(training.branch)
+app.command(cls=Verb)(plan.plan)
 
 
-app.command()(showing.demo)
-app.command()(starting.schema)
-app.command()(inspecting.version)
+app.command(cls=Verb)(showing.demo)
+app.command(cls=Verb)(starting.schema)
+app.command(cls=Verb)(inspecting.version)
 
 
 @app.callback(invoke_without_command=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from octad.errors import RequestError
 from octad.report import terminal
@@ -15,6 +16,7 @@ from octad.report import terminal
 if TYPE_CHECKING:
     from octad.api.outcomes import Written
 
+LARGEST = 2**63  # no seed is larger, and nothing that is counted
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Directory to write.")]
 LastLine = Annotated[bool, typer.Option("--json", help="End with a line of JSON that says what was made.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -40,6 +42,24 @@ Memory = Annotated[
     ),
 ]
 Only = Annotated[str | None, typer.Option(help="Send every token to this expert.")]
+
+
+class Verb(TyperCommand):
+    """A command whose numbers are numbers: what nobody can compute with is refused as it is read, before anything is
+    done or shown. Ranges are the options' own."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """click's. Raises RequestError for a number that is not finite, or larger than anything."""
+        rest = super().parse_args(ctx, args)
+        for name, value in ctx.params.items():
+            if isinstance(value, (int, float)) and not -LARGEST <= value < LARGEST:
+                shown = (
+                    f"{value:.6g}" if isinstance(value, float) else f"a number of {len(str(value))} digits"
+                )
+                raise RequestError(
+                    f"--{name.replace('_', '-')}: found {shown}; expected a number below 2**63"
+                )
+        return rest
 
 
 def one_process(verb: str) -> None:

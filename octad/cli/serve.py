@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
-from octad.cli.options import Memory, Quantize, one_process
+from octad.cli.options import Memory, Quantize, Verb, one_process
 from octad.errors import RequestError
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ _REPORT = typer.Option(help="What octad evaluate --report wrote; else MODEL-repo
 _LOG = typer.Option("--log/--no-log", help="A line of JSON for each request.")
 
 
-class EngineCommand(TyperCommand):
+class EngineCommand(Verb):
     """Takes options that it does not know where they are another engine's."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -125,11 +124,14 @@ def _octad(model: str, names: Names, door: Door, max_queue: int, options: dict[s
     from octad.serve.running import own_engine
 
     one_process("serve")
+    from octad.engine.llm import LLM
+    from octad.engine.opened import Opened
 
-    def load() -> Any:
-        from octad.engine.llm import LLM
+    begun = options.pop("begun")
+    opened = Opened.of(model, **options)  # what cannot be is said before there is a page
 
-        return LLM(model, **options)
+    def load() -> LLM:
+        return LLM.of(opened, begun)
 
     return own_engine(model, names or [_name(model)], door, load, max_queue=max_queue)
 

@@ -108,7 +108,7 @@ def write(output: Path, quantize: str | None = None) -> None:
 
     heading("3. What does it write?")
     tell("Each word has the colour of the part that had most to say on it.")
-    llm = answering.open_llm(str(output), quantize)
+    llm = answering.load_llm(answering.open_model(str(output), quantize))
     terminal.out.print(speakers.legend(llm.expert_names))
     for title, prompt, temperature in SAMPLES:
         terminal.out.print(f"\n[bold]{title}[/]")

@@ -16,6 +16,7 @@ can take long, checking a request and compiling its form, is `prepare`, which an
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ from octad.engine.block_manager import BlockManager
 from octad.engine.detokenize import token_text
 from octad.engine.model_runner import ModelRunner, Ran
 from octad.engine.outputs import Delta, RequestMetrics, RequestOutput, TokenLogprobs
-from octad.engine.prompts import token_ids
+from octad.engine.prompts import check_request, end_ids, token_ids
 from octad.engine.sampling import Sampler, SamplingState
 from octad.engine.scheduler import Piece, Scheduler
 from octad.engine.sequence import Request
@@ -72,7 +73,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if value is not None and not isinstance(value, bool) and not value > 0:
+            if value is not None and not isinstance(value, bool) and not 0 < value < math.inf:
                 raise RequestError(f"{entry.name}: found {value!r}, allowed: a number above 0")
 
 
@@ -102,7 +103,7 @@ class Engine:
     """Continuous batching over a paged cache.
 
     `attention` is any function with paged_attention's signature. `max_model_len` is the context that there is: the
-    model's or the config's, or what the whole cache holds if that is less.
+    model's or the config's, or what the whole cache holds if that is less. `grammars`: where forms were compiled already.
     """
 
     def __init__(
@@ -111,10 +112,11 @@ class Engine:
         tokenizer: Tokenizer,
         config: EngineConfig | None = None,
         attention: PagedAttention = paged_attention,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         config = config or EngineConfig()
         self.model, self.tokenizer, self.config = model, tokenizer, config
-        longest = _context(config, model.config.max_position_embeddings)
+        longest = context_of(config, model.config.max_position_embeddings)
         num_blocks = config.num_blocks or affordable_blocks(
             model, config.block_size, config.kv_cache_gb, config.max_num_seqs * longest
         )
@@ -123,9 +125,8 @@ class Engine:
         self.blocks = BlockManager(num_blocks, config.block_size)
         self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens)
         self.sampler = Sampler(partial(token_text, tokenizer), drawing=self.runner.drawing)
-        ends = tokenizer.eos_ids or model.config.eos_token_ids
-        self.eos_ids = tuple(i for i in ends if 0 <= i < model.config.vocab_size)
-        self.grammars = GrammarCompiler(tokenizer, self.eos_ids)
+        self.eos_ids = end_ids(tokenizer, model.config)
+        self.grammars = grammars or GrammarCompiler(tokenizer, self.eos_ids)
         self.requests: dict[str, Request] = {}
         self.answers: dict[Request, list[Answer]] = {}
         self._arrivals = self._resets = self._prompt_tokens = self._generated_tokens = 0
@@ -327,38 +328,12 @@ class Engine:
 
     # ---- checks --------------------------------------------------------------------------------------------
 
-    def _outside(self, prompt: Sequence[int], vocabulary: int) -> str:
-        """Whose fault it is that a prompt holds ids for which the model has no row: the tokenizer's, or the caller's."""
-        token = next(i for i in prompt if not 0 <= i < vocabulary)
-        if (text := self.tokenizer.texts.get(token)) is None:
-            return f"the prompt holds ids outside 0..{vocabulary - 1}; encode it with this model's tokenizer"
-        return (
-            f"{self.tokenizer.label}: its tokenizer reads {text!r} as id {token}, for which the model has no row"
-            f" (it has {vocabulary}); the tokenizer is another model's, or was added to without resizing the embeddings"
-        )
-
     def _check(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        vocabulary = self.model.config.vocab_size
-        if not prompt:
-            raise RequestError("the prompt is empty; give some text")
-        if len(prompt) >= self.max_model_len:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens, the context {self.max_model_len} with the answer"
-                f"{self._why_so_short()}; shorten it"
-            )
-        if not 0 <= min(prompt) <= max(prompt) < vocabulary:
-            raise RequestError(self._outside(prompt, vocabulary))
-        params.check_vocabulary(vocabulary)
-        experts = self.model.config.num_experts
-        if params.only_experts and not experts:
-            raise RequestError("only_experts: this model is dense, it has no experts; leave it out")
-        if params.only_experts and params.only_experts[-1] >= experts:
-            raise RequestError(
-                f"only_experts: found {params.only_experts[-1]}, allowed: numbers from 0 to {experts - 1}"
-            )
+        context, why = self.max_model_len, self._why_so_short()
+        check_request(prompt, params, self.tokenizer, self.model.config, context, why)
 
     def _why_so_short(self) -> str:
-        given = _context(self.config, self.model.config.max_position_embeddings)
+        given = context_of(self.config, self.model.config.max_position_embeddings)
         return (
             ""
             if self.max_model_len == given
@@ -373,7 +348,7 @@ class Engine:
         return Answer(sequence, state, self.tokenizer, self.eos_ids, self.max_model_len)
 
 
-def _context(config: EngineConfig, model: int) -> int:
+def context_of(config: EngineConfig, model: int) -> int:
     """Tokens of prompt and answer that the config allows; raises RequestError for more than the model has."""
     if (config.max_model_len or 0) > model:
         raise RequestError(f"max_model_len: found {config.max_model_len}, the model's context is {model}")

@@ -14,32 +14,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from octad.checkpoint.load import load_tokenizer, open_source
-from octad.dist import compute_dtype, keep_freed_memory
+from octad.dist import keep_freed_memory
 from octad.engine.engine import Engine, EngineConfig
 from octad.engine.loop import EngineLoop, Stream, Submission
+from octad.engine.opened import Opened, expert_names, expert_number
 from octad.engine.outputs import Delta, RequestOutput
 from octad.engine.params import SamplingParams, own_sampling
-from octad.errors import CheckpointError, RequestError
+from octad.errors import RequestError
 from octad.fast.beginning import Begun, begin, may_begin
-from octad.fast.loading import dtype_note, open_fast
+from octad.fast.loading import open_fast
 from octad.fast.optimize import optimize
-from octad.guard import read_object
 
 if TYPE_CHECKING:
-    from octad.checkpoint.source import TensorSource
+    from octad.engine.structured import GrammarCompiler
     from octad.fast.expert_store import ExpertStore
+    from octad.kernels.paged import PagedAttention
     from octad.model.config import ModelConfig
     from octad.model.transformer import Transformer
     from octad.text.tokenizer import Message, Tokenizer
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class LLM:
@@ -78,32 +74,47 @@ class LLM:
         **engine_options: Any,
     ) -> None:
         keep_freed_memory()
-        settings = replace(engine or EngineConfig(), **engine_options)
-        how: dict[str, Any] = {"quantize": quantize, "native": native}
-        directory = None
         if isinstance(model, tuple):
-            self.model, self.tokenizer = model
-            self.label = "(a model in memory)"
-            attention = optimize(self.model, **how)
             if memory is not None:
                 raise RequestError("memory: a model that is loaded is in memory; give its directory")
-        else:
-            self.label = os.fspath(model)
-            if begun is None and memory is None and native and may_begin(dtype, device):
-                begun = begin(model, quantize)
-            try:
-                source, kind, place = _open(self.label, dtype, device)
-                self.tokenizer, directory = load_tokenizer(source), source.directory
-                self.dtype_note = dtype_note(source, kind) if dtype == "auto" else None
-                how |= {"memory": None if memory is None else _budget(memory), "begun": begun}
-                self.model, attention = open_fast(source, kind, place, **how)
-            finally:
-                if begun is not None:
-                    begun.stop()
-        self.config = self.model.config
-        self.expert_names = expert_names(directory, self.config.num_experts)
+            self.model, self.tokenizer = model
+            self.label, names = "(a model in memory)", expert_names(None, self.model.config.num_experts)
+            attention = optimize(self.model, quantize=quantize, native=native)
+            self._start(replace(engine or EngineConfig(), **engine_options), attention, names)
+            return
+        if begun is None and memory is None and native and may_begin(dtype, device):
+            begun = begin(model, quantize)
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize, "native": native}
+        with _ended(begun):
+            opened = Opened.of(model, memory=memory, engine=engine, **options, **engine_options)
+            self._load(opened, begun)
+
+    @classmethod
+    def of(cls, opened: Opened, begun: Begun | None = None) -> LLM:
+        """The model that was opened, with its weights."""
+        llm = cls.__new__(cls)
+        keep_freed_memory()
+        with _ended(begun):
+            llm._load(opened, begun)
+        return llm
+
+    def _load(self, opened: Opened, begun: Begun | None) -> None:
+        self.label, self.tokenizer, self.dtype_note = opened.source.label, opened.tokenizer, opened.dtype_note
+        how: dict[str, Any] = {"quantize": opened.quantize, "native": opened.native, "memory": opened.memory}
+        self.model, attention = open_fast(opened.source, opened.dtype, opened.device, begun=begun, **how)
+        self._start(opened.settings, attention, opened.expert_names, opened.grammars)
+
+    def _start(
+        self,
+        settings: EngineConfig,
+        attention: PagedAttention,
+        names: list[str],
+        grammars: GrammarCompiler | None = None,
+    ) -> None:
+        """The engine around a model that is there."""
+        self.config, self.expert_names = self.model.config, names
         self.own_sampling = own_sampling(self.tokenizer.generation)
-        self.engine = Engine(self.model, self.tokenizer, settings, attention)
+        self.engine = Engine(self.model, self.tokenizer, settings, attention, grammars)
         self.loop = EngineLoop(self.engine)
         self._only: int | None = None
 
@@ -206,17 +217,7 @@ class LLM:
 
     def expert_number(self, expert: str | int) -> int:
         """The number of an expert, by name or number. Raises RequestError for one that is not there."""
-        return self._expert(expert)
-
-    def _expert(self, expert: str | int) -> int:
-        names = self.expert_names
-        if not names:
-            raise RequestError(f"expert {expert!r}: this model is dense, it has no experts")
-        if isinstance(expert, int) and 0 <= expert < len(names):
-            return expert
-        if expert in names:
-            return names.index(expert)
-        raise RequestError(f"expert {expert!r}: there is none; there are {', '.join(names)}")
+        return expert_number(self.expert_names, expert)
 
     # ---- the engine's side ---------------------------------------------------------------------------------
 
@@ -254,49 +255,11 @@ def _for_each(params: SamplingParams | Sequence[SamplingParams] | None, prompts:
     return list(params)
 
 
-def _budget(memory: int | str) -> int:
-    from octad.fast.offloaded import memory_bytes
-
-    return memory_bytes(memory)
-
-
-def _open(model: str, dtype: str, device: str) -> tuple[TensorSource, torch.dtype, torch.device]:
-    """What lies on disk, the dtype of the activations and the device."""
-    if dtype not in ("auto", *DTYPES):
-        raise RequestError(f"dtype: found {dtype!r}, allowed: auto, {', '.join(DTYPES)}")
-    source, place = open_source(model, quantised=True), _device(device)
-    return source, compute_dtype(place) if dtype == "auto" else DTYPES[dtype], place
-
-
-def _device(name: str) -> torch.device:
-    """Raises RequestError for a device that is not there, and for one that octad has no path for (mps, xpu, meta)."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind = name.partition(":")[0]
-    if kind not in ("cpu", "cuda"):
-        own = "; on Apple's processors its kernels for the CPU know NEON" * (kind == "mps")
-        raise RequestError(
-            f"device: found {name!r}, allowed: auto, cpu, cuda: octad has no path of its own for others{own}"
-        )
+@contextmanager
+def _ended(begun: Begun | None) -> Iterator[None]:
+    """After the block nothing that was begun goes on."""
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either, by how it was built
-        raise RequestError(
-            f"device: found {name!r}, which this machine or this torch does not have"
-        ) from error
-    return device
-
-
-def expert_names(directory: Path | None, experts: int) -> list[str]:
-    """The names in octad.json where octad made the mixture, else "expert 0", ...; [] for a dense model."""
-    path = directory / "octad.json" if directory else None
-    if not experts or path is None or not path.is_file():
-        return [f"expert {number}" for number in range(experts)]
-    try:
-        names = [str(entry["name"]) for entry in read_object(path)["experts"]]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: damaged ({error!r}); combine again, or remove it") from None
-    if len(names) != experts:
-        raise CheckpointError(f"{path}: names {len(names)} experts, the weights have {experts}; remove it")
-    return names
+        yield
+    finally:
+        if begun is not None:
+            begun.stop()

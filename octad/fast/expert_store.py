@@ -19,13 +19,14 @@ from __future__ import annotations
 import itertools
 import time
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from octad.checkpoint.extent import byte_view
+from octad.checkpoint.record_layout import Record
 from octad.errors import RequestError
 from octad.fast.record_reader import RecordReader, Ticket
 from octad.fast.records import PlacedWeights
@@ -89,6 +90,27 @@ class StoreStats:
         )
 
 
+def expert_records(placed: PlacedWeights) -> dict[int, list[Record]]:
+    """Where the experts of each layer that has some lie in the file."""
+    config = placed.source.config
+    layers = [number for number in range(config.num_hidden_layers) if config.is_moe_layer(number)]
+    return {layer: [placed.record(layer, e) for e in range(config.num_experts)] for layer in layers}
+
+
+def slots_within(budget: int, records: Mapping[int, Sequence[Record]]) -> tuple[int, int]:
+    """How many experts `budget` bytes hold, of all that there are, and the bytes of the largest. Raises RequestError for
+    a budget below one layer's experts."""
+    size = max(record.nbytes for layer in records.values() for record in layer)
+    experts = max(map(len, records.values()))
+    slots = min(budget // size, experts * len(records))
+    if slots < experts:
+        raise RequestError(
+            f"--memory: found {human(budget, 'B')}, but a prompt needs the {experts} experts of a layer at once,"
+            f" which take {human(experts * size, 'B')}; give that much or more"
+        )
+    return slots, size
+
+
 class ExpertStore:
     """The experts of one checkpoint within `budget` bytes. Raises RequestError for a budget below one layer's experts."""
 
@@ -96,17 +118,10 @@ class ExpertStore:
         self, placed: PlacedWeights, budget: int, *, cached: bool | None = None, ahead: bool = True
     ) -> None:
         self.placed, self.ahead = placed, ahead
-        config = placed.source.config
-        self.layers = [number for number in range(config.num_hidden_layers) if config.is_moe_layer(number)]
+        config, self.records = placed.source.config, expert_records(placed)
+        self.layers = list(self.records)
         self.E, self._following = config.num_experts, dict(itertools.pairwise(self.layers))
-        self.records = {layer: [placed.record(layer, e) for e in range(self.E)] for layer in self.layers}
-        size = max(record.nbytes for records in self.records.values() for record in records)
-        slots = min(budget // size, len(self.layers) * self.E)
-        if slots < self.E:
-            raise RequestError(
-                f"--memory: found {human(budget, 'B')}, but a prompt needs the {self.E} experts of a layer at once,"
-                f" which take {human(self.E * size, 'B')}; give that much or more"
-            )
+        slots, size = slots_within(budget, self.records)
         room, total = available_memory(), placed.file.layout.nbytes
         if cached is None:  # room for the file besides the slots: the system's cache is as good as memory
             cached = room is not None and room > total + slots * size

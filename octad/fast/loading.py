@@ -29,7 +29,7 @@ from octad.fast.native_modules import NarrowEmbedding, Weight, native_attention
 from octad.fast.optimize import ExpertWeights, Swapper, is_bfloat16, native_kernels, optimize, same_or_held
 from octad.fast.precision import Precision
 from octad.fast.record_plan import scheme_of
-from octad.fast.records import FilledRecords, PlacedWeights, Records, open_records
+from octad.fast.records import FilledRecords, Records, open_records
 from octad.figures import human
 from octad.kernels.filling import Impossible, Rows
 from octad.kernels.native import NativeKernels
@@ -40,6 +40,7 @@ from octad.model import cost
 from octad.model.transformer import Transformer
 
 Take = Callable[[str], Weight]  # of a product, by its name
+NO_OFFLOAD = "--memory: needs octad's native kernels and a CPU; leave it out, or see `octad bench`"
 
 
 def open_fast(
@@ -60,14 +61,11 @@ def open_fast(
     is what would be made here. Raises RequestError as `optimize` and where `memory` cannot be kept, CheckpointError for
     what cannot be read."""
     dtype = dtype or compute_dtype(device)
-    fits = torch.device(device).type == "cpu" and dtype in (torch.float32, torch.bfloat16)
-    kernels = native_kernels() if native and fits else None
-    if memory is not None:
-        from octad.fast.offloaded import refuse_offload
-
-        refuse_offload(source, kernels, quantize)
+    fits = refuse_impossible(source, dtype, device, quantize=quantize, native=native, memory=memory)
+    kernels = native_kernels() if fits else None
     if kernels is None:
-        refuse_too_large(source, dtype, torch.device(device))
+        if memory is not None:
+            raise RequestError(NO_OFFLOAD)
         quantised = isinstance(source, QuantizedSource)
         model = (load_quantized if quantised else load_model)(source, dtype, device)  # type: ignore[arg-type]
         return model, optimize(model, quantize=quantize, native=native)
@@ -75,6 +73,29 @@ def open_fast(
     placed = _finished(begun, source, precision) if begun is not None else None
     with torch.no_grad():
         return _Reader(source, dtype, precision, placed).build(kernels, memory), native_attention(kernels)
+
+
+def refuse_impossible(
+    source: TensorSource,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    quantize: str | None,
+    native: bool,
+    memory: int | None,
+) -> bool:
+    """Raises, before a weight is read or a kernel compiled, the RequestError with which `open_fast` would end; says
+    whether native kernels are asked for."""
+    fits = native and torch.device(device).type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+    if memory is not None:
+        if not fits:
+            raise RequestError(NO_OFFLOAD)
+        from octad.fast.offloaded import refuse_offload
+
+        refuse_offload(source, quantize, memory)
+    refuse_too_large(source, dtype, torch.device(device))
+    _asked_or_held(source, quantize)
+    return fits
 
 
 def refuse_too_large(source: TensorSource, dtype: torch.dtype, device: torch.device) -> None:
@@ -106,16 +127,20 @@ def dtype_note(source: TensorSource, dtype: torch.dtype) -> str | None:
 
 def _precision(source: TensorSource, dtype: torch.dtype, quantize: str | None) -> Precision:
     """The bits that were asked for, those that the file has, or the fewest that lose nothing."""
-    held = None
-    if isinstance(source, QuantizedSource):
-        held = Precision(source.schemes.ffn.bits, source.schemes.attention.bits, 8)
-    asked = None if quantize is None else Precision.of(quantize)
-    if found := same_or_held(asked, held):
+    if found := _asked_or_held(source, quantize):
         return found
     if dtype == torch.bfloat16:
         return Precision(16, 16, 16)
     exact = 16 if all(_holds_bfloat16(source, name) for name in _products(source)) else 32
     return Precision(exact, exact, exact, wide=exact == 16)
+
+
+def _asked_or_held(source: TensorSource, quantize: str | None) -> Precision | None:
+    """The bits that were asked for or that the file has. Raises RequestError where they differ."""
+    held = None
+    if isinstance(source, QuantizedSource):
+        held = Precision(source.schemes.ffn.bits, source.schemes.attention.bits, 8)
+    return same_or_held(None if quantize is None else Precision.of(quantize), held)
 
 
 def _products(source: TensorSource) -> Iterator[str]:
@@ -175,14 +200,10 @@ class _Reader:
         """The whole model on native modules."""
         offload = None
         if memory is not None:
-            if not isinstance(self.placed, PlacedWeights):
-                raise RequestError(
-                    f"--memory: the records of {self.source.label} do not fit it; quantise it again"
-                )
             from octad.fast.expert_store import ExpertStore
-            from octad.fast.offloaded import Offload
+            from octad.fast.offloaded import Offload, fitting
 
-            offload = Offload(kernels, ExpertStore(self.placed, memory))
+            offload = Offload(kernels, ExpertStore(fitting(self.placed, self.source.label), memory))
         for parameter in self.parameters:
             if layer_of(parameter) is None and parameter not in (HEAD, EMBEDDING):
                 self._fill(parameter)

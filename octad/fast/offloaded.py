@@ -19,9 +19,9 @@ from torch import nn
 from octad.checkpoint.quantized import QuantizedSource
 from octad.checkpoint.source import TensorSource
 from octad.errors import RequestError
-from octad.fast.expert_store import ExpertStore
+from octad.fast.expert_store import ExpertStore, expert_records, slots_within
 from octad.fast.native_modules import NativeExperts
-from octad.fast.records import FILE
+from octad.fast.records import FILE, PlacedWeights, Records, open_records
 from octad.kernels.native import FETCH, BlockStruct, NativeKernels, StoreStruct, WeightArray, describe
 from octad.model.transformer import Transformer
 
@@ -39,21 +39,26 @@ def memory_bytes(given: int | str) -> int:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
-def refuse_offload(source: TensorSource, kernels: NativeKernels | None, quantize: str | None) -> None:
-    """Raises RequestError where experts cannot be read one by one: what --memory needs, and how to get it."""
+def refuse_offload(source: TensorSource, quantize: str | None, memory: int) -> None:
+    """Raises RequestError where experts cannot be read one by one within `memory` bytes: what --memory needs, and how to
+    get it."""
     if not source.config.num_experts:
         raise RequestError(
             f"--memory: {source.label} is dense, it has no experts to leave on the disk; leave it out"
-        )
-    if kernels is None:
-        raise RequestError(
-            "--memory: needs octad's native kernels and a CPU; leave it out, or see `octad bench`"
         )
     if not isinstance(source, QuantizedSource) or not (source.directory / FILE).is_file():
         raise RequestError(
             f"--memory: {source.label} has no {FILE} to read experts from; octad quantize ORIGINAL --to"
             f" {quantize or 'int8'} -o DIRECTORY writes a checkpoint that has"
         )
+    slots_within(memory, expert_records(fitting(open_records(source), source.label)))
+
+
+def fitting(records: Records | None, label: str) -> PlacedWeights:
+    """The same, where they lie in a file that experts can be read from. Raises RequestError."""
+    if not isinstance(records, PlacedWeights):
+        raise RequestError(f"--memory: the records of {label} do not fit it; quantise it again")
+    return records
 
 
 def find_store(model: Transformer) -> ExpertStore | None:

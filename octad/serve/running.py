@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from octad.checkpoint.load import open_source
 from octad.checkpoint.provenance import Provenance
-from octad.engine.llm import expert_names
+from octad.engine.opened import expert_names
 from octad.errors import RequestError
 from octad.report.terminal import life
 from octad.serve.app import Application

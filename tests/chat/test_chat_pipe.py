@@ -70,7 +70,7 @@ def greedy(mixture: Path, llm: LLM, text: str, tokens: int) -> tuple[list[int], 
 @pytest.fixture(autouse=True)
 def _float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line takes what the hardware is fast at; here it is what can be compared token for token."""
-    monkeypatch.setattr("octad.engine.llm.compute_dtype", lambda device="cpu": torch.float32)
+    monkeypatch.setattr("octad.engine.opened.compute_dtype", lambda device="cpu": torch.float32)
 
 
 # ---- chat ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from tiny import byte_tokenizer, load
 from tiny_models import TinyCheckpoint
 
 from octad import LLM, SamplingParams
-from octad.engine.llm import DTYPES
+from octad.engine.opened import DTYPES
 from octad.errors import CheckpointError, DataError, OctadError, RequestError
 from octad.evaluate.contestants import Member, contestant
 from octad.fast.optimize import native_kernels

@@ -10,7 +10,7 @@ from members import make_base, save_tokenizer
 
 from octad.checkpoint.hf import open_weights
 from octad.checkpoint.load import open_source
-from octad.engine.llm import expert_names
+from octad.engine.opened import expert_names
 from octad.errors import CheckpointError, DataError
 from octad.text.corpus import open_documents
 from octad.text.tokenizer import Tokenizer

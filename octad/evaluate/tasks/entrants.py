@@ -20,7 +20,8 @@ from octad.checkpoint.load import load_model, load_tokenizer, open_source
 from octad.checkpoint.quantized import QuantizedSource
 from octad.checkpoint.source import TensorSource
 from octad.dist import compute_dtype
-from octad.engine.llm import DTYPES, LLM
+from octad.engine.llm import LLM
+from octad.engine.opened import DTYPES
 from octad.errors import RequestError
 from octad.evaluate.contestants import Member, Original, Soup, contestant, moe_layers, soup_mlp
 from octad.evaluate.lineup import LineUp, members_of
