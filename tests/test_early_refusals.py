@@ -139,3 +139,46 @@ def test_nor_for_a_prompt_or_a_form_that_cannot_be(
         code, out, err = octad(*command)
         assert (code, out, err.count("\n")) == (2, "", 1), err
         assert part in err
+
+
+def test_plans_are_told_once_nothing_is_left_to_refuse(
+    octad: Octad, mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However small the model, its cost is announced here. Text is not opened for an output that cannot be."""
+    monkeypatch.setattr("octad.api.forms.WORTH_SAYING", 0.0)
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "config.json").write_text("{}")
+    taken = tmp_path / "taken.gguf"
+    taken.write_bytes(b"GGUF")
+    no_text = ("--data", tmp_path / "none.yaml")
+    for command, part in (
+        (("quantize", mixture, "-o", there, *no_text), "exists"),
+        (("quantize", mixture, "-o", mixture, "--overwrite", *no_text), "is itself what is read"),
+        (("quantize", mixture, "-o", tmp_path / "out", "--to", "int3", *no_text), "'int3'"),
+        (("quantize", mixture, "-o", tmp_path / "out", "--shard-size", "-1", *no_text), "--shard-size"),
+        (("export", mixture, "-o", there), "exists"),
+        (("export", mixture, "-o", tmp_path / "out", "--dtype", "int3"), "int3"),
+        (("export", mixture, "-o", tmp_path / "out", "--top-k", 9), "9"),
+        (("export", mixture, "-o", taken, "--to", "gguf"), "exists"),
+        (("export", mixture, "-o", tmp_path / "out", "--to", "gguf", "--quantize", "q9"), "q9"),
+        (("export", mixture, "-o", there, "--to", "compressed-tensors"), ""),
+    ):
+        code, out, err = octad(*command)
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        assert part in err
+    assert {path.name for path in tmp_path.iterdir()} == {"there", "taken.gguf"}
+    code, _, err = octad("quantize", mixture, "-o", tmp_path / "int8")
+    assert (code, err.count("weights: about")) == (0, 1)
+
+
+def test_a_directory_without_a_model_is_named_once(octad: Octad, tmp_path: Path) -> None:
+    """And a demonstration begins with its heading once it can be."""
+    for command in (("demo", "--base", tmp_path, "-o", tmp_path / "out"), ("inspect", f"{tmp_path}/")):
+        code, out, err = octad(*command)
+        assert (code, out, err.count(str(tmp_path))) == (2, "", 1), err
+        assert "no config.json in it" in err
+    code, out, err = octad("demo", "--base", "", "-o", tmp_path / "out")
+    assert (code, out) == (2, "")
+    assert "the model's name is empty" in err
+    assert not list(tmp_path.iterdir())

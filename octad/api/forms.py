@@ -73,8 +73,9 @@ def export(
             )
         source = member_source(source, member)
     rate = {"hf": WRITTEN, "gguf": PACKED}.get(to, ROUNDED)
-    _announce(source, cost.parameters(source.config) / rate, teller(tell))
-    with bars(progress) as bar:
+    seconds = cost.parameters(source.config) / rate
+    with bars(progress) as shown:
+        bar = _announcing(source, seconds, teller(tell), shown)
         if to == "gguf":
             notes = _gguf(source, place, (quantize or "bf16").lower(), overwrite, bar)
         elif to == "compressed-tensors":
@@ -114,18 +115,22 @@ def quantize(
     from octad.evaluate.domains import domains_of
     from octad.evaluate.heldout import read_texts
     from octad.evaluate.rounding import quantize_and_judge
+    from octad.fast.saved import check_quantized
 
     keep_freed_memory()
+    limit = shard_bytes(shard_size)
     started, source, texts = time.monotonic(), open_source(fspath(model)), {}
+    check_quantized(source, output, to, overwrite=overwrite)  # before text is read
     if data is not None:
         domains = domains_of(data if isinstance(data, Mapping) else fspath(data))
         texts = dict(read_texts(source, domains, tokens=tokens, window=window).domains)
-    options: dict[str, Any] = {"overwrite": overwrite, "max_shard_bytes": shard_bytes(shard_size)}
+    options: dict[str, Any] = {"overwrite": overwrite, "max_shard_bytes": limit}
     windows = _text_to_round_for(source, to, calibrate)
     options |= {"records": records, "windows": windows}
     judged = sum(len(w.ids) for part in texts.values() for w in part)
-    _announce(source, _seconds(source, windows, judged), teller(tell))
-    with bars(progress) as bar:
+    seconds = _seconds(source, windows, judged)
+    with bars(progress) as shown:
+        bar = _announcing(source, seconds, teller(tell), shown)
         path, bits = quantize_and_judge(source, Path(output), to, texts, progress=bar, **options)
     return Written(path, time.monotonic() - started, to=to, bits_per_byte=bits)
 
@@ -141,10 +146,19 @@ def _seconds(source: TensorSource, windows: Sequence[Window], judged: int) -> fl
     return seconds + (reading / (USUAL * product_rate(compute_dtype(), seconds=0.1)) if judged else 0.0)
 
 
-def _announce(source: TensorSource, seconds: float, say: Callable[[str], None]) -> None:
-    """What takes long is said before it begins."""
-    if seconds > WORTH_SAYING:
-        say(f"{source.label}: {human(cost.parameters(source.config))} weights: about {duration(seconds)}")
+def _announcing(source: TensorSource, seconds: float, say: Callable[[str], None], progress: Report) -> Report:
+    """`progress` that says what takes long before the first stage: only then nothing is left to be refused."""
+    waits = seconds > WORTH_SAYING
+
+    def report(stage: str, done: float) -> None:
+        """As `progress`."""
+        nonlocal waits
+        if waits:
+            waits = False
+            say(f"{source.label}: {human(cost.parameters(source.config))} weights: about {duration(seconds)}")
+        progress(stage, done)
+
+    return report
 
 
 def _text_to_round_for(

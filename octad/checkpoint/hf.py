@@ -93,7 +93,8 @@ def read_config(directory: Path, label: str | None = None, *, quantised: bool = 
     if not (directory / "config.json").is_file():
         if (directory / "adapter_config.json").is_file():
             raise CheckpointError(f"{label}: is an adapter, not a model; use it as a member on top of a base")
-        raise CheckpointError(f"{label}: no config.json in {directory}: not a model directory")
+        place = "it" if Path(label).expanduser() == directory else directory
+        raise CheckpointError(f"{label}: no config.json in {place}: not a model directory")
     raw = read_object(directory / "config.json")
     if raw.get("quantization_config") and not quantised:
         how = raw["quantization_config"]

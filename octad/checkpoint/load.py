@@ -117,6 +117,10 @@ def needs_base(ref: str | Path) -> bool:
 def _locate(ref: str | Path) -> Path:
     """The file or directory behind a reference, downloaded when it is a hub id."""
     text, path = str(ref), Path(ref).expanduser()
+    if not text.strip():
+        raise CheckpointError(
+            "the model's name is empty; give a directory, .gguf file, hub id or bundled base"
+        )
     if text in BUNDLED:
         return _bundled(text)
     recover(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,6 +61,15 @@ class Verb(TyperCommand):
                     f"--{name.replace('_', '-')}: found {shown}; expected a number below 2**63"
                 )
         return rest
+
+
+def given(ctx: typer.Context, names: Sequence[str]) -> list[str]:
+    """Which of these options the command line has."""
+    return [
+        name
+        for name in names
+        if getattr(ctx.get_parameter_source(name), "name", "") not in ("DEFAULT", "DEFAULT_MAP")
+    ]
 
 
 def one_process(verb: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from octad.cli.options import Json
+from octad.cli.options import Json, given
 from octad.errors import RequestError
 from octad.report import terminal
 
@@ -17,9 +17,14 @@ if TYPE_CHECKING:
     from octad.model.config import ModelConfig
 
 _PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
+# beyond what anybody trains on or holds in one conversation
+LONGEST = 100_000_000
+MOST_TOKENS, LARGEST_BATCH = "10000T", "10B"
+TRAINING, SERVING = ("tokens", "window", "batch"), ("context", "users", "precision", "host")
 
 
 def plan(
+    ctx: typer.Context,
     model: Annotated[
         str, typer.Argument(help="A name (8x7b, 8x220b), config.json, checkpoint, recipe or hub id.")
     ],
@@ -28,10 +33,12 @@ def plan(
     ] = "h100x8",
     nodes: Annotated[int, typer.Option(min=1, max=1_000_000, help="Nodes of the cluster.")] = 1,
     tokens: Annotated[str, typer.Option(help="Tokens to train on: 13T, 500B.")] = "1T",
-    window: Annotated[int, typer.Option(min=1, help="Tokens of a training window.")] = 4096,
+    window: Annotated[int, typer.Option(min=1, max=LONGEST, help="Tokens of a training window.")] = 4096,
     batch: Annotated[str, typer.Option(help="Tokens of a training step.")] = "16M",
     serve: Annotated[bool, typer.Option("--serve", help="Plan for answering instead of training.")] = False,
-    context: Annotated[int, typer.Option(min=1, help="Tokens of a conversation, with --serve.")] = 4096,
+    context: Annotated[
+        int, typer.Option(min=1, max=LONGEST, help="Tokens of a conversation, with --serve.")
+    ] = 4096,
     users: Annotated[int, typer.Option(min=1, max=1_000_000, help="At once, with --serve.")] = 1,
     precision: Annotated[
         str | None, typer.Option(help="bf16, fp8, int8, int4, q8_0 or q4_0, with --serve. [default: all]")
@@ -40,7 +47,7 @@ def plan(
         str, typer.Option(help="The host for experts that do not fit, with --serve.")
     ] = "desktop",
     experts: Annotated[
-        int | None, typer.Option(min=2, help="Make a mixture of so many of a dense model.")
+        int | None, typer.Option(min=2, max=4096, help="Make a mixture of so many of a dense model.")
     ] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Experts a token.")] = None,
     hardware_file: Annotated[
@@ -55,6 +62,10 @@ def plan(
     from octad.plan.reply import serve_answer, train_answer
     from octad.plan.shapes import readings
 
+    for option in given(ctx, TRAINING if serve else SERVING):
+        raise RequestError(
+            f"--{option}: has no effect {'with' if serve else 'without'} --serve; leave it out"
+        )
     if precision is not None and precision not in PRECISIONS:
         raise RequestError(f"--precision: found {precision!r}, allowed: {', '.join(PRECISIONS)}")
     cluster = find_cluster(hardware, nodes, hardware_file)
@@ -63,7 +74,7 @@ def plan(
         behind = find_cluster(host, 1, hardware_file)
         answer = serve_answer(found, cluster, context=context, users=users, bits=precision, host=behind)
     else:
-        wanted, together = count(tokens, "--tokens"), count(batch, "--batch")
+        wanted, together = count(tokens, "--tokens", MOST_TOKENS), count(batch, "--batch", LARGEST_BATCH)
         answer = train_answer(found, cluster, tokens=wanted, window=window, batch=together)
     if as_json:
         print(json.dumps(answer, indent=2))
@@ -84,9 +95,16 @@ def _opened(reference: str) -> ModelConfig:
     return open_source(reference).config
 
 
-def count(text: str, option: str) -> float:
-    """13T, 500B, 16M, 4096: how many. Raises RequestError."""
-    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?)\s*([kmbgt]?)", text.strip().lower())
-    if match is None or float(match[1]) == 0:
+def count(text: str, option: str, most: str) -> float:
+    """13T, 500B, 16M, 4096: how many. Raises RequestError for what is no such number, is below 1 or above `most`."""
+    found, largest = _number(text), _number(most) or 0.0
+    if found is None or found < 1:
         raise RequestError(f"{option}: found {text!r}; expected a number such as 13T, 500B or 4096")
-    return float(match[1]) * _PREFIXES[match[2]]
+    if found > largest:
+        raise RequestError(f"{option}: found {text!r}; expected {most} at most")
+    return found
+
+
+def _number(text: str) -> float | None:
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?)\s*([kmbgt]?)", text.strip().lower())
+    return None if match is None else float(match[1]) * _PREFIXES[match[2]]

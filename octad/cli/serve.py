@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from octad.cli.options import Memory, Quantize, Verb, one_process
+from octad.cli.options import Memory, Quantize, Verb, given, one_process
 from octad.errors import RequestError
 
 if TYPE_CHECKING:
@@ -144,7 +143,7 @@ def _vllm(ctx: typer.Context, model: str, names: Names, python: Path | None, doo
     if names and len(names) > 1:
         raise RequestError("--served-model-name: with --engine vllm there can be one")
     options = [*ctx.args]
-    for name in _given(ctx, list(SAME)):
+    for name in given(ctx, list(SAME)):
         options += [SAME[name], str(ctx.params[name])]
     routed = open_source(model, quantised=True).config.is_moe
     name = names[0] if names else _name(model)
@@ -154,15 +153,6 @@ def _vllm(ctx: typer.Context, model: str, names: Names, python: Path | None, doo
 
 def _name(model: str) -> str:
     return Path(model).resolve().name if Path(model).exists() else model
-
-
-def _given(ctx: typer.Context, names: Sequence[str]) -> list[str]:
-    """Which of these options the command line has."""
-    return [
-        name
-        for name in names
-        if getattr(ctx.get_parameter_source(name), "name", "") not in ("DEFAULT", "DEFAULT_MAP")
-    ]
 
 
 def _check_options(ctx: typer.Context, model: str | None, backend: str | None, engine: str) -> None:
@@ -186,7 +176,7 @@ def _check_options(ctx: typer.Context, model: str | None, backend: str | None, e
         place = place if backend is not None else "--engine octad"
     if backend is None:
         useless.append("backend_key_file")
-    if wrong := _given(ctx, useless):
+    if wrong := given(ctx, useless):
         raise RequestError(f"--{wrong[0].replace('_', '-')}: has no effect with {place}; leave it out")
 
 

@@ -76,7 +76,6 @@ def demonstrate(wish: Wish, output: Path, *, judge: str) -> bool:
     wish.check()
     keep_freed_memory(any_size=True)
     started = time.monotonic()
-    heading(f"octad demo: one mixture out of {Path(wish.base).name}")
     facts = prepare(wish, output, JUDGED[judge][0])
     heading("1. The specialists, and one mixture out of all")
     made = make(output, judge=False, pace=facts["pace"], tell=terminal.tell)
@@ -125,7 +124,9 @@ def prepare(wish: Wish, output: Path, judged: int) -> dict[str, Any]:
             shipped(output, plain=plain) if wish.text is None else texts_in(wish.text, output, plain=plain)
         )
         asked = {**asdict(wish), "text": text_key([f for files in texts.learnt.values() for f in files])}
-        if (before := begun_before(output, asked)) is not None:
+        before = begun_before(output, asked)
+        heading(f"octad demo: one mixture out of {Path(wish.base).name}")  # what was asked for can be
+        if before is not None:
             return before
         note(output, {"asked": asked})
         found: dict[str, Any] = {"asked": asked}

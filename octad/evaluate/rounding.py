@@ -17,10 +17,8 @@ from octad.checkpoint.quantized import QuantizedSource
 from octad.checkpoint.source import TensorSource
 from octad.evaluate.nats import bits_per_byte, window_nats
 from octad.fast.loading import open_fast
-from octad.fast.precision import Precision
-from octad.fast.saved import save_quantized
+from octad.fast.saved import check_quantized, save_quantized
 from octad.model.transformer import Transformer
-from octad.staging import StagedDirectory
 from octad.telling import Progress, Share, quiet
 from octad.text.windows import Window
 
@@ -48,10 +46,10 @@ def quantize_and_judge(
 ) -> tuple[Path, Bits]:
     """save_quantized (with its `options` and errors), and where there are texts, before and after in bits per byte,
     which are in the output's model card too: it appears when it has been judged."""
-    Precision.of(name)
     if not texts:
         return save_quantized(source, directory, name, progress=progress, **options), {}
-    StagedDirectory(directory, overwrite=bool(options.get("overwrite"))).check()
+    check_quantized(source, directory, name, overwrite=bool(options.get("overwrite")))
+    progress("before", 0.0)
     bits: Bits = {}
     before = domain_bits(open_fast(source)[0], texts, partial(progress, "before"))
 

@@ -98,6 +98,7 @@ def write_gguf(
         final.parent.mkdir(parents=True, exist_ok=True)
         _need_space(final, sum(int(np.prod(_byte_shape(entry))) for entry in entries))
     with staged_file(final) as part:
+        progress("writing", 0.0)  # nothing is left to refuse
         writer = GGUFWriter(part, form.architecture)
         try:
             add_metadata(writer, source.config, form, final.stem)

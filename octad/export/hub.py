@@ -113,6 +113,7 @@ def export_hub(
     }
     rounding = Rounding()
     with CheckpointWriter(directory, plan, max_shard_bytes=max_shard_bytes, overwrite=overwrite) as writer:
+        progress("writing", 0.0)  # nothing is left to refuse
         for done, (name, origin) in enumerate(origins.items(), 1):
             if source.info(origin).dtype == plan[name].dtype:
                 writer.copy(name, source, origin)

@@ -41,7 +41,7 @@ from octad.fast.uncalibrated import uncalibrated
 from octad.kernels.packing import quick_pack, quick_pack_raw, quick_quantize
 from octad.kernels.panels import GROUPS
 from octad.model.config import ModelConfig
-from octad.staging import refuse_inputs
+from octad.staging import StagedDirectory, refuse_inputs
 from octad.telling import Progress, quiet
 from octad.text.windows import Window
 
@@ -96,11 +96,23 @@ def save_quantized(
         return writer.commit()
 
 
+def check_quantized(
+    source: TensorSource, directory: str | os.PathLike[str], name: str, *, overwrite: bool = False
+) -> None:
+    """Raises what save_quantized would, before anything is read or written."""
+    refuse_inputs(directory, [source.directory, Path(source.label)])
+    schemes = plan_schemes(source.config, Precision.of(name), source.label)
+    StagedDirectory(directory, overwrite=overwrite).check()
+    CheckpointWriter(directory, _plan(source, schemes)).check_space()
+
+
 def _write_weights(
     source: TensorSource, schemes: Schemes, windows: Sequence[Window], into: _Rounded, progress: Progress
 ) -> None:
     """Every tensor, those that are fitted to their inputs first."""
     fitted: Iterable[Rounded] = ()
+    begins = "rounding" if windows or schemes.ffn.bits == 4 else "quantising"
+    progress(begins, 0.0)  # nothing is left to refuse
     if windows:
         fitted = calibrated(source, schemes, windows, partial(progress, "rounding"))
     elif schemes.ffn.bits == 4:

@@ -24,6 +24,7 @@ from octad.checkpoint.config_file import Section, read_mapping
 from octad.errors import RecipeError, did_you_mean
 
 GIGA, TERA = 1e9, 1e12
+LARGEST_NODE = 4096  # devices
 How = Literal["seen", "derived", "unseen", "given"]
 
 
@@ -163,7 +164,11 @@ def find_cluster(name: str, nodes: int = 1, own: Path | None = None) -> Cluster:
     kind, _, count = wanted.rpartition("x")
     if wanted in devices:
         return Cluster(wanted, devices[wanted], devices[wanted].node, nodes)
-    if kind in devices and count.isdecimal() and 1 <= int(count[:5]) <= 4096:
+    if kind in devices and count.isdecimal():
+        if len(count) > 9 or not 1 <= int(count) <= LARGEST_NODE:
+            raise RecipeError(
+                f"hardware {name!r}: a node has 1 to {LARGEST_NODE} devices; more are so many --nodes"
+            )
         return Cluster(wanted, devices[kind], int(count), nodes)
     hint = did_you_mean(kind or wanted, devices) or "give figures of your own with --hardware-file"
     raise RecipeError(f"hardware {name!r} is not known; {hint} (known: {', '.join(devices)})")

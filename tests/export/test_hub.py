@@ -154,7 +154,7 @@ def test_members_that_are_not_there(mixture: Path, tiny_checkpoint: TinyCheckpoi
         (("--to", "gguf", "--for", "sglang"), "--for has no effect with --to gguf"),
         (("--to", "gguf", "--top-k", "0"), "--top-k has no effect with --to gguf"),
         (("--to", "gguf", "--shard-size", "1"), "--shard-size has no effect with --to gguf"),
-        (("--shard-size", "nan"), "--shard-size is nan GB"),
+        (("--shard-size", "nan"), "--shard-size: found nan;"),
         (("--quantize", "int8"), "--quantize has no effect with --to hf"),
         (("--for", "tgi"), "known: sglang"),
         (("--to", "compressed-tensors", "--quantize", "int5"), "allowed: int8, int4"),

@@ -119,7 +119,7 @@ def test_the_command_in_json(octad: Octad) -> None:
 
 @pytest.mark.parametrize("serve", [[], ["--serve"]])
 def test_the_command_for_people(octad: Octad, serve: list[str]) -> None:
-    code, out, err = octad("plan", "8x220b", "--nodes", "64", "--tokens", "13T", *serve)
+    code, out, err = octad("plan", "8x220b", "--nodes", "64", *(serve or ["--tokens", "13T"]))
     assert (code, err) == (0, "")
     assert "1.76 T parameters, 440 B active" in out
     assert "attention shared" in out
@@ -136,6 +136,18 @@ def test_the_command_for_people(octad: Octad, serve: list[str]) -> None:
         (["--serve", "--precision", "int3"], "--precision: found 'int3'"),
         (["--hardware", "h10x8"], "did you mean 'h100'?"),
         (["--nodes", "0"], "--nodes"),
+        (["--nodes", "10" * 13], "1000000"),
+        (["--tokens", "10001T"], "10000T at most"),
+        (["--tokens", "0.5"], "--tokens: found '0.5'"),
+        (["--batch", "11B"], "10B at most"),
+        (["--window", "100000001"], "100000000"),
+        (["--serve", "--context", "1" + "0" * 25], "100000000"),
+        (["--serve", "--users", "1000001"], "1000000"),
+        (["--hardware", "h100x4097"], "1 to 4096 devices"),
+        (["--hardware", "h100x00004097"], "1 to 4096 devices"),
+        (["--experts", "4097"], "4096"),
+        (["--context", "8192"], "--context: has no effect without --serve"),
+        (["--serve", "--batch", "1M"], "--batch: has no effect with --serve"),
     ],
 )
 def test_mistakes_are_one_line(octad: Octad, arguments: list[str], words: str) -> None:
