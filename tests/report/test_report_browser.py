@@ -47,7 +47,15 @@ addEventListener("load", () => {
   const cleared = header.getAttribute("aria-sort"), errors = window.failures;
   const questions = document.querySelector(".questions").closest(".scroll");
   const spill = questions.scrollWidth - questions.clientWidth;
-  const found = { spill, steps, focused, names, cleared, colours, requests, errors,
+  const hints = [...document.querySelectorAll(".scroll")].map((place) => {
+    const note = place.previousElementSibling.getBoundingClientRect();
+    const says = () => getComputedStyle(place).maskImage !== "none";
+    const before = says();
+    place.scrollLeft = place.scrollWidth;
+    place.dispatchEvent(new Event("scroll"));
+    return [place.scrollWidth > place.clientWidth, before, note.height > 0, says()];
+  });
+  const found = { hints, spill, steps, focused, names, cleared, colours, requests, errors,
     width: innerWidth, scroll: root.scrollWidth, narrowest: Math.min(...wide) };
   parent.postMessage(found, "*");
 });
@@ -120,6 +128,13 @@ def test_no_screen_is_too_narrow(seen: tuple[list[dict[str, Any]], str]) -> None
     for found in seen[0]:
         assert found["scroll"] <= found["width"]
         assert found["narrowest"] > 60
+
+
+def test_a_table_that_is_cut_says_so(seen: tuple[list[dict[str, Any]], str]) -> None:
+    """Its right edge fades until its end is reached, and a line above it says that there is more; no other does."""
+    telephone, desk = ([tuple(hint) for hint in found["hints"]] for found in seen[0])
+    assert set(telephone) == {(True, True, True, False), (False, False, False, False)}
+    assert set(desk) == {(False, False, False, False)}
 
 
 def test_light_and_dark_are_two_pages(seen: tuple[list[dict[str, Any]], str]) -> None:

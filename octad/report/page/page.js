@@ -30,11 +30,21 @@
     button.addEventListener("click", () => sort(button.parentElement));
   }
 
-  // a place that scrolls is reached with the keyboard; others are no stop on the way
+  // a place that scrolls is reached with the keyboard, and says that there is more; others are no stop on the way
   const places = document.querySelectorAll(".scroll");
-  const mind = () => {
-    for (const place of places) place.tabIndex = place.scrollWidth > place.clientWidth ? 0 : -1;
+  const fade = (place) => {
+    const left = place.scrollWidth - place.clientWidth - place.scrollLeft;
+    place.classList.toggle("cut", left > 1);
   };
+  const mind = () => {
+    for (const place of places) {
+      const spills = place.scrollWidth > place.clientWidth;
+      place.tabIndex = spills ? 0 : -1;
+      place.previousElementSibling.hidden = !spills;
+      fade(place);
+    }
+  };
+  for (const place of places) place.addEventListener("scroll", () => fade(place), { passive: true });
   mind();
   addEventListener("resize", mind);
   document.addEventListener("toggle", mind, true);
