@@ -222,6 +222,27 @@ def test_help_is_a_line_of_source() -> None:
         assert first.partition("\n\n")[0].count("\n") == 0, command.callback.__name__
 
 
+@pytest.mark.parametrize(
+    ("command", "defaults"),
+    [
+        ("demo", ["demo-output, with --base demo-base", "10", "quick"]),
+        ("chat", ["512", "speakers"]),
+        ("bench", ["none", "128,512", "1,4,16"]),
+        ("export", ["5.0", "hf"]),
+    ],
+)
+def test_help_says_all_that_it_is_given(
+    octad: Octad, monkeypatch: pytest.MonkeyPatch, command: str, defaults: list[str]
+) -> None:
+    """At 80 columns: defaults in brackets stand there, flags take nothing, and no option's name is cut."""
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = octad(command, "--help")
+    said = " ".join(out.replace("│", " ").split())
+    assert code == 0
+    assert [text for text in defaults if f"[default: {text}]" not in said] == []
+    assert [mark for mark in ("<bool>", "…") if mark in said] == []
+
+
 def test_flags_alone_are_no_command(octad: Octad) -> None:
     """As without any: the help, and exit code 2."""
     code, out, err = octad("-q")

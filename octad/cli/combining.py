@@ -16,6 +16,7 @@ from octad.cli.options import (
     ShardSize,
     Tokens,
     Verb,
+    Verbs,
     Window,
     wrote,
 )
@@ -23,6 +24,7 @@ from octad.errors import OutputError
 from octad.report import terminal
 
 expert_app = typer.Typer(
+    cls=Verbs,
     help="Change one expert of a mixture without refitting the others.", no_args_is_help=True
 )
 

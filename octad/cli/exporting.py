@@ -31,7 +31,7 @@ def export(
     engine: Annotated[str | None, typer.Option("--for", help="An engine's own needs: sglang.")] = None,
     overwrite: Overwrite = False,
     shard_size: Annotated[
-        float | None, typer.Option(help="Largest weight file, in GB.", show_default="5.0")
+        float | None, typer.Option(help="Largest weight file, in GB. [default: 5.0]")
     ] = None,
     as_json: LastLine = False,
 ) -> None:

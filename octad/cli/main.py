@@ -35,7 +35,7 @@ from octad.cli import (
     training,
 )
 from octad.cli.endings import check_arguments, complain, ended_by_signals, never_refuse, of_the_system
-from octad.cli.options import Verb
+from octad.cli.options import Verb, Verbs
 from octad.errors import OctadError
 from octad.kernels.compile import IsaError
 from octad.report import terminal
@@ -57,6 +57,7 @@ KEPT = {
 }
 
 app = typer.Typer(
+    cls=Verbs,
     help="One mixture-of-experts language model out of eight smaller ones.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from rich.markup import escape
+from typer.core import TyperCommand, TyperGroup
 
 from octad.errors import RequestError
 from octad.report import terminal
@@ -45,7 +46,34 @@ Memory = Annotated[
 Only = Annotated[str | None, typer.Option(help="Send every token to this expert.")]
 
 
-class Verb(TyperCommand):
+class _Plain:
+    """Whose --help is plain: flags take nothing, what has bounds is a number, brackets in a text are no markup."""
+
+    params: list[Any]
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        for option in self.params:
+            if getattr(option, "help", None):
+                option.help = escape(option.help)
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """click's, --help among them."""
+        found: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for option in found:
+            bounds = (getattr(option, "min", None), getattr(option, "max", None))
+            if option.metavar is None and getattr(option, "is_flag", False):
+                option.metavar = ""
+            elif option.metavar is None and bounds != (None, None):
+                option.metavar = "N"
+        return found
+
+
+class Verbs(_Plain, TyperGroup):
+    """Commands under one name."""
+
+
+class Verb(_Plain, TyperCommand):
     """A command whose numbers are numbers: what nobody can compute with is refused as it is read, before anything is
     done or shown. Ranges are the options' own."""
 
