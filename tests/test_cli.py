@@ -243,6 +243,12 @@ def test_help_says_all_that_it_is_given(
     assert [mark for mark in ("<bool>", "…") if mark in said] == []
 
 
+def test_another_command_is_told_which_there_are(octad: Octad) -> None:
+    code, _, err = octad("expert", "list")
+    assert (code, err) == (2, "octad: No such command 'list'. There are add, replace, remove.\n")
+    assert "Did you mean 'combine'?" in octad("combin")[2]
+
+
 def test_flags_alone_are_no_command(octad: Octad) -> None:
     """As without any: the help, and exit code 2."""
     code, out, err = octad("-q")

@@ -6,6 +6,7 @@ octad.quantize("mixture", "mixture-int8", "int8")
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from os import fspath
@@ -215,7 +216,7 @@ def _gguf(source: TensorSource, output: Path, kind: str, overwrite: bool, progre
         return [f"{beside}: exists and was left alone; for Ollama it needs the line FROM ./{output.name}"]
     replace_file(beside, text)
     left_out = "" if has_template else "; it leaves the chat template to Ollama, which reads the file's"
-    return [f"wrote {beside}: ollama create NAME -f {beside}{left_out}"]
+    return [f"wrote {beside}: ollama create NAME -f {shlex.quote(str(beside))}{left_out}"]
 
 
 def _compressed(

@@ -25,6 +25,7 @@ from octad.chat.speakers import expert_number
 from octad.chat.transcript import Turn, check_text
 from octad.engine.params import mix_seed
 from octad.errors import CheckpointError, DataError, RequestError
+from octad.figures import percent
 
 if TYPE_CHECKING:
     from octad.engine.llm import LLM
@@ -85,7 +86,7 @@ class Answer:
         parts += [f"prompt {self.prompt_tokens}, {self.cached_tokens} cached"]
         if self.speakers:
             (expert, count), *_ = self.speakers.most_common(1)
-            parts += [f"{expert_names[expert]} {count / self.speakers.total():.0%}"]
+            parts += [f"{expert_names[expert]} {percent(count / self.speakers.total())}"]
         if self.finish_reason == "length":
             parts += ["cut off"]
         elif self.finish_reason is None:

@@ -135,6 +135,8 @@ def _load(session: Session, argument: str) -> Reply:
 def _path(name: str, argument: str) -> Path:
     if not argument:
         raise RequestError(f"{name} needs a file name, such as {name} talk.json")
+    if len(argument) > 2 and argument[0] == argument[-1] and argument[0] in "\"'":  # as in a shell
+        argument = argument[1:-1]
     try:
         return Path(argument).expanduser()
     except RuntimeError:

@@ -25,6 +25,7 @@ from rich.style import Style
 from rich.text import Text
 
 from octad.errors import RequestError, nearest
+from octad.figures import percent
 from octad.report import terminal
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def legend(names: Sequence[str], speakers: Counter[int] | None = None) -> Text:
     """The experts' names in their colours; of those that had a say in an answer, with their shares of its tokens."""
     parts = []
     for expert, name in enumerate(names):
-        share = f" {speakers[expert] / speakers.total():.0%}" if speakers else ""
+        share = f" {percent(speakers[expert] / speakers.total())}" if speakers else ""
         if not speakers or speakers[expert]:
             parts.append(Text(name + share, style=terminal.speaker_style(expert)))
     return Text("  ").join(parts)

@@ -24,8 +24,7 @@ from octad.errors import OutputError
 from octad.report import terminal
 
 expert_app = typer.Typer(
-    cls=Verbs,
-    help="Change one expert of a mixture without refitting the others.", no_args_is_help=True
+    cls=Verbs, help="Change one expert of a mixture without refitting the others.", no_args_is_help=True
 )
 
 Mixture = Annotated[Path, typer.Argument(help="A mixture made by octad combine.")]

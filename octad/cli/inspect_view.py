@@ -113,7 +113,7 @@ def pairs_table(comparison: Comparison, names: Sequence[str]) -> Table:
         ]
         for e, (name, row) in enumerate(zip(names, comparison.pairs, strict=True))
     ]
-    return Table.of("", ["", *(f">{e}" for e in range(len(names)))], rows)
+    return Table.of("distance of each from each", ["", *(f">{e}" for e in range(len(names)))], rows)
 
 
 def _extremes(comparison: Comparison) -> str:

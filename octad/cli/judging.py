@@ -25,7 +25,9 @@ def evaluate(
     card: Annotated[
         bool | None, typer.Option("--card/--no-card", help="Put the verdict into the model card.")
     ] = None,
-    cache: Annotated[Path | None, typer.Option(help="Where results are kept. [default: ~/.cache/octad]")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Where results are kept. [default: ~/.cache/octad]")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the intervals.")] = 0,
     smallest: Annotated[
         float, typer.Option(min=0, max=1, help="Share of its bits per byte below which a difference is none.")

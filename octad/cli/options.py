@@ -72,6 +72,16 @@ class _Plain:
 class Verbs(_Plain, TyperGroup):
     """Commands under one name."""
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """click's; who asks for another one, and for none that sounds like it, is told which there are."""
+        try:
+            return super().resolve_command(ctx, args)
+        except Exception as error:
+            message = getattr(error, "message", None)
+            if isinstance(message, str) and "Did you mean" not in message:
+                error.message = f"{message} There are {', '.join(self.list_commands(ctx))}."  # type: ignore[attr-defined]
+            raise
+
 
 class Verb(_Plain, TyperCommand):
     """A command whose numbers are numbers: what nobody can compute with is refused as it is read, before anything is

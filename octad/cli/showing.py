@@ -30,7 +30,8 @@ def demo(
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="The same, in steps of training.")] = None,
     judge: Annotated[
-        str | None, typer.Option(help="With --base: quick, full (4,096 tokens a kind) or none. [default: quick]")
+        str | None,
+        typer.Option(help="With --base: quick, full (4,096 tokens a kind) or none. [default: quick]"),
     ] = None,
 ) -> None:
     """Combine eight real models, judge the mixture, let it write: models that come with octad, or made of --base."""

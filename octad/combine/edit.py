@@ -104,9 +104,8 @@ def remove_expert(
     left, top_k = len(old.names) - 1, old.source.config.num_experts_per_tok
     if left < max(2, top_k):
         need = f"each token uses {top_k}" if top_k > left else "a mixture has at least 2"
-        raise RecipeError(
-            f"{directory}: without {name!r} it has {left} experts, but {need}; replace it instead"
-        )
+        are_left = "1 expert" if left == 1 else f"{left} experts"
+        raise RecipeError(f"{directory}: without {name!r} it has {are_left}, but {need}; replace it instead")
     slots = [e for e in range(len(old.names)) if e != place]
     return _change(old, slots, None, output, None, f"remove {name}", progress, tell)
 

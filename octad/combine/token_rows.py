@@ -318,7 +318,10 @@ def _template(
     others = {name: text for name, text in found.items() if base is None or text.strip() != base.strip()}
     if wanted is not None and wanted != "base":
         if wanted not in found:
-            raise RecipeError(f"chat_template: expert {wanted!r} has no chat template of its own")
+            raise RecipeError(
+                f"chat_template: expert {wanted!r} has no chat template of its own; leave the key out, or name"
+                f" {', '.join(['base', *found])}"
+            )
         return found[wanted], wanted, [("", f"chat template: {wanted}'s, as the recipe says")]
     if not others or wanted == "base":
         return base, None, []

@@ -104,12 +104,13 @@ def _blind_router(found: Comparison) -> Iterator[str]:
     routing = _Routing.of(found)
     if routing is None or routing.shuffled or found.difference(found.own, "oracle").answer == "yes":
         return
-    if routing.mean_own > routing.even + NEAR_CHANCE * (_most(found) - routing.even):
-        return
+    most = _most(found)
+    if most <= routing.even or routing.mean_own > routing.even + NEAR_CHANCE * (most - routing.even):
+        return  # the first: every token is read by all, and there is nothing to choose
     yield (
         f"the router does not know the domains: the expert that is best on a domain gets {percent(routing.mean_own)} of"
         f" its choices, an even spread would give it {percent(routing.even)}; fit the router anew (octad combine with"
-        " router: ridge and calibration text of each domain)"
+        " router: logistic and calibration text of each domain)"
     )
 
 
@@ -210,9 +211,10 @@ def _idle_experts(found: Comparison) -> Iterator[str]:
             yield f"drop expert {name}: no domain gives it more than {percent(most, 1)} of its choices"
         elif never_best and len(found.domains) >= len(experts):
             used = "" if most is None else f" (the largest share that one gives it: {percent(most)})"
-            yield (
-                f"expert {name} is the best member of no domain here{used}: judge it on text of its own, or drop it"
-            )
+            own = "judge it on text of its own, or drop it"
+            if name in found.domains:
+                own = f"on {name}, {found.chosen[name]} is ahead; keep it for what was not judged here, or drop it"
+            yield f"expert {name} is the best member of no domain here{used}: {own}"
 
 
 def _more_text(found: Comparison) -> Iterator[str]:

@@ -25,7 +25,22 @@ from octad.report.table import Cell, Table
 
 class _Heard(Console):
     """A console that tells when something was printed on it. No terminal is 0 characters wide: COLUMNS=0, or a width that
-    a pseudo-terminal was never told, is none."""
+    a pseudo-terminal was never told, is none.
+
+    What moves at a terminal (`moving`, a bar or a spinner on stderr) has to be told of a line that is to stand above it,
+    a line on stdout too where both streams are that terminal."""
+
+    moving = 0
+
+    def set_live(self, live: Any) -> Any:
+        """As rich; counted."""
+        self.moving += 1
+        return super().set_live(live)
+
+    def clear_live(self) -> None:
+        """As rich; counted."""
+        self.moving -= 1
+        super().clear_live()
 
     @property
     def size(self) -> ConsoleDimensions:
@@ -39,6 +54,9 @@ class _Heard(Console):
 
     def print(self, *objects: Any, **options: Any) -> None:
         """As rich prints."""
+        if self is out and err.moving and self.is_terminal and err.is_terminal:
+            err.print(*objects, **options)
+            return
         super().print(*objects, **options)
         life.heard()
 

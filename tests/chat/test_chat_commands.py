@@ -41,7 +41,9 @@ def test_the_rest(session: Session, tmp_path: Path) -> None:
     session.turns = [Turn("a", "b"), Turn("long " * 30, "d")]
     assert run(session, "/system").text == "system text: none"
     assert run(session, "/system Be kind.").text == "system text: Be kind."
-    assert run(session, f"/save {tmp_path / 'a b.json'}").text == f"saved 2 turns in {tmp_path / 'a b.json'}"
+    for quote in ("", '"', "'"):
+        said = run(session, f"/save {quote}{tmp_path / 'a b.json'}{quote}").text
+        assert said == f"saved 2 turns in {tmp_path / 'a b.json'}"
     assert len(run(session, "/undo").text) <= 72
     assert run(session, "/system off").text == "system text: none"
     assert run(session, "/reset").text == "a new conversation"

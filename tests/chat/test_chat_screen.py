@@ -85,7 +85,7 @@ def test_words_in_colour_and_their_legend(session: Session, talk: Talk) -> None:
     codes = {"general": "\x1b[39m", "french": "\x1b[32m", "maths": "\x1b[36m"}
     for expert, name in enumerate(codes):
         if share := session.last.speakers[expert]:
-            assert f"{codes[name]}{name} {share / 8:.0%}\x1b[0m" in printed
+            assert f"{codes[name]}{name} {100 * share / 8:.0f} %\x1b[0m" in printed
             assert (
                 printed.count(codes[name]) > 3
             )  # welcome, the command's legend, the answer's, and its words

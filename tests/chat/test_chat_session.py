@@ -53,7 +53,7 @@ def test_speakers_are_those_of_the_engines_trace(llm: LLM) -> None:
     assert session.last is not None
     assert session.last.speakers.total() == len(speakers) == 20
     (_, count), *_ = session.last.speakers.most_common(1)
-    assert f"{count / 20:.0%}" in session.last.summary(NAMES)
+    assert f"{100 * count / 20:.0f} %" in session.last.summary(NAMES)
 
 
 def test_only_one_speaks(llm: LLM) -> None:

@@ -65,7 +65,7 @@ def test_long_words_are_not_wrapped_or_cut() -> None:
 def test_the_legend_tells_shares_of_those_who_spoke() -> None:
     names = ["general", "french", "maths"]
     assert legend(names).plain == "general  french  maths"
-    assert legend(names, Counter({2: 3, 0: 1})).plain == "general 25%  maths 75%"
+    assert legend(names, Counter({2: 3, 0: 1})).plain == "general 25 %  maths 75 %"
     assert len({span.style for span in legend(names).spans}) == 3
 
 
