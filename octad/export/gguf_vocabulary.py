@@ -26,6 +26,7 @@ from octad.checkpoint.gguf.vocabulary import (
 )
 from octad.errors import CheckpointError
 from octad.text.tokenizer import Tokenizer
+from octad.text.tokenizer_file import check_rows
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -70,8 +71,7 @@ def vocabulary_values(tokenizer: Tokenizer, size: int) -> dict[str, Any]:
 def _tokens(tokenizer: Tokenizer, size: int, *, bytes_fall_back: bool) -> dict[str, Any]:
     """Texts and kinds of all ids; those without a token get a name of their own."""
     texts = tokenizer.texts
-    if tokenizer.vocab_size > size:
-        raise _refusal(tokenizer, f"it has the id {tokenizer.vocab_size - 1}, the model {size} rows")
+    check_rows(tokenizer, size, added=True)
     added = tokenizer.core.get_added_tokens_decoder()
     unknown = tokenizer.config.get("unk_token")
 

@@ -24,11 +24,11 @@ from octad.checkpoint.provenance import PROVENANCE, Provenance
 from octad.checkpoint.source import TensorInfo, TensorSource
 from octad.checkpoint.views import ExpertView, shared_expert_adds_nothing
 from octad.checkpoint.writer import CheckpointWriter
-from octad.errors import CheckpointError, RequestError
+from octad.errors import RequestError
 from octad.model.config import ModelConfig
 from octad.staging import refuse_inputs
 from octad.telling import Progress, quiet
-from octad.text.tokenizer import Tokenizer
+from octad.text.tokenizer_file import check_rows
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CARD = "README.md"
@@ -102,7 +102,8 @@ def export_hub(
     OutputError as CheckpointWriter."""
     raw = changes.config(source)
     refuse_inputs(directory, [source.directory])
-    tokenizer = _fitting_tokenizer(source)
+    tokenizer = load_tokenizer(source)
+    check_rows(tokenizer, source.config.vocab_size, added=True)
     dtype = DTYPES[changes.dtype] if changes.dtype else None
     origins = {name: name for name in content_names(source)}
     if changes.untie and HEAD not in origins:
@@ -130,17 +131,6 @@ def export_hub(
                     writer.copy_in(source.directory / file)
         writer.commit()
     return rounding
-
-
-def _fitting_tokenizer(source: TensorSource) -> Tokenizer:
-    """The model's tokenizer. Raises CheckpointError where it has ids without a row in the embeddings."""
-    tokenizer = load_tokenizer(source)
-    if tokenizer.vocab_size > source.config.vocab_size:
-        raise CheckpointError(
-            f"{source.label}: its tokenizer has the id {tokenizer.vocab_size - 1}, its embeddings"
-            f" {source.config.vocab_size} rows; give it the tokenizer that it was trained with"
-        )
-    return tokenizer
 
 
 def _converted(values: torch.Tensor, dtype: torch.dtype, name: str, rounding: Rounding) -> torch.Tensor:

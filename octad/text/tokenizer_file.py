@@ -125,9 +125,9 @@ def check_pieces(core: tokenizers.Tokenizer, label: str) -> None:
         )
 
 
-def check_rows(tokenizer: Tokenizer, rows: int) -> None:
-    """The vocabulary is one of a model with so many rows: none of its pieces lies beyond, but for tokens added later,
-    and rows without a piece are no more than padding. Raises CheckpointError."""
+def check_rows(tokenizer: Tokenizer, rows: int, *, added: bool = False) -> None:
+    """The vocabulary is one of a model with so many rows: none of its pieces lies beyond, but for tokens added later
+    (`added`: nor do they), and rows without a piece are no more than padding. Raises CheckpointError."""
     size = tokenizer.vocab_size
     said = f"{tokenizer.label}: its tokenizer has {size} ids, the model {rows} rows"
     if rows - size > max(LACKING[0], rows // LACKING[1]):
@@ -136,6 +136,11 @@ def check_rows(tokenizer: Tokenizer, rows: int) -> None:
         tokenizer.core.get_added_tokens_decoder()
     ):
         raise CheckpointError(f"{said}: it is another model's; {AGAIN}")
+    if added and size > rows:
+        raise CheckpointError(
+            f"{tokenizer.label}: its tokenizer has the id {size - 1}, its embeddings {rows} rows; give it the tokenizer"
+            " that it was trained with"
+        )
 
 
 def _spread(core: tokenizers.Tokenizer) -> list[str]:

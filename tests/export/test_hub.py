@@ -17,6 +17,7 @@ from tiny_models import Octad, TinyCheckpoint
 
 from octad.checkpoint.load import load_tokenizer, open_source
 from octad.errors import CheckpointError, RequestError
+from octad.export.gguf_file import write_gguf
 from octad.export.hub import Changes, export_hub, member_source
 from octad.export.modelfile import chatml_system, modelfile
 
@@ -80,7 +81,9 @@ def test_a_tokenizer_with_ids_that_have_no_row(mixture: Path, tmp_path: Path) ->
     later.save(mixture)
     with pytest.raises(CheckpointError, match="has the id 119, its embeddings 96 rows"):
         export_hub(open_source(mixture), tmp_path / "out", Changes())
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(CheckpointError, match="has the id 119, its embeddings 96 rows"):
+        write_gguf(open_source(mixture), tmp_path / "out.gguf")
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_top_k(mixture: Path, tmp_path: Path) -> None:
