@@ -238,6 +238,8 @@ def explained(directory: Path, needed: int | None = None) -> Iterator[None]:
         yield
     except OSError as error:
         parent = next((path for path in directory.parents if os.path.exists(path)), directory)
+        if error.errno in (errno.EEXIST, errno.ENOTDIR) and not parent.is_dir():
+            raise OutputError(f"{directory}: {parent} is no directory; choose another place") from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(f"{directory}: the disk is full: {space(parent, needed)}") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

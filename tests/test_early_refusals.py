@@ -182,3 +182,35 @@ def test_a_directory_without_a_model_is_named_once(octad: Octad, tmp_path: Path)
     assert (code, out) == (2, "")
     assert "the model's name is empty" in err
     assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_path_is_none(octad: Octad, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell's variable that was not set is not the directory that the user is in; a dot is."""
+    monkeypatch.chdir(tmp_path)
+    for command in (("make", ""), ("combine", "recipe.yaml", "-o", ""), ("evaluate", "x", "--report=")):
+        code, out, err = octad(*command)
+        assert (code, out) == (2, ""), err
+        assert "is empty; give a path" in err
+    assert "holds no branch.yaml" in octad("make", ".")[2]
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_has_no_effect_is_refused(octad: Octad, mixture: Path, tmp_path: Path) -> None:
+    data = ("evaluate", mixture, "--data", tmp_path / "domains.yaml")
+    for command, part in (
+        ((*data, "--members"), "--members speaks of tasks"),
+        ((*data, "--limit", 5), "--limit speaks of tasks"),
+        ((*data, "--samples", 2), "--samples speaks of tasks"),
+        ((*data, "--weak-sandbox"), "--weak-sandbox speaks of tasks"),
+        (("evaluate", mixture, "--tasks", "octad-code", "--tokens", 64), "--tokens speaks of held-out text"),
+        (("evaluate", mixture, "--tasks", "octad-code", "--seed", 0), "--seed speaks of held-out text"),
+        (("quantize", mixture, "-o", tmp_path / "out", "--window", 64), "--window speaks of text"),
+        (("init", tmp_path / "a", "--expert", "a=b", "--general", "c", "--no-general"), "exclude each other"),
+        (("init", Path(__file__) / "a", "--expert", "a=b"), f"{__file__} is no directory"),
+        (("evaluate", mixture, "--seed", -1), "--seed"),
+        (("export", mixture, "--to", "gguf", "-o", Path(__file__) / "a.gguf"), f"{__file__} is no directory"),
+    ):
+        code, out, err = octad(*command)
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        assert part in err
+    assert not list(tmp_path.iterdir())

@@ -73,6 +73,9 @@ def evaluate(
     keep_freed_memory()
     asking: dict[str, Any] = {"members": members, "limit": limit, "samples": samples}
     asking["weak_sandbox"] = weak_sandbox
+    if tasks is None and (useless := [name for name, value in asking.items() if value]):
+        option = useless[0].replace("_", "-")
+        raise RequestError(f"--{option} speaks of tasks, of which there are none; give --tasks, too")
     source = open_source(fspath(model), quantised=True)
     if tasks is not None:
         one_for_tasks(source, shard, alone=data is None)

@@ -18,9 +18,10 @@ from octad.cli.options import (
     Verb,
     Verbs,
     Window,
+    given,
     wrote,
 )
-from octad.errors import OutputError
+from octad.errors import OutputError, RequestError
 from octad.report import terminal
 
 expert_app = typer.Typer(
@@ -112,6 +113,7 @@ def remove(
 
 
 def quantize(
+    ctx: typer.Context,
     model: Model,
     output: Output = None,
     to: Annotated[str, typer.Option(help="int8 or int4.")] = "int8",
@@ -141,6 +143,10 @@ def quantize(
 
     if output is None:
         raise OutputError(f"{model}: no output given; add -o DIRECTORY")
+    if data is None and (useless := given(ctx, ("tokens", "window"))):
+        raise RequestError(
+            f"--{useless[0]} speaks of text to judge on, of which there is none; give --data, too"
+        )
     options: dict[str, Any] = {"overwrite": overwrite, "shard_size": shard_size, "records": records}
     options |= {"calibrate": calibrate, "tell": terminal.tell}
     written = carry_out(model, output, to, data=data, tokens=tokens, window=window, **options)

@@ -7,10 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from octad.cli.options import Domains, Json, Tokens, Window
+from octad.cli.options import Domains, Json, Tokens, Window, given
+from octad.errors import RequestError
+
+OF_TEXT = ("tokens", "window", "smallest", "seed", "cache")
 
 
 def evaluate(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="A mixture (or any model).")],
     data: Domains = None,
     tokens: Tokens = 4096,
@@ -28,7 +32,7 @@ def evaluate(
     cache: Annotated[
         Path | None, typer.Option(help="Where results are kept. [default: ~/.cache/octad]")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the intervals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the intervals.")] = 0,
     smallest: Annotated[
         float, typer.Option(min=0, max=1, help="Share of its bits per byte below which a difference is none.")
     ] = 0.002,
@@ -54,6 +58,10 @@ def evaluate(
     """Judge a mixture beside its members, their soup, ensemble and oracle: bits per byte of held-out text, and tasks."""
     from octad.cli import evaluation as commands_evaluate
 
+    if data is None and tasks is not None and (useless := given(ctx, OF_TEXT)):
+        raise RequestError(
+            f"--{useless[0]} speaks of held-out text, of which there is none; give --data, too"
+        )
     options: dict[str, Any] = {"tokens": tokens, "window": window, "seed": seed, "smallest": smallest}
     options["quantize"] = quantize
     options |= {"dense": dense or [], "require": require, "cache": cache, "tasks": tasks}

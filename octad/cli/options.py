@@ -84,13 +84,19 @@ class Verbs(_Plain, TyperGroup):
 
 
 class Verb(_Plain, TyperCommand):
-    """A command whose numbers are numbers: what nobody can compute with is refused as it is read, before anything is
-    done or shown. Ranges are the options' own."""
+    """A command whose numbers are numbers and whose paths name something: what nobody can compute with is refused as it
+    is read, before anything is done or shown. Ranges are the options' own."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """click's. Raises RequestError for a number that is not finite, or larger than anything."""
+        """click's. Raises RequestError for a number that is not finite, or larger than anything, and for an empty path,
+        which would stand for the directory that the user is in: a variable of a shell that was not set."""
+        here = Path() if ("" in args or any(a.endswith("=") for a in args)) and "." not in args else None
         rest = super().parse_args(ctx, args)
         for name, value in ctx.params.items():
+            if isinstance(value, Path) and value == here:
+                raise RequestError(
+                    f"{name.replace('_', '-')}: is empty; give a path (. is the directory you are in)"
+                )
             if isinstance(value, (int, float)) and not -LARGEST <= value < LARGEST:
                 shown = (
                     f"{value:.6g}" if isinstance(value, float) else f"a number of {len(str(value))} digits"

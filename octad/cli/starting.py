@@ -43,6 +43,8 @@ def init(
     as_json: LastLine = False,
 ) -> None:
     """Begin with text of your own: split it, and write the files that belong together. Asks for what is not given."""
+    if general is not None and no_general:
+        raise RecipeError("--general and --no-general exclude each other; give one of them")
     if sys.stdin is not None and sys.stdin.isatty() and not expert:  # None: it was closed before the start
         with terminal.life.doing("", shown=True):
             base, expert = _ask(base)

@@ -79,7 +79,7 @@ class SharedSpec(Section):
     members on text that is held out for it."""
 
     method: SharedMethod = "base"
-    density: float = Field(default=0.5, gt=0, le=1)
+    density: float = Field(default=0.5, ge=1e-6, le=1)
     correlation: float = Field(default=0.9, ge=0, le=1)
     scale: float = 1.0
     seed: int = 0

@@ -62,6 +62,11 @@ class Settings:
     quantize: str | None = None
     other_k: bool = True
 
+    def __post_init__(self) -> None:
+        """Raises RequestError for a seed that no draw takes."""
+        if self.seed < 0:
+            raise RequestError(f"seed: found {self.seed}; give a number from 0")
+
 
 @dataclass(frozen=True, eq=False)
 class Row:

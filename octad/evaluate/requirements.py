@@ -16,6 +16,7 @@ there. Names may be quoted. Figures are compared as measured; how sure they are 
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Collection
@@ -116,6 +117,8 @@ def parse(text: str) -> list[Requirement]:
         factor = float(one["factor"] or 1.0)
         if re.fullmatch(_NUMBER, one["right"]):
             right, factor = float(right) * factor, 1.0
+        if math.inf in (right, factor):
+            raise RequestError(f"--require {one[0].strip()!r}: holds a number that is too large; {EXAMPLE}")
         found.append(Requirement(one[0].strip(), left, one["compare"], right, factor))
         if place == len(text):
             return found

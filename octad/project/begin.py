@@ -40,7 +40,7 @@ from octad.project.layout_text import (
     recipe_text,
     tune_text,
 )
-from octad.staging import explained, replace_file
+from octad.staging import explained, refuse_unwritable, replace_file
 from octad.text.documents import read_documents
 from octad.text.tokenizer import Tokenizer
 from octad.text.windows import encode_document
@@ -129,6 +129,7 @@ def _check(
         raise OutputError(f"{place}: holds a model; give another directory (a model is named by --base)")
     if not 0 < share < 1:
         raise RecipeError(f"--held-out {share:g}: the share of text to hold out lies between 0 and 1")
+    refuse_unwritable(place)
     count = len(wanted) + bundled
     if not 2 <= count <= MAX_EXPERTS:
         raise RecipeError(

@@ -155,7 +155,7 @@ class RunSpec(ConfigFile):
     save: SaveSpec = SaveSpec()
     parallel: ParallelSpec = ParallelSpec()
     log_every: int = Field(default=10, ge=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
     dtype: Dtype = "auto"
     compile: Literal["auto", True, False] = "auto"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")

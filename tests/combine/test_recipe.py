@@ -30,6 +30,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"router": {"temperature": 0}}, ["router.temperature", "greater than 0", "found 0"]),
     ({"router": {"ridge": float("nan")}}, ["router.ridge", "finite", "found nan"]),
     ({"router": {"tokens": "many"}}, ["router.tokens", "found 'many'"]),
+    ({"shared": {"method": "dare", "density": 1e-300}}, ["shared.density", "found 1e-300"]),
     ({"shared": {"densty": 0.5}}, ["unknown key 'shared.densty'", "did you mean 'density'"]),
     ({"shared": "tie"}, ["shared.method", "'ties'", "found 'tie'"]),
     (

@@ -76,6 +76,15 @@ def test_the_spot_of_a_mistake(text: str, place: int, expected: str) -> None:
         parse(text)
 
 
+def test_no_number_is_infinite() -> None:
+    """It would be a figure that JSON does not have."""
+    for text in ("mean<=oracle*1e999", "mean<=1e999", "mean<=oracle, every<=9e307*9e307"):
+        with pytest.raises(RequestError):
+            parse(text)
+    with pytest.raises(RequestError, match="'mean<=oracle\\*1e999': holds a number that is too large"):
+        parse("mean<=oracle*1e999")
+
+
 def test_what_the_sides_mean() -> None:
     """The best single member of the mean is b (5.6 / 3); a domain's own member is that of its name, else the best."""
     mean, every = checked("mean<=member*0.9, every<=member*1.01")

@@ -33,6 +33,8 @@ def write(path: Path, value: object) -> Path:
         ({"task": "tuen"}, "task must be tune or pretrain, found 'tuen'"),
         ({"mode": "repiar"}, "mode: .*found 'repiar'"),
         ({"steps": 0}, "steps: .*found 0"),
+        ({"seed": -1}, "seed: .*found -1"),
+        ({"seed": 1 << 63}, "seed: .*found 9223372036854775808"),
         ({"steps": 5, "schedule": {"warmup": 10}}, "warmup 10 is more than steps 5"),
         ({"batch": {"windows": 6, "micro": 4}}, "batch.windows 6 is no multiple of batch.micro 4"),
         ({"data": {"sources": [{"name": "a", "data": "x"}] * 2}}, "two sources have the name 'a'"),
