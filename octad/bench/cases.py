@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import as_file, files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,8 @@ def whole_numbers(name: str, text: str) -> tuple[int, ...]:
 def line_up(
     options: BenchOptions, source: TensorSource, device: torch.device
 ) -> tuple[list[Entry], list[str]]:
-    """All contestants, not yet started, and notes on those that cannot even be tried."""
+    """All contestants, not yet started, and notes on those that cannot even be tried. Raises RequestError where a peer
+    is a library that is not installed: that shows after minutes else."""
     threads, config = torch.get_num_threads(), source.config
     place = str(
         getattr(source, "path", None) or source.directory or source.label
@@ -171,6 +173,10 @@ def line_up(
     if config.is_moe and options.price and "dense" not in price_variants(config):
         notes.append("no dense member to compare: layers with and without experts differ in width")
     if "transformers" in options.peers:
+        if find_spec("transformers") is None:
+            raise RequestError(
+                "--peer transformers: is not installed; pip install transformers, or leave it out"
+            )
         settings = {"system": "transformers", "model": place, "device": str(device)}
         worker = Worker("transformers bf16", settings, threads)
         entries.append(Entry(worker, config, "peer", dtype="bfloat16"))

@@ -672,6 +672,15 @@ def test_a_mistake_is_one_line(
     assert captured.err.count("\n") == 1
 
 
+def test_a_peer_that_is_not_installed_is_refused_first(
+    mixture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is measured for minutes."""
+    monkeypatch.setattr("octad.bench.cases.find_spec", lambda name: None)
+    assert octad(monkeypatch, "bench", mixture, "--peer", "transformers", "--contexts", "16") == 2
+    assert "pip install transformers" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("here")
 def test_nothing_measured_is_an_error_with_the_reason(mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Local) -> None:
