@@ -76,7 +76,8 @@ def raise_failed(failed: Mapping[str, str]) -> None:
     """Raises TrainingStopped where there are any: name -> why."""
     if failed:
         first = next(iter(failed.values()))
-        raise TrainingStopped(f"{len(failed)} specialists failed ({', '.join(failed)}); the first: {first}")
+        many = "1 specialist" if len(failed) == 1 else f"{len(failed)} specialists"
+        raise TrainingStopped(f"{many} failed ({', '.join(failed)}); the first: {first}")
 
 
 def train_specialist(

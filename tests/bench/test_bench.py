@@ -677,7 +677,8 @@ def test_a_peer_that_is_not_installed_is_refused_first(
 ) -> None:
     """Before anything is measured for minutes."""
     monkeypatch.setattr("octad.bench.cases.find_spec", lambda name: None)
-    assert octad(monkeypatch, "bench", mixture, "--peer", "transformers", "--contexts", "16") == 2
+    words = ["--peer", "transformers", "--prompt-lengths", "8", "--contexts", "16", "--batch-sizes", "1"]
+    assert octad(monkeypatch, "bench", mixture, *words) == 2
     assert "pip install transformers" in capsys.readouterr().err
 
 

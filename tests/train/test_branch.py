@@ -76,7 +76,7 @@ def test_finished_ones_are_left_alone_and_a_failure_stays_alone(base, tmp_path) 
     (tmp_path / "out").mkdir()
     spec = config(tmp_path, base)
     (tmp_path / "one.jsonl").write_text('{"text": ')
-    with pytest.raises(TrainingStopped, match=r"1 specialists failed \(one\).*one.jsonl line 1"):
+    with pytest.raises(TrainingStopped, match=r"1 specialist failed \(one\).*one.jsonl line 1"):
         branch(spec, tmp_path / "out", echo=told.append)
     assert (tmp_path / "out" / "two" / "adapter_config.json").is_file()
     spec = config(tmp_path, base)

@@ -71,7 +71,7 @@ def test_the_same_specialists_as_in_turn_and_a_failure_stays_alone(cluster, base
     branch(spec, tmp_path / "turn", echo=told.append)
     (tmp_path / "one.jsonl").rename(tmp_path / "kept")
     with pytest.raises(
-        TrainingStopped, match=r"1 specialists failed \(one\); the first: .*one.jsonl: no such file"
+        TrainingStopped, match=r"1 specialist failed \(one\); the first: .*one.jsonl: no such file"
     ):
         fan_out(spec, tmp_path / "ray", echo=told.append, progress=shown.__setitem__)
     assert shown["two"] == 1.0
