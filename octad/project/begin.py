@@ -92,6 +92,9 @@ def init(
         splits = dict(_divide(place, wanted, field, choices, say))
         if bundled:
             _copy_general(place, plain=tokenizer.chat_template is None)
+            say(
+                f"{GENERAL}: {base} itself, with a little English of octad's (yours: --general; none: --no-general)"
+            )
     names = [GENERAL] * bundled + list(wanted)
     project = adjust(_project(place, base, names, mode, steps, splits, source, tokenizer))
     files = _write(place, project)

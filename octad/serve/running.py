@@ -94,6 +94,7 @@ def own_engine(
         if llm.dtype_note:
             log.warning(llm.dtype_note)
         app.ready(llm, door.report_shown(app, make_up(source)))
+        print("octad: ready", file=sys.stderr, flush=True)
 
     def end() -> None:
         for llm in engines:

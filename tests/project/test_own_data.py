@@ -91,6 +91,7 @@ def test_the_files_belong_together(own: Path, monkeypatch: pytest.MonkeyPatch) -
     octad.init("files", texts, base="base", tell=told.append)
     assert told[0].startswith("law: ")
     assert "held out" in told[0]
+    assert "general: base itself, with a little English of octad's" in told[2]
     recipe, branch = Recipe.load("files/recipe.yaml"), load_branch("files/branch.yaml")
     tune, domains = load_config("files/tune.yaml"), read_domains(Path("files/domains.yaml"))
     assert [e.name for e in recipe.experts] == ["general", "law", "sea"] == list(domains)

@@ -129,6 +129,7 @@ def test_the_command(served_mixture: Path, tmp_path: Path) -> None:
     lines = [json.loads(text) for text in log.splitlines() if text.startswith("{")]
     assert {"path": "/v1/chat/completions", "status": 200}.items() <= lines[-1].items()
     assert answer.headers["x-request-id"] == lines[-1]["request"]
+    assert "octad: ready\n" in log
     assert "secret" not in log
 
 
