@@ -180,7 +180,7 @@ def test_a_directory_without_a_model_is_named_once(octad: Octad, tmp_path: Path)
         assert "no config.json in it" in err
     code, out, err = octad("demo", "--base", "", "-o", tmp_path / "out")
     assert (code, out) == (2, "")
-    assert "the model's name is empty" in err
+    assert "--base: is empty" in err
     assert not list(tmp_path.iterdir())
 
 
@@ -190,7 +190,11 @@ def test_an_empty_path_is_none(octad: Octad, tmp_path: Path, monkeypatch: pytest
     for command in (("make", ""), ("combine", "recipe.yaml", "-o", ""), ("evaluate", "x", "--report=")):
         code, out, err = octad(*command)
         assert (code, out) == (2, ""), err
-        assert "is empty; give a path" in err
+        assert "is empty; give a value" in err
+    for options in (("--host", ""), ("--served-model-name", ""), ("--allowed-host=",)):  # "" is every address
+        code, out, err = octad("serve", "x", *options)
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        assert f"{options[0].rstrip('=')}: is empty" in err
     assert "holds no branch.yaml" in octad("make", ".")[2]
     assert not list(tmp_path.iterdir())
 

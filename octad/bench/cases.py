@@ -46,6 +46,7 @@ QUICK: Mapping[str, Any] = {
     "repeat": 2,
     "price": False,
 }
+MOST_TOKENS, MOST_USERS, MOST_REPEATS = 100_000_000, 4096, 10_000
 WORKER_BYTES = 0.5e9  # what Python, torch and a cache take besides the weights
 
 
@@ -78,11 +79,17 @@ class BenchOptions:
                     raise RequestError(f"{option} {value}: not known; give one of {', '.join(known)}")
         for name in ("prompt_lengths", "contexts", "batch_sizes"):
             values = getattr(self, name)
+            option, most = "--" + name.replace("_", "-"), MOST_USERS if name == "batch_sizes" else MOST_TOKENS
             if not values or min(values) < 1:
-                option = "--" + name.replace("_", "-")
                 raise RequestError(f"{option}: give whole numbers above 0, such as 128,512; found {values}")
-        if self.decode_tokens < 1 or self.repeat < 1:
-            raise RequestError("--decode-tokens and --repeat must be at least 1")
+            if max(values) > most:
+                raise RequestError(
+                    f"{option}: found a number of {len(str(max(values)))} digits; give {most:,} at most"
+                )
+        if not (0 < self.decode_tokens <= MOST_TOKENS and 0 < self.repeat <= MOST_REPEATS):
+            raise RequestError(
+                f"--decode-tokens and --repeat must be at least 1, and at most {MOST_TOKENS:,} and {MOST_REPEATS:,}"
+            )
         if self.memory is not None:
             memory_bytes(self.memory)
         if not self.quantize:

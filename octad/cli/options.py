@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from octad.api.outcomes import Written
 
 LARGEST = 2**63  # no seed is larger, and nothing that is counted
+MAY_BE_EMPTY = ("system", "prompt")  # nothing is said; the prompt has words of its own for it
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Directory to write.")]
 LastLine = Annotated[bool, typer.Option("--json", help="End with a line of JSON that says what was made.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -84,26 +85,26 @@ class Verbs(_Plain, TyperGroup):
 
 
 class Verb(_Plain, TyperCommand):
-    """A command whose numbers are numbers and whose paths name something: what nobody can compute with is refused as it
-    is read, before anything is done or shown. Ranges are the options' own."""
+    """A command whose numbers are numbers and whose names name something: what nobody can compute with, or a variable of
+    a shell that was not set, is refused as it is read, before anything is done or shown. Ranges are the options' own."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """click's. Raises RequestError for a number that is not finite, or larger than anything, and for an empty path,
-        which would stand for the directory that the user is in: a variable of a shell that was not set."""
-        here = Path() if ("" in args or any(a.endswith("=") for a in args)) and "." not in args else None
+        """click's. Raises RequestError for a number that is not finite, or larger than anything, and for an empty text: a
+        path would stand for the directory that the user is in, an address for all of the machine's."""
+        empty = "." not in args and ("" in args or any(a.endswith("=") for a in args))
         rest = super().parse_args(ctx, args)
-        for name, value in ctx.params.items():
-            if isinstance(value, Path) and value == here:
-                raise RequestError(
-                    f"{name.replace('_', '-')}: is empty; give a path (. is the directory you are in)"
-                )
-            if isinstance(value, (int, float)) and not -LARGEST <= value < LARGEST:
-                shown = (
-                    f"{value:.6g}" if isinstance(value, float) else f"a number of {len(str(value))} digits"
-                )
-                raise RequestError(
-                    f"--{name.replace('_', '-')}: found {shown}; expected a number below 2**63"
-                )
+        for option in self.params:
+            values = ctx.params.get(option.name)
+            for value in values if isinstance(values, (list, tuple)) else [values]:
+                if option.name not in MAY_BE_EMPTY and (value == "" or (empty and value == Path())):
+                    raise RequestError(f"{option.opts[0]}: is empty; give a value, or leave it out")
+                if isinstance(value, (int, float)) and not -LARGEST <= value < LARGEST:
+                    shown = (
+                        f"{value:.6g}"
+                        if isinstance(value, float)
+                        else f"a number of {len(str(value))} digits"
+                    )
+                    raise RequestError(f"{option.opts[0]}: found {shown}; expected a number below 2**63")
         return rest
 
 

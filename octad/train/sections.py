@@ -95,7 +95,7 @@ class RoutingSpec(Section):
     bias: float = Field(default=0.0, ge=0)
     jitter: float = Field(default=0.0, ge=0, lt=1)
     sample: bool = False
-    capacity: float | None = Field(default=None, gt=0)
+    capacity: float | None = Field(default=None, gt=0, le=1e6)
     top1: Literal["straight-through", "switch"] = "straight-through"
 
 

@@ -87,7 +87,7 @@ class Trainer:
         self.stream = open_stream(learner, self.world)
         self.held_out = self.world.leader_first(lambda: open_held_out(learner))
         self.flops = training_flops(self.model.config, learner.trainable, learner.data.window)
-        longest = max(learner.data.window, learner.evaluate.window)
+        longest = max(learner.data.window, judged_window(learner))
         self.model.model.rope.tables(longest, self.device)  # made here, no layer has to
         self.layout = Layout.decide(self.config.parallel, self.world, self.model, self.device)
         self.layout.spread(self.model)
@@ -351,9 +351,14 @@ def open_held_out(learner: Learner) -> dict[str, list[Window]]:
         paths = [learner.config.resolve(file) for file in text.data]
         field = text.field if "field" in text.model_fields_set else spec.field
         windows[name] = read_windows(
-            paths, learner.tokenizer, tokens=spec.tokens, window=spec.window, field=field
+            paths, learner.tokenizer, tokens=spec.tokens, window=judged_window(learner), field=field
         )
     return windows
+
+
+def judged_window(learner: Learner) -> int:
+    """Tokens of a window that the run is judged on: no more than the model sees at once."""
+    return min(learner.evaluate.window, learner.model.config.max_position_embeddings)
 
 
 def check_fit(learner: Learner) -> None:

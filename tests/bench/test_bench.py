@@ -650,6 +650,8 @@ def test_bench_of_a_dense_model_on_the_users_text_as_json(
         (("--quantize", "int3"), "--quantize int3: not known"),
         (("--contexts", "12,many"), "--contexts: give whole numbers"),
         (("--batch-sizes", "0"), "--batch-sizes: give whole numbers above 0"),
+        (("--batch-sizes", "4097"), "--batch-sizes: found a number of 4 digits; give 4,096 at most"),
+        (("--contexts", "9" * 27), "--contexts: found a number of 27 digits; give 100,000,000 at most"),
         (("--contexts", "256"), "the model's context is 256; give shorter ones"),
         (("--prompt-lengths", "300"), "--prompt-lengths: 301 positions are needed"),
         (("--device", "abacus"), "--device abacus"),

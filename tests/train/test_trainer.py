@@ -262,3 +262,15 @@ def test_two_processes_do_not_train_in_one_directory(mixture, tmp_path) -> None:
     other.close()
     trainer(file, run).fit()
     assert (run / "config.json").is_file()
+
+
+def test_text_is_judged_in_windows_that_the_model_sees(mixture: Path, tmp_path: Path) -> None:
+    """However long the file says that they are."""
+    held_out = []
+    context = open_source(mixture).config.max_position_embeddings
+    for window in (context, 10**12):
+        evaluate = {"domains": {"one": "one.jsonl"}, "tokens": 400, "window": window}
+        made = trainer(tune_file(tmp_path, mixture, evaluate=evaluate), tmp_path / "run")
+        held_out.append([list(w.ids) for w in made.held_out["one"]])
+    assert held_out[0] == held_out[1]
+    assert max(map(len, held_out[1])) == context
