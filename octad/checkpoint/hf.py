@@ -86,6 +86,12 @@ class SafetensorsSource:
         return self._provenance
 
 
+def refuse_unmade(project: Path, label: str) -> None:
+    """Raises CheckpointError for a directory of `octad init` whose mixture `octad make` has not made yet."""
+    if (project / "branch.yaml").is_file() and (project / "recipe.yaml").is_file():
+        raise CheckpointError(f"{label}: its mixture is not made yet; octad make {project} makes it")
+
+
 def read_config(directory: Path, label: str | None = None, *, quantised: bool = False) -> ModelConfig:
     """The config.json of a model directory; one that says its weights are quantised is refused unless `quantised`. The
     message of any error begins with the label."""
@@ -93,6 +99,9 @@ def read_config(directory: Path, label: str | None = None, *, quantised: bool = 
     if not (directory / "config.json").is_file():
         if (directory / "adapter_config.json").is_file():
             raise CheckpointError(f"{label}: is an adapter, not a model; use it as a member on top of a base")
+        if (directory / "mixture" / "config.json").is_file():
+            raise CheckpointError(f"{label}: is a project; its model is {Path(label) / 'mixture'}")
+        refuse_unmade(directory, label)
         place = "it" if Path(label).expanduser() == directory else directory
         raise CheckpointError(f"{label}: no config.json in {place}: not a model directory")
     raw = read_object(directory / "config.json")

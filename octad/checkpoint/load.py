@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from octad.checkpoint.hf import INDEX, SINGLE, SafetensorsSource
+from octad.checkpoint.hf import INDEX, SINGLE, SafetensorsSource, refuse_unmade
 from octad.checkpoint.names import EMBEDDING, HEAD, parameter_sources, tensor_plan
 from octad.checkpoint.narrow import narrowed
 from octad.checkpoint.quantized import QuantizedSource, is_quantised
@@ -126,6 +126,8 @@ def _locate(ref: str | Path) -> Path:
     recover(path)
     if exists(path):
         return path
+    if path.name == "mixture":
+        refuse_unmade(path.parent, text)
     if HUB_ID.fullmatch(text) and path.suffix.lower() != ".gguf":
         return _download(text)
     raise CheckpointError(

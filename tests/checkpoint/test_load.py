@@ -221,6 +221,23 @@ def test_hub_id_from_the_cache(
         load.open_source("org/other")
 
 
+def test_a_project_is_no_model(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The directory of `octad init` holds one, once it is made; nobody asks the hub for it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    for name in ("branch.yaml", "recipe.yaml"):
+        (tmp_path / "mine" / name).touch()
+    for place in ("mine", "mine/mixture"):
+        with pytest.raises(CheckpointError, match=f"^{place}: .* not made yet; octad make mine makes it$"):
+            load.open_source(place)
+    shutil.copytree(tiny_checkpoint("mixtral"), tmp_path / "mine" / "mixture")
+    assert load.open_source("mine/mixture").config.is_moe
+    with pytest.raises(CheckpointError, match=r"^mine: is a project; its model is mine/mixture$"):
+        load.open_source("mine")
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
