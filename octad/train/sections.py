@@ -102,7 +102,7 @@ class RoutingSpec(Section):
 class LowRankSpec(Section):
     """Low-rank changes: B A * alpha / rank."""
 
-    rank: int = Field(default=16, ge=1)
+    rank: int = Field(default=16, ge=1, le=1 << 16)
     alpha: float = Field(default=32.0, gt=0)
 
 

@@ -34,6 +34,7 @@ def write(path: Path, value: object) -> Path:
         ({"mode": "repiar"}, "mode: .*found 'repiar'"),
         ({"steps": 0}, "steps: .*found 0"),
         ({"seed": -1}, "seed: .*found -1"),
+        ({"low_rank": {"rank": 10**12}}, "low_rank.rank: .*found 1000000000000"),
         ({"routing": {"capacity": 1e308}}, "routing.capacity: .*found 1e\\+308"),
         ({"seed": 1 << 63}, "seed: .*found 9223372036854775808"),
         ({"steps": 5, "schedule": {"warmup": 10}}, "warmup 10 is more than steps 5"),
