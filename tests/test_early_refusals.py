@@ -162,6 +162,7 @@ def test_plans_are_told_once_nothing_is_left_to_refuse(
         (("export", mixture, "-o", tmp_path / "out", "--top-k", 9), "9"),
         (("export", mixture, "-o", taken, "--to", "gguf"), "exists"),
         (("export", mixture, "-o", tmp_path / "out", "--to", "gguf", "--quantize", "q9"), "q9"),
+        (("export", mixture, "-o", f"{tmp_path}/new/", "--to", "gguf"), "ends in .gguf"),
         (("export", mixture, "-o", there, "--to", "compressed-tensors"), ""),
     ):
         code, out, err = octad(*command)

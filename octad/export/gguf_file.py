@@ -91,6 +91,10 @@ def write_gguf(
     refuse_inputs(final, [source.directory, getattr(source, "path", None)])
     if final.exists() and not _is_gguf(final):
         raise OutputError(f"{final}: is no GGUF file to overwrite; choose another -o, or remove it yourself")
+    if not final.exists() and final.suffix.lower() != ".gguf":  # "dir/" has lost its slash on the way
+        raise OutputError(
+            f"{final}: a GGUF file's name ends in .gguf: -o {final}.gguf, or {final / 'model.gguf'} in a directory"
+        )
     form = gguf_form(source)
     entries = list(plan(source, form, kind))
     values = vocabulary_values(load_tokenizer(source), source.config.vocab_size)

@@ -68,17 +68,17 @@ def test_refused_wherever_float16_is_asked_for(
         load_model(open_source(model), torch.float16)
     assert NAME in str(caught.value)
     for form in (["--dtype", "float16"], ["--to", "gguf", "--quantize", "f16"]):
-        code, _, err = octad("export", model, *form, "-o", tmp_path / "out")
+        code, _, err = octad("export", model, *form, "-o", tmp_path / "out.gguf")
         assert code == 2
         assert NAME in err
         assert words in err
-        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "out.gguf").exists()
 
 
 def test_scales_are_float16_too(model: Path, tmp_path: Path, octad: Octad) -> None:
     """A block of q8_0 has one scale in float16: weights of 1e8 would come back infinite."""
     code, _, err = octad(
-        "export", scaled(model, 1e9), "--to", "gguf", "--quantize", "q8_0", "-o", tmp_path / "out"
+        "export", scaled(model, 1e9), "--to", "gguf", "--quantize", "q8_0", "-o", tmp_path / "out.gguf"
     )
     assert (code, "beyond float16's range" in err) == (2, True)
 
