@@ -192,7 +192,7 @@ def open_model(
         from octad.chat.speakers import expert_number
         from octad.engine.opened import Opened
 
-    opened = Opened.of(model, quantize=quantize, memory=memory)
+        opened = Opened.of(model, quantize=quantize, memory=memory)
     if only is not None:
         expert_number(opened, only)
     return opened
