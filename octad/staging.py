@@ -239,7 +239,7 @@ def explained(directory: Path, needed: int | None = None) -> Iterator[None]:
     except OSError as error:
         parent = next((path for path in directory.parents if os.path.exists(path)), directory)
         if error.errno in (errno.EEXIST, errno.ENOTDIR) and not parent.is_dir():
-            raise OutputError(f"{directory}: {parent} is no directory; choose another place") from error
+            raise OutputError(f"{directory}: cannot be written: {parent} is no directory") from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(f"{directory}: the disk is full: {space(parent, needed)}") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

@@ -59,7 +59,8 @@ def test_requirements_decide_the_exit_code(mixture: Path, evaluate: Octad) -> No
         ("mean=oracle", "character 5"),
         ("welsh<=oracle", "'welsh'"),
         ("mean<=dense qwen", "'dense qwen'"),
-        ("", "character 1"),
+        ("", "is empty"),
+        (" ", "character 2"),
     ],
 )
 def test_requirements_that_make_no_sense(mixture: Path, evaluate: Octad, text: str, part: str) -> None:

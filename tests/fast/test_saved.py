@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 import yaml
 from tiny import byte_tokenizer, ids, prompts
-from tiny_models import FAMILIES, TinyCheckpoint
+from tiny_models import FAMILIES, Octad, TinyCheckpoint
 
 from octad import LLM, SamplingParams
 from octad.checkpoint.inspect import inspect
@@ -19,8 +19,7 @@ from octad.checkpoint.load import load_model, load_tokenizer, open_source
 from octad.checkpoint.names import is_linear, tensor_plan
 from octad.checkpoint.quantized import ATTENTION_TARGET, QuantizedSource, pack_int32, unpack_int32
 from octad.checkpoint.schemes import Scheme
-from octad.cli.combining import quantize as quantize_verb
-from octad.errors import CheckpointError, OctadError, OutputError, RequestError
+from octad.errors import CheckpointError, OutputError, RequestError
 from octad.evaluate import rounding
 from octad.evaluate.heldout import read_texts
 from octad.evaluate.nats import bits_per_byte, window_nats
@@ -414,7 +413,7 @@ def test_damaged_files(suffix: str, change: Any, match: str, original: Any) -> N
 # ---- the command ---------------------------------------------------------------------------------------------
 
 
-def test_the_command_tells_what_rounding_costs(original: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_tells_what_rounding_costs(original: Any, octad: Octad) -> None:
     """The figures of the model card are those of the model before, and of what an LLM of the output runs."""
     path = original("mixtral", num_hidden_layers=1)
     texts = {"one": "abc def ghi jkl " * 20, "two": "the quick brown fox jumps over " * 12}
@@ -424,14 +423,17 @@ def test_the_command_tells_what_rounding_costs(original: Any, capsys: pytest.Cap
     data.write_text(yaml.safe_dump({"domains": {d: f"{d}.txt" for d in texts}}))
     (path / "octad.json").write_text(json.dumps({"experts": [{"name": n} for n in ("a", "b", "c")]}))
     output = path.with_name("out")
-    quantize_verb(str(path), output, "int4", data, 200, 64)
+    code, printed, err = octad(
+        "quantize", path, "-o", output, "--to", "int4", "--data", data, "--tokens", 200, "--window", 64
+    )
+    assert code == 0, err
     source = open_source(path)
     windows = read_texts(
         source, {d: [path.parent / f"{d}.txt"] for d in texts}, tokens=200, window=64
     ).domains
     llm = LLM(output, num_blocks=50)
     assert llm.expert_names == ["a", "b", "c"]
-    printed, written = capsys.readouterr().out, (output / "README.md").read_text()
+    written = (output / "README.md").read_text()
     before_model = load_model(source, llm.model.model.norm.weight.dtype)  # embeddings may be narrower
     for domain, part in windows.items():
         before, after = (bits_per_byte(window_nats(model, part), part) for model in (before_model, llm.model))
@@ -470,9 +472,10 @@ def test_it_never_takes_the_place_of_what_it_reads(original: Any, place: str) ->
     assert before == {file.name: file.read_bytes() for file in path.iterdir()}
 
 
-def test_the_command_refuses_before_it_works(original: Any) -> None:
+def test_the_command_refuses_before_it_works(original: Any, octad: Octad) -> None:
     path = original("llama")
     for output, to, match in ((None, "int8", "add -o"), (path.with_name("o"), "int5", "allowed: int8, int4")):
-        with pytest.raises(OctadError, match=match):
-            quantize_verb(str(path), output, to, None, 100, 64)
+        code, _, err = octad("quantize", path, "--to", to, *([] if output is None else ["-o", output]))
+        assert code == 2
+        assert match in err
     assert not path.with_name("o").exists()
