@@ -66,8 +66,9 @@ test: lint
 
 llama: $(LLAMA)/.built
 
+# Its converter imports sentencepiece, whatever the vocabulary.
 $(LLAMA)/.built: | $(READY)
-	$(BIN)/pip install -q cmake ninja
+	$(BIN)/pip install -q -c constraints.txt cmake ninja sentencepiece
 	rm -rf $(LLAMA) $(LLAMA).sdist && mkdir -p $(LLAMA)
 	$(BIN)/pip download -q -c constraints.txt --no-deps --no-binary llama-cpp-python -d $(LLAMA).sdist llama-cpp-python
 	tar -xzf $(LLAMA).sdist/*.tar.gz --strip-components=3 -C $(LLAMA) --wildcards '*/vendor/llama.cpp/*'
