@@ -18,10 +18,10 @@ from octad.cli.options import (
     Verb,
     Verbs,
     Window,
-    given,
+    refuse_given,
     wrote,
 )
-from octad.errors import OutputError, RequestError
+from octad.errors import OutputError
 from octad.report import terminal
 
 expert_app = typer.Typer(
@@ -143,10 +143,9 @@ def quantize(
 
     if output is None:
         raise OutputError(f"{model}: no output given; add -o DIRECTORY")
-    if data is None and (useless := given(ctx, ("tokens", "window"))):
-        raise RequestError(
-            f"--{useless[0]} speaks of text to judge on, of which there is none; give --data, too"
-        )
+    if data is None:
+        why = " speaks of text to judge on, of which there is none; give --data, too"
+        refuse_given(ctx, ("tokens", "window"), why)
     options: dict[str, Any] = {"overwrite": overwrite, "shard_size": shard_size, "records": records}
     options |= {"calibrate": calibrate, "tell": terminal.tell}
     written = carry_out(model, output, to, data=data, tokens=tokens, window=window, **options)

@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from octad.cli.options import Domains, Json, Tokens, Window, given
-from octad.errors import RequestError
+from octad.cli.options import Domains, Json, Tokens, Window, refuse_given
 
 OF_TEXT = ("tokens", "window", "smallest", "seed", "cache")
 
@@ -58,10 +57,8 @@ def evaluate(
     """Judge a mixture beside its members, their soup, ensemble and oracle: bits per byte of held-out text, and tasks."""
     from octad.cli import evaluation as commands_evaluate
 
-    if data is None and tasks is not None and (useless := given(ctx, OF_TEXT)):
-        raise RequestError(
-            f"--{useless[0]} speaks of held-out text, of which there is none; give --data, too"
-        )
+    if data is None and tasks is not None:
+        refuse_given(ctx, OF_TEXT, " speaks of held-out text, of which there is none; give --data, too")
     options: dict[str, Any] = {"tokens": tokens, "window": window, "seed": seed, "smallest": smallest}
     options["quantize"] = quantize
     options |= {"dense": dense or [], "require": require, "cache": cache, "tasks": tasks}

@@ -117,6 +117,12 @@ def given(ctx: typer.Context, names: Sequence[str]) -> list[str]:
     ]
 
 
+def refuse_given(ctx: typer.Context, names: Sequence[str], why: str) -> None:
+    """Raises RequestError, with these words behind its name, for the first of the options that the command line has."""
+    for name in given(ctx, names):
+        raise RequestError(f"--{name.replace('_', '-')}{why}")
+
+
 def one_process(verb: str) -> None:
     """Raises RequestError among processes of torchrun: octad's engine is one process's."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

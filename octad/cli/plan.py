@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from octad.cli.options import Json, given
+from octad.cli.options import Json, refuse_given
 from octad.errors import RequestError
 from octad.report import terminal
 
@@ -62,10 +62,8 @@ def plan(
     from octad.plan.reply import serve_answer, train_answer
     from octad.plan.shapes import readings
 
-    for option in given(ctx, TRAINING if serve else SERVING):
-        raise RequestError(
-            f"--{option}: has no effect {'with' if serve else 'without'} --serve; leave it out"
-        )
+    beside = f": has no effect {'with' if serve else 'without'} --serve; leave it out"
+    refuse_given(ctx, TRAINING if serve else SERVING, beside)
     if precision is not None and precision not in PRECISIONS:
         raise RequestError(f"--precision: found {precision!r}, allowed: {', '.join(PRECISIONS)}")
     cluster = find_cluster(hardware, nodes, hardware_file)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from octad.cli.options import Memory, Quantize, Verb, given, one_process
+from octad.cli.options import Memory, Quantize, Verb, given, one_process, refuse_given
 from octad.errors import RequestError
 
 if TYPE_CHECKING:
@@ -176,8 +176,7 @@ def _check_options(ctx: typer.Context, model: str | None, backend: str | None, e
         place = place if backend is not None else "--engine octad"
     if backend is None:
         useless.append("backend_key_file")
-    if wrong := given(ctx, useless):
-        raise RequestError(f"--{wrong[0].replace('_', '-')}: has no effect with {place}; leave it out")
+    refuse_given(ctx, useless, f": has no effect with {place}; leave it out")
 
 
 def _check_installed() -> None:
